@@ -1,0 +1,36 @@
+// What the doors call: every operation of the library on plain pointers. Pointers address dense
+// float32 tensors of the shapes that the problem names; outputs never overlap inputs. All run on
+// the process's thread pool and are bit-identical for any number of threads.
+#pragma once
+
+#include "core/export.hpp"
+#include "core/problem.hpp"
+
+namespace fastconv {
+
+// y = activation(conv(x, filter) + bias). `bias` holds K values or is null.
+FASTCONV_API void conv2d_fprop(const Conv2dProblem& problem, const float* x, const float* filter,
+                               const float* bias, float* y);
+
+// dx = the gradient of fprop by x. With activation relu, `y` is fprop's output and dy counts only
+// where y > 0; with linear, `y` is not read and may be null.
+FASTCONV_API void conv2d_dgrad(const Conv2dProblem& problem, const float* dy, const float* filter,
+                               const float* y, float* dx);
+
+// dfilter = the gradient of fprop by the filter and, where dbias is not null, dbias that by the
+// bias; `y` as for dgrad. dfilter may be null when only dbias is wanted.
+FASTCONV_API void conv2d_wgrad(const Conv2dProblem& problem, const float* x, const float* dy,
+                               const float* y, float* dfilter, float* dbias);
+
+// y = the maximum of each window. The first maximum in row-major order wins a tie; a NaN in the
+// window makes the result NaN (the first one is the argmax). `argmax` may be null; else it is
+// uint8 or int32 by problem.argmax_fits_byte(), of y's shape, and holds row * S + column of the
+// maximum within its window.
+FASTCONV_API void max_pool2d_fprop(const Pool2dProblem& problem, const float* x, float* y,
+                                   void* argmax);
+
+// dx = dy sent to the pixel each window's argmax names, summed where windows overlap.
+FASTCONV_API void max_pool2d_bprop(const Pool2dProblem& problem, const float* dy,
+                                   const void* argmax, float* dx);
+
+}  // namespace fastconv

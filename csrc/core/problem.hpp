@@ -1,0 +1,91 @@
+// What a convolution or a pooling IS: the descriptor that every layer below reads, made and
+// validated once per call. Nothing further down derives geometry again.
+//
+// Names are the field's: N images of H x W pixels with C channels, K filters of R x S taps,
+// an output of OH x OW pixels. Activations are N,H,W,C or N,C,H,W; filters are R,S,C/groups,K.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "core/export.hpp"
+
+namespace fastconv {
+
+enum class Layout : std::uint8_t { nhwc, nchw };
+enum class Activation : std::uint8_t { linear, relu };
+
+struct Padding {
+  enum class Kind : std::uint8_t { valid, same, explicit_sides };
+  Kind kind = Kind::valid;
+  // Used by explicit_sides alone.
+  std::int64_t top = 0, bottom = 0, left = 0, right = 0;
+};
+
+struct Conv2dProblem {
+  std::int64_t n = 0, h = 0, w = 0, c = 0;
+  std::int64_t k = 0, r = 0, s = 0;
+  std::int64_t oh = 0, ow = 0;
+  std::int64_t stride_h = 1, stride_w = 1;
+  std::int64_t dilation_h = 1, dilation_w = 1;
+  std::int64_t pad_top = 0, pad_bottom = 0, pad_left = 0, pad_right = 0;
+  std::int64_t groups = 1;
+  Layout layout = Layout::nhwc;
+  Activation activation = Activation::linear;
+
+  std::int64_t c_per_group() const { return c / groups; }
+  std::int64_t k_per_group() const { return k / groups; }
+  std::int64_t x_size() const { return n * h * w * c; }
+  std::int64_t y_size() const { return n * oh * ow * k; }
+  std::int64_t filter_size() const { return r * s * c_per_group() * k; }
+  std::array<std::int64_t, 4> x_shape() const;
+  std::array<std::int64_t, 4> y_shape() const;
+  std::array<std::int64_t, 4> filter_shape() const { return {r, s, c_per_group(), k}; }
+
+  bool operator==(const Conv2dProblem&) const = default;
+};
+
+struct Pool2dProblem {
+  std::int64_t n = 0, h = 0, w = 0, c = 0;
+  std::int64_t r = 0, s = 0;  // window
+  std::int64_t oh = 0, ow = 0;
+  std::int64_t stride_h = 1, stride_w = 1;
+  std::int64_t pad_top = 0, pad_bottom = 0, pad_left = 0, pad_right = 0;
+  Layout layout = Layout::nhwc;
+
+  std::int64_t x_size() const { return n * h * w * c; }
+  std::int64_t y_size() const { return n * oh * ow * c; }
+  std::array<std::int64_t, 4> x_shape() const;
+  std::array<std::int64_t, 4> y_shape() const;
+  // The position of a window's maximum, row * s + column, fits one byte up to 256 taps; beyond
+  // that the argmax is an array of int32.
+  bool argmax_fits_byte() const { return r * s <= 256; }
+
+  bool operator==(const Pool2dProblem&) const = default;
+};
+
+struct Conv2dArguments {
+  std::array<std::int64_t, 4> x_shape{};       // in `layout`
+  std::array<std::int64_t, 4> filter_shape{};  // R, S, C/groups, K
+  std::array<std::int64_t, 2> strides{1, 1};
+  std::array<std::int64_t, 2> dilations{1, 1};
+  Padding padding;
+  std::int64_t groups = 1;
+  Layout layout = Layout::nhwc;
+  Activation activation = Activation::linear;
+};
+
+struct Pool2dArguments {
+  std::array<std::int64_t, 4> x_shape{};
+  std::array<std::int64_t, 2> pool_size{1, 1};
+  std::array<std::int64_t, 2> strides{1, 1};
+  Padding padding;
+  Layout layout = Layout::nhwc;
+};
+
+// Validate and derive the output geometry. "same" is TensorFlow's: OH = ceil(H / stride), the odd
+// pixel of padding at the bottom and right. Throw InvalidArgument.
+FASTCONV_API Conv2dProblem make_conv2d_problem(const Conv2dArguments& arguments);
+FASTCONV_API Pool2dProblem make_pool2d_problem(const Pool2dArguments& arguments);
+
+}  // namespace fastconv

@@ -1,0 +1,242 @@
+#include "core/thread_pool.hpp"
+
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "core/error.hpp"
+
+namespace fastconv {
+namespace {
+
+using std::int64_t;
+
+constexpr int kMostThreads = 1024;
+
+// Flushes denormals while alive: they are noise in a network and 100 times slower on some CPUs.
+class FlushDenormals {
+#if defined(__x86_64__)
+ public:
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | kFtz | kDaz); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  static constexpr unsigned kFtz = 0x8000, kDaz = 0x0040;
+  unsigned saved_;
+#else
+ public:
+  FlushDenormals() {}
+#endif
+};
+
+void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// One parallel_for. Lives on the caller's stack; a worker holds it only between taking a ticket and
+// being counted in `left_`.
+struct Job {
+  TaskFunction function;
+  void* context;
+  int64_t tasks;
+  std::atomic<int64_t> next{0};
+
+  // Works until no task is left, or until go_on() says no after a task.
+  template <class GoOn>
+  void work(const GoOn& go_on) {
+    const FlushDenormals flush;
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      function(context, task);
+      if (!go_on()) return;
+    }
+  }
+  void work() {
+    work([] { return true; });
+  }
+};
+
+// True on a worker, and on a caller while it works: a nested parallel_for runs inline.
+thread_local bool t_inside_task = false;
+
+class Pool {
+ public:
+  // Hands `job` to at most `helpers` workers, works on it too, and returns when all have left it.
+  // One caller at a time: the one that holds `busy`.
+  void run(Job& job, int helpers) {
+    ensure_workers(helpers);
+    const int wanted = std::min<int>(helpers, static_cast<int>(workers_));
+    job_ = &job;
+    tickets_.store(wanted, std::memory_order_release);  // publishes job_
+    epoch_.fetch_add(1, std::memory_order_seq_cst);
+    if (parked_.load(std::memory_order_seq_cst) > 0) epoch_.notify_all();
+    job.work();
+    // Nobody may join from here on; those who did must leave before the job's stack frame goes.
+    const int joined = wanted - tickets_.exchange(0, std::memory_order_acq_rel);
+    for (int spins = 0; left_.load(std::memory_order_acquire) < joined; ++spins) {
+      if (spins < kSpins) {
+        relax();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+    left_.store(0, std::memory_order_relaxed);
+  }
+
+  std::mutex busy;
+  // Threads at work in any job, callers that got no workers included.
+  alignas(64) std::atomic<int> active{0};
+
+ private:
+  static constexpr int kSpins = 2000;  // some 20 to 100 us: the gap between two ops of a graph
+
+  void ensure_workers(int wanted) {
+    while (static_cast<int>(workers_) < wanted) {
+      // A thread that cannot be had is not missed: the caller does its share.
+      try {
+        std::thread([this, epoch = epoch_.load()] { serve(epoch); }).detach();
+      } catch (const std::system_error&) {
+        return;
+      }
+      ++workers_;
+    }
+  }
+
+  void serve(std::uint32_t seen) {
+    t_inside_task = true;
+    for (;;) {
+      seen = wait_for_epoch_after(seen);
+      // A ticket admits one worker to the job of the current epoch.
+      int tickets = tickets_.load(std::memory_order_acquire);
+      while (tickets > 0 &&
+             !tickets_.compare_exchange_weak(tickets, tickets - 1, std::memory_order_acq_rel)) {
+      }
+      if (tickets <= 0) continue;
+      active.fetch_add(1, std::memory_order_relaxed);
+      // When other callers come, a worker makes room: its job's caller goes on without it.
+      job_->work([this] { return active.load(std::memory_order_relaxed) <= num_threads(); });
+      active.fetch_sub(1, std::memory_order_relaxed);
+      left_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  std::uint32_t wait_for_epoch_after(std::uint32_t seen) {
+    for (int spins = 0; spins < kSpins; ++spins) {
+      const std::uint32_t now = epoch_.load(std::memory_order_acquire);
+      if (now != seen) return now;
+      relax();
+    }
+    parked_.fetch_add(1, std::memory_order_seq_cst);
+    std::uint32_t now;
+    while ((now = epoch_.load(std::memory_order_seq_cst)) == seen) epoch_.wait(seen);
+    parked_.fetch_sub(1, std::memory_order_relaxed);
+    return now;
+  }
+
+  Job* job_ = nullptr;
+  std::size_t workers_ = 0;
+  // Each on its own cache line: workers poll epoch_ while others take tickets.
+  alignas(64) std::atomic<std::uint32_t> epoch_{0};
+  alignas(64) std::atomic<int> tickets_{0};
+  alignas(64) std::atomic<int> left_{0};
+  alignas(64) std::atomic<int> parked_{0};
+};
+
+// Leaked on purpose: detached workers use it until the process ends.
+std::atomic<Pool*> g_pool{nullptr};
+
+// Only the forking thread lives on in the child; its pool has no workers and perhaps a locked
+// mutex. The child starts afresh (the parent's pool object is leaked there, a few cache lines).
+void forget_pool_after_fork() { g_pool.store(nullptr, std::memory_order_release); }
+
+Pool& pool() {
+  Pool* current = g_pool.load(std::memory_order_acquire);
+  if (current) return *current;
+  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool_after_fork);
+  (void)registered;
+  Pool* fresh = new Pool;
+  if (g_pool.compare_exchange_strong(current, fresh, std::memory_order_acq_rel)) return *fresh;
+  delete fresh;
+  return *current;
+}
+
+int affinity_count() {
+#if defined(__linux__)
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(CPU_COUNT(&set), 1);
+#endif
+  return std::max<int>(std::thread::hardware_concurrency(), 1);
+}
+
+int checked_thread_count(long long threads, const char* name, const std::string& received) {
+  if (threads < 1 || threads > kMostThreads) {
+    throw InvalidArgument(std::string(name) + " must be an integer from 1 to " +
+                          std::to_string(kMostThreads) + ". Received: " + name + "=" + received);
+  }
+  return static_cast<int>(threads);
+}
+
+int initial_num_threads() {
+  const char* text = std::getenv("FASTCONV_NUM_THREADS");
+  if (!text || !*text) return std::min(affinity_count(), kMostThreads);
+  char* end = nullptr;
+  const long long value = std::strtoll(text, &end, 10);
+  return checked_thread_count(*end ? 0 : value, "FASTCONV_NUM_THREADS", text);
+}
+
+std::atomic<int> g_num_threads{0};  // 0: not read yet
+
+}  // namespace
+
+int num_threads() {
+  int threads = g_num_threads.load(std::memory_order_relaxed);
+  if (threads == 0) {
+    threads = initial_num_threads();
+    int unread = 0;
+    if (!g_num_threads.compare_exchange_strong(unread, threads)) threads = unread;
+  }
+  return threads;
+}
+
+void set_num_threads(int threads) {
+  g_num_threads.store(checked_thread_count(threads, "num_threads", std::to_string(threads)),
+                      std::memory_order_relaxed);
+}
+
+void parallel_for(int64_t tasks, TaskFunction function, void* context) {
+  Job job{function, context, tasks};
+  if (t_inside_task || tasks <= 1 || num_threads() == 1) {
+    job.work();
+    return;
+  }
+  Pool& workers = pool();
+  t_inside_task = true;
+  const int others = workers.active.fetch_add(1, std::memory_order_relaxed);
+  const int64_t helpers = std::min<int64_t>(num_threads() - others, tasks) - 1;
+  if (helpers > 0 && workers.busy.try_lock()) {
+    workers.run(job, static_cast<int>(helpers));
+    workers.busy.unlock();
+  } else {
+    job.work();
+  }
+  workers.active.fetch_sub(1, std::memory_order_relaxed);
+  t_inside_task = false;
+}
+
+}  // namespace fastconv

@@ -1,0 +1,160 @@
+#include "cpu/reference.hpp"
+
+#include <cmath>
+#include <vector>
+
+namespace fastconv::reference {
+namespace {
+
+using std::int64_t;
+
+// Offset of (image, row, column, channel) in a tensor of `rows` x `columns` x `channels` images.
+struct Indexer {
+  Layout layout;
+  int64_t rows, columns, channels;
+  int64_t operator()(int64_t n, int64_t i, int64_t j, int64_t c) const {
+    if (layout == Layout::nchw) return ((n * channels + c) * rows + i) * columns + j;
+    return ((n * rows + i) * columns + j) * channels + c;
+  }
+};
+
+// Calls body(x offset, filter offset, y offset) for every product that makes up a convolution.
+template <class Body>
+void for_each_product(const Conv2dProblem& p, const Body& body) {
+  const Indexer x_at{p.layout, p.h, p.w, p.c};
+  const Indexer y_at{p.layout, p.oh, p.ow, p.k};
+  const int64_t cg = p.c_per_group(), kg = p.k_per_group();
+  for (int64_t n = 0; n < p.n; ++n)
+    for (int64_t i = 0; i < p.oh; ++i)
+      for (int64_t j = 0; j < p.ow; ++j)
+        for (int64_t k = 0; k < p.k; ++k)
+          for (int64_t r = 0; r < p.r; ++r)
+            for (int64_t s = 0; s < p.s; ++s) {
+              const int64_t row = i * p.stride_h - p.pad_top + r * p.dilation_h;
+              const int64_t column = j * p.stride_w - p.pad_left + s * p.dilation_w;
+              if (row < 0 || row >= p.h || column < 0 || column >= p.w) continue;
+              for (int64_t c = 0; c < cg; ++c) {
+                body(x_at(n, row, column, (k / kg) * cg + c), ((r * p.s + s) * cg + c) * p.k + k,
+                     y_at(n, i, j, k));
+              }
+            }
+}
+
+// dy where the activation let the value through, else zero.
+double through_activation(const Conv2dProblem& p, const float* y, const float* dy, int64_t at) {
+  return p.activation == Activation::relu && !(y[at] > 0) ? 0.0 : dy[at];
+}
+
+void store(const std::vector<double>& sums, float* out) {
+  for (std::size_t i = 0; i < sums.size(); ++i) out[i] = static_cast<float>(sums[i]);
+}
+
+// Calls body(row * s + column, x offset) for the taps of one window that lie inside the input, in
+// row-major order.
+template <class Body>
+void for_each_tap(const Pool2dProblem& p, int64_t n, int64_t i, int64_t j, int64_t c,
+                  const Body& body) {
+  const Indexer x_at{p.layout, p.h, p.w, p.c};
+  for (int64_t r = 0; r < p.r; ++r)
+    for (int64_t s = 0; s < p.s; ++s) {
+      const int64_t row = i * p.stride_h - p.pad_top + r;
+      const int64_t column = j * p.stride_w - p.pad_left + s;
+      if (row < 0 || row >= p.h || column < 0 || column >= p.w) continue;
+      body(r * p.s + s, x_at(n, row, column, c));
+    }
+}
+
+template <class Body>
+void for_each_window(const Pool2dProblem& p, const Body& body) {
+  const Indexer y_at{p.layout, p.oh, p.ow, p.c};
+  for (int64_t n = 0; n < p.n; ++n)
+    for (int64_t i = 0; i < p.oh; ++i)
+      for (int64_t j = 0; j < p.ow; ++j)
+        for (int64_t c = 0; c < p.c; ++c) body(n, i, j, c, y_at(n, i, j, c));
+}
+
+}  // namespace
+
+void conv2d_fprop(const Conv2dProblem& p, const float* x, const float* filter, const float* bias,
+                  float* y) {
+  std::vector<double> sums(p.y_size());
+  for_each_product(p, [&](int64_t at_x, int64_t at_filter, int64_t at_y) {
+    sums[at_y] += static_cast<double>(x[at_x]) * filter[at_filter];
+  });
+  const Indexer y_at{p.layout, p.oh, p.ow, p.k};
+  for (int64_t n = 0; n < p.n; ++n)
+    for (int64_t i = 0; i < p.oh; ++i)
+      for (int64_t j = 0; j < p.ow; ++j)
+        for (int64_t k = 0; k < p.k; ++k) {
+          double& sum = sums[y_at(n, i, j, k)];
+          if (bias) sum += bias[k];
+          if (p.activation == Activation::relu && sum < 0) sum = 0;
+        }
+  store(sums, y);
+}
+
+void conv2d_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, const float* y,
+                  float* dx) {
+  std::vector<double> sums(p.x_size());
+  for_each_product(p, [&](int64_t at_x, int64_t at_filter, int64_t at_y) {
+    sums[at_x] += through_activation(p, y, dy, at_y) * filter[at_filter];
+  });
+  store(sums, dx);
+}
+
+void conv2d_wgrad(const Conv2dProblem& p, const float* x, const float* dy, const float* y,
+                  float* dfilter, float* dbias) {
+  if (dfilter) {
+    std::vector<double> sums(p.filter_size());
+    for_each_product(p, [&](int64_t at_x, int64_t at_filter, int64_t at_y) {
+      sums[at_filter] += x[at_x] * through_activation(p, y, dy, at_y);
+    });
+    store(sums, dfilter);
+  }
+  if (dbias) {
+    std::vector<double> sums(p.k);
+    const Indexer y_at{p.layout, p.oh, p.ow, p.k};
+    for (int64_t n = 0; n < p.n; ++n)
+      for (int64_t i = 0; i < p.oh; ++i)
+        for (int64_t j = 0; j < p.ow; ++j)
+          for (int64_t k = 0; k < p.k; ++k)
+            sums[k] += through_activation(p, y, dy, y_at(n, i, j, k));
+    store(sums, dbias);
+  }
+}
+
+void max_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y, void* argmax) {
+  for_each_window(p, [&](int64_t n, int64_t i, int64_t j, int64_t c, int64_t at_y) {
+    int64_t best_tap = -1;
+    float best = 0;
+    for_each_tap(p, n, i, j, c, [&](int64_t tap, int64_t at_x) {
+      const float value = x[at_x];
+      if (best_tap < 0 || value > best || (std::isnan(value) && !std::isnan(best))) {
+        best = value;
+        best_tap = tap;
+      }
+    });
+    y[at_y] = best;
+    if (!argmax) return;
+    if (p.argmax_fits_byte()) {
+      static_cast<std::uint8_t*>(argmax)[at_y] = static_cast<std::uint8_t>(best_tap);
+    } else {
+      static_cast<std::int32_t*>(argmax)[at_y] = static_cast<std::int32_t>(best_tap);
+    }
+  });
+}
+
+void max_pool2d_bprop(const Pool2dProblem& p, const float* dy, const void* argmax, float* dx) {
+  std::vector<double> sums(p.x_size());
+  for_each_window(p, [&](int64_t n, int64_t i, int64_t j, int64_t c, int64_t at_y) {
+    const int64_t best_tap = p.argmax_fits_byte()
+                                 ? static_cast<const std::uint8_t*>(argmax)[at_y]
+                                 : static_cast<const std::int32_t*>(argmax)[at_y];
+    for_each_tap(p, n, i, j, c, [&](int64_t tap, int64_t at_x) {
+      if (tap == best_tap) sums[at_x] += dy[at_y];
+    });
+  });
+  store(sums, dx);
+}
+
+}  // namespace fastconv::reference

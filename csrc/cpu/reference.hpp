@@ -1,0 +1,21 @@
+// The obvious implementations, one loop a dimension, sums in double: what the tests compare every
+// kernel with. NHWC and NCHW.
+#pragma once
+
+#include "core/export.hpp"
+#include "core/problem.hpp"
+
+namespace fastconv::reference {
+
+FASTCONV_API void conv2d_fprop(const Conv2dProblem& problem, const float* x, const float* filter,
+                               const float* bias, float* y);
+FASTCONV_API void conv2d_dgrad(const Conv2dProblem& problem, const float* dy, const float* filter,
+                               const float* y, float* dx);
+FASTCONV_API void conv2d_wgrad(const Conv2dProblem& problem, const float* x, const float* dy,
+                               const float* y, float* dfilter, float* dbias);
+FASTCONV_API void max_pool2d_fprop(const Pool2dProblem& problem, const float* x, float* y,
+                                   void* argmax);
+FASTCONV_API void max_pool2d_bprop(const Pool2dProblem& problem, const float* dy,
+                                   const void* argmax, float* dx);
+
+}  // namespace fastconv::reference
