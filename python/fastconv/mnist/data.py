@@ -91,16 +91,7 @@ def load(path=None):
 def read_npz(path, source):
     """Reads and checks an .npz file in Keras's layout. Never unpickles."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path} must be an .npz archive. Received: a single array")
-            missing = [key for key in KEYS if key not in archive.files]
-            if missing:
-                raise DataError(
-                    f"{path} must hold the arrays {', '.join(KEYS)}. "
-                    f"Received: {', '.join(archive.files) or 'no array'}"
-                )
-            arrays = {key: archive[key] for key in KEYS}
+        arrays = _read_arrays(path)
     except DataError:
         raise
     except UNREADABLE as error:
@@ -111,6 +102,21 @@ def read_npz(path, source):
         _check_images(path, f"x_{part}", arrays[f"x_{part}"])
         _check_labels(path, f"y_{part}", arrays[f"y_{part}"], len(arrays[f"x_{part}"]))
     return Mnist(**arrays, source=source)
+
+
+def _read_arrays(path):
+    archive = np.load(path, allow_pickle=False)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise DataError(f"{path} must be an .npz archive. Received: a single array")
+    with archive:
+        missing = [key for key in KEYS if key not in archive.files]
+        if missing:
+            raise DataError(
+                f"{path} must hold the arrays {', '.join(KEYS)}. "
+                f"Received: {', '.join(archive.files) or 'no array'}"
+            )
+        # A member that is no array comes as bytes, which this makes an array of no dimension.
+        return {key: np.asarray(archive[key]) for key in KEYS}
 
 
 def keras_cache():

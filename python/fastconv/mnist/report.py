@@ -1,49 +1,36 @@
-"""Prints what the comparison of stock and fast layers came to, in 80 columns."""
+"""How the comparison of stock and fast layers is shown, within 80 columns."""
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
-# What fastconv promises for float32; gradients are held to it as well.
+# What fastconv promises for float32; a row beyond it is shown in red.
 BOUND = 1e-5
 
 
 def differences_table(differences, batch_size):
     """One row for the forward pass and one for each gradient."""
-    table = Table(
-        title="Fast against stock layers, one batch, same initial weights",
-        caption=(
-            f"The first {batch_size} training images. Relative: to the largest value of stock."
-        ),
-        box=box.SIMPLE_HEAD,
+    table = _table(
+        "Difference from the same weights, fast to stock", "Shape", "Largest", "Relative"
     )
-    table.add_column("")
-    table.add_column("Shape", style="dim")
-    table.add_column("Largest difference", justify="right")
-    table.add_column("Relative", justify="right")
     for row in differences:
         colour = "green" if row.relative <= BOUND else "bold red"
         table.add_row(
             row.name,
             " x ".join(map(str, row.shape)),
             f"{row.largest:.1e}",
-            f"[{colour}]{row.relative:.1e}[/]",
+            Text(f"{row.relative:.1e}", colour),
         )
-    return table
+    images = "training image" if batch_size == 1 else f"{batch_size} training images"
+    return _with_note(
+        table, f"On the first {images}; relative to stock's largest absolute value."
+    )
 
 
 def results_table(stock, fast):
     """Loss, accuracy and speed of the two trainings."""
-    table = Table(
-        title="Stock and fast layers, trained from the same start",
-        caption=(
-            "Seconds: all of fit. Images/s: training images a second of fit, from its second\n"
-            "step on, the first being the one that traces the graph. XLA is off for both."
-        ),
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column("")
-    for name in ("Stock", "Fast", "Fast / stock"):
-        table.add_column(name, justify="right")
+    table = _table("Trained from the same weights", "Stock", "Fast", "Fast / stock")
     rows = (
         ("Test loss", "loss", ".4f"),
         ("Test accuracy", "accuracy", ".4f"),
@@ -53,7 +40,23 @@ def results_table(stock, fast):
     for label, field, form in rows:
         theirs, ours = getattr(stock, field), getattr(fast, field)
         table.add_row(label, _number(theirs, form), _number(ours, form), _ratio(ours, theirs))
+    return _with_note(
+        table,
+        "Seconds: all of fit. Images/s: training images a second of fit after its\n"
+        "first step, which traces the graph. XLA is off for both.",
+    )
+
+
+def _table(title, *columns):
+    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
     return table
+
+
+def _with_note(table, note):
+    return Group(table, Text(note, style="dim"), "")
 
 
 def _number(value, form):

@@ -1,0 +1,65 @@
+# Each target works from a bare clone. All set-up goes into .venv; `make clean` takes it away again.
+
+PYTHON ?= python3
+VENV := .venv
+VENV_PYTHON := $(VENV)/bin/python
+WHEELS := build/wheels
+
+# Each is written when its step is complete, so that an interrupted step is done again.
+CREATED := $(VENV)/.created
+INSTALLED := $(VENV)/.installed
+# There while pip changes .venv. Found at the start, it tells of a half-written .venv.
+UNFINISHED := $(VENV)/.unfinished
+
+# Directories are listed as well: their dates tell that a file was removed or renamed.
+SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE \
+  $(shell find csrc python -name __pycache__ -prune -o -print)
+
+# Start afresh from a half-written .venv, and from one whose Python has left the machine.
+VENV_STATE := $(shell test ! -e $(UNFINISHED) && $(VENV_PYTHON) -c '' 2>/dev/null && echo sound)
+ifneq ($(VENV_STATE),sound)
+.PHONY: $(CREATED)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help mnist test bench clean
+
+help:
+	@echo "make mnist   train the article's MNIST network on the fast layers;"
+	@echo "             ARGS passes options: make mnist ARGS='--layers both --epochs 2'"
+	@echo "make test    run the tests; ARGS passes options to pytest"
+	@echo "make bench   run the benchmarks; ARGS passes options to pytest"
+	@echo "make clean   remove .venv and everything that was built"
+	@echo
+	@echo "Needs Python 3.10 or newer (one other than python3: make PYTHON=...) and a"
+	@echo "C++20 compiler. The first run sets up .venv, for which it downloads TensorFlow."
+
+mnist: $(INSTALLED)
+	@$(VENV_PYTHON) -m fastconv mnist $(ARGS)
+
+test: $(INSTALLED)
+	$(VENV_PYTHON) -m pytest $(ARGS)
+
+bench: $(INSTALLED)
+	$(VENV_PYTHON) -m pytest bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis .benchmarks .ruff_cache
+	find csrc python tests bench examples tools -name __pycache__ -prune -exec rm -rf {} +
+
+$(CREATED):
+	@tools/check_machine.sh $(PYTHON)
+	@echo "Creating $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# The wheel is built before anything is installed: an error of the compiler costs no download.
+$(INSTALLED): $(CREATED) $(SOURCES)
+	@echo "Building fastconv (this can take a minute or two)"
+	@rm -rf $(WHEELS)
+	@$(VENV_PYTHON) -m pip wheel --no-deps --wheel-dir $(WHEELS) .
+	@touch $(UNFINISHED)
+	@echo "Installing fastconv, TensorFlow and the test tools into $(VENV)"
+	@$(VENV_PYTHON) -m pip install --force-reinstall --no-deps $(WHEELS)/*.whl
+	@set -- $(WHEELS)/*.whl && $(VENV_PYTHON) -m pip install "$$1[tensorflow,test]"
+	@mv $(UNFINISHED) $@
