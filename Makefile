@@ -53,6 +53,9 @@ $(CREATED):
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
+# After the first time, pip would mostly list what is there already.
+QUIET = $(if $(wildcard $(INSTALLED)),--quiet)
+
 # The wheel is built before anything is installed: an error of the compiler costs no download.
 $(INSTALLED): $(CREATED) $(SOURCES)
 	@echo "Building fastconv (this can take a minute or two)"
@@ -60,6 +63,6 @@ $(INSTALLED): $(CREATED) $(SOURCES)
 	@$(VENV_PYTHON) -m pip wheel --no-deps --wheel-dir $(WHEELS) .
 	@touch $(UNFINISHED)
 	@echo "Installing fastconv, TensorFlow and the test tools into $(VENV)"
-	@$(VENV_PYTHON) -m pip install --force-reinstall --no-deps $(WHEELS)/*.whl
-	@set -- $(WHEELS)/*.whl && $(VENV_PYTHON) -m pip install "$$1[tensorflow,test]"
+	@$(VENV_PYTHON) -m pip install $(QUIET) --force-reinstall --no-deps $(WHEELS)/*.whl
+	@set -- $(WHEELS)/*.whl && $(VENV_PYTHON) -m pip install $(QUIET) "$$1[tensorflow,test]"
 	@mv $(UNFINISHED) $@

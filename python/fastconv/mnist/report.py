@@ -23,9 +23,7 @@ def differences_table(differences, batch_size):
             Text(f"{row.relative:.1e}", colour),
         )
     images = "training image" if batch_size == 1 else f"{batch_size} training images"
-    return _with_note(
-        table, f"On the first {images}; relative to stock's largest absolute value."
-    )
+    return _with_note(table, f"On the first {images}; relative to stock's largest absolute value.")
 
 
 def results_table(stock, fast):
