@@ -237,6 +237,7 @@ Pool2dProblem make_pool2d_problem(const Pool2dArguments& a) {
   p.pad_bottom = rows.pad_after;
   p.pad_left = columns.pad_before;
   p.pad_right = columns.pad_after;
+  check_element_count("y", p.y_shape());
   return p;
 }
 

@@ -38,8 +38,8 @@ struct Conv2dProblem {
   std::int64_t x_size() const { return n * h * w * c; }
   std::int64_t y_size() const { return n * oh * ow * k; }
   std::int64_t filter_size() const { return r * s * c_per_group() * k; }
-  std::array<std::int64_t, 4> x_shape() const;
-  std::array<std::int64_t, 4> y_shape() const;
+  FASTCONV_API std::array<std::int64_t, 4> x_shape() const;
+  FASTCONV_API std::array<std::int64_t, 4> y_shape() const;
   std::array<std::int64_t, 4> filter_shape() const { return {r, s, c_per_group(), k}; }
 
   bool operator==(const Conv2dProblem&) const = default;
@@ -55,8 +55,8 @@ struct Pool2dProblem {
 
   std::int64_t x_size() const { return n * h * w * c; }
   std::int64_t y_size() const { return n * oh * ow * c; }
-  std::array<std::int64_t, 4> x_shape() const;
-  std::array<std::int64_t, 4> y_shape() const;
+  FASTCONV_API std::array<std::int64_t, 4> x_shape() const;
+  FASTCONV_API std::array<std::int64_t, 4> y_shape() const;
   // The position of a window's maximum, row * s + column, fits one byte up to 256 taps; beyond
   // that the argmax is an array of int32.
   bool argmax_fits_byte() const { return r * s <= 256; }

@@ -1,2 +1,430 @@
+// The Python door: NumPy arrays in, NumPy arrays out. It checks that the arrays are what the
+// problem asks for, makes strided or misaligned ones dense, releases the GIL and calls the
+// operation. Options arrive normalised by fastconv/_arguments.py; their values are checked by
+// core/problem.hpp. std::invalid_argument, the base of InvalidArgument, becomes ValueError.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-PYBIND11_MODULE(_core, m) { m.doc() = "placeholder"; }
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/cpu_features.hpp"
+#include "core/error.hpp"
+#include "core/operations.hpp"
+#include "core/problem.hpp"
+#include "core/thread_pool.hpp"
+#include "cpu/reference.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+using std::int64_t;
+
+using Pair = std::array<int64_t, 2>;
+using Shape = std::array<int64_t, 4>;
+using PaddingOption = std::pair<std::string, std::array<int64_t, 4>>;  // kind; top .. right
+
+// The arrays that kernels read. Constructing one from an array of the same type copies only where
+// strides or alignment ask for it.
+constexpr int kDense = int{py::array::c_style} | int{py::detail::npy_api::NPY_ARRAY_ALIGNED_};
+template <class T>
+using Dense = py::array_t<T, kDense>;
+
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
+std::string python_text(py::handle object) { return py::str(object); }
+
+// --- options --------------------------------------------------------------------------------------
+
+template <class Value, std::size_t Count>
+Value parse(const char* name, const std::string& given,
+            const std::array<std::pair<const char*, Value>, Count>& choices) {
+  std::string allowed;
+  for (const auto& [choice, value] : choices) {
+    if (given == choice) return value;
+    allowed += text(allowed.empty() ? "'" : ", '", choice, "'");
+  }
+  throw fastconv::InvalidArgument(
+      text("`", name, "` must be one of ", allowed, ". Received: ", name, "='", given, "'"));
+}
+
+fastconv::Layout parse_data_format(const std::string& given) {
+  using fastconv::Layout;
+  return parse<Layout, 2>("data_format", given,
+                          {{{"channels_last", Layout::nhwc}, {"channels_first", Layout::nchw}}});
+}
+
+fastconv::Activation parse_activation(const std::string& given) {
+  using fastconv::Activation;
+  return parse<Activation, 2>("activation", given,
+                              {{{"linear", Activation::linear}, {"relu", Activation::relu}}});
+}
+
+fastconv::Padding parse_padding(const PaddingOption& given) {
+  using Kind = fastconv::Padding::Kind;
+  const auto& [kind, sides] = given;
+  return {parse<Kind, 3>("padding", kind,
+                         {{{"valid", Kind::valid},
+                           {"same", Kind::same},
+                           {"explicit", Kind::explicit_sides}}}),
+          sides[0], sides[1], sides[2], sides[3]};
+}
+
+struct Conv2dOptions {
+  Pair strides;
+  PaddingOption padding;
+  Pair dilation_rate;
+  int64_t groups;
+  std::string activation;
+  std::string data_format;
+
+  fastconv::Conv2dProblem problem(const Shape& x, const Shape& w) const {
+    return fastconv::make_conv2d_problem({.x_shape = x,
+                                          .filter_shape = w,
+                                          .strides = strides,
+                                          .dilations = dilation_rate,
+                                          .padding = parse_padding(padding),
+                                          .groups = groups,
+                                          .layout = parse_data_format(data_format),
+                                          .activation = parse_activation(activation)});
+  }
+};
+
+struct Pool2dOptions {
+  Pair pool_size;
+  Pair strides;
+  PaddingOption padding;
+  std::string data_format;
+
+  fastconv::Pool2dProblem problem(const Shape& x) const {
+    return fastconv::make_pool2d_problem({.x_shape = x,
+                                          .pool_size = pool_size,
+                                          .strides = strides,
+                                          .padding = parse_padding(padding),
+                                          .layout = parse_data_format(data_format)});
+  }
+};
+
+// --- arrays ---------------------------------------------------------------------------------------
+
+py::array require_array(py::handle object, const char* name) {
+  if (!py::isinstance<py::array>(object)) {
+    throw py::type_error(text("`", name, "` must be a NumPy array. Received: ", name, " of type ",
+                              python_text(py::type::handle_of(object).attr("__name__"))));
+  }
+  return py::reinterpret_borrow<py::array>(object);
+}
+
+py::array require_floats(py::handle object, const char* name) {
+  py::array array = require_array(object, name);
+  if (!py::isinstance<py::array_t<float>>(array)) {
+    throw py::type_error(text("`", name, "` must have dtype float32 in native byte order. ",
+                              "Received: ", name, ".dtype=", python_text(array.dtype())));
+  }
+  return array;
+}
+
+Shape shape_of(const py::array& array, const char* name) {
+  if (array.ndim() != 4) {
+    throw fastconv::InvalidArgument(text("`", name, "` must have 4 dimensions. Received: ", name,
+                                         ".shape=", python_text(array.attr("shape"))));
+  }
+  return {array.shape(0), array.shape(1), array.shape(2), array.shape(3)};
+}
+
+template <std::size_t Rank>
+void require_shape(const py::array& array, const char* name,
+                   const std::array<int64_t, Rank>& expected) {
+  if (array.ndim() == Rank && std::equal(expected.begin(), expected.end(), array.shape())) return;
+  throw fastconv::InvalidArgument(text("`", name, "` must have shape ",
+                                       python_text(py::tuple(py::cast(expected))), ". Received: ",
+                                       name, ".shape=", python_text(array.attr("shape"))));
+}
+
+template <std::size_t Rank>
+py::array require_floats(py::handle object, const char* name,
+                         const std::array<int64_t, Rank>& shape) {
+  py::array array = require_floats(object, name);
+  require_shape(array, name, shape);
+  return array;
+}
+
+// An optional input: None gives an empty holder, whose data() is null.
+class OptionalFloats {
+ public:
+  template <std::size_t Rank>
+  OptionalFloats(const py::object& object, const char* name,
+                 const std::array<int64_t, Rank>& shape) {
+    if (!object.is_none()) array_.emplace(require_floats(object, name, shape));
+  }
+  const float* data() const { return array_ ? array_->data() : nullptr; }
+
+ private:
+  std::optional<Dense<float>> array_;
+};
+
+// fprop's output, which the backward passes need where ReLU has zeroed part of it.
+OptionalFloats require_output(const fastconv::Conv2dProblem& problem, const py::object& output) {
+  if (problem.activation == fastconv::Activation::relu && output.is_none()) {
+    throw fastconv::InvalidArgument(
+        "`output`, the result of conv2d, is required with activation='relu'. "
+        "Received: output=None");
+  }
+  return {output, "output", problem.y_shape()};
+}
+
+// --- convolution ----------------------------------------------------------------------------------
+
+// The functions behind one set of Python names: the kernels, or the reference that tests compare
+// them with.
+struct Operations {
+  decltype(&fastconv::conv2d_fprop) conv2d_fprop;
+  decltype(&fastconv::conv2d_dgrad) conv2d_dgrad;
+  decltype(&fastconv::conv2d_wgrad) conv2d_wgrad;
+  decltype(&fastconv::max_pool2d_fprop) max_pool2d_fprop;
+  decltype(&fastconv::max_pool2d_bprop) max_pool2d_bprop;
+};
+
+constexpr Operations kKernels{fastconv::conv2d_fprop, fastconv::conv2d_dgrad,
+                              fastconv::conv2d_wgrad, fastconv::max_pool2d_fprop,
+                              fastconv::max_pool2d_bprop};
+constexpr Operations kReference{
+    fastconv::reference::conv2d_fprop, fastconv::reference::conv2d_dgrad,
+    fastconv::reference::conv2d_wgrad, fastconv::reference::max_pool2d_fprop,
+    fastconv::reference::max_pool2d_bprop};
+
+template <const Operations& operations>
+py::array_t<float> conv2d(const py::object& x_object, const py::object& w_object,
+                          const py::object& bias_object, const Conv2dOptions& options) {
+  const py::array x_array = require_floats(x_object, "x");
+  const py::array w_array = require_floats(w_object, "w");
+  const auto problem = options.problem(shape_of(x_array, "x"), shape_of(w_array, "w"));
+  const OptionalFloats bias(bias_object, "bias", std::array{problem.k});
+
+  py::array_t<float> y(problem.y_shape());
+  const Dense<float> x(x_array), w(w_array);
+  float* const y_data = y.mutable_data();
+  const py::gil_scoped_release unlocked;
+  operations.conv2d_fprop(problem, x.data(), w.data(), bias.data(), y_data);
+  return y;
+}
+
+template <const Operations& operations>
+py::array_t<float> conv2d_grad_input(const py::object& dy_object, const py::object& w_object,
+                                     const Shape& input_shape, const py::object& output_object,
+                                     const Conv2dOptions& options) {
+  const py::array w_array = require_floats(w_object, "w");
+  const auto problem = options.problem(input_shape, shape_of(w_array, "w"));
+  const py::array dy_array = require_floats(dy_object, "dy", problem.y_shape());
+  const OptionalFloats output = require_output(problem, output_object);
+
+  py::array_t<float> dx(problem.x_shape());
+  const Dense<float> dy(dy_array), w(w_array);
+  float* const dx_data = dx.mutable_data();
+  const py::gil_scoped_release unlocked;
+  operations.conv2d_dgrad(problem, dy.data(), w.data(), output.data(), dx_data);
+  return dx;
+}
+
+template <const Operations& operations>
+py::object conv2d_grad_filter(const py::object& x_object, const py::object& dy_object,
+                              const Shape& filter_shape, const py::object& output_object,
+                              bool return_bias_grad, const Conv2dOptions& options) {
+  const py::array x_array = require_floats(x_object, "x");
+  const auto problem = options.problem(shape_of(x_array, "x"), filter_shape);
+  const py::array dy_array = require_floats(dy_object, "dy", problem.y_shape());
+  const OptionalFloats output = require_output(problem, output_object);
+
+  py::array_t<float> dw(problem.filter_shape());
+  std::optional<py::array_t<float>> dbias;
+  if (return_bias_grad) dbias.emplace(problem.k);
+  const Dense<float> x(x_array), dy(dy_array);
+  float* const dw_data = dw.mutable_data();
+  float* const dbias_data = dbias ? dbias->mutable_data() : nullptr;
+  {
+    const py::gil_scoped_release unlocked;
+    operations.conv2d_wgrad(problem, x.data(), dy.data(), output.data(), dw_data, dbias_data);
+  }
+  if (!dbias) return dw;
+  return py::make_tuple(dw, *dbias);
+}
+
+// --- pooling --------------------------------------------------------------------------------------
+
+template <const Operations& operations>
+py::object max_pool2d(const py::object& x_object, bool return_argmax,
+                      const Pool2dOptions& options) {
+  const py::array x_array = require_floats(x_object, "x");
+  const auto problem = options.problem(shape_of(x_array, "x"));
+
+  py::array_t<float> y(problem.y_shape());
+  std::optional<py::array> argmax;
+  if (return_argmax) {
+    argmax.emplace(problem.argmax_fits_byte() ? py::dtype::of<std::uint8_t>()
+                                              : py::dtype::of<std::int32_t>(),
+                   problem.y_shape());
+  }
+  const Dense<float> x(x_array);
+  float* const y_data = y.mutable_data();
+  void* const argmax_data = argmax ? argmax->mutable_data() : nullptr;
+  {
+    const py::gil_scoped_release unlocked;
+    operations.max_pool2d_fprop(problem, x.data(), y_data, argmax_data);
+  }
+  if (!argmax) return y;
+  return py::make_tuple(y, *argmax);
+}
+
+// The kernels address memory by what argmax holds. Every value must name a tap of the window; one
+// that lies in the padding is theirs to skip.
+template <class T>
+void require_taps(const T* argmax, int64_t count, const fastconv::Pool2dProblem& problem) {
+  T least = 0, most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    least = std::min(least, argmax[i]);
+    most = std::max(most, argmax[i]);
+  }
+  const int64_t taps = problem.r * problem.s;
+  if (least >= 0 && most < taps) return;
+  throw fastconv::InvalidArgument(text("`argmax` must hold values from 0 to ", taps - 1,
+                                       ", the taps of the window. Received: argmax with value ",
+                                       static_cast<int64_t>(least < 0 ? least : most)));
+}
+
+template <const Operations& operations, class T>
+py::array_t<float> scatter(const fastconv::Pool2dProblem& problem, const py::array& dy_array,
+                           const py::array& argmax_array) {
+  py::array_t<float> dx(problem.x_shape());
+  const Dense<float> dy(dy_array);
+  const Dense<T> argmax(argmax_array);
+  float* const dx_data = dx.mutable_data();
+  const py::gil_scoped_release unlocked;
+  require_taps(argmax.data(), problem.y_size(), problem);
+  operations.max_pool2d_bprop(problem, dy.data(), argmax.data(), dx_data);
+  return dx;
+}
+
+template <const Operations& operations>
+py::array_t<float> max_pool2d_grad(const py::object& dy_object, const py::object& argmax_object,
+                                   const Shape& input_shape, const Pool2dOptions& options) {
+  const auto problem = options.problem(input_shape);
+  const py::array dy = require_floats(dy_object, "dy", problem.y_shape());
+  const py::array argmax = require_array(argmax_object, "argmax");
+  const bool is_byte = problem.argmax_fits_byte();
+  if (!(is_byte ? py::isinstance<py::array_t<std::uint8_t>>(argmax)
+                : py::isinstance<py::array_t<std::int32_t>>(argmax))) {
+    throw py::type_error(text("`argmax` must have dtype ", is_byte ? "uint8" : "int32",
+                              " with a window of ", problem.r, " x ", problem.s,
+                              ". Received: argmax.dtype=", python_text(argmax.dtype())));
+  }
+  require_shape(argmax, "argmax", problem.y_shape());
+  return is_byte ? scatter<operations, std::uint8_t>(problem, dy, argmax)
+                 : scatter<operations, std::int32_t>(problem, dy, argmax);
+}
+
+// --- module ---------------------------------------------------------------------------------------
+
+template <const Operations& operations>
+void define_operations(py::module_& m) {
+  m.def(
+      "conv2d",
+      [](const py::object& x, const py::object& w, const py::object& bias, Pair strides,
+         PaddingOption padding, Pair dilation_rate, int64_t groups, std::string activation,
+         std::string data_format) {
+        return conv2d<operations>(
+            x, w, bias,
+            {strides, std::move(padding), dilation_rate, groups, std::move(activation),
+             std::move(data_format)});
+      },
+      py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("strides"), py::arg("padding"),
+      py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"), py::arg("data_format"));
+  m.def(
+      "conv2d_grad_input",
+      [](const py::object& dy, const py::object& w, const Shape& input_shape,
+         const py::object& output, Pair strides, PaddingOption padding, Pair dilation_rate,
+         int64_t groups, std::string activation, std::string data_format) {
+        return conv2d_grad_input<operations>(
+            dy, w, input_shape, output,
+            {strides, std::move(padding), dilation_rate, groups, std::move(activation),
+             std::move(data_format)});
+      },
+      py::arg("dy"), py::arg("w"), py::arg("input_shape"), py::arg("output"), py::arg("strides"),
+      py::arg("padding"), py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"),
+      py::arg("data_format"));
+  m.def(
+      "conv2d_grad_filter",
+      [](const py::object& x, const py::object& dy, const Shape& filter_shape,
+         const py::object& output, bool return_bias_grad, Pair strides, PaddingOption padding,
+         Pair dilation_rate, int64_t groups, std::string activation, std::string data_format) {
+        return conv2d_grad_filter<operations>(
+            x, dy, filter_shape, output, return_bias_grad,
+            {strides, std::move(padding), dilation_rate, groups, std::move(activation),
+             std::move(data_format)});
+      },
+      py::arg("x"), py::arg("dy"), py::arg("filter_shape"), py::arg("output"),
+      py::arg("return_bias_grad"), py::arg("strides"), py::arg("padding"),
+      py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"), py::arg("data_format"));
+  m.def(
+      "max_pool2d",
+      [](const py::object& x, bool return_argmax, Pair pool_size, Pair strides,
+         PaddingOption padding, std::string data_format) {
+        return max_pool2d<operations>(
+            x, return_argmax, {pool_size, strides, std::move(padding), std::move(data_format)});
+      },
+      py::arg("x"), py::arg("return_argmax"), py::arg("pool_size"), py::arg("strides"),
+      py::arg("padding"), py::arg("data_format"));
+  m.def(
+      "max_pool2d_grad",
+      [](const py::object& dy, const py::object& argmax, const Shape& input_shape, Pair pool_size,
+         Pair strides, PaddingOption padding, std::string data_format) {
+        return max_pool2d_grad<operations>(
+            dy, argmax, input_shape,
+            {pool_size, strides, std::move(padding), std::move(data_format)});
+      },
+      py::arg("dy"), py::arg("argmax"), py::arg("input_shape"), py::arg("pool_size"),
+      py::arg("strides"), py::arg("padding"), py::arg("data_format"));
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (fastconv::Isa isa : fastconv::available_isas()) names.emplace_back(isa_name(isa));
+  return names;
+}
+
+void set_num_threads(int64_t threads) {
+  // What no int holds would reach the core as another number.
+  if (threads != static_cast<int>(threads)) {
+    throw fastconv::InvalidArgument(
+        text("num_threads must be an integer from 1 to 1024. Received: num_threads=", threads));
+  }
+  fastconv::set_num_threads(static_cast<int>(threads));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The compiled part of fastconv; use it through fastconv's own functions.";
+  m.attr("__version__") = FASTCONV_VERSION;
+  define_operations<kKernels>(m);
+  py::module_ reference = m.def_submodule(
+      "reference", "The same operations, slow and obvious: what tests compare the kernels with.");
+  define_operations<kReference>(reference);
+  m.def("set_num_threads", &set_num_threads, py::arg("num_threads"));
+  m.def("get_num_threads", &fastconv::num_threads);
+  m.def("isa", [] { return fastconv::isa_name(fastconv::current_isa()); });
+  m.def("available_isas", &available_isas);
+  m.def("set_isa", &fastconv::set_isa, py::arg("name"));
+}

@@ -1,0 +1,53 @@
+"""fastconv: fast convolution and pooling for Keras and NumPy.
+
+The functions of this package work on NumPy arrays; ``fastconv.keras`` holds the Keras layers and
+needs TensorFlow.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from fastconv._core import __version__
+from fastconv.functional import (
+    conv2d,
+    conv2d_grad_filter,
+    conv2d_grad_input,
+    get_num_threads,
+    info,
+    max_pool2d,
+    max_pool2d_grad,
+    set_num_threads,
+)
+
+__all__ = [
+    "__version__",
+    "conv2d",
+    "conv2d_grad_filter",
+    "conv2d_grad_input",
+    "get_num_threads",
+    "info",
+    "max_pool2d",
+    "max_pool2d_grad",
+    "set_num_threads",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # TensorFlow takes seconds to import: only those who use the layers pay for it.
+    if name != "keras":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return importlib.import_module("fastconv.keras")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("keras", "tensorflow"):
+            raise
+        raise ImportError(
+            f"fastconv.keras needs TensorFlow and Keras, and {error.name} is not installed. "
+            "Install both with: pip install 'fastconv[tensorflow]'"
+        ) from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "keras"})

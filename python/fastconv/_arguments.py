@@ -1,0 +1,124 @@
+"""Normalises the options that every door takes: Keras's spellings in, plain integers and names out.
+
+Only kinds are checked here, and what no 64-bit integer can hold; whether a value makes sense for
+its operation is decided once, in C++, where the problem is described.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from typing import SupportsIndex
+
+IntegerOrPair: TypeAlias = "SupportsIndex | Sequence[SupportsIndex]"
+Sides: TypeAlias = "tuple[int, int, int, int]"
+Padding: TypeAlias = "str | Sequence[Sequence[SupportsIndex]]"
+
+_NO_SIDES: Sides = (0, 0, 0, 0)
+
+
+def normalize_integer(value: Any, name: str) -> int:
+    """``value`` as an int. Takes NumPy's integers too, but no bool."""
+    integer = _as_integer(value)
+    if integer is None:
+        raise TypeError(f"`{name}` must be an integer. Received: {name}={value!r}")
+    return _fit(integer, name, value)
+
+
+def normalize_pair(value: Any, name: str) -> tuple[int, int]:
+    """The values for height and width: an integer stands for both."""
+    integer = _as_integer(value)
+    if integer is not None:
+        integer = _fit(integer, name, value)
+        return integer, integer
+    rule = f"`{name}` must be an integer or a pair of integers"
+    items = _as_integers(value, name, rule, value)
+    if len(items) != 2:
+        raise ValueError(f"{rule}. Received: {name}={value!r}")
+    return items[0], items[1]
+
+
+def normalize_shape(value: Any, name: str) -> tuple[int, int, int, int]:
+    """The shape of a 4-dimensional array."""
+    rule = f"`{name}` must be four integers that are not negative"
+    shape = _as_integers(value, name, rule, value)
+    if len(shape) != 4 or min(shape) < 0:
+        raise ValueError(f"{rule}. Received: {name}={value!r}")
+    return shape[0], shape[1], shape[2], shape[3]
+
+
+def normalize_padding(padding: Any) -> tuple[str, Sides]:
+    """The kind, ``"valid"``, ``"same"`` or ``"explicit"``, and (top, bottom, left, right).
+
+    The sides are those of an explicit padding; else they are 0.
+    """
+    rule = "`padding` must be 'valid', 'same' or ((top, bottom), (left, right))"
+    if isinstance(padding, str):
+        kind = padding.lower()
+        if kind not in ("valid", "same"):
+            raise ValueError(f"{rule}. Received: padding={padding!r}")
+        return kind, _NO_SIDES
+    if not _is_sequence(padding):
+        raise TypeError(f"{rule}. Received: padding={padding!r}")
+    axes = [_as_integers(sides, "padding", f"{rule}, of integers", padding) for sides in padding]
+    if [len(sides) for sides in axes] != [2, 2]:
+        raise ValueError(f"{rule}. Received: padding={padding!r}")
+    (top, bottom), (left, right) = axes
+    return "explicit", (top, bottom, left, right)
+
+
+def normalize_data_format(data_format: Any) -> str:
+    """``"channels_last"`` or ``"channels_first"``."""
+    return _choose(data_format, "data_format", ("channels_last", "channels_first"))
+
+
+def normalize_activation(activation: Any) -> str:
+    """``"linear"``, for which None stands too, or ``"relu"``."""
+    if activation is None:
+        return "linear"
+    return _choose(activation, "activation", ("linear", "relu"), also="None, ")
+
+
+def _choose(value: Any, name: str, choices: tuple[str, ...], also: str = "") -> str:
+    rule = f"`{name}` must be one of {also}{', '.join(map(repr, choices))}"
+    if not isinstance(value, str):
+        raise TypeError(f"{rule}. Received: {name}={value!r}")
+    if value not in choices:
+        raise ValueError(f"{rule}. Received: {name}={value!r}")
+    return value
+
+
+def _as_integer(value: Any) -> int | None:
+    """``value`` as an int; None where it is no integer. A bool is a truth, not a number."""
+    if isinstance(value, (bool, np.bool_)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _as_integers(value: Any, name: str, rule: str, received: Any) -> list[int]:
+    """The items of the sequence ``value``, which is ``received`` or a part of it."""
+    items = [_as_integer(item) for item in value] if _is_sequence(value) else [None]
+    integers = [item for item in items if item is not None]
+    if len(integers) != len(items):
+        raise TypeError(f"{rule}. Received: {name}={received!r}")
+    return [_fit(integer, name, received) for integer in integers]
+
+
+def _is_sequence(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _fit(integer: int, name: str, received: Any) -> int:
+    if not -(2**63) <= integer < 2**63:
+        raise ValueError(f"`{name}` must fit 64-bit integers. Received: {name}={received!r}")
+    return integer

@@ -1,0 +1,135 @@
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Pair: TypeAlias = tuple[int, int]
+_Shape: TypeAlias = tuple[int, int, int, int]
+_Padding: TypeAlias = tuple[str, _Shape]  # kind, (top, bottom, left, right)
+_Floats: TypeAlias = NDArray[np.float32]
+
+__version__: str
+
+def conv2d(
+    x: _Floats,
+    w: _Floats,
+    bias: _Floats | None,
+    strides: _Pair,
+    padding: _Padding,
+    dilation_rate: _Pair,
+    groups: int,
+    activation: str,
+    data_format: str,
+) -> _Floats: ...
+def conv2d_grad_input(
+    dy: _Floats,
+    w: _Floats,
+    input_shape: _Shape,
+    output: _Floats | None,
+    strides: _Pair,
+    padding: _Padding,
+    dilation_rate: _Pair,
+    groups: int,
+    activation: str,
+    data_format: str,
+) -> _Floats: ...
+
+# A pair of arrays with return_bias_grad, one array without.
+def conv2d_grad_filter(
+    x: _Floats,
+    dy: _Floats,
+    filter_shape: _Shape,
+    output: _Floats | None,
+    return_bias_grad: bool,
+    strides: _Pair,
+    padding: _Padding,
+    dilation_rate: _Pair,
+    groups: int,
+    activation: str,
+    data_format: str,
+) -> _Floats | tuple[_Floats, _Floats]: ...
+
+# A pair of arrays with return_argmax, one array without.
+def max_pool2d(
+    x: _Floats,
+    return_argmax: bool,
+    pool_size: _Pair,
+    strides: _Pair,
+    padding: _Padding,
+    data_format: str,
+) -> _Floats | tuple[_Floats, NDArray[np.uint8] | NDArray[np.int32]]: ...
+def max_pool2d_grad(
+    dy: _Floats,
+    argmax: NDArray[np.uint8] | NDArray[np.int32],
+    input_shape: _Shape,
+    pool_size: _Pair,
+    strides: _Pair,
+    padding: _Padding,
+    data_format: str,
+) -> _Floats: ...
+def set_num_threads(num_threads: int) -> None: ...
+def get_num_threads() -> int: ...
+def isa() -> str: ...
+def available_isas() -> list[str]: ...
+def set_isa(name: str) -> None: ...
+
+# A submodule: the slow functions that tests compare the kernels with.
+class reference:
+    @staticmethod
+    def conv2d(
+        x: _Floats,
+        w: _Floats,
+        bias: _Floats | None,
+        strides: _Pair,
+        padding: _Padding,
+        dilation_rate: _Pair,
+        groups: int,
+        activation: str,
+        data_format: str,
+    ) -> _Floats: ...
+    @staticmethod
+    def conv2d_grad_input(
+        dy: _Floats,
+        w: _Floats,
+        input_shape: _Shape,
+        output: _Floats | None,
+        strides: _Pair,
+        padding: _Padding,
+        dilation_rate: _Pair,
+        groups: int,
+        activation: str,
+        data_format: str,
+    ) -> _Floats: ...
+    @staticmethod
+    def conv2d_grad_filter(
+        x: _Floats,
+        dy: _Floats,
+        filter_shape: _Shape,
+        output: _Floats | None,
+        return_bias_grad: bool,
+        strides: _Pair,
+        padding: _Padding,
+        dilation_rate: _Pair,
+        groups: int,
+        activation: str,
+        data_format: str,
+    ) -> _Floats | tuple[_Floats, _Floats]: ...
+    @staticmethod
+    def max_pool2d(
+        x: _Floats,
+        return_argmax: bool,
+        pool_size: _Pair,
+        strides: _Pair,
+        padding: _Padding,
+        data_format: str,
+    ) -> _Floats | tuple[_Floats, NDArray[np.uint8] | NDArray[np.int32]]: ...
+    @staticmethod
+    def max_pool2d_grad(
+        dy: _Floats,
+        argmax: NDArray[np.uint8] | NDArray[np.int32],
+        input_shape: _Shape,
+        pool_size: _Pair,
+        strides: _Pair,
+        padding: _Padding,
+        data_format: str,
+    ) -> _Floats: ...

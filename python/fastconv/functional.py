@@ -1,0 +1,463 @@
+"""Convolution and max-pooling of NumPy arrays, forward and backward.
+
+Arguments and their names are those of Keras. Activations are float32 arrays of shape (batch,
+height, width, channels), or (batch, channels, height, width) with ``data_format=
+"channels_first"``; filters are of shape (rows, columns, channels / groups, filters) with either.
+Strided views are taken too, at the price of a copy. Results are new arrays, the same bits for any
+number of threads. Where shapes or options do not fit, nothing is computed.
+
+Convolutions are computed as implicit matrix products: the patches of the input that meet the filter
+are gathered while the multiplication runs, never stored as a matrix [1]_ [2]_.
+
+.. [1] S. Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", arXiv:1410.0759, 2014.
+.. [2] M. Dukhan, "The Indirect Convolution Algorithm", arXiv:1907.02129, 2019.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from fastconv import _core
+from fastconv._arguments import (
+    normalize_activation,
+    normalize_data_format,
+    normalize_integer,
+    normalize_padding,
+    normalize_pair,
+    normalize_shape,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import SupportsIndex
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from fastconv._arguments import IntegerOrPair, Padding
+
+    FloatArray = NDArray[np.float32]
+    ArgmaxArray = NDArray[np.uint8] | NDArray[np.int32]
+    Shape = Sequence[SupportsIndex]
+
+__all__ = [
+    "conv2d",
+    "conv2d_grad_filter",
+    "conv2d_grad_input",
+    "get_num_threads",
+    "info",
+    "max_pool2d",
+    "max_pool2d_grad",
+    "set_num_threads",
+]
+
+
+def conv2d(
+    x: FloatArray,
+    w: FloatArray,
+    bias: FloatArray | None = None,
+    *,
+    strides: IntegerOrPair = 1,
+    padding: Padding = "valid",
+    dilation_rate: IntegerOrPair = 1,
+    groups: SupportsIndex = 1,
+    activation: str | None = None,
+    data_format: str = "channels_last",
+) -> FloatArray:
+    """2-D convolution, ``activation(x * w + bias)``, in one pass.
+
+    As in every neural-network library this is the cross-correlation: filters are not flipped.
+
+    Parameters
+    ----------
+    x
+        float32 array of shape (batch, height, width, channels), or (batch, channels, height,
+        width) with ``data_format="channels_first"``. The batch may be 0.
+    w
+        float32 array of shape (rows, columns, channels / groups, filters).
+    bias
+        float32 array of shape (filters,), or None for none.
+    strides
+        Step of the window: an integer, or a pair for height and width.
+    padding
+        ``"valid"`` (none), ``"same"`` (zeros such that the output is of height
+        ceil(height / stride), an odd one at the bottom and the right) or the rows and columns of
+        zeros as ``((top, bottom), (left, right))``.
+    dilation_rate
+        Distance between neighbouring taps of the filter: an integer, or a pair for height and
+        width.
+    groups
+        Number of groups that channels and filters are split into; the filters of a group see the
+        channels of that group alone.
+    activation
+        None or ``"linear"``; or ``"relu"``, which lets NaN through.
+    data_format
+        ``"channels_last"`` or ``"channels_first"``, of ``x`` and of the result.
+
+    Returns
+    -------
+    y
+        float32 array of shape (batch, new_height, new_width, filters), or (batch, filters,
+        new_height, new_width) with ``data_format="channels_first"``.
+
+    Raises
+    ------
+    TypeError
+        If an array is none or not of float32, or an option is not of the kind stated above.
+    ValueError
+        If a shape or the value of an option is not one of those stated above, or the dilated
+        filter is larger than the padded input.
+    """
+    return _core.conv2d(
+        x,
+        w,
+        bias,
+        **_conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
+    )
+
+
+def conv2d_grad_input(
+    dy: FloatArray,
+    w: FloatArray,
+    input_shape: Shape,
+    *,
+    strides: IntegerOrPair = 1,
+    padding: Padding = "valid",
+    dilation_rate: IntegerOrPair = 1,
+    groups: SupportsIndex = 1,
+    data_format: str = "channels_last",
+    activation: str | None = None,
+    output: FloatArray | None = None,
+) -> FloatArray:
+    """Gradient of :func:`conv2d` by its input; the transposed convolution of ``dy``.
+
+    Computed as a convolution of ``dy`` with the flipped, transposed filters; a strided one is
+    split into one for each residue of the stride, so that no zeros are inserted.
+
+    Parameters
+    ----------
+    dy
+        Gradient of the result: float32 array of the shape that ``conv2d`` returned.
+    w
+        The filters ``conv2d`` was given.
+    input_shape
+        Shape of the input ``x`` that ``conv2d`` was given.
+    strides, padding, dilation_rate, groups, data_format
+        As ``conv2d`` was given.
+    activation
+        As ``conv2d`` was given. With ``"relu"``, ``dy`` counts only where ``output`` > 0.
+    output
+        The result of ``conv2d``: required with ``activation="relu"``, else not read.
+
+    Returns
+    -------
+    dx
+        float32 array of shape ``input_shape``.
+
+    Raises
+    ------
+    TypeError
+        If an array is none or not of float32, or an option is not of the kind ``conv2d`` takes.
+    ValueError
+        If the shapes do not belong to one convolution, an option has a value that ``conv2d``
+        refuses, or ``output`` is missing.
+    """
+    return _core.conv2d_grad_input(
+        dy,
+        w,
+        normalize_shape(input_shape, "input_shape"),
+        output,
+        **_conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
+    )
+
+
+@overload
+def conv2d_grad_filter(
+    x: FloatArray,
+    dy: FloatArray,
+    filter_shape: Shape,
+    *,
+    strides: IntegerOrPair = ...,
+    padding: Padding = ...,
+    dilation_rate: IntegerOrPair = ...,
+    groups: SupportsIndex = ...,
+    data_format: str = ...,
+    activation: str | None = ...,
+    output: FloatArray | None = ...,
+    return_bias_grad: Literal[False] = ...,
+) -> FloatArray: ...
+@overload
+def conv2d_grad_filter(
+    x: FloatArray,
+    dy: FloatArray,
+    filter_shape: Shape,
+    *,
+    strides: IntegerOrPair = ...,
+    padding: Padding = ...,
+    dilation_rate: IntegerOrPair = ...,
+    groups: SupportsIndex = ...,
+    data_format: str = ...,
+    activation: str | None = ...,
+    output: FloatArray | None = ...,
+    return_bias_grad: Literal[True],
+) -> tuple[FloatArray, FloatArray]: ...
+def conv2d_grad_filter(
+    x: FloatArray,
+    dy: FloatArray,
+    filter_shape: Shape,
+    *,
+    strides: IntegerOrPair = 1,
+    padding: Padding = "valid",
+    dilation_rate: IntegerOrPair = 1,
+    groups: SupportsIndex = 1,
+    data_format: str = "channels_last",
+    activation: str | None = None,
+    output: FloatArray | None = None,
+    return_bias_grad: bool = False,
+) -> FloatArray | tuple[FloatArray, FloatArray]:
+    """Gradient of :func:`conv2d` by its filters and, if asked for, by its bias.
+
+    The sum over batch and pixels is split by the shapes alone and its parts are added in a fixed
+    order.
+
+    Parameters
+    ----------
+    x
+        The input ``conv2d`` was given.
+    dy
+        Gradient of the result: float32 array of the shape that ``conv2d`` returned.
+    filter_shape
+        Shape of the filters ``w`` that ``conv2d`` was given.
+    strides, padding, dilation_rate, groups, data_format
+        As ``conv2d`` was given.
+    activation
+        As ``conv2d`` was given. With ``"relu"``, ``dy`` counts only where ``output`` > 0.
+    output
+        The result of ``conv2d``: required with ``activation="relu"``, else not read.
+    return_bias_grad
+        Whether to return the gradient by the bias too.
+
+    Returns
+    -------
+    dw
+        float32 array of shape ``filter_shape``.
+    dbias
+        float32 array of shape (filters,), with ``return_bias_grad=True`` only.
+
+    Raises
+    ------
+    TypeError
+        If an array is none or not of float32, or an option is not of the kind ``conv2d`` takes.
+    ValueError
+        If the shapes do not belong to one convolution, an option has a value that ``conv2d``
+        refuses, or ``output`` is missing.
+    """
+    return _core.conv2d_grad_filter(
+        x,
+        dy,
+        normalize_shape(filter_shape, "filter_shape"),
+        output,
+        bool(return_bias_grad),
+        **_conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
+    )
+
+
+@overload
+def max_pool2d(
+    x: FloatArray,
+    pool_size: IntegerOrPair,
+    *,
+    strides: IntegerOrPair | None = ...,
+    padding: Padding = ...,
+    data_format: str = ...,
+    return_argmax: Literal[False] = ...,
+) -> FloatArray: ...
+@overload
+def max_pool2d(
+    x: FloatArray,
+    pool_size: IntegerOrPair,
+    *,
+    strides: IntegerOrPair | None = ...,
+    padding: Padding = ...,
+    data_format: str = ...,
+    return_argmax: Literal[True],
+) -> tuple[FloatArray, ArgmaxArray]: ...
+def max_pool2d(
+    x: FloatArray,
+    pool_size: IntegerOrPair,
+    *,
+    strides: IntegerOrPair | None = None,
+    padding: Padding = "valid",
+    data_format: str = "channels_last",
+    return_argmax: bool = False,
+) -> FloatArray | tuple[FloatArray, ArgmaxArray]:
+    """Maximum of each window.
+
+    Of equal maxima the first in row-major order wins, as in TensorFlow. A window that holds NaN
+    gives NaN; padding never wins.
+
+    Parameters
+    ----------
+    x
+        float32 array of shape (batch, height, width, channels), or (batch, channels, height,
+        width) with ``data_format="channels_first"``. The batch may be 0.
+    pool_size
+        Extent of the window: an integer, or a pair for height and width.
+    strides
+        Step of the window: an integer, a pair for height and width, or None for ``pool_size``.
+    padding
+        ``"valid"``, ``"same"`` or ``((top, bottom), (left, right))`` as for :func:`conv2d`; each
+        side must be smaller than the window.
+    data_format
+        ``"channels_last"`` or ``"channels_first"``, of ``x`` and of the results.
+    return_argmax
+        Whether to return where each maximum was, which :func:`max_pool2d_grad` needs.
+
+    Returns
+    -------
+    y
+        float32 array of shape (batch, new_height, new_width, channels), or (batch, channels,
+        new_height, new_width) with ``data_format="channels_first"``.
+    argmax
+        With ``return_argmax=True`` only: an array of the shape of ``y`` that holds row *
+        pool_width + column of the maximum within its window, padding included; uint8, or int32
+        where the window has more than 256 taps.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` is no array or not of float32, or an option is not of the kind stated above.
+    ValueError
+        If a shape or the value of an option is not one of those stated above, or the window is
+        larger than the padded input.
+    """
+    return _core.max_pool2d(
+        x,
+        bool(return_argmax),
+        **_pool2d_options(pool_size, strides, padding, data_format),
+    )
+
+
+def max_pool2d_grad(
+    dy: FloatArray,
+    argmax: ArgmaxArray,
+    input_shape: Shape,
+    pool_size: IntegerOrPair,
+    *,
+    strides: IntegerOrPair | None = None,
+    padding: Padding = "valid",
+    data_format: str = "channels_last",
+) -> FloatArray:
+    """Gradient of :func:`max_pool2d` by its input: each ``dy`` goes to its window's maximum.
+
+    Parameters
+    ----------
+    dy
+        Gradient of the result: float32 array of the shape that ``max_pool2d`` returned.
+    argmax
+        The second result of ``max_pool2d``. A value that names a tap in the padding contributes
+        nothing.
+    input_shape
+        Shape of the input ``x`` that ``max_pool2d`` was given.
+    pool_size, strides, padding, data_format
+        As ``max_pool2d`` was given.
+
+    Returns
+    -------
+    dx
+        float32 array of shape ``input_shape``; where windows overlap, the sum of their shares.
+
+    Raises
+    ------
+    TypeError
+        If an array is none or not of the dtype stated, or an option is not of the kind
+        ``max_pool2d`` takes.
+    ValueError
+        If the shapes do not belong to one pooling, an option has a value that ``max_pool2d``
+        refuses, or ``argmax`` holds a value outside the window.
+    """
+    return _core.max_pool2d_grad(
+        dy,
+        argmax,
+        normalize_shape(input_shape, "input_shape"),
+        **_pool2d_options(pool_size, strides, padding, data_format),
+    )
+
+
+def set_num_threads(num_threads: SupportsIndex) -> None:
+    """Sets how many threads a call may use, the caller's included, in the whole process.
+
+    Until then it is what the environment variable ``FASTCONV_NUM_THREADS`` says, else the number
+    of processors the process may run on. Results do not depend on it.
+
+    Parameters
+    ----------
+    num_threads
+        An integer from 1 to 1024.
+
+    Raises
+    ------
+    TypeError
+        If ``num_threads`` is no integer.
+    ValueError
+        If it is out of range.
+    """
+    _core.set_num_threads(normalize_integer(num_threads, "num_threads"))
+
+
+def get_num_threads() -> int:
+    """How many threads a call may use.
+
+    Raises
+    ------
+    ValueError
+        If the environment variable ``FASTCONV_NUM_THREADS`` is no integer from 1 to 1024.
+    """
+    return _core.get_num_threads()
+
+
+def info() -> dict[str, Any]:
+    """What this build of fastconv is and runs on.
+
+    Returns
+    -------
+    facts
+        ``version``; ``isa``, the instruction set in use; ``isa_available``, those that this build
+        and this CPU have, best first (``FASTCONV_ISA`` in the environment chooses one);
+        ``num_threads``; ``cuda``, a dict of ``available`` and, where it is not, the ``reason``.
+
+    Raises
+    ------
+    ValueError
+        If ``FASTCONV_ISA`` or ``FASTCONV_NUM_THREADS`` in the environment has a wrong value.
+    """
+    return {
+        "version": _core.__version__,
+        "isa": _core.isa(),
+        "isa_available": _core.available_isas(),
+        "num_threads": _core.get_num_threads(),
+        "cuda": {"available": False, "reason": "this build has no CUDA kernels"},
+    }
+
+
+def _conv2d_options(
+    strides: Any, padding: Any, dilation_rate: Any, groups: Any, activation: Any, data_format: Any
+) -> dict[str, Any]:
+    return {
+        "strides": normalize_pair(strides, "strides"),
+        "padding": normalize_padding(padding),
+        "dilation_rate": normalize_pair(dilation_rate, "dilation_rate"),
+        "groups": normalize_integer(groups, "groups"),
+        "activation": normalize_activation(activation),
+        "data_format": normalize_data_format(data_format),
+    }
+
+
+def _pool2d_options(pool_size: Any, strides: Any, padding: Any, data_format: Any) -> dict[str, Any]:
+    window = normalize_pair(pool_size, "pool_size")
+    return {
+        "pool_size": window,
+        "strides": window if strides is None else normalize_pair(strides, "strides"),
+        "padding": normalize_padding(padding),
+        "data_format": normalize_data_format(data_format),
+    }
