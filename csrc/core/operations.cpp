@@ -1,26 +1,167 @@
 #include "core/operations.hpp"
 
-#include "cpu/reference.hpp"
+#include <algorithm>
+#include <cstring>
+
+#include "core/thread_pool.hpp"
+#include "core/workspace.hpp"
+#include "cpu/kernels.hpp"
 
 namespace fastconv {
+namespace {
+
+using std::int64_t;
+
+const cpu::Kernels& kernels() { return cpu::kernels(current_isa()); }
+
+std::size_t bytes(int64_t elements) {
+  return static_cast<std::size_t>(elements) * sizeof(float);
+}
+
+// out[n][j][i] = in[n][i][j], by squares that keep both sides' cache lines.
+template <class T>
+void transpose(int64_t n, int64_t rows, int64_t columns, const T* in, T* out) {
+  constexpr int64_t kSquare = 16;
+  const int64_t strips = (rows + kSquare - 1) / kSquare;
+  parallel_for(n * strips, [&](int64_t task) {
+    const T* from = in + task / strips * rows * columns;
+    T* to = out + task / strips * rows * columns;
+    const int64_t i0 = task % strips * kSquare, i1 = std::min(rows, i0 + kSquare);
+    for (int64_t j0 = 0; j0 < columns; j0 += kSquare) {
+      const int64_t j1 = std::min(columns, j0 + kSquare);
+      for (int64_t i = i0; i < i1; ++i)
+        for (int64_t j = j0; j < j1; ++j) to[j * rows + i] = from[i * columns + j];
+    }
+  });
+}
+
+// The kernels speak NHWC. An NCHW tensor is brought to it and back through scratch memory.
+class NhwcInput {
+ public:
+  template <class Problem>
+  NhwcInput(const Problem& p, const float* data, int64_t pixels, int64_t channels)
+      : scratch_(needs_copy(p, data) ? bytes(p.n * pixels * channels) : 0), data_(data) {
+    if (!needs_copy(p, data)) return;
+    transpose(p.n, channels, pixels, data, scratch_.floats());
+    data_ = scratch_.floats();
+  }
+  const float* data() const { return data_; }
+
+ private:
+  template <class Problem>
+  static bool needs_copy(const Problem& p, const float* data) {
+    return data && p.layout == Layout::nchw;
+  }
+  Workspace scratch_;
+  const float* data_;
+};
+
+class NhwcOutput {
+ public:
+  template <class Problem>
+  NhwcOutput(const Problem& p, float* data, int64_t pixels, int64_t channels)
+      : scratch_(p.layout == Layout::nchw ? bytes(p.n * pixels * channels) : 0),
+        data_(data), n_(p.n), pixels_(pixels), channels_(channels),
+        copied_(p.layout == Layout::nchw) {}
+  float* data() const { return copied_ ? scratch_.floats() : data_; }
+  void finish() const {
+    if (copied_) transpose(n_, pixels_, channels_, scratch_.floats(), data_);
+  }
+
+ private:
+  Workspace scratch_;
+  float* data_;
+  int64_t n_, pixels_, channels_;
+  bool copied_;
+};
+
+template <class Problem>
+Problem as_nhwc(Problem p) {
+  p.layout = Layout::nhwc;
+  return p;
+}
+
+// argmax of an NCHW problem, to or from NHWC.
+void transpose_argmax(const Pool2dProblem& p, int64_t rows, int64_t columns, const void* in,
+                      void* out) {
+  if (p.argmax_fits_byte()) {
+    transpose(p.n, rows, columns, static_cast<const std::uint8_t*>(in),
+              static_cast<std::uint8_t*>(out));
+  } else {
+    transpose(p.n, rows, columns, static_cast<const std::int32_t*>(in),
+              static_cast<std::int32_t*>(out));
+  }
+}
+
+}  // namespace
 
 void conv2d_fprop(const Conv2dProblem& p, const float* x, const float* filter, const float* bias,
                   float* y) {
-  reference::conv2d_fprop(p, x, filter, bias, y);
+  if (p.n == 0) return;
+  const NhwcInput x_nhwc(p, x, p.h * p.w, p.c);
+  const NhwcOutput y_nhwc(p, y, p.oh * p.ow, p.k);
+  kernels().conv2d_fprop(as_nhwc(p), x_nhwc.data(), filter, bias, y_nhwc.data());
+  y_nhwc.finish();
 }
+
 void conv2d_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, const float* y,
                   float* dx) {
-  reference::conv2d_dgrad(p, dy, filter, y, dx);
+  if (p.n == 0) return;
+  const bool relu = p.activation == Activation::relu;
+  const NhwcInput dy_nhwc(p, dy, p.oh * p.ow, p.k);
+  const NhwcInput y_nhwc(p, relu ? y : nullptr, p.oh * p.ow, p.k);
+  const NhwcOutput dx_nhwc(p, dx, p.h * p.w, p.c);
+  const Workspace dz(relu ? bytes(p.y_size()) : 0);
+  if (relu) {
+    kernels().activation_grad(p.n * p.oh * p.ow, p.k, dy_nhwc.data(), y_nhwc.data(), dz.floats(),
+                              nullptr);
+  }
+  kernels().conv2d_dgrad(as_nhwc(p), relu ? dz.floats() : dy_nhwc.data(), filter, dx_nhwc.data());
+  dx_nhwc.finish();
 }
+
 void conv2d_wgrad(const Conv2dProblem& p, const float* x, const float* dy, const float* y,
                   float* dfilter, float* dbias) {
-  reference::conv2d_wgrad(p, x, dy, y, dfilter, dbias);
+  if (p.n == 0) {
+    if (dfilter) std::memset(dfilter, 0, bytes(p.filter_size()));
+    if (dbias) std::memset(dbias, 0, bytes(p.k));
+    return;
+  }
+  const bool relu = p.activation == Activation::relu;
+  const NhwcInput dy_nhwc(p, dy, p.oh * p.ow, p.k);
+  const NhwcInput y_nhwc(p, relu ? y : nullptr, p.oh * p.ow, p.k);
+  const Workspace dz(relu ? bytes(p.y_size()) : 0);
+  if (relu || dbias) {
+    kernels().activation_grad(p.n * p.oh * p.ow, p.k, dy_nhwc.data(), y_nhwc.data(), dz.floats(),
+                              dbias);
+  }
+  if (!dfilter) return;
+  const NhwcInput x_nhwc(p, x, p.h * p.w, p.c);
+  kernels().conv2d_wgrad(as_nhwc(p), x_nhwc.data(), relu ? dz.floats() : dy_nhwc.data(), dfilter);
 }
+
 void max_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y, void* argmax) {
-  reference::max_pool2d_fprop(p, x, y, argmax);
+  if (p.n == 0) return;
+  const NhwcInput x_nhwc(p, x, p.h * p.w, p.c);
+  const NhwcOutput y_nhwc(p, y, p.oh * p.ow, p.c);
+  const bool copied = argmax && p.layout == Layout::nchw;
+  const Workspace argmax_nhwc(copied ? bytes(p.y_size()) : 0);
+  kernels().max_pool2d_fprop(as_nhwc(p), x_nhwc.data(), y_nhwc.data(),
+                             copied ? argmax_nhwc.floats() : argmax);
+  y_nhwc.finish();
+  if (copied) transpose_argmax(p, p.oh * p.ow, p.c, argmax_nhwc.floats(), argmax);
 }
+
 void max_pool2d_bprop(const Pool2dProblem& p, const float* dy, const void* argmax, float* dx) {
-  reference::max_pool2d_bprop(p, dy, argmax, dx);
+  if (p.n == 0) return;
+  const NhwcInput dy_nhwc(p, dy, p.oh * p.ow, p.c);
+  const NhwcOutput dx_nhwc(p, dx, p.h * p.w, p.c);
+  const bool copied = p.layout == Layout::nchw;
+  const Workspace argmax_nhwc(copied ? bytes(p.y_size()) : 0);
+  if (copied) transpose_argmax(p, p.c, p.oh * p.ow, argmax, argmax_nhwc.floats());
+  kernels().max_pool2d_bprop(as_nhwc(p), dy_nhwc.data(), copied ? argmax_nhwc.floats() : argmax,
+                             dx_nhwc.data());
+  dx_nhwc.finish();
 }
 
 }  // namespace fastconv

@@ -1,1 +1,62 @@
-// placeholder
+// The AVX-512 (F, BW, DQ, VL) instances. A register tile of 12 pixels x 32 channels: 24 sums, 2
+// filter vectors and a broadcast of the 32 registers, and 12 pixel pointers, the filter and the
+// channel counter in 14 of the 15 general registers.
+#include <immintrin.h>
+
+#include "cpu/implicit_gemm.hpp"
+#include "cpu/kernels.hpp"
+#include "cpu/max_pool.hpp"
+#include "cpu/wgrad.hpp"
+
+namespace fastconv::cpu {
+namespace {
+
+struct Avx512 {
+  static constexpr int kWidth = 16, kRows = 12, kVectors = 2;
+  using Reg = __m512;
+  using Int = __m512i;
+  using Mask = __mmask16;
+  using Tail = __mmask16;
+  static Tail tail(int count) { return static_cast<Tail>((1u << count) - 1); }
+  static Reg zero() { return _mm512_setzero_ps(); }
+  static Reg load(const float* p) { return _mm512_loadu_ps(p); }
+  static Reg load(const float* p, Tail t) { return _mm512_maskz_loadu_ps(t, p); }
+  static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
+  static void store(float* p, Reg v, Tail t) { _mm512_mask_storeu_ps(p, t, v); }
+  static Reg broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  // MAXPS returns its second operand where one is NaN: relu(NaN) is NaN, as stock.
+  static Reg relu(Reg v) { return _mm512_max_ps(zero(), v); }
+  static Reg where_positive(Reg y, Reg v) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_GT_OQ), v);
+  }
+  static Mask greater_or_first_nan(Reg a, Reg best) {
+    return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(best, best, _CMP_ORD_Q), a, best,
+                                   _CMP_NLE_UQ);
+  }
+  static Reg select(Mask m, Reg a, Reg b) { return _mm512_mask_mov_ps(b, m, a); }
+  static Int int_broadcast(int v) { return _mm512_set1_epi32(v); }
+  static Int int_select(Mask m, Int a, Int b) { return _mm512_mask_mov_epi32(b, m, a); }
+  static Mask int_equal(Int a, Int b) { return _mm512_cmpeq_epi32_mask(a, b); }
+  static Int load_index(const std::int32_t* p, Tail t) { return _mm512_maskz_loadu_epi32(t, p); }
+  static Int load_index(const std::uint8_t* p, Tail t) {
+    return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(t, p));
+  }
+  static void store_index(std::int32_t* p, Int v, Tail t) { _mm512_mask_storeu_epi32(p, t, v); }
+  static void store_index(std::uint8_t* p, Int v, Tail t) {
+    _mm_mask_storeu_epi8(p, t, _mm512_cvtepi32_epi8(v));
+  }
+};
+
+}  // namespace
+}  // namespace fastconv::cpu
+
+namespace fastconv::cpu {
+
+const Kernels kAvx512Kernels = {
+    conv2d_fprop<Avx512>,    conv2d_dgrad<Avx512>,     conv2d_wgrad<Avx512>,
+    activation_grad<Avx512>, max_pool2d_fprop<Avx512>, max_pool2d_bprop<Avx512>,
+};
+
+}  // namespace fastconv::cpu

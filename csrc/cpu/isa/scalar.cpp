@@ -1,1 +1,48 @@
-// placeholder
+// The scalar instances: one float a vector. Runs everywhere; what the compiler makes of it.
+#include "cpu/implicit_gemm.hpp"
+#include "cpu/kernels.hpp"
+#include "cpu/max_pool.hpp"
+#include "cpu/wgrad.hpp"
+
+namespace fastconv::cpu {
+namespace {
+
+struct Scalar {
+  static constexpr int kWidth = 1, kRows = 4, kVectors = 2;
+  using Reg = float;
+  using Int = std::int32_t;
+  using Mask = bool;
+  struct Tail {};
+  static Tail tail(int) { return {}; }
+  static Reg zero() { return 0; }
+  static Reg load(const float* p) { return *p; }
+  static Reg load(const float* p, Tail) { return *p; }
+  static void store(float* p, Reg v) { *p = v; }
+  static void store(float* p, Reg v, Tail) { *p = v; }
+  static Reg broadcast(const float* p) { return *p; }
+  static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
+  static Reg add(Reg a, Reg b) { return a + b; }
+  static Reg relu(Reg v) { return v < 0 ? 0 : v; }
+  static Reg where_positive(Reg y, Reg v) { return y > 0 ? v : 0; }
+  static Mask greater_or_first_nan(Reg a, Reg best) { return a > best || (a != a && best == best); }
+  static Reg select(Mask m, Reg a, Reg b) { return m ? a : b; }
+  static Int int_broadcast(int v) { return v; }
+  static Int int_select(Mask m, Int a, Int b) { return m ? a : b; }
+  static Mask int_equal(Int a, Int b) { return a == b; }
+  template <class Index>
+  static Int load_index(const Index* p, Tail) { return *p; }
+  template <class Index>
+  static void store_index(Index* p, Int v, Tail) { *p = static_cast<Index>(v); }
+};
+
+}  // namespace
+}  // namespace fastconv::cpu
+
+namespace fastconv::cpu {
+
+const Kernels kScalarKernels = {
+    conv2d_fprop<Scalar>,    conv2d_dgrad<Scalar>,     conv2d_wgrad<Scalar>,
+    activation_grad<Scalar>, max_pool2d_fprop<Scalar>, max_pool2d_bprop<Scalar>,
+};
+
+}  // namespace fastconv::cpu

@@ -1,0 +1,234 @@
+// Convolution wgrad: dfilter[q, k] = sum over output pixels of x[pixel + offset(q)] * dy[pixel, k],
+// q running over (r, s, c). A register tile of V::kRows q's x V::kVectors vectors of k stays in
+// registers while pixels stream by.
+//
+// The pixels are cut into `parts`, each with a sum of its own, added up in order at the end. The
+// cut depends on the problem alone and there are no atomics: the same bits for any thread count.
+#pragma once
+
+#include "cpu/implicit_gemm.hpp"
+
+namespace fastconv::cpu {
+namespace {
+
+struct WgradTile {
+  const float* x;  // of the first row of pixels
+  const int64_t* offsets;
+  const float* dy;
+  int64_t row, row_end, rows_an_image;      // output rows, counted over all images
+  int64_t x_image, x_row, x_column;         // floats from image, row, pixel to the next
+  int64_t columns, dy_pixel;
+  float* sum;
+  int64_t sum_row;
+  int valid;  // columns of the last vector
+  bool first;
+};
+
+template <class V, int Rows, int Vectors>
+void wgrad_tile(const WgradTile& t) {
+  const auto tail = V::tail(t.valid);
+  typename V::Reg sum[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      const float* at = t.sum + i * t.sum_row + v * V::kWidth;
+      sum[i][v] = t.first ? V::zero() : v == Vectors - 1 ? V::load(at, tail) : V::load(at);
+    }
+  int64_t offset[Rows];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) offset[i] = t.offsets[i];
+  const float* dy = t.dy;
+  for (int64_t row = t.row; row < t.row_end; ++row) {
+    const float* x = t.x + row / t.rows_an_image * t.x_image + row % t.rows_an_image * t.x_row;
+    for (int64_t j = 0; j < t.columns; ++j, x += t.x_column, dy += t.dy_pixel) {
+      typename V::Reg b[Vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors - 1; ++v) b[v] = V::load(dy + v * V::kWidth);
+      b[Vectors - 1] = V::load(dy + (Vectors - 1) * V::kWidth, tail);
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) {
+        const typename V::Reg a = V::broadcast(x + offset[i]);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(a, b[v], sum[i][v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      float* at = t.sum + i * t.sum_row + v * V::kWidth;
+      if (v == Vectors - 1) {
+        V::store(at, sum[i][v], tail);
+      } else {
+        V::store(at, sum[i][v]);
+      }
+    }
+}
+
+using WgradTileFunction = void (*)(const WgradTile&);
+
+template <class V, int Rows = V::kRows>
+WgradTileFunction wgrad_tile_function(int rows, int vectors) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return wgrad_tile_function<V, Rows - 1>(rows, vectors);
+  }
+  return vectors == 1 ? wgrad_tile<V, Rows, 1> : wgrad_tile<V, Rows, 2>;
+}
+
+template <class V>
+void conv2d_wgrad(const Conv2dProblem& p, const float* x, const float* dy, float* dfilter) {
+  constexpr int64_t kPanel = V::kVectors * V::kWidth;
+  const int64_t floats = p.filter_size();
+  const int64_t rows = p.n * p.oh, pixels = rows * p.ow;
+  if (pixels == 0) {
+    std::memset(dfilter, 0, static_cast<std::size_t>(floats) * 4);
+    return;
+  }
+  // The input rows and columns that the taps reach, with their padding.
+  const int64_t reach_h = (p.oh - 1) * p.stride_h + (p.r - 1) * p.dilation_h + 1;
+  const int64_t reach_w = (p.ow - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1;
+  const bool padded =
+      p.pad_top || p.pad_left || reach_h - p.pad_top > p.h || reach_w - p.pad_left > p.w;
+  const int64_t source_h = padded ? reach_h : p.h, source_w = padded ? reach_w : p.w;
+
+  // Padded copies of as many images at a time as 32 MiB hold; all of them where none is copied.
+  const int64_t image_floats = source_h * source_w * p.c;
+  const int64_t chunk =
+      padded ? max64(1, min64(p.n, (int64_t{32} << 20) / (image_floats * 4))) : p.n;
+
+  // Partial sums pay where there are many pixels and the filter is small; 1 MiB of them at most.
+  const int64_t parts = max64(
+      1, min64(min64(pixels / 80, chunk * p.oh), min64(16, (int64_t{1} << 20) / (floats * 4))));
+  const int64_t cg = p.c_per_group(), kg = p.k_per_group();
+  const int64_t rows_q = p.r * p.s * cg;
+  const int64_t q_tiles = ceil_div(rows_q, V::kRows), panels = ceil_div(kg, kPanel);
+  const int64_t q_groups =
+      min64(q_tiles, ceil_div(int64_t{64}, parts * panels * p.groups));
+  const int64_t rows_a_block = max64(1, 128 / p.ow);
+
+  const int64_t offsets_bytes = ceil_div(rows_q * 8, 64) * 64;
+  const int64_t sums_bytes = parts == 1 ? 0 : ceil_div(parts * floats * 4, 64) * 64;
+  const int64_t copy_bytes = padded ? chunk * image_floats * 4 : 0;
+  const Workspace workspace(static_cast<std::size_t>(offsets_bytes + sums_bytes + copy_bytes));
+  int64_t* offsets = reinterpret_cast<int64_t*>(workspace.floats());
+  float* sums = parts == 1 ? dfilter : workspace.floats(offsets_bytes);
+  float* copy = padded ? workspace.floats(offsets_bytes + sums_bytes) : nullptr;
+  for (int64_t r = 0, q = 0; r < p.r; ++r)
+    for (int64_t s = 0; s < p.s; ++s)
+      for (int64_t c = 0; c < cg; ++c, ++q) {
+        offsets[q] = (r * p.dilation_h * source_w + s * p.dilation_w) * p.c + c;
+      }
+
+  for (int64_t image = 0; image < p.n; image += chunk) {
+    const int64_t images = min64(chunk, p.n - image);
+    const float* source = x + image * p.h * p.w * p.c;
+    if (padded) {
+      const float* unpadded = source;
+      parallel_for(images * source_h, [&](int64_t task) {
+        const int64_t n = task / source_h, i = task % source_h - p.pad_top;
+        float* out = copy + task * source_w * p.c;
+        if (i < 0 || i >= p.h) {
+          std::memset(out, 0, static_cast<std::size_t>(source_w * p.c) * 4);
+          return;
+        }
+        const int64_t left = min64(p.pad_left, source_w);
+        const int64_t middle = max64(0, min64(p.w, source_w - left));
+        std::memset(out, 0, static_cast<std::size_t>(left * p.c) * 4);
+        std::memcpy(out + left * p.c, unpadded + (n * p.h + i) * p.w * p.c,
+                    static_cast<std::size_t>(middle * p.c) * 4);
+        std::memset(out + (left + middle) * p.c, 0,
+                    static_cast<std::size_t>((source_w - left - middle) * p.c) * 4);
+      });
+      source = copy;
+    }
+    const float* chunk_dy = dy + image * p.oh * p.ow * p.k;
+    parallel_for(parts * p.groups * panels * q_groups, [&](int64_t task) {
+      const int64_t q_group = task % q_groups;
+      const int64_t panel = task / q_groups % panels;
+      const int64_t group = task / q_groups / panels % p.groups;
+      const int64_t part = task / q_groups / panels / p.groups;
+      const int64_t row_begin = images * p.oh * part / parts;
+      const int64_t row_end = images * p.oh * (part + 1) / parts;
+      const int64_t column = group * kg + panel * kPanel;
+      const int64_t width = min64(kg - panel * kPanel, kPanel);
+      const int vectors = static_cast<int>(ceil_div(width, V::kWidth));
+      WgradTile t{};
+      t.x = source + group * cg;
+      t.rows_an_image = p.oh;
+      t.x_image = image_floats;
+      t.x_row = p.stride_h * source_w * p.c;
+      t.x_column = p.stride_w * p.c;
+      t.columns = p.ow;
+      t.dy_pixel = p.k;
+      t.sum_row = p.k;
+      t.valid = static_cast<int>(width - (vectors - 1) * V::kWidth);
+      // `first` must zero the sums even where a part has no rows in this chunk.
+      for (int64_t row = row_begin; row == row_begin || row < row_end; row += rows_a_block) {
+        t.row = row;
+        t.row_end = min64(row + rows_a_block, row_end);
+        t.dy = chunk_dy + row * p.ow * p.k + column;
+        t.first = image == 0 && row == row_begin;
+        for (int64_t tile = q_tiles * q_group / q_groups;
+             tile < q_tiles * (q_group + 1) / q_groups; ++tile) {
+          const int64_t q = rows_q * tile / q_tiles, q_end = rows_q * (tile + 1) / q_tiles;
+          t.offsets = offsets + q;
+          t.sum = sums + part * floats + q * p.k + column;
+          wgrad_tile_function<V>(static_cast<int>(q_end - q), vectors)(t);
+        }
+      }
+    });
+  }
+
+  if (parts == 1) return;
+  constexpr int64_t kFloatsATask = 4096;
+  parallel_for(ceil_div(floats, kFloatsATask), [&](int64_t task) {
+    const int64_t end = min64(floats, (task + 1) * kFloatsATask);
+    for (int64_t i = task * kFloatsATask; i < end; i += V::kWidth) {
+      const auto tail = V::tail(static_cast<int>(min64(V::kWidth, end - i)));
+      typename V::Reg sum = V::load(sums + i, tail);
+      for (int64_t part = 1; part < parts; ++part) {
+        sum = V::add(sum, V::load(sums + part * floats + i, tail));
+      }
+      V::store(dfilter + i, sum, tail);
+    }
+  });
+}
+
+// dz = dy where y > 0; dbias = the sum of dz over pixels, by blocks of a fixed size in order.
+template <class V>
+void activation_grad(int64_t pixels, int64_t channels, const float* dy, const float* y, float* dz,
+                     float* dbias) {
+  // Blocks grow with the problem so that their sums stay few.
+  const int64_t pixels_a_block = max64(64, ceil_div(pixels, 64));
+  const int64_t blocks = ceil_div(pixels, pixels_a_block);
+  const Workspace workspace(static_cast<std::size_t>(dbias ? blocks * channels * 4 : 0));
+  float* sums = workspace.floats();
+  parallel_for(blocks, [&](int64_t block) {
+    const int64_t begin = block * pixels_a_block, end = min64(pixels, begin + pixels_a_block);
+    for (int64_t c = 0; c < channels; c += V::kWidth) {
+      const auto tail = V::tail(static_cast<int>(min64(V::kWidth, channels - c)));
+      typename V::Reg sum = V::zero();
+      for (int64_t pixel = begin; pixel < end; ++pixel) {
+        const int64_t at = pixel * channels + c;
+        typename V::Reg value = V::load(dy + at, tail);
+        if (y) {
+          value = V::where_positive(V::load(y + at, tail), value);
+          V::store(dz + at, value, tail);
+        }
+        sum = V::add(sum, value);
+      }
+      if (dbias) V::store(sums + block * channels + c, sum, tail);
+    }
+  });
+  if (!dbias) return;
+  for (int64_t c = 0; c < channels; ++c) {
+    float sum = 0;
+    for (int64_t block = 0; block < blocks; ++block) sum += sums[block * channels + c];
+    dbias[c] = sum;
+  }
+}
+
+}  // namespace
+}  // namespace fastconv::cpu
