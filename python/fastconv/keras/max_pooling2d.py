@@ -1,0 +1,56 @@
+"""``keras.layers.MaxPooling2D`` on fastconv's kernels."""
+
+import keras
+
+from fastconv.keras._stand_in import (
+    OutsideXla,
+    adapter,
+    has_empty_output,
+    reason_for_stock,
+    stand_in_for,
+    tell,
+)
+
+
+@stand_in_for(keras.layers.MaxPooling2D)
+class FastMaxPooling2D(OutsideXla, keras.layers.MaxPooling2D):
+    """A 2-D max-pooling layer: ``keras.layers.MaxPooling2D``, computed by fastconv's kernels.
+
+    Arguments, defaults, names, errors and files are those of ``keras.layers.MaxPooling2D``. In
+    training the place of each maximum is kept, one byte each, for the gradient; gradients are right
+    without ``training=True`` as well, but have to search the maxima again. Inputs the kernels do
+    not serve go to the stock layer's code, and the logger ``fastconv`` tells why at level DEBUG.
+
+    Input shape: float32 of (batch, height, width, channels), or (batch, channels, height, width)
+    with ``data_format="channels_first"``.
+
+    Output shape: (batch, new_height, new_width, channels), or (batch, channels, new_height,
+    new_width).
+    """
+
+    def call(self, inputs, training=None):
+        reason = self._reason_for_stock(inputs)
+        if reason is not None:
+            tell(self, reason)
+            return super().call(inputs)
+        return adapter.max_pool2d(
+            inputs,
+            self.pool_size,
+            strides=self.strides,
+            padding=self.padding.lower(),
+            data_format=self.data_format,
+            # `training` may be a tensor, whose value is not known yet.
+            keep_argmax=training is True,
+        )
+
+    def _reason_for_stock(self, inputs):
+        reason = reason_for_stock(inputs, self.compute_dtype)
+        if reason is not None:
+            return reason
+        if not all(self.strides):
+            return f"the strides contain 0: {self.strides}"
+        if self.padding.lower() not in ("valid", "same"):
+            return f"the padding is none of Keras's: {self.padding!r}"
+        if has_empty_output(self, inputs):
+            return f"the output would be empty: input of shape {inputs.shape}"
+        return None
