@@ -63,7 +63,6 @@ def conv2d_grad_filter(
 def max_pool2d(x, pool_size, *, strides, padding, data_format="channels_last"):
     """(y, argmax). The first maximum wins, the first NaN beats all; padding never wins."""
     x = _channels_last(x, data_format)
-    n, height, width, channels = x.shape
     y = argmax = None
     for tap, value, inside in _pool_taps(x, pool_size, strides, padding):
         if y is None:

@@ -7,7 +7,6 @@ import itertools
 import numpy as np
 import oracle
 import pytest
-from conftest import running_on
 from conv2d_problems import (
     Problem,
     assert_exact,
@@ -23,6 +22,7 @@ from conv2d_problems import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import running_on
 
 import fastconv
 from fastconv import _core

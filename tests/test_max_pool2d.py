@@ -8,9 +8,9 @@ from unittest import mock
 import numpy as np
 import oracle
 import pytest
-from conftest import running_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import running_on
 
 import fastconv
 from fastconv import _core, functional

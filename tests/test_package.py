@@ -1,0 +1,118 @@
+"""The package: what it exports, how it imports, what its types and its docstrings promise."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastconv
+from fastconv import _core, functional
+
+PACKAGE = Path(fastconv.__file__).parent
+
+# Makes Python believe that the tensorflow extra was not installed.
+WITHOUT_TENSORFLOW = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("tensorflow", "keras"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+import fastconv
+"""
+
+
+def run_python(script):
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_exports():
+    public = set(functional.__all__) | {"__version__"}
+    assert set(fastconv.__all__) == public
+    assert public | {"keras"} <= set(dir(fastconv))
+    for name in public:
+        assert hasattr(fastconv, name)
+    with pytest.raises(AttributeError, match="module 'fastconv' has no attribute 'nonsense'"):
+        fastconv.nonsense  # noqa: B018
+
+
+def test_info():
+    info = fastconv.info()
+    assert set(info) == {"version", "isa", "isa_available", "num_threads", "cuda"}
+    assert info["version"] == fastconv.__version__
+    assert info["isa"] in info["isa_available"]
+    assert info["cuda"] == {"available": False, "reason": "this build has no CUDA kernels"}
+
+
+def test_import_brings_numpy_and_little_else():
+    """TensorFlow alone would take seconds."""
+    result = run_python(
+        "import sys, numpy; before = set(sys.modules); import fastconv;"
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+    )
+    assert result.returncode == 0, result.stderr
+    assert set(result.stdout.split()) <= {"fastconv", "__future__", "importlib"}
+
+
+def test_functions_work_without_tensorflow():
+    script = "import numpy as np; print(fastconv.conv2d(*[np.ones((1, 1, 1, 1), 'f')] * 2).item())"
+    result = run_python(WITHOUT_TENSORFLOW + script)
+    assert result.stdout.strip() == "1.0", result.stderr
+
+
+def test_layers_without_tensorflow_say_what_to_install():
+    result = run_python(WITHOUT_TENSORFLOW + "fastconv.keras")
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ")
+    assert last.endswith("pip install 'fastconv[tensorflow]'")
+
+
+def test_other_import_errors_are_not_hidden(monkeypatch):
+    def fail(name):
+        raise ModuleNotFoundError("No module named 'absent'", name="absent")
+
+    monkeypatch.delitem(sys.modules, "fastconv.keras", raising=False)
+    monkeypatch.delitem(vars(fastconv), "keras", raising=False)
+    monkeypatch.setattr(fastconv.importlib, "import_module", fail)
+    with pytest.raises(ModuleNotFoundError, match="absent"):
+        fastconv.keras  # noqa: B018
+
+
+@pytest.mark.parametrize("name", functional.__all__)
+def test_docstrings_name_every_parameter(name):
+    function = getattr(fastconv, name)
+    document = inspect.getdoc(function)
+    for parameter in inspect.signature(function).parameters:
+        assert parameter in document.partition("Parameters\n")[2]
+    assert "Raises\n------" in document
+
+
+def signatures(body):
+    """Parameter names by function, of a stub's module or class."""
+    return {
+        node.name: [argument.arg for argument in node.args.args]
+        for node in body
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+def test_stub_describes_the_compiled_module():
+    assert (PACKAGE / "py.typed").is_file()
+    stub = ast.parse((PACKAGE / "_core.pyi").read_text()).body
+    [reference] = [node for node in stub if isinstance(node, ast.ClassDef)]
+    for body, module in [(stub, _core), (reference.body, _core.reference)]:
+        stubbed = signatures(body)
+        assert set(stubbed) == {name for name in dir(module) if callable(getattr(module, name))}
+        for name, parameters in stubbed.items():
+            # pybind11 documents a function as "conv2d(x: object, w: object, ...) -> ...".
+            signature = getattr(module, name).__doc__.splitlines()[0]
+            assert re.findall(r"[( ](\w+): ", signature) == parameters
