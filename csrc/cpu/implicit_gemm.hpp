@@ -143,7 +143,7 @@ struct TapConvolutionRunner {
   int64_t* tap_offsets;
   const float** tables;
   int64_t table_size;
-  int64_t blocks, panel_groups, panels_a_group;
+  int64_t blocks, panel_groups, panels_a_group;  // tasks: blocks of tiles x groups of panels
 
   static void run_convolution(const TapConvolution& g, const float* x, const float* filter,
                               const float* bias, float* y) {
@@ -175,17 +175,15 @@ struct TapConvolutionRunner {
       if (blocks * g.groups < enough_tasks) panels_a_group = 1;
     }
     panel_groups = ceil_div(panels, panels_a_group);
-    blocks = max64(1, min64(blocks, kMostTasks / panel_groups));
+    blocks = max64(1, min64(blocks, kMostTasks / (panel_groups * g.groups)));
     const int64_t tasks = g.groups * panel_groups * blocks;
 
-    table_size = (taps + 1) * V::kRows;
+    table_size = (taps + 1) * V::kRows;  // a task's pointers: the pixels', or every tap's
     const int64_t zero_bytes = ceil_div(run * 4, 64) * 64;
     const int64_t packed_bytes = g.groups * group_floats * 4;
     const int64_t offsets_bytes = ceil_div((taps + 1) * 8, 64) * 64;
-    // Groups share tables block by block: a task holds its table only while it runs.
-    const int64_t table_slots = panel_groups * blocks;
     const Workspace workspace(static_cast<std::size_t>(
-        packed_bytes + zero_bytes + offsets_bytes + g.groups * table_slots * table_size * 8 + 64));
+        packed_bytes + zero_bytes + offsets_bytes + tasks * table_size * 8));
     packed = workspace.floats();
     float* zero_row = workspace.floats(packed_bytes);
     zeros = zero_row;
@@ -243,8 +241,7 @@ struct TapConvolutionRunner {
   }
 
   void work(int64_t task) const {
-    const float** table = tables + task * table_size;
-    const float** rows = table;
+    const float** rows = tables + task * table_size;
     const int64_t block = task % blocks;
     const int64_t panel_group = task / blocks % panel_groups;
     const int64_t group = task / blocks / panel_groups;
@@ -266,7 +263,7 @@ struct TapConvolutionRunner {
       t.run = run;
       t.relu = g.relu;
       if (!inside) {
-        fill_table(group, begin, count, table);
+        fill_table(group, begin, count, rows);
         t.row_step = count;
         t.tap_offsets = tap_offsets + taps;  // a zero
         t.offset_step = 0;

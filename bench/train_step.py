@@ -1,0 +1,108 @@
+"""One training step of the article's MNIST model, stock and fast, interleaved in one run.
+
+    python bench/train_step.py [--steps 200] [--batch-size 32] [--steps-per-execution 1]
+
+Times the compiled train function on one batch that stays in memory: no input pipeline and no
+progress bar, which are the same on both sides. XLA is off, the faster mode of the stock layers on a
+CPU. Prints the median, the quartiles and the ratio of each pair of steps.
+"""
+
+import statistics
+import time
+
+import click
+import numpy as np
+
+
+def build(layers, batch_size, steps_per_execution):
+    import keras
+
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            layers[0](32, (3, 3), activation="relu"),
+            layers[1]((2, 2)),
+            layers[0](64, (3, 3), activation="relu"),
+            layers[1]((2, 2)),
+            keras.layers.Flatten(),
+            keras.layers.Dense(64, activation="relu"),
+            keras.layers.Dense(10, activation="softmax"),
+        ]
+    )
+    model.compile(
+        "adam",
+        "categorical_crossentropy",
+        metrics=["accuracy"],
+        jit_compile=False,
+        steps_per_execution=steps_per_execution,
+    )
+    return model
+
+
+def stepper(model, data):
+    """A function that takes one train-function call and returns when its result is there."""
+    import tensorflow as tf
+
+    model.make_train_function()
+    step = model.train_function
+    dataset = tf.data.Dataset.from_tensors(data).cache().repeat()
+    iterator = iter(dataset.prefetch(4))
+
+    def run():
+        logs = step(iterator)
+        float(logs["loss"])
+
+    return run
+
+
+@click.command()
+@click.option("--steps", default=200, show_default=True, help="Timed calls of each side.")
+@click.option("--batch-size", default=32, show_default=True)
+@click.option("--steps-per-execution", default=1, show_default=True)
+def main(steps, batch_size, steps_per_execution):
+    """Time stock and fast training steps in turn."""
+    import fastconv
+    import keras
+    import tensorflow as tf
+    from fastconv.keras import FastConv2D, FastMaxPooling2D
+
+    rng = np.random.default_rng(0)
+    data = (
+        rng.random((batch_size, 28, 28, 1), "float32"),
+        np.eye(10, dtype="float32")[rng.integers(10, size=batch_size)],
+    )
+    sides = {
+        "stock": (keras.layers.Conv2D, keras.layers.MaxPooling2D),
+        "fast": (FastConv2D, FastMaxPooling2D),
+    }
+    runs = {
+        name: stepper(build(layers, batch_size, steps_per_execution), data)
+        for name, layers in sides.items()
+    }
+    for _ in range(30):
+        for run in runs.values():
+            run()
+    seconds = {name: [] for name in sides}
+    for _ in range(steps):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append((time.perf_counter() - start) / steps_per_execution)
+
+    info = fastconv.info()
+    print(
+        f"TensorFlow {tf.__version__}, Keras {keras.__version__}, fastconv {info['version']} on "
+        f"{info['isa']}, {info['num_threads']} threads, batch {batch_size}, steps_per_execution "
+        f"{steps_per_execution}, jit off, {steps} interleaved calls a side"
+    )
+    for name, values in seconds.items():
+        low, median, high = (1e3 * q for q in statistics.quantiles(values, n=4))
+        print(f"{name:>6}: median {median:6.3f} ms a step, quartiles {low:.3f} .. {high:.3f}")
+    ratios = [a / b for a, b in zip(seconds["stock"], seconds["fast"], strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    print(f" ratio: median {median:.2f} (stock / fast), quartiles {low:.2f} .. {high:.2f}")
+
+
+if __name__ == "__main__":
+    main()
