@@ -1,9 +1,9 @@
 """The article's convolutions: fastconv's NumPy functions next to stock TensorFlow."""
 
 import pytest
-from problems import CONV2D_LAYERS, assert_right
 
 import fastconv
+from problems import CONV2D_LAYERS, assert_right
 
 CASES = [(layer, direction) for layer in CONV2D_LAYERS for direction in layer.directions]
 

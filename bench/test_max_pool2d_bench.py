@@ -1,9 +1,9 @@
 """The article's poolings: fastconv's NumPy functions next to stock TensorFlow."""
 
 import pytest
-from problems import POOL_LAYERS, assert_right
 
 import fastconv
+from problems import POOL_LAYERS, assert_right
 
 
 def fastconv_call(direction, x, dy):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from hypothesis import settings
-from running import running_on
 
 from fastconv import _core
+from running import running_on
 
 # The same examples on every run: a failure in CI is one at the desk.
 settings.register_profile("fastconv", derandomize=True, deadline=None)

@@ -6,9 +6,9 @@ import zlib
 from unittest import mock
 
 import numpy as np
-import oracle
 
 import fastconv
+import oracle
 from fastconv import _core, functional
 
 # |error| <= BOUND * sum(|a| * |b|) over the products a * b that make up a result. A float32 sum of

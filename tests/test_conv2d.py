@@ -5,8 +5,12 @@ import functools
 import itertools
 
 import numpy as np
-import oracle
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastconv
+import oracle
 from conv2d_problems import (
     Problem,
     assert_exact,
@@ -20,12 +24,8 @@ from conv2d_problems import (
     solve_by_oracle,
     solve_by_reference,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from running import running_on
-
-import fastconv
 from fastconv import _core
+from running import running_on
 
 WINDOWS = both_layouts(
     Problem((2, 9, 11, 3), 5, kernel=kernel, strides=strides, padding=padding)

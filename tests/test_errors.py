@@ -266,6 +266,10 @@ def table():
         ValueError,
         f"y.shape={(1, 2**31, 2**31, 1)}",
     )
+    for function in CONVOLUTIONS:
+        wide = {"dilation_rate": 2**31 - 4, "padding": "same"}
+        padded = (2, 2**32 - 2, 2**31 + 3, 4)
+        yield function, wide, ValueError, f"padded x.shape={padded}"
     yield grad_input, {"dy": one, "w": one, "input_shape": huge}, ValueError, f"x.shape={huge}"
     yield (
         grad_filter,

@@ -6,14 +6,14 @@ import zlib
 from unittest import mock
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import running_on
 
 import fastconv
+import oracle
 from fastconv import _core, functional
+from running import running_on
 
 
 @dataclasses.dataclass(frozen=True)

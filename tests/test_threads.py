@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conv2d_problems import Problem, assert_same_bits, normals, solve
-from running import running_on
 
 import fastconv
+from conv2d_problems import Problem, assert_same_bits, normals, solve
 from fastconv import _core
+from running import running_on
 
 
 def run_python(script, **environment):

@@ -186,6 +186,10 @@ Conv2dProblem make_conv2d_problem(const Conv2dArguments& a) {
   p.pad_left = columns.pad_before;
   p.pad_right = columns.pad_after;
   check_element_count("y", p.y_shape());
+  // Kernels may lay the padding out in memory.
+  check_element_count("padded x",
+                      activation_shape(p.layout, p.n, p.h + p.pad_top + p.pad_bottom,
+                                       p.w + p.pad_left + p.pad_right, p.c));
   return p;
 }
 

@@ -288,8 +288,8 @@ py::object max_pool2d(const py::object& x_object, bool return_argmax,
   return py::make_tuple(y, *argmax);
 }
 
-// The kernels address memory by what argmax holds. Every value must name a tap of the window; one
-// that lies in the padding is theirs to skip.
+// Every value must name a tap of the window: others belong to another pooling, and would be lost
+// without a word. A tap in the padding is for the kernels to skip.
 template <class T>
 void require_taps(const T* argmax, int64_t count, const fastconv::Pool2dProblem& problem) {
   T least = 0, most = 0;
