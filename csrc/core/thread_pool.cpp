@@ -84,7 +84,10 @@ class Pool {
     job_ = &job;
     tickets_.store(wanted, std::memory_order_release);  // publishes job_
     epoch_.fetch_add(1, std::memory_order_seq_cst);
-    if (parked_.load(std::memory_order_seq_cst) > 0) epoch_.notify_all();
+    if (parked_.load(std::memory_order_seq_cst) > 0) {
+      keep_off_callers_cpu();
+      epoch_.notify_all();
+    }
     job.work();
     // Nobody may join from here on; those who did must leave before the job's stack frame goes.
     const int joined = wanted - tickets_.exchange(0, std::memory_order_acq_rel);
@@ -109,12 +112,32 @@ class Pool {
     while (static_cast<int>(workers_) < wanted) {
       // A thread that cannot be had is not missed: the caller does its share.
       try {
-        std::thread([this, epoch = epoch_.load()] { serve(epoch); }).detach();
+        std::thread worker([this, epoch = epoch_.load()] { serve(epoch); });
+        handles_.push_back(worker.native_handle());
+        worker.detach();
+        avoided_cpu_ = -1;  // not told to the new one yet
       } catch (const std::system_error&) {
         return;
       }
       ++workers_;
     }
+  }
+
+  // Linux likes to wake a thread on its waker's CPU, and there it would wait behind the caller
+  // until the next tick: longer than most calls last. With many CPUs it finds an idle one itself.
+  void keep_off_callers_cpu() {
+#if defined(__linux__)
+    constexpr std::size_t kFewWorkers = 8;
+    const int cpu = sched_getcpu();
+    if (handles_.size() > kFewWorkers || cpu < 0 || cpu == avoided_cpu_) return;
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    if (sched_getaffinity(0, sizeof set, &set) != 0) return;
+    CPU_CLR(cpu, &set);
+    if (CPU_COUNT(&set) == 0) return;
+    for (const auto handle : handles_) pthread_setaffinity_np(handle, sizeof set, &set);
+    avoided_cpu_ = cpu;
+#endif
   }
 
   void serve(std::uint32_t seen) {
@@ -150,6 +173,8 @@ class Pool {
 
   Job* job_ = nullptr;
   std::size_t workers_ = 0;
+  std::vector<std::thread::native_handle_type> handles_;
+  int avoided_cpu_ = -1;
   // Each on its own cache line: workers poll epoch_ while others take tickets.
   alignas(64) std::atomic<std::uint32_t> epoch_{0};
   alignas(64) std::atomic<int> tickets_{0};
