@@ -236,6 +236,10 @@ PREPARE = """
     w = rng.standard_normal((3, 3, 32, 48)).astype(np.float32)
     expected = fastconv.conv2d(x, w).tobytes()
 
+    def has_workers():
+        tasks = "/proc/self/task"  # where the system tells
+        return len(os.listdir(tasks)) > 1 if os.path.isdir(tasks) else True
+
     def right(_=None):
         return all(fastconv.conv2d(x, w).tobytes() == expected for _ in range(20))
 """
@@ -249,7 +253,7 @@ PREPARE = """
         child = os.fork()
         if child == 0:
             grandchild = os.fork()
-            good = right()
+            good = right() and has_workers()
             if grandchild:
                 good &= os.waitpid(grandchild, 0)[1] == 0
             os._exit(not good)
