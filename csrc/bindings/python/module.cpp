@@ -5,6 +5,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -25,6 +26,27 @@
 namespace py = pybind11;
 
 namespace {
+
+// Lets other Python threads run while it lives. Unlike pybind11's own, a daemon thread that comes
+// back to an interpreter that is shutting down waits for the process's end, as Python 3.14 has all
+// threads do; before, Python unwinds such a thread, which C++ destructors answer with an abort.
+class GilReleased {
+ public:
+  GilReleased() : state_(PyEval_SaveThread()) {}
+  ~GilReleased() {
+#if PY_VERSION_HEX >= 0x030D0000
+    while (Py_IsFinalizing()) pause();
+#else
+    while (_Py_IsFinalizing()) pause();
+#endif
+    PyEval_RestoreThread(state_);
+  }
+  GilReleased(const GilReleased&) = delete;
+  GilReleased& operator=(const GilReleased&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
 
 using std::int64_t;
 
@@ -217,7 +239,7 @@ py::array_t<float> conv2d(const py::object& x_object, const py::object& w_object
   py::array_t<float> y(problem.y_shape());
   const Dense<float> x(x_array), w(w_array);
   float* const y_data = y.mutable_data();
-  const py::gil_scoped_release unlocked;
+  const GilReleased unlocked;
   operations.conv2d_fprop(problem, x.data(), w.data(), bias.data(), y_data);
   return y;
 }
@@ -234,7 +256,7 @@ py::array_t<float> conv2d_grad_input(const py::object& dy_object, const py::obje
   py::array_t<float> dx(problem.x_shape());
   const Dense<float> dy(dy_array), w(w_array);
   float* const dx_data = dx.mutable_data();
-  const py::gil_scoped_release unlocked;
+  const GilReleased unlocked;
   operations.conv2d_dgrad(problem, dy.data(), w.data(), output.data(), dx_data);
   return dx;
 }
@@ -255,7 +277,7 @@ py::object conv2d_grad_filter(const py::object& x_object, const py::object& dy_o
   float* const dw_data = dw.mutable_data();
   float* const dbias_data = dbias ? dbias->mutable_data() : nullptr;
   {
-    const py::gil_scoped_release unlocked;
+    const GilReleased unlocked;
     operations.conv2d_wgrad(problem, x.data(), dy.data(), output.data(), dw_data, dbias_data);
   }
   if (!dbias) return dw;
@@ -281,7 +303,7 @@ py::object max_pool2d(const py::object& x_object, bool return_argmax,
   float* const y_data = y.mutable_data();
   void* const argmax_data = argmax ? argmax->mutable_data() : nullptr;
   {
-    const py::gil_scoped_release unlocked;
+    const GilReleased unlocked;
     operations.max_pool2d_fprop(problem, x.data(), y_data, argmax_data);
   }
   if (!argmax) return y;
@@ -311,7 +333,7 @@ py::array_t<float> scatter(const fastconv::Pool2dProblem& problem, const py::arr
   const Dense<float> dy(dy_array);
   const Dense<T> argmax(argmax_array);
   float* const dx_data = dx.mutable_data();
-  const py::gil_scoped_release unlocked;
+  const GilReleased unlocked;
   require_taps(argmax.data(), problem.y_size(), problem);
   operations.max_pool2d_bprop(problem, dy.data(), argmax.data(), dx_data);
   return dx;
