@@ -242,8 +242,13 @@ class Conv2dKernel {
     return output->floats();
   }
 
+  // The last input of an op, a list of none or one.
   static std::optional<Tensor> optional_input(const Context& context, int index) {
-    if (context.num_inputs() <= index) return std::nullopt;
+    if (context.num_inputs() > index + 1) {
+      throw InvalidArgument("There must be at most " + std::to_string(index + 1) +
+                            " inputs. Received: " + std::to_string(context.num_inputs()));
+    }
+    if (context.num_inputs() == index) return std::nullopt;
     return context.input(index);
   }
 
@@ -309,6 +314,10 @@ class Conv2dGradFilter : public Conv2dKernel {
     if (context.num_outputs() == 1) {
       conv2d_wgrad(p, x.floats(), dy.floats(), mask, dfilter.floats(), nullptr);
       return;
+    }
+    if (context.num_outputs() > 2) {
+      throw InvalidArgument("`num_bias` must be 0 or 1. Received: num_bias=" +
+                            std::to_string(context.num_outputs() - 1));
     }
     const Tensor dbias = context.output(1, std::array{p.k});
     conv2d_wgrad(p, x.floats(), dy.floats(), mask, dfilter.floats(), dbias.floats());

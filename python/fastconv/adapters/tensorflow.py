@@ -3,7 +3,8 @@
 The kernels are TensorFlow ops of the library ``libfastconv_tensorflow`` beside this package. They
 compute in float32 on the CPU; importing this module loads and registers them, after which a
 SavedModel that holds them can be loaded as well. They do not run inside XLA: ``inside_xla()``
-tells whether the graph under construction goes there.
+tells whether the graph under construction goes there. It cannot tell of a ``tf.function`` that is
+traced now and called from a compiled one later; TensorFlow refuses to compile that one.
 """
 
 import ctypes
@@ -15,6 +16,14 @@ from pathlib import Path
 import tensorflow as tf
 from tensorflow.python.framework import ops as framework_ops
 from tensorflow.python.ops import control_flow_util
+
+import fastconv
+from fastconv._arguments import (
+    normalize_activation,
+    normalize_data_format,
+    normalize_padding,
+    normalize_pair,
+)
 
 __all__ = ["conv2d", "inside_xla", "max_pool2d", "ops_executed"]
 
@@ -93,16 +102,16 @@ def conv2d(
         new_height, new_width) with ``data_format="channels_first"``.
 
     Raises:
-        ValueError: where an option is none of those above.
+        TypeError, ValueError: where an option is none of those above.
         tf.errors.InvalidArgumentError: where the shapes do not fit each other. In a graph it is
             raised when the graph runs.
     """
     _follow_tensorflow_threads()
     attributes = {
-        "strides": _pair("strides", strides),
-        "dilations": _pair("dilation_rate", dilation_rate),
-        "activation": _choose("activation", activation, _ACTIVATIONS),
-        "data_format": _choose("data_format", data_format, _DATA_FORMATS),
+        "strides": normalize_pair(strides, "strides"),
+        "dilations": normalize_pair(dilation_rate, "dilation_rate"),
+        "activation": normalize_activation(activation).upper(),
+        "data_format": _layout(data_format),
         **_padding_attributes(padding),
     }
     x = tf.convert_to_tensor(x)
@@ -137,15 +146,15 @@ def max_pool2d(
         maximum of each window.
 
     Raises:
-        ValueError: where an option is none of those above.
+        TypeError, ValueError: where an option is none of those above.
         tf.errors.InvalidArgumentError: where the window does not fit the input. In a graph it is
             raised when the graph runs.
     """
     _follow_tensorflow_threads()
     attributes = {
-        "pool_size": _pair("pool_size", pool_size),
-        "strides": _pair("strides", pool_size if strides is None else strides),
-        "data_format": _choose("data_format", data_format, _DATA_FORMATS),
+        "pool_size": normalize_pair(pool_size, "pool_size"),
+        "strides": normalize_pair(pool_size if strides is None else strides, "strides"),
+        "data_format": _layout(data_format),
         **_padding_attributes(padding),
     }
     x = tf.convert_to_tensor(x)
@@ -154,37 +163,14 @@ def max_pool2d(
 
 # --- arguments to attributes ----------------------------------------------------------------------
 
-_ACTIVATIONS = {None: "LINEAR", "linear": "LINEAR", "relu": "RELU"}
-_DATA_FORMATS = {"channels_last": "NHWC", "channels_first": "NCHW"}
 
-
-def _pair(name, value):
-    pair = [value, value] if isinstance(value, int) else list(value)
-    if len(pair) != 2:
-        raise ValueError(
-            f"`{name}` must be an integer or a pair of integers. Received: {name}={value}"
-        )
-    return pair
-
-
-def _choose(name, value, choices):
-    if value not in choices:
-        allowed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"`{name}` must be one of {allowed}. Received: {name}={value!r}")
-    return choices[value]
+def _layout(data_format):
+    return "NCHW" if normalize_data_format(data_format) == "channels_first" else "NHWC"
 
 
 def _padding_attributes(padding):
-    if padding in ("valid", "same"):
-        return {"padding": padding.upper(), "explicit_paddings": [0, 0, 0, 0]}
-    try:
-        (top, bottom), (left, right) = padding
-    except (TypeError, ValueError):
-        raise ValueError(
-            "`padding` must be 'valid', 'same' or ((top, bottom), (left, right)). "
-            f"Received: padding={padding!r}"
-        ) from None
-    return {"padding": "EXPLICIT", "explicit_paddings": [top, bottom, left, right]}
+    kind, sides = normalize_padding(padding)
+    return {"padding": kind.upper(), "explicit_paddings": sides}
 
 
 @functools.cache
@@ -195,10 +181,15 @@ def _follow_tensorflow_threads():
     TensorFlow allows no change either.
     """
     threads = tf.config.threading.get_intra_op_parallelism_threads()
-    if threads > 0 and not os.environ.get("FASTCONV_NUM_THREADS"):
-        import fastconv
-
+    if threads > 0 and not _was_told_threads():
         fastconv.set_num_threads(threads)
+
+
+def _was_told_threads():
+    if os.environ.get("FASTCONV_NUM_THREADS"):
+        return True
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return fastconv.get_num_threads() != usable
 
 
 # --- static shapes --------------------------------------------------------------------------------
@@ -304,6 +295,7 @@ def _conv2d_gradient(op, dy):
         dw, dbias = _ops.fastconv_conv2d_grad_filter(
             x, w, dy, mask, num_bias=len(bias), **attributes
         )
+        dbias = [_with_static_shape(d, lambda: w.shape[3:]) for d in dbias]
     return [dx, dw, *dbias]
 
 

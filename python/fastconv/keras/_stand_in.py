@@ -74,16 +74,18 @@ def tell(layer, reason):
     _logger.debug("%s %r uses the stock code: %s", type(layer).__qualname__, layer.name, reason)
 
 
-def has_empty_output(layer, inputs):
-    """Whether the stock layer would refuse the shape of ``inputs``, or return an empty tensor."""
+def has_empty_output(inputs, window, padding, data_format):
+    """Whether no output pixel comes of ``inputs``, as far as is known: the stock layer refuses it.
+
+    ``window`` is the height and width that one output pixel sees.
+    """
     shape = inputs.shape.as_list()
     if 0 in shape[1:]:
         return True
-    try:
-        layer.compute_output_shape(tuple(shape))
-    except ValueError:
-        return True
-    return False
+    sizes = shape[2:] if data_format == "channels_first" else shape[1:3]
+    return padding == "valid" and any(
+        size is not None and size < extent for size, extent in zip(sizes, window, strict=True)
+    )
 
 
 def _gpus():

@@ -58,12 +58,22 @@ class FastConv2D(OutsideXla, keras.layers.Conv2D):
         )
 
     def _leave_to_stock(self, inputs):
-        reason = reason_for_stock(inputs, self.compute_dtype)
-        if reason is None and has_empty_output(self, inputs):
-            reason = f"the output would be empty: input of shape {inputs.shape}"
+        reason = self._reason_for_stock(inputs)
         if reason is not None:
             tell(self, reason)
         return reason is not None
+
+    def _reason_for_stock(self, inputs):
+        reason = reason_for_stock(inputs, self.compute_dtype)
+        if reason is not None:
+            return reason
+        window = [
+            (taps - 1) * dilation + 1
+            for taps, dilation in zip(self.kernel_size, self.dilation_rate, strict=True)
+        ]
+        if has_empty_output(inputs, window, self.padding, self.data_format):
+            return f"the output would be empty: input of shape {inputs.shape}"
+        return None
 
 
 def _is_own_convolution_op(layer):

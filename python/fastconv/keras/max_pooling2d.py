@@ -49,8 +49,9 @@ class FastMaxPooling2D(OutsideXla, keras.layers.MaxPooling2D):
             return reason
         if not all(self.strides):
             return f"the strides contain 0: {self.strides}"
-        if self.padding.lower() not in ("valid", "same"):
+        padding = self.padding.lower()
+        if padding not in ("valid", "same"):
             return f"the padding is none of Keras's: {self.padding!r}"
-        if has_empty_output(self, inputs):
+        if has_empty_output(inputs, self.pool_size, padding, self.data_format):
             return f"the output would be empty: input of shape {inputs.shape}"
         return None
