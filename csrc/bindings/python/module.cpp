@@ -2,6 +2,7 @@
 // problem asks for, makes strided or misaligned ones dense, releases the GIL and calls the
 // operation. Options arrive normalised by fastconv/_arguments.py; their values are checked by
 // core/problem.hpp. std::invalid_argument, the base of InvalidArgument, becomes ValueError.
+#include <cxxabi.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -27,19 +28,24 @@ namespace py = pybind11;
 
 namespace {
 
-// Lets other Python threads run while it lives. Unlike pybind11's own, a daemon thread that comes
-// back to an interpreter that is shutting down waits for the process's end, as Python 3.14 has all
-// threads do; before, Python unwinds such a thread, which C++ destructors answer with an abort.
+// Lets other Python threads run while it lives. A daemon thread may come back to an interpreter that
+// is shutting down, or be waiting for the GIL when that begins. CPython before 3.14 then ends it by
+// pthread_exit, which glibc does by unwinding its stack, through destructors that abort, as
+// pybind11's own does, or touch Python objects without the GIL. Here such a thread waits for the
+// process's end instead, as Python 3.14 has all threads do.
 class GilReleased {
  public:
   GilReleased() : state_(PyEval_SaveThread()) {}
   ~GilReleased() {
-#if PY_VERSION_HEX >= 0x030D0000
-    while (Py_IsFinalizing()) pause();
+#if defined(__GLIBCXX__)
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (abi::__forced_unwind&) {
+      for (;;) pause();
+    }
 #else
-    while (_Py_IsFinalizing()) pause();
-#endif
     PyEval_RestoreThread(state_);
+#endif
   }
   GilReleased(const GilReleased&) = delete;
   GilReleased& operator=(const GilReleased&) = delete;
