@@ -176,11 +176,15 @@ struct TapConvolutionRunner {
     }
     panel_groups = ceil_div(panels, panels_a_group);
     blocks = max64(1, min64(blocks, kMostTasks / (panel_groups * g.groups)));
+    // A task owns a table of pointers; those of very large filters are few, to bound their memory.
+    constexpr int64_t kMostTableBytes = int64_t{16} << 20;
+    blocks = max64(1, min64(blocks, kMostTableBytes / ((taps + 1) * V::kRows * 8 * panel_groups *
+                                                       g.groups)));
     const int64_t tasks = g.groups * panel_groups * blocks;
 
     table_size = (taps + 1) * V::kRows;  // a task's pointers: the pixels', or every tap's
     const int64_t zero_bytes = ceil_div(run * 4, 64) * 64;
-    const int64_t packed_bytes = g.groups * group_floats * 4;
+    const int64_t packed_bytes = ceil_div(g.groups * group_floats * 4, 64) * 64;
     const int64_t offsets_bytes = ceil_div((taps + 1) * 8, 64) * 64;
     const Workspace workspace(static_cast<std::size_t>(
         packed_bytes + zero_bytes + offsets_bytes + tasks * table_size * 8));
