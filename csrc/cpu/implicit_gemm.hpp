@@ -33,9 +33,10 @@ struct TapTile {
   int64_t row_step;              // 0: the same pointers for every tap
   const int64_t* tap_offsets;    // floats, added to the pointers; `offset_step` apart
   int64_t offset_step;
+  const int64_t* tap_numbers;    // which of the filter's taps each one is
   int64_t taps;
   int64_t run;                   // contiguous source floats a tap
-  const float* filter;           // [taps][run][vectors * width]
+  const float* filter;           // [tap number][run][vectors * width]
   const float* bias;             // `columns` values or null
   float* const* y;
   int columns;                   // of the last vector: 1 .. width
@@ -49,11 +50,11 @@ void tap_tile(const TapTile& t) {
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) sum[i][v] = V::zero();
-  const float* filter = t.filter;
   const float* const* rows = t.rows;
   for (int64_t tap = 0; tap < t.taps; ++tap, rows += t.row_step) {
     const float* a[Rows];
     const int64_t offset = t.tap_offsets[tap * t.offset_step];
+    const float* filter = t.filter + t.tap_numbers[tap] * t.run * (Vectors * V::kWidth);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) a[i] = rows[i] + offset;
     for (int64_t c = 0; c < t.run; ++c, filter += Vectors * V::kWidth) {
@@ -140,7 +141,7 @@ struct TapConvolutionRunner {
   int64_t taps, run, panels, group_floats, tiles, pixels;
   const float* zeros;
   float* packed;
-  int64_t* tap_offsets;
+  int64_t *tap_offsets, *tap_numbers, *task_tap_numbers;
   const float** tables;
   int64_t table_size;
   int64_t blocks, panel_groups, panels_a_group;  // tasks: blocks of tiles x groups of panels
@@ -148,7 +149,7 @@ struct TapConvolutionRunner {
   static void run_convolution(const TapConvolution& g, const float* x, const float* filter,
                               const float* bias, float* y) {
     TapConvolutionRunner self{g, x, filter, bias, y, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {},
-                              {}, {}, {}, {}};
+                              {}, {}, {}, {}, {}, {}};
     self.execute();
   }
 
@@ -185,19 +186,22 @@ struct TapConvolutionRunner {
     table_size = (taps + 1) * V::kRows;  // a task's pointers: the pixels', or every tap's
     const int64_t zero_bytes = ceil_div(run * 4, 64) * 64;
     const int64_t packed_bytes = ceil_div(g.groups * group_floats * 4, 64) * 64;
-    const int64_t offsets_bytes = ceil_div((taps + 1) * 8, 64) * 64;
+    const int64_t offsets_bytes = ceil_div((2 * taps + 1 + tasks * taps) * 8, 64) * 64;
     const Workspace workspace(static_cast<std::size_t>(
         packed_bytes + zero_bytes + offsets_bytes + tasks * table_size * 8));
     packed = workspace.floats();
     float* zero_row = workspace.floats(packed_bytes);
     zeros = zero_row;
     tap_offsets = reinterpret_cast<int64_t*>(workspace.floats(packed_bytes + zero_bytes));
+    tap_numbers = tap_offsets + taps + 1;
+    task_tap_numbers = tap_numbers + taps;
     tables = reinterpret_cast<const float**>(
         workspace.floats(packed_bytes + zero_bytes + offsets_bytes));
     std::memset(zero_row, 0, static_cast<std::size_t>(zero_bytes));
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int64_t r = merged ? tap : tap / h.count;
       const int64_t s = merged ? 0 : tap % h.count;
+      tap_numbers[tap] = tap;
       tap_offsets[tap] = (g.vertical.offset(r) * g.source_w + h.offset(s)) * g.source_c;
     }
     tap_offsets[taps] = 0;
@@ -262,12 +266,15 @@ struct TapConvolutionRunner {
       TapTile t{};
       t.rows = rows;
       t.tap_offsets = tap_offsets;
+      t.tap_numbers = tap_numbers;
       t.offset_step = 1;
       t.taps = taps;
       t.run = run;
       t.relu = g.relu;
       if (!inside) {
-        fill_table(group, begin, count, rows);
+        int64_t* numbers = task_tap_numbers + task * taps;
+        t.taps = fill_table(group, begin, count, rows, numbers);
+        t.tap_numbers = numbers;
         t.row_step = count;
         t.tap_offsets = tap_offsets + taps;  // a zero
         t.offset_step = 0;
@@ -301,42 +308,54 @@ struct TapConvolutionRunner {
                source_i + g.vertical.highest() < g.source_h &&
                source_j + g.horizontal.lowest() >= 0 &&
                source_j + g.horizontal.highest() < g.source_w;
-      if (++j == g.out_w) {
-        j = 0;
-        if (++i == g.out_h) {
-          i = 0;
-          ++n;
-        }
-      }
+      advance(n, i, j);
     }
     return inside;
   }
 
-  // A pointer for each pixel and tap: the source, or zeros in the padding.
-  void fill_table(int64_t group, int64_t begin, int count, const float** table) const {
+  // A pointer for each pixel and tap: the source, or zeros in the padding. Filter rows that meet
+  // nothing but padding are left out. Returns the number of taps.
+  int64_t fill_table(int64_t group, int64_t begin, int count, const float** table,
+                     int64_t* numbers) const {
     const int64_t columns = merged ? 1 : g.horizontal.count;
-    int64_t n = begin / (g.out_h * g.out_w);
-    int64_t i = begin / g.out_w % g.out_h, j = begin % g.out_w;
-    for (int row = 0; row < count; ++row) {
-      const float* image = x + n * g.source_h * g.source_w * g.source_c + group * g.reduce;
-      for (int64_t r = 0; r < g.vertical.count; ++r) {
-        const int64_t source_i = i * g.vertical.step + g.vertical.offset(r);
-        const bool row_inside = source_i >= 0 && source_i < g.source_h;
+    const int64_t first_line = begin / g.out_w, last_line = (begin + count - 1) / g.out_w;
+    int64_t used = 0;
+    for (int64_t r = 0; r < g.vertical.count; ++r) {
+      bool met = false;
+      for (int64_t line = first_line; line <= last_line; ++line) {
+        met = met || is_row(source_row(line % g.out_h, r));
+      }
+      if (!met) continue;
+      for (int64_t s = 0; s < columns; ++s) numbers[used + s] = r * columns + s;
+      int64_t n = first_line / g.out_h, i = first_line % g.out_h, j = begin % g.out_w;
+      for (int row = 0; row < count; ++row) {
+        const int64_t source_i = source_row(i, r);
+        const float* line = x + (n * g.source_h + source_i) * g.source_w * g.source_c +
+                            group * g.reduce;
         for (int64_t s = 0; s < columns; ++s) {
           const int64_t source_j = j * g.horizontal.step + g.horizontal.offset(s);
-          const bool is_inside = row_inside && source_j >= 0 && source_j < g.source_w;
-          table[(r * columns + s) * count + row] =
-              is_inside ? image + (source_i * g.source_w + source_j) * g.source_c : zeros;
+          const bool is_inside = is_row(source_i) && source_j >= 0 && source_j < g.source_w;
+          table[(used + s) * count + row] = is_inside ? line + source_j * g.source_c : zeros;
         }
+        advance(n, i, j);
       }
-      if (++j == g.out_w) {
-        j = 0;
-        if (++i == g.out_h) {
-          i = 0;
-          ++n;
-        }
-      }
+      used += columns;
     }
+    return used;
+  }
+
+  int64_t source_row(int64_t i, int64_t tap) const {
+    return i * g.vertical.step + g.vertical.offset(tap);
+  }
+  bool is_row(int64_t source_i) const { return source_i >= 0 && source_i < g.source_h; }
+
+  // To the next output pixel.
+  void advance(int64_t& n, int64_t& i, int64_t& j) const {
+    if (++j < g.out_w) return;
+    j = 0;
+    if (++i < g.out_h) return;
+    i = 0;
+    ++n;
   }
 };
 

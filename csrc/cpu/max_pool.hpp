@@ -1,6 +1,7 @@
 // Max-pooling on NHWC, vectors along channels. Forward: one pass over the window's taps, the first
 // maximum wins, NaN propagates. Backward gathers: each input pixel asks the windows that cover it
-// whether their argmax names it, so overlapping windows need no atomics and no zeroing pass.
+// whether their argmax names it, so overlapping windows need no atomics and no zeroing pass. Windows
+// that do not overlap scatter instead: each reads its argmax and dy once.
 #pragma once
 
 #include "cpu/implicit_gemm.hpp"
@@ -67,6 +68,41 @@ void max_pool_grad_row(const Pool2dProblem& p, const float* dy, const Index* arg
   }
 }
 
+// The input rows from window row i to the next one's, for windows that neither overlap nor meet
+// padding.
+template <class V, class Index>
+void max_pool_grad_apart(const Pool2dProblem& p, const float* dy, const Index* argmax, float* dx,
+                         int64_t n, int64_t i) {
+  const int64_t begin = i * p.stride_h, end = i + 1 == p.oh ? p.h : begin + p.stride_h;
+  float* rows = dx + (n * p.h + begin) * p.w * p.c;
+  const int64_t row_floats = p.w * p.c, window_floats = p.s * p.c, step = p.stride_w * p.c;
+  const auto clear = [](float* at, int64_t floats) {
+    std::memset(at, 0, static_cast<std::size_t>(floats) * 4);
+  };
+  if (end - begin > p.r) clear(rows + p.r * row_floats, (end - begin - p.r) * row_floats);
+  for (int64_t j = 0; j < p.ow; ++j) {
+    float* window = rows + j * step;
+    const int64_t at = ((n * p.oh + i) * p.ow + j) * p.c;
+    for (int64_t c = 0; c < p.c; c += V::kWidth) {
+      const auto tail = V::tail(static_cast<int>(min64(V::kWidth, p.c - c)));
+      const typename V::Reg value = V::load(dy + at + c, tail);
+      const typename V::Int chosen = V::load_index(argmax + at + c, tail);
+      int tap = 0;
+      for (int64_t r = 0; r < p.r; ++r)
+        for (int64_t s = 0; s < p.s; ++s, ++tap) {
+          V::store(window + r * row_floats + s * p.c + c,
+                   V::select(V::int_equal(chosen, V::int_broadcast(tap)), value, V::zero()),
+                   tail);
+        }
+    }
+    const int64_t next = j + 1 == p.ow ? row_floats - j * step : step;
+    if (next == window_floats) continue;
+    for (int64_t r = 0; r < p.r; ++r) {
+      clear(window + r * row_floats + window_floats, next - window_floats);
+    }
+  }
+}
+
 template <class V, class Index>
 void max_pool2d_rows(const Pool2dProblem& p, const float* x, float* y, void* argmax) {
   parallel_for(p.n * p.oh, [&](int64_t row) {
@@ -89,7 +125,15 @@ void max_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y, void* ar
 
 template <class V>
 void max_pool2d_bprop(const Pool2dProblem& p, const float* dy, const void* argmax, float* dx) {
+  const bool apart = p.stride_h >= p.r && p.stride_w >= p.s && p.pad_top == 0 &&
+                     p.pad_left == 0 && p.pad_bottom == 0 && p.pad_right == 0;
   const auto rows = [&]<class Index>(const Index* index) {
+    if (apart) {
+      parallel_for(p.n * p.oh, [&](int64_t row) {
+        max_pool_grad_apart<V, Index>(p, dy, index, dx, row / p.oh, row % p.oh);
+      });
+      return;
+    }
     parallel_for(p.n * p.h, [&](int64_t row) {
       max_pool_grad_row<V, Index>(p, dy, index, dx, row / p.h, row % p.h);
     });

@@ -196,6 +196,50 @@ void conv2d_wgrad(const Conv2dProblem& p, const float* x, const float* dy, float
   });
 }
 
+// `Vectors` neighbouring vectors of channels through a block of pixels, every line read once.
+template <class V, int Vectors, bool Relu>
+void activation_grad_block(int64_t pixels, int64_t channels, int valid, const float* dy,
+                           const float* y, float* dz, float* sums) {
+  const auto tail = V::tail(valid);
+  typename V::Reg sum[Vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v) sum[v] = V::zero();
+  for (int64_t at = 0; at < pixels * channels; at += channels) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      const bool last = v == Vectors - 1;
+      const int64_t here = at + v * V::kWidth;
+      typename V::Reg value = last ? V::load(dy + here, tail) : V::load(dy + here);
+      if constexpr (Relu) {
+        value = V::where_positive(last ? V::load(y + here, tail) : V::load(y + here), value);
+        if (last) {
+          V::store(dz + here, value, tail);
+        } else {
+          V::store(dz + here, value);
+        }
+      }
+      sum[v] = V::add(sum[v], value);
+    }
+  }
+  if (!sums) return;
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v) {
+    if (v == Vectors - 1) {
+      V::store(sums + v * V::kWidth, sum[v], tail);
+    } else {
+      V::store(sums + v * V::kWidth, sum[v]);
+    }
+  }
+}
+
+template <class V, bool Relu>
+auto activation_grad_function(int64_t vectors) {
+  return vectors == 1   ? activation_grad_block<V, 1, Relu>
+         : vectors == 2 ? activation_grad_block<V, 2, Relu>
+         : vectors == 3 ? activation_grad_block<V, 3, Relu>
+                        : activation_grad_block<V, 4, Relu>;
+}
+
 // dz = dy where y > 0; dbias = the sum of dz over pixels, by blocks of a fixed size in order.
 template <class V>
 void activation_grad(int64_t pixels, int64_t channels, const float* dy, const float* y, float* dz,
@@ -204,22 +248,19 @@ void activation_grad(int64_t pixels, int64_t channels, const float* dy, const fl
   const int64_t pixels_a_block = max64(64, ceil_div(pixels, 64));
   const int64_t blocks = ceil_div(pixels, pixels_a_block);
   const Workspace workspace(static_cast<std::size_t>(dbias ? blocks * channels * 4 : 0));
-  float* sums = workspace.floats();
+  float* sums = dbias ? workspace.floats() : nullptr;
   parallel_for(blocks, [&](int64_t block) {
     const int64_t begin = block * pixels_a_block, end = min64(pixels, begin + pixels_a_block);
-    for (int64_t c = 0; c < channels; c += V::kWidth) {
-      const auto tail = V::tail(static_cast<int>(min64(V::kWidth, channels - c)));
-      typename V::Reg sum = V::zero();
-      for (int64_t pixel = begin; pixel < end; ++pixel) {
-        const int64_t at = pixel * channels + c;
-        typename V::Reg value = V::load(dy + at, tail);
-        if (y) {
-          value = V::where_positive(V::load(y + at, tail), value);
-          V::store(dz + at, value, tail);
-        }
-        sum = V::add(sum, value);
-      }
-      if (dbias) V::store(sums + block * channels + c, sum, tail);
+    constexpr int64_t kChannels = 4 * V::kWidth;
+    for (int64_t c = 0; c < channels; c += kChannels) {
+      const int64_t width = min64(kChannels, channels - c);
+      const int64_t vectors = ceil_div(width, V::kWidth);
+      const auto block_of = y ? activation_grad_function<V, true>(vectors)
+                              : activation_grad_function<V, false>(vectors);
+      const int64_t at = begin * channels + c;
+      block_of(end - begin, channels, static_cast<int>(width - (vectors - 1) * V::kWidth),
+               dy + at, y ? y + at : nullptr, y ? dz + at : nullptr,
+               sums ? sums + block * channels + c : nullptr);
     }
   });
   if (!dbias) return;
