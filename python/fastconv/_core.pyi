@@ -1,4 +1,4 @@
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ def conv2d(
     groups: int,
     activation: str,
     data_format: str,
+    out: _Floats | None = None,
 ) -> _Floats: ...
 def conv2d_grad_input(
     dy: _Floats,
@@ -32,6 +33,7 @@ def conv2d_grad_input(
     groups: int,
     activation: str,
     data_format: str,
+    out: _Floats | None = None,
 ) -> _Floats: ...
 
 # A pair of arrays with return_bias_grad, one array without.
@@ -47,6 +49,7 @@ def conv2d_grad_filter(
     groups: int,
     activation: str,
     data_format: str,
+    out: _Floats | None = None,
 ) -> _Floats | tuple[_Floats, _Floats]: ...
 
 # A pair of arrays with return_argmax, one array without.
@@ -57,6 +60,7 @@ def max_pool2d(
     strides: _Pair,
     padding: _Padding,
     data_format: str,
+    out: _Floats | None = None,
 ) -> _Floats | tuple[_Floats, NDArray[np.uint8] | NDArray[np.int32]]: ...
 def max_pool2d_grad(
     dy: _Floats,
@@ -66,6 +70,7 @@ def max_pool2d_grad(
     strides: _Pair,
     padding: _Padding,
     data_format: str,
+    out: _Floats | None = None,
 ) -> _Floats: ...
 def set_num_threads(num_threads: int) -> None: ...
 def get_num_threads() -> int: ...
@@ -86,6 +91,7 @@ class reference:
         groups: int,
         activation: str,
         data_format: str,
+        out: _Floats | None = None,
     ) -> _Floats: ...
     @staticmethod
     def conv2d_grad_input(
@@ -99,6 +105,7 @@ class reference:
         groups: int,
         activation: str,
         data_format: str,
+        out: _Floats | None = None,
     ) -> _Floats: ...
     @staticmethod
     def conv2d_grad_filter(
@@ -113,6 +120,7 @@ class reference:
         groups: int,
         activation: str,
         data_format: str,
+        out: _Floats | None = None,
     ) -> _Floats | tuple[_Floats, _Floats]: ...
     @staticmethod
     def max_pool2d(
@@ -122,6 +130,7 @@ class reference:
         strides: _Pair,
         padding: _Padding,
         data_format: str,
+        out: _Floats | None = None,
     ) -> _Floats | tuple[_Floats, NDArray[np.uint8] | NDArray[np.int32]]: ...
     @staticmethod
     def max_pool2d_grad(
@@ -132,4 +141,22 @@ class reference:
         strides: _Pair,
         padding: _Padding,
         data_format: str,
+        out: _Floats | None = None,
     ) -> _Floats: ...
+
+# A submodule: the kernels again, with the signatures above, each run `calls` times in one call; and
+# the machine's limits.
+class timed:
+    conv2d: Any
+    conv2d_grad_input: Any
+    conv2d_grad_filter: Any
+    max_pool2d: Any
+    max_pool2d_grad: Any
+    @staticmethod
+    def set_calls(calls: int) -> None: ...
+    @staticmethod
+    def nanoseconds() -> list[int]: ...
+    @staticmethod
+    def flops(seconds: float) -> float: ...
+    @staticmethod
+    def bandwidth(stream: str, bytes: int, seconds: float) -> float: ...

@@ -3,8 +3,8 @@
 Arguments and their names are those of Keras. Activations are float32 arrays of shape (batch,
 height, width, channels), or (batch, channels, height, width) with ``data_format=
 "channels_first"``; filters are of shape (rows, columns, channels / groups, filters) with either.
-Strided views are taken too, at the price of a copy. Results are new arrays, the same bits for any
-number of threads. Where shapes or options do not fit, nothing is computed.
+Strided views are taken too, at the price of a copy. Results are new arrays, or go to ``out``, the same
+bits for any number of threads. Where shapes or options do not fit, nothing is computed.
 
 Convolutions are computed as implicit matrix products: the patches of the input that meet the filter
 are gathered while the multiplication runs, never stored as a matrix [1]_ [2]_.
@@ -63,6 +63,7 @@ def conv2d(
     groups: SupportsIndex = 1,
     activation: str | None = None,
     data_format: str = "channels_last",
+    out: FloatArray | None = None,
 ) -> FloatArray:
     """2-D convolution, ``activation(x * w + bias)``, in one pass.
 
@@ -93,6 +94,9 @@ def conv2d(
         None or ``"linear"``; or ``"relu"``, which lets NaN through.
     data_format
         ``"channels_last"`` or ``"channels_first"``, of ``x`` and of the result.
+    out
+        Array to write the result to, of its shape, float32, C-contiguous and sharing no memory
+        with the inputs; None for a new one.
 
     Returns
     -------
@@ -113,6 +117,7 @@ def conv2d(
         w,
         bias,
         **_conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
+        out=out,
     )
 
 
@@ -128,6 +133,7 @@ def conv2d_grad_input(
     data_format: str = "channels_last",
     activation: str | None = None,
     output: FloatArray | None = None,
+    out: FloatArray | None = None,
 ) -> FloatArray:
     """Gradient of :func:`conv2d` by its input; the transposed convolution of ``dy``.
 
@@ -148,6 +154,8 @@ def conv2d_grad_input(
         As ``conv2d`` was given. With ``"relu"``, ``dy`` counts only where ``output`` > 0.
     output
         The result of ``conv2d``: required with ``activation="relu"``, else not read.
+    out
+        Array to write ``dx`` to, as for ``conv2d``; None for a new one.
 
     Returns
     -------
@@ -168,6 +176,7 @@ def conv2d_grad_input(
         normalize_shape(input_shape, "input_shape"),
         output,
         **_conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
+        out=out,
     )
 
 
@@ -185,6 +194,7 @@ def conv2d_grad_filter(
     activation: str | None = ...,
     output: FloatArray | None = ...,
     return_bias_grad: Literal[False] = ...,
+    out: FloatArray | None = ...,
 ) -> FloatArray: ...
 @overload
 def conv2d_grad_filter(
@@ -200,6 +210,7 @@ def conv2d_grad_filter(
     activation: str | None = ...,
     output: FloatArray | None = ...,
     return_bias_grad: Literal[True],
+    out: FloatArray | None = ...,
 ) -> tuple[FloatArray, FloatArray]: ...
 def conv2d_grad_filter(
     x: FloatArray,
@@ -214,6 +225,7 @@ def conv2d_grad_filter(
     activation: str | None = None,
     output: FloatArray | None = None,
     return_bias_grad: bool = False,
+    out: FloatArray | None = None,
 ) -> FloatArray | tuple[FloatArray, FloatArray]:
     """Gradient of :func:`conv2d` by its filters and, if asked for, by its bias.
 
@@ -236,6 +248,8 @@ def conv2d_grad_filter(
         The result of ``conv2d``: required with ``activation="relu"``, else not read.
     return_bias_grad
         Whether to return the gradient by the bias too.
+    out
+        Array to write ``dw`` to, as for ``conv2d``; None for a new one.
 
     Returns
     -------
@@ -259,6 +273,7 @@ def conv2d_grad_filter(
         output,
         bool(return_bias_grad),
         **_conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
+        out=out,
     )
 
 
@@ -271,6 +286,7 @@ def max_pool2d(
     padding: Padding = ...,
     data_format: str = ...,
     return_argmax: Literal[False] = ...,
+    out: FloatArray | None = ...,
 ) -> FloatArray: ...
 @overload
 def max_pool2d(
@@ -281,6 +297,7 @@ def max_pool2d(
     padding: Padding = ...,
     data_format: str = ...,
     return_argmax: Literal[True],
+    out: FloatArray | None = ...,
 ) -> tuple[FloatArray, ArgmaxArray]: ...
 def max_pool2d(
     x: FloatArray,
@@ -290,6 +307,7 @@ def max_pool2d(
     padding: Padding = "valid",
     data_format: str = "channels_last",
     return_argmax: bool = False,
+    out: FloatArray | None = None,
 ) -> FloatArray | tuple[FloatArray, ArgmaxArray]:
     """Maximum of each window.
 
@@ -312,6 +330,8 @@ def max_pool2d(
         ``"channels_last"`` or ``"channels_first"``, of ``x`` and of the results.
     return_argmax
         Whether to return where each maximum was, which :func:`max_pool2d_grad` needs.
+    out
+        Array to write ``y`` to, as for :func:`conv2d`; None for a new one.
 
     Returns
     -------
@@ -335,6 +355,7 @@ def max_pool2d(
         x,
         bool(return_argmax),
         **_pool2d_options(pool_size, strides, padding, data_format),
+        out=out,
     )
 
 
@@ -347,6 +368,7 @@ def max_pool2d_grad(
     strides: IntegerOrPair | None = None,
     padding: Padding = "valid",
     data_format: str = "channels_last",
+    out: FloatArray | None = None,
 ) -> FloatArray:
     """Gradient of :func:`max_pool2d` by its input: each ``dy`` goes to its window's maximum.
 
@@ -361,6 +383,8 @@ def max_pool2d_grad(
         Shape of the input ``x`` that ``max_pool2d`` was given.
     pool_size, strides, padding, data_format
         As ``max_pool2d`` was given.
+    out
+        Array to write ``dx`` to, as for :func:`conv2d`; None for a new one.
 
     Returns
     -------
@@ -381,6 +405,7 @@ def max_pool2d_grad(
         argmax,
         normalize_shape(input_shape, "input_shape"),
         **_pool2d_options(pool_size, strides, padding, data_format),
+        out=out,
     )
 
 

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -22,6 +23,7 @@
 #include "core/operations.hpp"
 #include "core/problem.hpp"
 #include "core/thread_pool.hpp"
+#include "cpu/probe.hpp"
 #include "cpu/reference.hpp"
 
 namespace py = pybind11;
@@ -199,6 +201,8 @@ class OptionalFloats {
     if (!object.is_none()) array_.emplace(require_floats(object, name, shape));
   }
   const float* data() const { return array_ ? array_->data() : nullptr; }
+  // The array, or an empty one.
+  py::array array() const { return array_ ? *array_ : Dense<float>(0); }
 
  private:
   std::optional<Dense<float>> array_;
@@ -214,10 +218,46 @@ OptionalFloats require_output(const fastconv::Conv2dProblem& problem, const py::
   return {output, "output", problem.y_shape()};
 }
 
+// The memory of an array's elements, from the first byte to behind the last one.
+std::pair<const char*, const char*> extent(const py::array& array) {
+  const char* low = static_cast<const char*>(array.data());
+  const char* high = low + array.itemsize();
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) {
+    if (array.shape(i) == 0) return {low, low};
+    const py::ssize_t reach = (array.shape(i) - 1) * array.strides(i);
+    (reach < 0 ? low : high) += reach;
+  }
+  return {low, high};
+}
+
+// Where a result goes: `out`, checked, or a new array where it is None. Kernels write while they
+// read, so that memory shared with an input would spoil the result.
+template <class... Inputs>
+py::array_t<float> result_array(const py::object& out, const Shape& shape,
+                                const Inputs&... inputs) {
+  if (out.is_none()) return py::array_t<float>(shape);
+  py::array array = require_floats(out, "out", shape);
+  constexpr int kFlags = kDense | int{py::detail::npy_api::NPY_ARRAY_WRITEABLE_};
+  if ((array.flags() & kFlags) != kFlags) {
+    throw fastconv::InvalidArgument(
+        text("`out` must be C-contiguous, aligned and writeable. Received: out with strides ",
+             python_text(array.attr("strides")),
+             array.writeable() ? "" : ", not writeable"));
+  }
+  const auto [low, high] = extent(array);
+  for (const auto& [input_low, input_high] : {extent(inputs)...}) {
+    if (low < input_high && input_low < high) {
+      throw fastconv::InvalidArgument(
+          "`out` must not share memory with an input. Received: out that does");
+    }
+  }
+  return py::reinterpret_borrow<py::array_t<float>>(array);
+}
+
 // --- convolution ----------------------------------------------------------------------------------
 
-// The functions behind one set of Python names: the kernels, or the reference that tests compare
-// them with.
+// The functions behind one set of Python names: the kernels, the kernels timed, or the reference
+// that tests compare them with.
 struct Operations {
   decltype(&fastconv::conv2d_fprop) conv2d_fprop;
   decltype(&fastconv::conv2d_dgrad) conv2d_dgrad;
@@ -234,15 +274,46 @@ constexpr Operations kReference{
     fastconv::reference::conv2d_wgrad, fastconv::reference::max_pool2d_fprop,
     fastconv::reference::max_pool2d_bprop};
 
+// For benchmarks: one call from Python runs the kernel `calls` times and notes what each run took,
+// so that neither Python nor the checks of this file are in the time.
+struct Stopwatch {
+  int64_t calls = 1;
+  std::vector<int64_t> nanoseconds;
+};
+thread_local Stopwatch t_stopwatch;
+
+template <auto operation>
+struct Timed;
+template <class... Arguments, void (*operation)(Arguments...)>
+struct Timed<operation> {
+  static void run(Arguments... arguments) {
+    using Clock = std::chrono::steady_clock;
+    t_stopwatch.nanoseconds.clear();
+    for (int64_t i = 0; i < t_stopwatch.calls; ++i) {
+      const Clock::time_point start = Clock::now();
+      operation(arguments...);
+      t_stopwatch.nanoseconds.push_back(
+          std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count());
+    }
+  }
+};
+
+constexpr Operations kTimed{
+    Timed<fastconv::conv2d_fprop>::run, Timed<fastconv::conv2d_dgrad>::run,
+    Timed<fastconv::conv2d_wgrad>::run, Timed<fastconv::max_pool2d_fprop>::run,
+    Timed<fastconv::max_pool2d_bprop>::run};
+
 template <const Operations& operations>
 py::array_t<float> conv2d(const py::object& x_object, const py::object& w_object,
-                          const py::object& bias_object, const Conv2dOptions& options) {
+                          const py::object& bias_object, const Conv2dOptions& options,
+                          const py::object& out) {
   const py::array x_array = require_floats(x_object, "x");
   const py::array w_array = require_floats(w_object, "w");
   const auto problem = options.problem(shape_of(x_array, "x"), shape_of(w_array, "w"));
   const OptionalFloats bias(bias_object, "bias", std::array{problem.k});
 
-  py::array_t<float> y(problem.y_shape());
+  py::array_t<float> y =
+      result_array(out, problem.y_shape(), x_array, w_array, bias.array());
   const Dense<float> x(x_array), w(w_array);
   float* const y_data = y.mutable_data();
   const GilReleased unlocked;
@@ -253,13 +324,14 @@ py::array_t<float> conv2d(const py::object& x_object, const py::object& w_object
 template <const Operations& operations>
 py::array_t<float> conv2d_grad_input(const py::object& dy_object, const py::object& w_object,
                                      const Shape& input_shape, const py::object& output_object,
-                                     const Conv2dOptions& options) {
+                                     const Conv2dOptions& options, const py::object& out) {
   const py::array w_array = require_floats(w_object, "w");
   const auto problem = options.problem(input_shape, shape_of(w_array, "w"));
   const py::array dy_array = require_floats(dy_object, "dy", problem.y_shape());
   const OptionalFloats output = require_output(problem, output_object);
 
-  py::array_t<float> dx(problem.x_shape());
+  py::array_t<float> dx =
+      result_array(out, problem.x_shape(), dy_array, w_array, output.array());
   const Dense<float> dy(dy_array), w(w_array);
   float* const dx_data = dx.mutable_data();
   const GilReleased unlocked;
@@ -270,13 +342,15 @@ py::array_t<float> conv2d_grad_input(const py::object& dy_object, const py::obje
 template <const Operations& operations>
 py::object conv2d_grad_filter(const py::object& x_object, const py::object& dy_object,
                               const Shape& filter_shape, const py::object& output_object,
-                              bool return_bias_grad, const Conv2dOptions& options) {
+                              bool return_bias_grad, const Conv2dOptions& options,
+                              const py::object& out) {
   const py::array x_array = require_floats(x_object, "x");
   const auto problem = options.problem(shape_of(x_array, "x"), filter_shape);
   const py::array dy_array = require_floats(dy_object, "dy", problem.y_shape());
   const OptionalFloats output = require_output(problem, output_object);
 
-  py::array_t<float> dw(problem.filter_shape());
+  py::array_t<float> dw =
+      result_array(out, problem.filter_shape(), x_array, dy_array, output.array());
   std::optional<py::array_t<float>> dbias;
   if (return_bias_grad) dbias.emplace(problem.k);
   const Dense<float> x(x_array), dy(dy_array);
@@ -294,11 +368,11 @@ py::object conv2d_grad_filter(const py::object& x_object, const py::object& dy_o
 
 template <const Operations& operations>
 py::object max_pool2d(const py::object& x_object, bool return_argmax,
-                      const Pool2dOptions& options) {
+                      const Pool2dOptions& options, const py::object& out) {
   const py::array x_array = require_floats(x_object, "x");
   const auto problem = options.problem(shape_of(x_array, "x"));
 
-  py::array_t<float> y(problem.y_shape());
+  py::array_t<float> y = result_array(out, problem.y_shape(), x_array);
   std::optional<py::array> argmax;
   if (return_argmax) {
     argmax.emplace(problem.argmax_fits_byte() ? py::dtype::of<std::uint8_t>()
@@ -334,8 +408,8 @@ void require_taps(const T* argmax, int64_t count, const fastconv::Pool2dProblem&
 
 template <const Operations& operations, class T>
 py::array_t<float> scatter(const fastconv::Pool2dProblem& problem, const py::array& dy_array,
-                           const py::array& argmax_array) {
-  py::array_t<float> dx(problem.x_shape());
+                           const py::array& argmax_array, const py::object& out) {
+  py::array_t<float> dx = result_array(out, problem.x_shape(), dy_array, argmax_array);
   const Dense<float> dy(dy_array);
   const Dense<T> argmax(argmax_array);
   float* const dx_data = dx.mutable_data();
@@ -347,7 +421,8 @@ py::array_t<float> scatter(const fastconv::Pool2dProblem& problem, const py::arr
 
 template <const Operations& operations>
 py::array_t<float> max_pool2d_grad(const py::object& dy_object, const py::object& argmax_object,
-                                   const Shape& input_shape, const Pool2dOptions& options) {
+                                   const Shape& input_shape, const Pool2dOptions& options,
+                                   const py::object& out) {
   const auto problem = options.problem(input_shape);
   const py::array dy = require_floats(dy_object, "dy", problem.y_shape());
   const py::array argmax = require_array(argmax_object, "argmax");
@@ -359,8 +434,8 @@ py::array_t<float> max_pool2d_grad(const py::object& dy_object, const py::object
                               ". Received: argmax.dtype=", python_text(argmax.dtype())));
   }
   require_shape(argmax, "argmax", problem.y_shape());
-  return is_byte ? scatter<operations, std::uint8_t>(problem, dy, argmax)
-                 : scatter<operations, std::int32_t>(problem, dy, argmax);
+  return is_byte ? scatter<operations, std::uint8_t>(problem, dy, argmax, out)
+                 : scatter<operations, std::int32_t>(problem, dy, argmax, out);
 }
 
 // --- module ---------------------------------------------------------------------------------------
@@ -371,59 +446,73 @@ void define_operations(py::module_& m) {
       "conv2d",
       [](const py::object& x, const py::object& w, const py::object& bias, Pair strides,
          PaddingOption padding, Pair dilation_rate, int64_t groups, std::string activation,
-         std::string data_format) {
+         std::string data_format,
+         const py::object& out) {
         return conv2d<operations>(
             x, w, bias,
             {strides, std::move(padding), dilation_rate, groups, std::move(activation),
-             std::move(data_format)});
+             std::move(data_format)},
+            out);
       },
       py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("strides"), py::arg("padding"),
-      py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"), py::arg("data_format"));
+      py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"), py::arg("data_format"),
+      py::arg("out") = py::none());
   m.def(
       "conv2d_grad_input",
       [](const py::object& dy, const py::object& w, const Shape& input_shape,
          const py::object& output, Pair strides, PaddingOption padding, Pair dilation_rate,
-         int64_t groups, std::string activation, std::string data_format) {
+         int64_t groups, std::string activation, std::string data_format,
+         const py::object& out) {
         return conv2d_grad_input<operations>(
             dy, w, input_shape, output,
             {strides, std::move(padding), dilation_rate, groups, std::move(activation),
-             std::move(data_format)});
+             std::move(data_format)},
+            out);
       },
       py::arg("dy"), py::arg("w"), py::arg("input_shape"), py::arg("output"), py::arg("strides"),
       py::arg("padding"), py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"),
-      py::arg("data_format"));
+      py::arg("data_format"),
+      py::arg("out") = py::none());
   m.def(
       "conv2d_grad_filter",
       [](const py::object& x, const py::object& dy, const Shape& filter_shape,
          const py::object& output, bool return_bias_grad, Pair strides, PaddingOption padding,
-         Pair dilation_rate, int64_t groups, std::string activation, std::string data_format) {
+         Pair dilation_rate, int64_t groups, std::string activation, std::string data_format,
+         const py::object& out) {
         return conv2d_grad_filter<operations>(
             x, dy, filter_shape, output, return_bias_grad,
             {strides, std::move(padding), dilation_rate, groups, std::move(activation),
-             std::move(data_format)});
+             std::move(data_format)},
+            out);
       },
       py::arg("x"), py::arg("dy"), py::arg("filter_shape"), py::arg("output"),
       py::arg("return_bias_grad"), py::arg("strides"), py::arg("padding"),
-      py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"), py::arg("data_format"));
+      py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"), py::arg("data_format"),
+      py::arg("out") = py::none());
   m.def(
       "max_pool2d",
       [](const py::object& x, bool return_argmax, Pair pool_size, Pair strides,
-         PaddingOption padding, std::string data_format) {
+         PaddingOption padding, std::string data_format,
+         const py::object& out) {
         return max_pool2d<operations>(
-            x, return_argmax, {pool_size, strides, std::move(padding), std::move(data_format)});
+            x, return_argmax, {pool_size, strides, std::move(padding), std::move(data_format)}, out);
       },
       py::arg("x"), py::arg("return_argmax"), py::arg("pool_size"), py::arg("strides"),
-      py::arg("padding"), py::arg("data_format"));
+      py::arg("padding"), py::arg("data_format"),
+      py::arg("out") = py::none());
   m.def(
       "max_pool2d_grad",
       [](const py::object& dy, const py::object& argmax, const Shape& input_shape, Pair pool_size,
-         Pair strides, PaddingOption padding, std::string data_format) {
+         Pair strides, PaddingOption padding, std::string data_format,
+         const py::object& out) {
         return max_pool2d_grad<operations>(
             dy, argmax, input_shape,
-            {pool_size, strides, std::move(padding), std::move(data_format)});
+            {pool_size, strides, std::move(padding), std::move(data_format)},
+            out);
       },
       py::arg("dy"), py::arg("argmax"), py::arg("input_shape"), py::arg("pool_size"),
-      py::arg("strides"), py::arg("padding"), py::arg("data_format"));
+      py::arg("strides"), py::arg("padding"), py::arg("data_format"),
+      py::arg("out") = py::none());
 }
 
 std::vector<std::string> available_isas() {
@@ -441,6 +530,26 @@ void set_num_threads(int64_t threads) {
   fastconv::set_num_threads(static_cast<int>(threads));
 }
 
+void set_timed_calls(int64_t calls) {
+  if (calls < 1) {
+    throw fastconv::InvalidArgument(text("calls must be at least 1. Received: calls=", calls));
+  }
+  t_stopwatch.calls = calls;
+}
+
+double measured_flops(double seconds) {
+  const GilReleased unlocked;
+  return fastconv::probe::flops(seconds);
+}
+
+double measured_bandwidth(const std::string& stream, int64_t bytes, double seconds) {
+  using fastconv::probe::Stream;
+  const Stream parsed = parse<Stream, 3>(
+      "stream", stream, {{{"read", Stream::read}, {"write", Stream::write}, {"copy", Stream::copy}}});
+  const GilReleased unlocked;
+  return fastconv::probe::bandwidth(parsed, bytes, seconds);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -450,6 +559,14 @@ PYBIND11_MODULE(_core, m) {
   py::module_ reference = m.def_submodule(
       "reference", "The same operations, slow and obvious: what tests compare the kernels with.");
   define_operations<kReference>(reference);
+  py::module_ timed = m.def_submodule(
+      "timed", "The kernels again, each run `calls` times in one call; for benchmarks.");
+  define_operations<kTimed>(timed);
+  timed.def("set_calls", &set_timed_calls, py::arg("calls"));
+  timed.def("nanoseconds", [] { return t_stopwatch.nanoseconds; });
+  timed.def("flops", &measured_flops, py::arg("seconds"));
+  timed.def("bandwidth", &measured_bandwidth, py::arg("stream"), py::arg("bytes"),
+            py::arg("seconds"));
   m.def("set_num_threads", &set_num_threads, py::arg("num_threads"));
   m.def("get_num_threads", &fastconv::num_threads);
   m.def("isa", [] { return fastconv::isa_name(fastconv::current_isa()); });
