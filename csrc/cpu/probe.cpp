@@ -34,10 +34,7 @@ __attribute__((target("avx512f"))) double add_products_avx512(int64_t iterations
   for (int i = 0; i < kChains; ++i) sum[i] = _mm512_set1_ps(static_cast<float>(i));
   for (int64_t n = 0; n < iterations; ++n) {
 #pragma GCC unroll 12
-    for (int i = 0; i < kChains; ++i) {
-      sum[i] = _mm512_fmadd_ps(sum[i], factor, term);
-      asm volatile("" : "+v"(sum[i]));  // in a register, and done in this iteration
-    }
+    for (int i = 0; i < kChains; ++i) sum[i] = _mm512_fmadd_ps(sum[i], factor, term);
   }
   for (int i = 1; i < kChains; ++i) sum[0] = _mm512_add_ps(sum[0], sum[i]);
   g_float_sink.store(_mm512_cvtss_f32(sum[0]), std::memory_order_relaxed);
@@ -50,10 +47,7 @@ __attribute__((target("avx2,fma"))) double add_products_avx2(int64_t iterations)
   for (int i = 0; i < kChains; ++i) sum[i] = _mm256_set1_ps(static_cast<float>(i));
   for (int64_t n = 0; n < iterations; ++n) {
 #pragma GCC unroll 12
-    for (int i = 0; i < kChains; ++i) {
-      sum[i] = _mm256_fmadd_ps(sum[i], factor, term);
-      asm volatile("" : "+x"(sum[i]));
-    }
+    for (int i = 0; i < kChains; ++i) sum[i] = _mm256_fmadd_ps(sum[i], factor, term);
   }
   for (int i = 1; i < kChains; ++i) sum[0] = _mm256_add_ps(sum[0], sum[i]);
   g_float_sink.store(_mm256_cvtss_f32(sum[0]), std::memory_order_relaxed);
