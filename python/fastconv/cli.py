@@ -13,11 +13,16 @@ from pathlib import Path
 
 import click
 
+from fastconv.bench.command import bench
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fastconv", message="%(prog)s %(version)s")
 def main():
     """Fast convolution and pooling for Keras and NumPy."""
+
+
+main.add_command(bench)
 
 
 @main.command()

@@ -1,0 +1,125 @@
+"""fastconv itself: its Python functions, and its kernels timed from inside."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+import fastconv
+from fastconv import _core
+from fastconv.bench.adapters import Case, Unsupported, to_nchw, to_nhwc
+
+
+def environment(conditions):
+    variables = {"FASTCONV_NUM_THREADS": str(conditions["threads"])}
+    if conditions["isa"]:
+        variables["FASTCONV_ISA"] = conditions["isa"]
+    if conditions["algorithm"]:
+        variables["FASTCONV_ALGORITHM"] = conditions["algorithm"]
+    return variables
+
+
+class Implementation:
+    def __init__(self, conditions):
+        self._nchw = conditions["layout"] == "nchw"
+        accuracy = conditions["accuracy"]
+        if accuracy and hasattr(fastconv, "set_accuracy"):
+            fastconv.set_accuracy(accuracy)
+        elif accuracy:
+            raise Unsupported("this build has no accuracy setting")
+        facts = fastconv.info()
+        if conditions["algorithm"] and "FASTCONV_ALGORITHM" not in os.environ:
+            raise Unsupported("FASTCONV_ALGORITHM was not passed on")
+        self.versions = {"fastconv": facts["version"], "isa": facts["isa"]}
+
+    def prepare(self, problem, direction, arrays):
+        return _FastconvCase(problem, direction, arrays, self._nchw)
+
+    def limits(self, seconds=0.25):
+        """Measured: operations a second in registers, bytes a second in memory."""
+        # Beyond any cache; small enough for any machine.
+        size = 256 << 20
+        return {
+            "flops": _core.timed.flops(seconds),
+            "read": _core.timed.bandwidth("read", size, seconds),
+            "write": _core.timed.bandwidth("write", size, seconds),
+            "copy": _core.timed.bandwidth("copy", 2 * size, seconds),
+        }
+
+
+class _FastconvCase(Case):
+    def __init__(self, problem, direction, arrays, nchw):
+        lay = to_nchw if nchw else np.ascontiguousarray
+        self._unlay = to_nhwc if nchw and direction != "wgrad" else np.asarray
+        x, dy = lay(arrays["x"]), lay(arrays["dy"])
+        options = {
+            "strides": problem.strides,
+            "padding": problem.sides,
+            "data_format": "channels_first" if nchw else "channels_last",
+        }
+        (top, bottom), (left, right) = problem.sides
+        # As the functions of fastconv.functional hand them to the compiled part.
+        raw = {**options, "padding": ("explicit", (top, bottom, left, right))}
+        if problem.is_pool:
+            window = options["pool_size"] = raw["pool_size"] = (problem.r, problem.s)
+            if direction == "fprop":
+                arguments = {"x": x}
+                extra, self._result = {"return_argmax": False}, np.empty_like(dy)
+            else:
+                _, argmax = fastconv.max_pool2d(
+                    x, window, return_argmax=True, **_without_window(options)
+                )
+                arguments = {"dy": dy, "argmax": argmax, "input_shape": x.shape}
+                extra, self._result = {}, np.empty_like(x)
+            name = "max_pool2d" if direction == "fprop" else "max_pool2d_grad"
+        else:
+            w = np.ascontiguousarray(arrays["w"])
+            more = {"dilation_rate": problem.dilations, "groups": problem.groups}
+            options |= more
+            raw |= more | {"activation": "linear"}
+            name, arguments, extra, like = {
+                "fprop": ("conv2d", {"x": x, "w": w}, {"bias": None}, dy),
+                "dgrad": (
+                    "conv2d_grad_input",
+                    {"dy": dy, "w": w, "input_shape": x.shape},
+                    {"output": None},
+                    x,
+                ),
+                "wgrad": (
+                    "conv2d_grad_filter",
+                    {"x": x, "dy": dy, "filter_shape": w.shape},
+                    {"output": None, "return_bias_grad": False},
+                    w,
+                ),
+            }[direction]
+            self._result = np.empty_like(like)
+            self._explain(direction, x.shape, w.shape, options)
+        self._function = getattr(fastconv, name)
+        self._timed = getattr(_core.timed, name)
+        self._call = {**arguments, **options, "out": self._result}
+        self._raw = {**arguments, **extra, **raw, "out": self._result}
+
+    def _explain(self, direction, x_shape, w_shape, options):
+        if not hasattr(fastconv, "explain"):
+            return
+        plan = fastconv.explain(x_shape, w_shape, direction=direction, **options)
+        plan = plan if isinstance(plan, dict) else vars(plan)
+        self.algorithm = plan.get("algorithm")
+        self.workspace = plan.get("workspace_bytes", plan.get("workspace"))
+        self.predicted = plan.get("predicted_seconds")
+
+    def call(self):
+        self._function(**self._call)
+
+    def result(self):
+        return self._unlay(self._result)
+
+    def kernel_times(self, count):
+        _core.timed.set_calls(count)
+        self._timed(**self._raw)
+        return _core.timed.nanoseconds()
+
+
+def _without_window(options):
+    return {name: value for name, value in options.items() if name != "pool_size"}

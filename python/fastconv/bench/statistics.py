@@ -1,0 +1,57 @@
+"""What is said of a set of times."""
+
+from __future__ import annotations
+
+import numpy as np
+
+_RESAMPLES = 1000
+
+
+def summary(turns):
+    """Of nanoseconds, a list for each turn: median, quartiles, least, and the median of each turn.
+
+    The numbers are over the medians of turns: a turn with many short calls counts no more than one
+    with few, and an outlier counts once.
+    """
+    medians = np.array([np.median(turn) for turn in turns])
+    low, median, high = np.percentile(medians, (25, 50, 75))
+    return {
+        "median": float(median),
+        "low": float(low),
+        "high": float(high),
+        "least": float(min(min(turn) for turn in turns)),
+        "samples": int(sum(len(turn) for turn in turns)),
+        "turns": [float(value) for value in medians],
+    }
+
+
+def interval(values, confidence=0.95):
+    """(low, median, high): the median and its bootstrap confidence interval; the same each time."""
+    values = np.asarray(values, float)
+    rng = np.random.default_rng(0)
+    draws = np.median(rng.choice(values, (_RESAMPLES, len(values))), axis=1)
+    low, high = np.percentile(draws, (50 - 50 * confidence, 50 + 50 * confidence))
+    return float(low), float(np.median(values)), float(high)
+
+
+def ratio(implementations, ours, kind):
+    """The best peer's time to ours, round by round; None where one of the two is missing."""
+    times = {name: record[kind] for name, record in implementations.items() if kind in record}
+    peers = {name: record["median"] for name, record in times.items() if name != ours}
+    if ours not in times or not peers:
+        return None
+    best = min(peers, key=peers.get)
+    pairs = zip(times[best]["turns"], times[ours]["turns"], strict=True)
+    low, median, high = interval([theirs / our for theirs, our in pairs])
+    return {
+        "peer": best,
+        "median": median,
+        "low": low,
+        "high": high,
+        "estimated": bool(times[best].get("estimated")),
+    }
+
+
+def geometric_mean(values):
+    values = np.asarray(list(values), float)
+    return float(np.exp(np.log(values).mean())) if values.size else None

@@ -1,0 +1,151 @@
+"""What a person reads: tables for a terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from fastconv.bench.files import shares
+from fastconv.bench.session import OURS
+from fastconv.bench.statistics import geometric_mean
+
+
+def results(run, details=True):
+    """A table of all cases, and one of geometric means."""
+    return Group(conditions(run), *([cases(run)] if details else []), means(run), _notes(run))
+
+
+def conditions(run):
+    facts = run["conditions"]
+    versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
+    lines = [
+        f"{facts['cpu']}, {facts['threads']} of {facts['cpus']} CPUs; {facts['system']}",
+        versions,
+    ]
+    if limits := facts["limits"]:
+        lines.append(
+            f"measured limits: {limits['flops'] / 1e9:.0f} GFLOP/s, reading "
+            f"{limits['read'] / 1e9:.1f} GB/s, writing {limits['write'] / 1e9:.1f} GB/s"
+        )
+    malloc = f"malloc: {facts['malloc']}" if facts["malloc"] else "malloc as it comes"
+    cache = "cold caches" if facts["cold"] else "warm caches"
+    lines.append(f"{cache}, {facts['layout'].upper()}, {facts['dtype']}; {malloc}, for all alike")
+    for name, why in facts["absent"].items():
+        lines.append(f"not measured: {name} ({why})")
+    return Text("\n".join(lines) + "\n", style="dim")
+
+
+def cases(run):
+    limits = run["conditions"]["limits"]
+    table = _table("problem", "", "implementation")
+    for title in ("kernel us", "IQR", "GFLOP/s", "peak", "bandw.", "call us", "error", "ratio"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("algorithm", no_wrap=True)
+    for result in run["results"]:
+        first = True
+        implementations = result["implementations"]
+        for name in sorted(implementations, key=lambda n: implementations[n]["kernel"]["median"]):
+            record = implementations[name]
+            kernel = record["kernel"]
+            rates = shares(result, kernel["median"], limits)
+            table.add_row(
+                result["problem"] if first else "",
+                result["direction"] if first else "",
+                name,
+                ("~" if kernel.get("estimated") else "") + _microseconds(kernel["median"]),
+                _microseconds(kernel["high"] - kernel["low"]),
+                "" if rates["gflops"] is None else f"{rates['gflops']:.1f}",
+                _percent(rates["peak"]),
+                _percent(rates["bandwidth"]),
+                _microseconds(record["call"]["median"]) if "call" in record else "",
+                f"{record['error']:.0e}",
+                _ratio(result["ratio"]) if name == OURS else "",
+                _algorithm(record),
+                style="bold" if name == OURS else None,
+            )
+            first = False
+        table.add_section()
+    return table
+
+
+def means(run):
+    """Geometric means of the ratios to the best peer, and to each, by direction."""
+    groups = {}
+    for result in run["results"]:
+        ours = result["implementations"].get(OURS)
+        if not ours or not result["ratio"]:
+            continue
+        direction = result["direction"]
+        groups.setdefault((direction, "best peer"), []).append(result["ratio"]["median"])
+        for name, record in result["implementations"].items():
+            if name != OURS:
+                value = record["kernel"]["median"] / ours["kernel"]["median"]
+                groups.setdefault((direction, name), []).append(value)
+    if not groups:
+        return Text("")
+    table = _table("", "against")
+    for title in ("geometric mean", "least", "largest", "cases"):
+        table.add_column(title, justify="right")
+    table.title = f"Peer's kernel time / {OURS}'s"
+    previous = None
+    for (direction, name), values in sorted(
+        groups.items(), key=lambda item: (item[0][0], item[0][1] != "best peer", item[0][1])
+    ):
+        table.add_row(
+            direction if direction != previous else "",
+            name,
+            f"{geometric_mean(values):.2f}",
+            f"{min(values):.2f}",
+            f"{max(values):.2f}",
+            str(len(values)),
+            style="bold" if name == "best peer" else None,
+        )
+        previous = direction
+    return table
+
+
+def _notes(run):
+    lines = [
+        "kernel: time inside the library; ~ estimated, the call less what a call takes that has "
+        "next to nothing to compute.",
+        "ratio: the best peer's kernel time / ours, median of the rounds, with its 95 % bootstrap "
+        "interval. error: largest difference to float64 / largest value.",
+        "peak: share of the measured FMA peak; bandw.: share that moving every array once at the "
+        "measured speed has of the time, over 100 % in a cache.",
+    ]
+    if not run.get("complete", True):
+        lines.append(f"Interrupted: {len(run['results'])} of {run['planned']} cases.")
+    elif run["results"]:
+        lines.append(f"Repeat a case: {run['results'][0]['repeat']}")
+    return Text("\n".join(lines), style="dim")
+
+
+def _table(*columns):
+    table = Table(box=box.SIMPLE_HEAD, title_style="bold", title_justify="left", pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
+
+
+def _microseconds(nanoseconds):
+    value = nanoseconds / 1e3
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _percent(share):
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+def _ratio(ratio):
+    if not ratio:
+        return ""
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
+
+
+def _algorithm(record):
+    text = record["algorithm"] or ""
+    if record["workspace"]:
+        text += f" {record['workspace'] / 2**20:.1f} MiB"
+    return text.strip()

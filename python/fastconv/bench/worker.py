@@ -1,0 +1,182 @@
+"""The process that belongs to one implementation: prepares cases, checks them, times them.
+
+One process each, because the libraries cannot share one without harm: each brings threads of its
+own that spin after a call and take the next library's CPU, three of them bring an OpenMP runtime,
+and some settings (threads, instruction set, malloc) are read once from the environment. While one
+works, the parent keeps all others stopped (SIGSTOP), so that whatever they spin on, they do not run.
+
+Requests and answers are JSON, one on a line, over the file descriptor given as argument.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+
+# glibc's mallopt: its parameters and what is set. By default glibc gives large blocks back to the
+# kernel at once, and a library that allocates its result at every call pays page faults that one
+# with results preallocated does not.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
+_KEEP = 2**31 - 1
+
+
+def keep_memory():
+    """Makes malloc keep what is freed; says how, or None where it cannot be done."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return None
+    done = mallopt(_M_TRIM_THRESHOLD, _KEEP) and mallopt(_M_MMAP_THRESHOLD, _KEEP)
+    # Older glibc refuses a threshold beyond 32 MiB; no mapping at all is the same for our purpose.
+    done = done or (mallopt(_M_TRIM_THRESHOLD, _KEEP) and mallopt(_M_MMAP_MAX, 0))
+    mallopt(_M_TOP_PAD, 64 << 20)
+    return "M_MMAP_THRESHOLD and M_TRIM_THRESHOLD at 2 GiB" if done else None
+
+
+def die_with_parent():
+    """A stopped process would outlive a parent that was killed."""
+    pr_set_pdeathsig = 1
+    try:
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    except (OSError, AttributeError):
+        pass
+
+
+class Sweeper:
+    """Empties the caches of all CPUs of this process by reading through memory on each of them."""
+
+    def __init__(self, cache_bytes):
+        import numpy as np
+
+        self._memory = np.ones(2 * cache_bytes // 8, np.int64)
+
+    def __call__(self):
+        if not hasattr(os, "sched_setaffinity"):
+            self._memory.sum()
+            return
+        cpus = os.sched_getaffinity(0)
+        try:
+            for cpu in cpus:
+                os.sched_setaffinity(0, {cpu})
+                self._memory.sum()
+        finally:
+            os.sched_setaffinity(0, cpus)
+
+
+class Worker:
+    def __init__(self, name, conditions):
+        from fastconv.bench import adapters
+
+        self._conditions = conditions
+        self._implementation = adapters.find(name).Implementation(conditions)
+        self._case = None
+        self._sweep = Sweeper(conditions["cache_bytes"]) if conditions["cold"] else None
+
+    def limits(self, **_):
+        return {"limits": self._implementation.limits()}
+
+    def prepare(self, problem, direction, files):
+        """Makes the case, runs it once and checks what it computed."""
+        import numpy as np
+
+        from fastconv.bench import problem as problems
+        from fastconv.bench import reference
+
+        self._case = None
+        parsed = problems.parse(problem)
+        # Copies: memory that this process owns, as aligned as it makes its own.
+        arrays = {name: np.array(np.load(path, mmap_mode="r")) for name, path in files.items()}
+        right = arrays.pop("right")
+        case = self._implementation.prepare(parsed, direction, arrays)
+        case.call()
+        result = case.result()
+        self._case = case
+        return {
+            "error": reference.error(result, right),
+            "algorithm": case.algorithm,
+            "workspace": case.workspace,
+            "predicted": case.predicted,
+        }
+
+    def time(self, seconds):
+        """Calls for about ``seconds``, at least one of each kind, after an untimed one.
+
+        The untimed one brings the data back into the caches and wakes the threads; where a call
+        takes so long that this does not show, it is left out.
+        """
+        case = self._case
+        sources = {"kernel": case.kernel_times, "call": case.call_times}
+        found = {}
+        for kind, measure in sources.items():
+            once = measure(1)
+            if once is None:
+                continue
+            slow = once[0] > 2e7
+            count = max(1, min(2000, int(seconds * 1e9 / max(once[0], 1))))
+            if self._sweep is not None:
+                times = []
+                begin = time.perf_counter()
+                while not times or time.perf_counter() - begin < seconds:
+                    self._sweep()
+                    times += measure(1)
+            elif slow:
+                times = once + measure(count - 1) if count > 1 else once
+            else:
+                times = measure(count)
+            found[kind] = times
+        return {"times": found}
+
+    def release(self):
+        self._case = None
+        return {}
+
+
+def serve(connection, name, conditions):
+    from fastconv.bench.adapters import Unsupported
+
+    def answer(**message):
+        connection.write((json.dumps(message) + "\n").encode())
+        connection.flush()
+
+    try:
+        worker = Worker(name, conditions)
+    except (Unsupported, ImportError) as error:
+        answer(absent=f"{error}".splitlines()[0])
+        return
+    except Exception as error:
+        answer(absent=f"{type(error).__name__}: {error}".splitlines()[0])
+        return
+    answer(versions=worker._implementation.versions, malloc=conditions["malloc"])
+    for line in connection:
+        request = json.loads(line)
+        try:
+            answer(**getattr(worker, request.pop("request"))(**request))
+        except Unsupported as error:
+            answer(unsupported=str(error))
+        except MemoryError:
+            answer(unsupported="not enough memory")
+        except Exception as error:
+            traceback.print_exc()
+            answer(failed=f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def main(descriptor, name, conditions_text):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    die_with_parent()
+    conditions = json.loads(conditions_text)
+    conditions["malloc"] = keep_memory()
+    cpus = conditions.get("cpus")
+    if cpus and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cpus)
+    with socket.socket(fileno=int(descriptor)) as end, end.makefile("rwb") as connection:
+        serve(connection, name, conditions)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
