@@ -7,15 +7,26 @@ from fastconv import _core
 
 
 @contextlib.contextmanager
-def running_on(isa=None, threads=None):
-    """Within it the kernels use this instruction set and this many threads."""
-    before = _core.isa(), fastconv.get_num_threads()
+def running_on(isa=None, threads=None, accuracy=None, algorithm=None):
+    """Within it the kernels use this instruction set, this many threads, this algorithm."""
+    before = (
+        _core.isa(),
+        fastconv.get_num_threads(),
+        fastconv.get_accuracy(),
+        _core.algorithm(),
+    )
     try:
         if isa is not None:
             _core.set_isa(isa)
         if threads is not None:
             fastconv.set_num_threads(threads)
+        if accuracy is not None:
+            fastconv.set_accuracy(accuracy)
+        if algorithm is not None:
+            _core.set_algorithm(algorithm)
         yield
     finally:
         _core.set_isa(before[0])
         fastconv.set_num_threads(before[1])
+        fastconv.set_accuracy(before[2])
+        _core.set_algorithm(before[3])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fastconv
-from fastconv import _core, functional
+from fastconv import _core, functional, selection
 
 PACKAGE = Path(fastconv.__file__).parent
 
@@ -35,7 +35,7 @@ def run_python(script):
 
 
 def test_exports():
-    public = set(functional.__all__) | {"__version__"}
+    public = set(functional.__all__) | set(selection.__all__) | {"__version__"}
     assert set(fastconv.__all__) == public
     assert public | {"keras"} <= set(dir(fastconv))
     for name in public:

@@ -96,48 +96,63 @@ void transpose_argmax(const Pool2dProblem& p, int64_t rows, int64_t columns, con
 }  // namespace
 
 void conv2d_fprop(const Conv2dProblem& p, const float* x, const float* filter, const float* bias,
-                  float* y) {
+                  float* y, const char* algorithm) {
+  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_nhwc(p), Direction::fprop, algorithm);
   if (p.n == 0) return;
   const NhwcInput x_nhwc(p, x, p.h * p.w, p.c);
   const NhwcOutput y_nhwc(p, y, p.oh * p.ow, p.k);
-  kernels().conv2d_fprop(as_nhwc(p), x_nhwc.data(), filter, bias, y_nhwc.data());
+  chosen.run(as_nhwc(p), Direction::fprop,
+             {.x = x_nhwc.data(), .filter = filter, .bias = bias, .out = y_nhwc.data()});
   y_nhwc.finish();
 }
 
 void conv2d_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, const float* y,
-                  float* dx) {
+                  float* dx, const char* algorithm) {
+  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_nhwc(p), Direction::dgrad, algorithm);
   if (p.n == 0) return;
   const bool relu = p.activation == Activation::relu;
+  const bool apart = relu && !chosen.masks;  // the mask is a pass of its own
   const NhwcInput dy_nhwc(p, dy, p.oh * p.ow, p.k);
   const NhwcInput y_nhwc(p, relu ? y : nullptr, p.oh * p.ow, p.k);
   const NhwcOutput dx_nhwc(p, dx, p.h * p.w, p.c);
-  const Workspace dz(relu ? bytes(p.y_size()) : 0);
-  if (relu) {
+  const Workspace dz(apart ? bytes(p.y_size()) : 0);
+  if (apart) {
     kernels().activation_grad(p.n * p.oh * p.ow, p.k, dy_nhwc.data(), y_nhwc.data(), dz.floats(),
                               nullptr);
   }
-  kernels().conv2d_dgrad(as_nhwc(p), relu ? dz.floats() : dy_nhwc.data(), filter, dx_nhwc.data());
+  chosen.run(as_nhwc(p), Direction::dgrad,
+             {.filter = filter,
+              .dy = apart ? dz.floats() : dy_nhwc.data(),
+              .y = relu && !apart ? y_nhwc.data() : nullptr,
+              .out = dx_nhwc.data()});
   dx_nhwc.finish();
 }
 
 void conv2d_wgrad(const Conv2dProblem& p, const float* x, const float* dy, const float* y,
-                  float* dfilter, float* dbias) {
+                  float* dfilter, float* dbias, const char* algorithm) {
+  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_nhwc(p), Direction::wgrad, algorithm);
   if (p.n == 0) {
     if (dfilter) std::memset(dfilter, 0, bytes(p.filter_size()));
     if (dbias) std::memset(dbias, 0, bytes(p.k));
     return;
   }
   const bool relu = p.activation == Activation::relu;
+  // The bias gradient's pass over dy and y masks on its way.
+  const bool apart = relu && (!chosen.masks || dbias);
   const NhwcInput dy_nhwc(p, dy, p.oh * p.ow, p.k);
   const NhwcInput y_nhwc(p, relu ? y : nullptr, p.oh * p.ow, p.k);
-  const Workspace dz(relu ? bytes(p.y_size()) : 0);
-  if (relu || dbias) {
+  const Workspace dz(apart ? bytes(p.y_size()) : 0);
+  if (apart || dbias) {
     kernels().activation_grad(p.n * p.oh * p.ow, p.k, dy_nhwc.data(), y_nhwc.data(), dz.floats(),
                               dbias);
   }
   if (!dfilter) return;
   const NhwcInput x_nhwc(p, x, p.h * p.w, p.c);
-  kernels().conv2d_wgrad(as_nhwc(p), x_nhwc.data(), relu ? dz.floats() : dy_nhwc.data(), dfilter);
+  chosen.run(as_nhwc(p), Direction::wgrad,
+             {.x = x_nhwc.data(),
+              .dy = apart ? dz.floats() : dy_nhwc.data(),
+              .y = relu && !apart ? y_nhwc.data() : nullptr,
+              .out = dfilter});
 }
 
 void max_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y, void* argmax) {

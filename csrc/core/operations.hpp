@@ -1,6 +1,9 @@
 // What the doors call: every operation of the library on plain pointers. Pointers address dense
 // float32 tensors of the shapes that the problem names; outputs never overlap inputs. All run on
 // the process's thread pool and are bit-identical for any number of threads.
+//
+// `algorithm` names one of the convolution algorithms (selection.hpp) instead of the selector's
+// choice; they throw InvalidArgument where it does not serve the problem.
 #pragma once
 
 #include "core/export.hpp"
@@ -10,17 +13,18 @@ namespace fastconv {
 
 // y = activation(conv(x, filter) + bias). `bias` holds K values or is null.
 FASTCONV_API void conv2d_fprop(const Conv2dProblem& problem, const float* x, const float* filter,
-                               const float* bias, float* y);
+                               const float* bias, float* y, const char* algorithm = nullptr);
 
 // dx = the gradient of fprop by x. With activation relu, `y` is fprop's output and dy counts only
 // where y > 0; with linear, `y` is not read and may be null.
 FASTCONV_API void conv2d_dgrad(const Conv2dProblem& problem, const float* dy, const float* filter,
-                               const float* y, float* dx);
+                               const float* y, float* dx, const char* algorithm = nullptr);
 
 // dfilter = the gradient of fprop by the filter and, where dbias is not null, dbias that by the
 // bias; `y` as for dgrad. dfilter may be null when only dbias is wanted.
 FASTCONV_API void conv2d_wgrad(const Conv2dProblem& problem, const float* x, const float* dy,
-                               const float* y, float* dfilter, float* dbias);
+                               const float* y, float* dfilter, float* dbias,
+                               const char* algorithm = nullptr);
 
 // y = the maximum of each window. The first maximum in row-major order wins a tie; a NaN in the
 // window makes the result NaN (the first one is the argmax). `argmax` may be null; else it is

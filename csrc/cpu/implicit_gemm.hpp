@@ -139,6 +139,7 @@ struct TapConvolutionRunner {
 
   bool merged;  // a row of taps is one contiguous run: no padding left or right, no dilation
   int64_t taps, run, panels, group_floats, tiles, pixels;
+  int64_t tasks, zero_bytes, packed_bytes, offsets_bytes, workspace_bytes;
   const float* zeros;
   float* packed;
   int64_t *tap_offsets, *tap_numbers, *task_tap_numbers;
@@ -146,16 +147,15 @@ struct TapConvolutionRunner {
   int64_t table_size;
   int64_t blocks, panel_groups, panels_a_group;  // tasks: blocks of tiles x groups of panels
 
-  static void run_convolution(const TapConvolution& g, const float* x, const float* filter,
-                              const float* bias, float* y) {
-    TapConvolutionRunner self{g, x, filter, bias, y, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {},
-                              {}, {}, {}, {}, {}, {}};
-    self.execute();
+  TapConvolutionRunner(const TapConvolution& convolution, const float* source,
+                       const float* filters, const float* biases, float* out)
+      : g(convolution), x(source), filter(filters), bias(biases), y(out) {
+    plan();
   }
 
-  void execute() {
+  // Blocking and the sizes of everything in the workspace.
+  void plan() {
     pixels = g.images * g.out_h * g.out_w;
-    if (pixels == 0) return;
     const AxisTaps& h = g.horizontal;
     merged = g.groups == 1 && h.count > 1 && h.stride == 1 && h.first >= 0 &&
              (g.out_w - 1) * h.step + h.highest() < g.source_w && g.reduce == g.source_c;
@@ -181,14 +181,19 @@ struct TapConvolutionRunner {
     constexpr int64_t kMostTableBytes = int64_t{16} << 20;
     blocks = max64(1, min64(blocks, kMostTableBytes / ((taps + 1) * V::kRows * 8 * panel_groups *
                                                        g.groups)));
-    const int64_t tasks = g.groups * panel_groups * blocks;
+    tasks = g.groups * panel_groups * blocks;
 
     table_size = (taps + 1) * V::kRows;  // a task's pointers: the pixels', or every tap's
-    const int64_t zero_bytes = ceil_div(run * 4, 64) * 64;
-    const int64_t packed_bytes = ceil_div(g.groups * group_floats * 4, 64) * 64;
-    const int64_t offsets_bytes = ceil_div((2 * taps + 1 + tasks * taps) * 8, 64) * 64;
-    const Workspace workspace(static_cast<std::size_t>(
-        packed_bytes + zero_bytes + offsets_bytes + tasks * table_size * 8));
+    zero_bytes = ceil_div(run * 4, 64) * 64;
+    packed_bytes = ceil_div(g.groups * group_floats * 4, 64) * 64;
+    offsets_bytes = ceil_div((2 * taps + 1 + tasks * taps) * 8, 64) * 64;
+    workspace_bytes = packed_bytes + zero_bytes + offsets_bytes + tasks * table_size * 8;
+  }
+
+  void execute() {
+    if (pixels == 0) return;
+    const AxisTaps& h = g.horizontal;
+    const Workspace workspace(static_cast<std::size_t>(workspace_bytes));
     packed = workspace.floats();
     float* zero_row = workspace.floats(packed_bytes);
     zeros = zero_row;
@@ -359,9 +364,7 @@ struct TapConvolutionRunner {
   }
 };
 
-template <class V>
-void conv2d_fprop(const Conv2dProblem& p, const float* x, const float* filter, const float* bias,
-                  float* y) {
+inline TapConvolution fprop_taps(const Conv2dProblem& p) {
   TapConvolution g{};
   g.images = p.n;
   g.out_h = p.oh;
@@ -383,7 +386,7 @@ void conv2d_fprop(const Conv2dProblem& p, const float* x, const float* filter, c
   g.filter_column = 1;
   g.filter_group = p.k_per_group();
   g.relu = p.activation == Activation::relu;
-  TapConvolutionRunner<V>::run_convolution(g, x, filter, bias, y);
+  return g;
 }
 
 // The taps that reach input index stride * i + residue: output index i + offset.
@@ -410,8 +413,9 @@ inline AxisTaps residue_taps(int64_t taps, int64_t residue, int64_t pad, int64_t
   return out;
 }
 
-template <class V>
-void conv2d_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, float* dx) {
+// Calls body(convolution, first float of its outputs) for each residue class of input pixels.
+template <class Body>
+void for_each_dgrad_class(const Conv2dProblem& p, const Body& body) {
   TapConvolution g{};
   g.images = p.n;
   g.source_h = p.oh;
@@ -434,10 +438,23 @@ void conv2d_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, 
     for (int64_t b = 0; b < min64(p.stride_w, p.w); ++b) {
       g.horizontal = residue_taps(p.s, b, p.pad_left, p.stride_w, p.dilation_w);
       g.out_w = ceil_div(p.w - b, p.stride_w);
-      TapConvolutionRunner<V>::run_convolution(g, dy, filter, nullptr,
-                                               dx + (a * p.w + b) * p.c);
+      body(g, (a * p.w + b) * p.c);
     }
   }
+}
+
+template <class V>
+void implicit_gemm_fprop(const Conv2dProblem& p, const float* x, const float* filter,
+                         const float* bias, float* y) {
+  const TapConvolution g = fprop_taps(p);
+  TapConvolutionRunner<V>(g, x, filter, bias, y).execute();
+}
+
+template <class V>
+void implicit_gemm_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, float* dx) {
+  for_each_dgrad_class(p, [&](const TapConvolution& g, int64_t first) {
+    TapConvolutionRunner<V>(g, dy, filter, nullptr, dx + first).execute();
+  });
 }
 
 }  // namespace

@@ -1,20 +1,51 @@
 // What one instruction set offers. Each isa/*.cpp instantiates the algorithm headers for its vector
-// type and exports one table; select.cpp hands out the table of the ISA in use.
+// type and exports one table; select.cpp hands out the table of the ISA in use and chooses among
+// its algorithms.
 //
-// All work on NHWC problems and hand their tasks to the thread pool.
+// All hand their tasks to the thread pool.
 #pragma once
+
+#include <span>
+#include <string>
 
 #include "core/cpu_features.hpp"
 #include "core/problem.hpp"
+#include "core/selection.hpp"
 
 namespace fastconv::cpu {
 
+// The tensors of one convolution; a direction reads those that it needs.
+struct Conv2dOperands {
+  const float* x = nullptr;       // fprop, wgrad
+  const float* filter = nullptr;  // fprop, dgrad
+  const float* bias = nullptr;    // fprop; may be null
+  const float* dy = nullptr;      // dgrad, wgrad
+  const float* y = nullptr;       // dgrad, wgrad with `masks`: dy counts where y > 0; may be null
+  float* out = nullptr;           // y, dx or dfilter
+};
+
+struct Estimate {
+  // Time on one core, in multiply-adds of the direct sum at full speed: those a perfect direct
+  // convolution would do in that time.
+  double multiply_adds = 0;
+  std::int64_t workspace_bytes = 0;
+  // Largest error added to that of the direct sum, over the largest result; 0 for sums of products.
+  double relative_error = 0;
+};
+
+struct Conv2dAlgorithm {
+  const char* name;
+  // Whether dgrad and wgrad apply the ReLU mask of `y` themselves; else dy has passed it already.
+  bool masks;
+  bool (*serves)(const Conv2dProblem&, Direction);
+  Estimate (*estimate)(const Conv2dProblem&, Direction);
+  std::string (*blocking)(const Conv2dProblem&, Direction);
+  void (*run)(const Conv2dProblem&, Direction, const Conv2dOperands&);
+};
+
 struct Kernels {
-  void (*conv2d_fprop)(const Conv2dProblem&, const float* x, const float* filter,
-                       const float* bias, float* y);
-  // dy has passed the activation already.
-  void (*conv2d_dgrad)(const Conv2dProblem&, const float* dy, const float* filter, float* dx);
-  void (*conv2d_wgrad)(const Conv2dProblem&, const float* x, const float* dy, float* dfilter);
+  // In order of preference where estimates are equal.
+  std::span<const Conv2dAlgorithm> conv2d;
   // One pass over dy: dz = dy where y > 0 (dz and y null: no activation), and the bias gradient,
   // summed over pixels in a fixed order (dbias may be null).
   void (*activation_grad)(std::int64_t pixels, std::int64_t channels, const float* dy,
@@ -28,5 +59,10 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 
 const Kernels& kernels(Isa isa);
+
+// The algorithm for this problem and direction; the named one if `name` is not null. Throws
+// InvalidArgument if the named one does not exist or does not serve the problem.
+const Conv2dAlgorithm& choose(const Conv2dProblem& problem, Direction direction,
+                              const char* name = nullptr);
 
 }  // namespace fastconv::cpu

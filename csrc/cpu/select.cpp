@@ -1,6 +1,64 @@
+#include <array>
+#include <cstring>
+
+#include "core/error.hpp"
 #include "cpu/kernels.hpp"
 
 namespace fastconv::cpu {
+namespace {
+
+double allowed_error(Accuracy accuracy) {
+  switch (accuracy) {
+    case Accuracy::strict: return 0;
+    case Accuracy::standard: return 1e-5;
+    case Accuracy::fast: return 1;
+  }
+  return 0;
+}
+
+const Conv2dAlgorithm* find(const Kernels& kernels, const std::string& name) {
+  for (const Conv2dAlgorithm& algorithm : kernels.conv2d) {
+    if (name == algorithm.name) return &algorithm;
+  }
+  return nullptr;
+}
+
+// The cheapest of those the accuracy allows. The direct algorithm serves everything.
+const Conv2dAlgorithm& cheapest(const Kernels& kernels, const Conv2dProblem& p,
+                                Direction direction) {
+  const double error = allowed_error(current_accuracy());
+  const Conv2dAlgorithm* best = nullptr;
+  double best_cost = 0;
+  for (const Conv2dAlgorithm& algorithm : kernels.conv2d) {
+    if (!algorithm.serves(p, direction)) continue;
+    const Estimate estimate = algorithm.estimate(p, direction);
+    if (estimate.relative_error > error) continue;
+    if (best && estimate.multiply_adds >= best_cost) continue;
+    best = &algorithm;
+    best_cost = estimate.multiply_adds;
+  }
+  return *best;
+}
+
+// Training asks for the same few problems again and again; a decision costs more than a look-up.
+struct Decision {
+  Conv2dProblem problem;
+  Direction direction{};
+  Isa isa{};
+  std::uint64_t settings = 0;
+  const Conv2dAlgorithm* algorithm = nullptr;
+};
+
+std::size_t slot_of(const Conv2dProblem& p, Direction direction, std::size_t slots) {
+  std::uint64_t hash = static_cast<std::uint64_t>(direction);
+  for (std::int64_t value : {p.n, p.h, p.w, p.c, p.k, p.r, p.s, p.stride_h, p.pad_top, p.groups}) {
+    hash = (hash ^ static_cast<std::uint64_t>(value)) * 0x9E3779B97F4A7C15u;
+    hash ^= hash >> 29;
+  }
+  return hash % slots;
+}
+
+}  // namespace
 
 const Kernels& kernels(Isa isa) {
 #if defined(__x86_64__)
@@ -9,6 +67,39 @@ const Kernels& kernels(Isa isa) {
 #endif
   (void)isa;
   return kScalarKernels;
+}
+
+const Conv2dAlgorithm& choose(const Conv2dProblem& problem, Direction direction,
+                              const char* name) {
+  const Isa isa = current_isa();
+  const Kernels& table = kernels(isa);
+  if (name) {
+    const Conv2dAlgorithm* named = find(table, name);
+    if (!named || !named->serves(problem, direction)) {
+      std::string serving;
+      for (const Conv2dAlgorithm& algorithm : table.conv2d) {
+        if (!algorithm.serves(problem, direction)) continue;
+        serving += (serving.empty() ? "'" : ", '") + std::string(algorithm.name) + "'";
+      }
+      throw InvalidArgument("`algorithm` must be one that serves this " +
+                            std::string(direction_name(direction)) + ": " + serving +
+                            ". Received: algorithm='" + name + "'");
+    }
+    return *named;
+  }
+
+  constexpr std::size_t kSlots = 64;
+  thread_local std::array<Decision, kSlots> decisions;
+  Decision& decision = decisions[slot_of(problem, direction, kSlots)];
+  const std::uint64_t settings = selection_settings();
+  if (!decision.algorithm || decision.settings != settings || decision.isa != isa ||
+      decision.direction != direction || !(decision.problem == problem)) {
+    const Conv2dAlgorithm* preferred = find(table, preferred_algorithm());
+    const bool serves = preferred && preferred->serves(problem, direction);
+    decision = {problem, direction, isa, settings,
+                serves ? preferred : &cheapest(table, problem, direction)};
+  }
+  return *decision.algorithm;
 }
 
 }  // namespace fastconv::cpu

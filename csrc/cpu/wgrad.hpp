@@ -77,88 +77,103 @@ WgradTileFunction wgrad_tile_function(int rows, int vectors) {
   return vectors == 1 ? wgrad_tile<V, Rows, 1> : wgrad_tile<V, Rows, 2>;
 }
 
+// The cut of one wgrad: input copies, partial sums and tasks.
 template <class V>
-void conv2d_wgrad(const Conv2dProblem& p, const float* x, const float* dy, float* dfilter) {
-  constexpr int64_t kPanel = V::kVectors * V::kWidth;
-  const int64_t floats = p.filter_size();
-  const int64_t rows = p.n * p.oh, pixels = rows * p.ow;
-  if (pixels == 0) {
-    std::memset(dfilter, 0, static_cast<std::size_t>(floats) * 4);
+struct WgradPlan {
+  static constexpr int64_t kPanel = V::kVectors * V::kWidth;
+  int64_t floats, source_h, source_w, image_floats, chunk, parts;
+  int64_t rows_q, q_tiles, panels, q_groups;
+  int64_t offsets_bytes, sums_bytes, copy_bytes;
+  bool padded;
+
+  explicit WgradPlan(const Conv2dProblem& p) {
+    floats = p.filter_size();
+    // The input rows and columns that the taps reach, with their padding.
+    const int64_t reach_h = (p.oh - 1) * p.stride_h + (p.r - 1) * p.dilation_h + 1;
+    const int64_t reach_w = (p.ow - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1;
+    padded = p.pad_top || p.pad_left || reach_h - p.pad_top > p.h || reach_w - p.pad_left > p.w;
+    source_h = padded ? reach_h : p.h;
+    source_w = padded ? reach_w : p.w;
+
+    // Padded copies of as many images at a time as 32 MiB hold; all of them where none is copied.
+    image_floats = source_h * source_w * p.c;
+    chunk = padded ? max64(1, min64(p.n, (int64_t{32} << 20) / max64(image_floats * 4, 1))) : p.n;
+
+    // Partial sums pay where there are many pixels and the filter is small; 1 MiB of them at most.
+    const int64_t pixels = p.n * p.oh * p.ow;
+    parts = max64(1, min64(min64(pixels / 80, chunk * p.oh),
+                           min64(16, (int64_t{1} << 20) / max64(floats * 4, 1))));
+    rows_q = p.r * p.s * p.c_per_group();
+    q_tiles = ceil_div(rows_q, V::kRows);
+    panels = ceil_div(p.k_per_group(), kPanel);
+    q_groups = min64(q_tiles, ceil_div(int64_t{64}, max64(1, parts * panels * p.groups)));
+
+    offsets_bytes = ceil_div(rows_q * 8, 64) * 64;
+    sums_bytes = parts == 1 ? 0 : ceil_div(parts * floats * 4, 64) * 64;
+    copy_bytes = padded ? chunk * image_floats * 4 : 0;
+  }
+
+  int64_t workspace_bytes() const { return offsets_bytes + sums_bytes + copy_bytes; }
+};
+
+template <class V>
+void implicit_gemm_wgrad(const Conv2dProblem& p, const float* x, const float* dy, float* dfilter) {
+  if (p.n * p.oh * p.ow == 0) {
+    std::memset(dfilter, 0, static_cast<std::size_t>(p.filter_size()) * 4);
     return;
   }
-  // The input rows and columns that the taps reach, with their padding.
-  const int64_t reach_h = (p.oh - 1) * p.stride_h + (p.r - 1) * p.dilation_h + 1;
-  const int64_t reach_w = (p.ow - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1;
-  const bool padded =
-      p.pad_top || p.pad_left || reach_h - p.pad_top > p.h || reach_w - p.pad_left > p.w;
-  const int64_t source_h = padded ? reach_h : p.h, source_w = padded ? reach_w : p.w;
-
-  // Padded copies of as many images at a time as 32 MiB hold; all of them where none is copied.
-  const int64_t image_floats = source_h * source_w * p.c;
-  const int64_t chunk =
-      padded ? max64(1, min64(p.n, (int64_t{32} << 20) / (image_floats * 4))) : p.n;
-
-  // Partial sums pay where there are many pixels and the filter is small; 1 MiB of them at most.
-  const int64_t parts = max64(
-      1, min64(min64(pixels / 80, chunk * p.oh), min64(16, (int64_t{1} << 20) / (floats * 4))));
+  const WgradPlan<V> plan(p);
+  constexpr int64_t kPanel = WgradPlan<V>::kPanel;
   const int64_t cg = p.c_per_group(), kg = p.k_per_group();
-  const int64_t rows_q = p.r * p.s * cg;
-  const int64_t q_tiles = ceil_div(rows_q, V::kRows), panels = ceil_div(kg, kPanel);
-  const int64_t q_groups =
-      min64(q_tiles, ceil_div(int64_t{64}, parts * panels * p.groups));
   const int64_t rows_a_block = max64(1, 128 / p.ow);
-
-  const int64_t offsets_bytes = ceil_div(rows_q * 8, 64) * 64;
-  const int64_t sums_bytes = parts == 1 ? 0 : ceil_div(parts * floats * 4, 64) * 64;
-  const int64_t copy_bytes = padded ? chunk * image_floats * 4 : 0;
-  const Workspace workspace(static_cast<std::size_t>(offsets_bytes + sums_bytes + copy_bytes));
+  const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes()));
   int64_t* offsets = reinterpret_cast<int64_t*>(workspace.floats());
-  float* sums = parts == 1 ? dfilter : workspace.floats(offsets_bytes);
-  float* copy = padded ? workspace.floats(offsets_bytes + sums_bytes) : nullptr;
+  float* sums = plan.parts == 1 ? dfilter : workspace.floats(plan.offsets_bytes);
+  float* copy = plan.padded ? workspace.floats(plan.offsets_bytes + plan.sums_bytes) : nullptr;
   for (int64_t r = 0, q = 0; r < p.r; ++r)
     for (int64_t s = 0; s < p.s; ++s)
       for (int64_t c = 0; c < cg; ++c, ++q) {
-        offsets[q] = (r * p.dilation_h * source_w + s * p.dilation_w) * p.c + c;
+        offsets[q] = (r * p.dilation_h * plan.source_w + s * p.dilation_w) * p.c + c;
       }
 
-  for (int64_t image = 0; image < p.n; image += chunk) {
-    const int64_t images = min64(chunk, p.n - image);
+  for (int64_t image = 0; image < p.n; image += plan.chunk) {
+    const int64_t images = min64(plan.chunk, p.n - image);
     const float* source = x + image * p.h * p.w * p.c;
-    if (padded) {
+    if (plan.padded) {
       const float* unpadded = source;
-      parallel_for(images * source_h, [&](int64_t task) {
-        const int64_t n = task / source_h, i = task % source_h - p.pad_top;
-        float* out = copy + task * source_w * p.c;
+      parallel_for(images * plan.source_h, [&](int64_t task) {
+        const int64_t n = task / plan.source_h, i = task % plan.source_h - p.pad_top;
+        float* out = copy + task * plan.source_w * p.c;
         if (i < 0 || i >= p.h) {
-          std::memset(out, 0, static_cast<std::size_t>(source_w * p.c) * 4);
+          std::memset(out, 0, static_cast<std::size_t>(plan.source_w * p.c) * 4);
           return;
         }
-        const int64_t left = min64(p.pad_left, source_w);
-        const int64_t middle = max64(0, min64(p.w, source_w - left));
+        const int64_t left = min64(p.pad_left, plan.source_w);
+        const int64_t middle = max64(0, min64(p.w, plan.source_w - left));
         std::memset(out, 0, static_cast<std::size_t>(left * p.c) * 4);
         std::memcpy(out + left * p.c, unpadded + (n * p.h + i) * p.w * p.c,
                     static_cast<std::size_t>(middle * p.c) * 4);
         std::memset(out + (left + middle) * p.c, 0,
-                    static_cast<std::size_t>((source_w - left - middle) * p.c) * 4);
+                    static_cast<std::size_t>((plan.source_w - left - middle) * p.c) * 4);
       });
       source = copy;
     }
     const float* chunk_dy = dy + image * p.oh * p.ow * p.k;
-    parallel_for(parts * p.groups * panels * q_groups, [&](int64_t task) {
-      const int64_t q_group = task % q_groups;
-      const int64_t panel = task / q_groups % panels;
-      const int64_t group = task / q_groups / panels % p.groups;
-      const int64_t part = task / q_groups / panels / p.groups;
-      const int64_t row_begin = images * p.oh * part / parts;
-      const int64_t row_end = images * p.oh * (part + 1) / parts;
+    parallel_for(plan.parts * p.groups * plan.panels * plan.q_groups, [&](int64_t task) {
+      const int64_t q_group = task % plan.q_groups;
+      const int64_t panel = task / plan.q_groups % plan.panels;
+      const int64_t group = task / plan.q_groups / plan.panels % p.groups;
+      const int64_t part = task / plan.q_groups / plan.panels / p.groups;
+      const int64_t row_begin = images * p.oh * part / plan.parts;
+      const int64_t row_end = images * p.oh * (part + 1) / plan.parts;
       const int64_t column = group * kg + panel * kPanel;
       const int64_t width = min64(kg - panel * kPanel, kPanel);
       const int vectors = static_cast<int>(ceil_div(width, V::kWidth));
       WgradTile t{};
       t.x = source + group * cg;
       t.rows_an_image = p.oh;
-      t.x_image = image_floats;
-      t.x_row = p.stride_h * source_w * p.c;
+      t.x_image = plan.image_floats;
+      t.x_row = p.stride_h * plan.source_w * p.c;
       t.x_column = p.stride_w * p.c;
       t.columns = p.ow;
       t.dy_pixel = p.k;
@@ -170,26 +185,27 @@ void conv2d_wgrad(const Conv2dProblem& p, const float* x, const float* dy, float
         t.row_end = min64(row + rows_a_block, row_end);
         t.dy = chunk_dy + row * p.ow * p.k + column;
         t.first = image == 0 && row == row_begin;
-        for (int64_t tile = q_tiles * q_group / q_groups;
-             tile < q_tiles * (q_group + 1) / q_groups; ++tile) {
-          const int64_t q = rows_q * tile / q_tiles, q_end = rows_q * (tile + 1) / q_tiles;
+        for (int64_t tile = plan.q_tiles * q_group / plan.q_groups;
+             tile < plan.q_tiles * (q_group + 1) / plan.q_groups; ++tile) {
+          const int64_t q = plan.rows_q * tile / plan.q_tiles;
+          const int64_t q_end = plan.rows_q * (tile + 1) / plan.q_tiles;
           t.offsets = offsets + q;
-          t.sum = sums + part * floats + q * p.k + column;
+          t.sum = sums + part * plan.floats + q * p.k + column;
           wgrad_tile_function<V>(static_cast<int>(q_end - q), vectors)(t);
         }
       }
     });
   }
 
-  if (parts == 1) return;
+  if (plan.parts == 1) return;
   constexpr int64_t kFloatsATask = 4096;
-  parallel_for(ceil_div(floats, kFloatsATask), [&](int64_t task) {
-    const int64_t end = min64(floats, (task + 1) * kFloatsATask);
+  parallel_for(ceil_div(plan.floats, kFloatsATask), [&](int64_t task) {
+    const int64_t end = min64(plan.floats, (task + 1) * kFloatsATask);
     for (int64_t i = task * kFloatsATask; i < end; i += V::kWidth) {
       const auto tail = V::tail(static_cast<int>(min64(V::kWidth, end - i)));
       typename V::Reg sum = V::load(sums + i, tail);
-      for (int64_t part = 1; part < parts; ++part) {
-        sum = V::add(sum, V::load(sums + part * floats + i, tail));
+      for (int64_t part = 1; part < plan.parts; ++part) {
+        sum = V::add(sum, V::load(sums + part * plan.floats + i, tail));
       }
       V::store(dfilter + i, sum, tail);
     }

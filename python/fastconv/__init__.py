@@ -20,16 +20,20 @@ from fastconv.functional import (
     max_pool2d_grad,
     set_num_threads,
 )
+from fastconv.selection import explain, get_accuracy, set_accuracy
 
 __all__ = [
     "__version__",
     "conv2d",
     "conv2d_grad_filter",
     "conv2d_grad_input",
+    "explain",
+    "get_accuracy",
     "get_num_threads",
     "info",
     "max_pool2d",
     "max_pool2d_grad",
+    "set_accuracy",
     "set_num_threads",
 ]
 

@@ -84,6 +84,38 @@ def normalize_activation(activation: Any) -> str:
     return _choose(activation, "activation", ("linear", "relu"), also="None, ")
 
 
+def normalize_accuracy(accuracy: Any) -> str:
+    """``"strict"``, ``"default"`` or ``"fast"``."""
+    return _choose(accuracy, "accuracy", ("strict", "default", "fast"))
+
+
+def normalize_direction(direction: Any) -> str:
+    """``"fprop"``, ``"dgrad"`` or ``"wgrad"``."""
+    return _choose(direction, "direction", ("fprop", "dgrad", "wgrad"))
+
+
+def normalize_algorithm(algorithm: Any) -> str | None:
+    """A name, or None for the selector's choice. Which names there are is known in C++."""
+    if algorithm is None or isinstance(algorithm, str):
+        return algorithm
+    raise TypeError(
+        f"`algorithm` must be None or the name of an algorithm. Received: algorithm={algorithm!r}"
+    )
+
+
+def conv2d_options(
+    strides: Any, padding: Any, dilation_rate: Any, groups: Any, activation: Any, data_format: Any
+) -> dict[str, Any]:
+    return {
+        "strides": normalize_pair(strides, "strides"),
+        "padding": normalize_padding(padding),
+        "dilation_rate": normalize_pair(dilation_rate, "dilation_rate"),
+        "groups": normalize_integer(groups, "groups"),
+        "activation": normalize_activation(activation),
+        "data_format": normalize_data_format(data_format),
+    }
+
+
 def _choose(value: Any, name: str, choices: tuple[str, ...], also: str = "") -> str:
     rule = f"`{name}` must be one of {also}{', '.join(map(repr, choices))}"
     if not isinstance(value, str):

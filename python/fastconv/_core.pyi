@@ -20,6 +20,7 @@ def conv2d(
     groups: int,
     activation: str,
     data_format: str,
+    algorithm: str | None,
     out: _Floats | None = None,
 ) -> _Floats: ...
 def conv2d_grad_input(
@@ -33,6 +34,7 @@ def conv2d_grad_input(
     groups: int,
     activation: str,
     data_format: str,
+    algorithm: str | None,
     out: _Floats | None = None,
 ) -> _Floats: ...
 
@@ -49,6 +51,7 @@ def conv2d_grad_filter(
     groups: int,
     activation: str,
     data_format: str,
+    algorithm: str | None,
     out: _Floats | None = None,
 ) -> _Floats | tuple[_Floats, _Floats]: ...
 
@@ -77,6 +80,21 @@ def get_num_threads() -> int: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...
+def set_accuracy(accuracy: str) -> None: ...
+def accuracy() -> str: ...
+def set_algorithm(algorithm: str) -> None: ...
+def algorithm() -> str: ...
+def explain(
+    input_shape: _Shape,
+    filter_shape: _Shape,
+    direction: str,
+    strides: _Pair,
+    padding: _Padding,
+    dilation_rate: _Pair,
+    groups: int,
+    activation: str,
+    data_format: str,
+) -> dict[str, Any]: ...
 
 # A submodule: the slow functions that tests compare the kernels with.
 class reference:
@@ -91,6 +109,7 @@ class reference:
         groups: int,
         activation: str,
         data_format: str,
+        algorithm: str | None,
         out: _Floats | None = None,
     ) -> _Floats: ...
     @staticmethod
@@ -105,6 +124,7 @@ class reference:
         groups: int,
         activation: str,
         data_format: str,
+        algorithm: str | None,
         out: _Floats | None = None,
     ) -> _Floats: ...
     @staticmethod
@@ -120,6 +140,7 @@ class reference:
         groups: int,
         activation: str,
         data_format: str,
+        algorithm: str | None,
         out: _Floats | None = None,
     ) -> _Floats | tuple[_Floats, _Floats]: ...
     @staticmethod

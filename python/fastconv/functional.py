@@ -9,6 +9,8 @@ bits for any number of threads. Where shapes or options do not fit, nothing is c
 Convolutions are computed as implicit matrix products: the patches of the input that meet the filter
 are gathered while the multiplication runs, never stored as a matrix [1]_ [2]_.
 
+Where fewer multiplications do, others are chosen: see :func:`set_accuracy` and :func:`explain`.
+
 .. [1] S. Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", arXiv:1410.0759, 2014.
 .. [2] M. Dukhan, "The Indirect Convolution Algorithm", arXiv:1907.02129, 2019.
 """
@@ -19,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from fastconv import _core
 from fastconv._arguments import (
-    normalize_activation,
+    conv2d_options,
+    normalize_algorithm,
     normalize_data_format,
     normalize_integer,
     normalize_padding,
@@ -64,6 +67,7 @@ def conv2d(
     activation: str | None = None,
     data_format: str = "channels_last",
     out: FloatArray | None = None,
+    algorithm: str | None = None,
 ) -> FloatArray:
     """2-D convolution, ``activation(x * w + bias)``, in one pass.
 
@@ -97,6 +101,9 @@ def conv2d(
     out
         Array to write the result to, of its shape, float32, C-contiguous and sharing no memory
         with the inputs; None for a new one.
+    algorithm
+        Name of the algorithm to use whatever the accuracy setting, such as ``"direct"`` (see
+        :func:`explain`), or None for the selector's choice.
 
     Returns
     -------
@@ -109,14 +116,15 @@ def conv2d(
     TypeError
         If an array is none or not of float32, or an option is not of the kind stated above.
     ValueError
-        If a shape or the value of an option is not one of those stated above, or the dilated
-        filter is larger than the padded input.
+        If a shape or the value of an option is not one of those stated above, the dilated filter
+        is larger than the padded input, or ``algorithm`` does not serve the problem.
     """
     return _core.conv2d(
         x,
         w,
         bias,
-        **_conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
+        **conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
+        algorithm=normalize_algorithm(algorithm),
         out=out,
     )
 
@@ -134,6 +142,7 @@ def conv2d_grad_input(
     activation: str | None = None,
     output: FloatArray | None = None,
     out: FloatArray | None = None,
+    algorithm: str | None = None,
 ) -> FloatArray:
     """Gradient of :func:`conv2d` by its input; the transposed convolution of ``dy``.
 
@@ -156,6 +165,8 @@ def conv2d_grad_input(
         The result of ``conv2d``: required with ``activation="relu"``, else not read.
     out
         Array to write ``dx`` to, as for ``conv2d``; None for a new one.
+    algorithm
+        As for ``conv2d``; it need not be the one ``conv2d`` was given.
 
     Returns
     -------
@@ -168,14 +179,15 @@ def conv2d_grad_input(
         If an array is none or not of float32, or an option is not of the kind ``conv2d`` takes.
     ValueError
         If the shapes do not belong to one convolution, an option has a value that ``conv2d``
-        refuses, or ``output`` is missing.
+        refuses, ``output`` is missing, or ``algorithm`` does not serve the problem.
     """
     return _core.conv2d_grad_input(
         dy,
         w,
         normalize_shape(input_shape, "input_shape"),
         output,
-        **_conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
+        **conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
+        algorithm=normalize_algorithm(algorithm),
         out=out,
     )
 
@@ -193,6 +205,7 @@ def conv2d_grad_filter(
     data_format: str = ...,
     activation: str | None = ...,
     output: FloatArray | None = ...,
+    algorithm: str | None = ...,
     return_bias_grad: Literal[False] = ...,
     out: FloatArray | None = ...,
 ) -> FloatArray: ...
@@ -209,6 +222,7 @@ def conv2d_grad_filter(
     data_format: str = ...,
     activation: str | None = ...,
     output: FloatArray | None = ...,
+    algorithm: str | None = ...,
     return_bias_grad: Literal[True],
     out: FloatArray | None = ...,
 ) -> tuple[FloatArray, FloatArray]: ...
@@ -224,6 +238,7 @@ def conv2d_grad_filter(
     data_format: str = "channels_last",
     activation: str | None = None,
     output: FloatArray | None = None,
+    algorithm: str | None = None,
     return_bias_grad: bool = False,
     out: FloatArray | None = None,
 ) -> FloatArray | tuple[FloatArray, FloatArray]:
@@ -246,6 +261,8 @@ def conv2d_grad_filter(
         As ``conv2d`` was given. With ``"relu"``, ``dy`` counts only where ``output`` > 0.
     output
         The result of ``conv2d``: required with ``activation="relu"``, else not read.
+    algorithm
+        As for ``conv2d``; it need not be the one ``conv2d`` was given.
     return_bias_grad
         Whether to return the gradient by the bias too.
     out
@@ -264,7 +281,7 @@ def conv2d_grad_filter(
         If an array is none or not of float32, or an option is not of the kind ``conv2d`` takes.
     ValueError
         If the shapes do not belong to one convolution, an option has a value that ``conv2d``
-        refuses, or ``output`` is missing.
+        refuses, ``output`` is missing, or ``algorithm`` does not serve the problem.
     """
     return _core.conv2d_grad_filter(
         x,
@@ -272,7 +289,8 @@ def conv2d_grad_filter(
         normalize_shape(filter_shape, "filter_shape"),
         output,
         bool(return_bias_grad),
-        **_conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
+        **conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
+        algorithm=normalize_algorithm(algorithm),
         out=out,
     )
 
@@ -462,19 +480,6 @@ def info() -> dict[str, Any]:
         "isa_available": _core.available_isas(),
         "num_threads": _core.get_num_threads(),
         "cuda": {"available": False, "reason": "this build has no CUDA kernels"},
-    }
-
-
-def _conv2d_options(
-    strides: Any, padding: Any, dilation_rate: Any, groups: Any, activation: Any, data_format: Any
-) -> dict[str, Any]:
-    return {
-        "strides": normalize_pair(strides, "strides"),
-        "padding": normalize_padding(padding),
-        "dilation_rate": normalize_pair(dilation_rate, "dilation_rate"),
-        "groups": normalize_integer(groups, "groups"),
-        "activation": normalize_activation(activation),
-        "data_format": normalize_data_format(data_format),
     }
 
 

@@ -22,6 +22,7 @@
 #include "core/error.hpp"
 #include "core/operations.hpp"
 #include "core/problem.hpp"
+#include "core/selection.hpp"
 #include "core/thread_pool.hpp"
 #include "cpu/probe.hpp"
 #include "cpu/reference.hpp"
@@ -120,6 +121,9 @@ struct Conv2dOptions {
   int64_t groups;
   std::string activation;
   std::string data_format;
+  std::optional<std::string> algorithm;
+
+  const char* algorithm_name() const { return algorithm ? algorithm->c_str() : nullptr; }
 
   fastconv::Conv2dProblem problem(const Shape& x, const Shape& w) const {
     return fastconv::make_conv2d_problem({.x_shape = x,
@@ -269,10 +273,20 @@ struct Operations {
 constexpr Operations kKernels{fastconv::conv2d_fprop, fastconv::conv2d_dgrad,
                               fastconv::conv2d_wgrad, fastconv::max_pool2d_fprop,
                               fastconv::max_pool2d_bprop};
+
+// The reference is one algorithm: a name that the caller gives is not looked at.
+template <auto function>
+struct WithoutAlgorithm;
+template <class... Parameters, void (*function)(Parameters...)>
+struct WithoutAlgorithm<function> {
+  static void call(Parameters... parameters, const char*) { function(parameters...); }
+};
+
 constexpr Operations kReference{
-    fastconv::reference::conv2d_fprop, fastconv::reference::conv2d_dgrad,
-    fastconv::reference::conv2d_wgrad, fastconv::reference::max_pool2d_fprop,
-    fastconv::reference::max_pool2d_bprop};
+    WithoutAlgorithm<fastconv::reference::conv2d_fprop>::call,
+    WithoutAlgorithm<fastconv::reference::conv2d_dgrad>::call,
+    WithoutAlgorithm<fastconv::reference::conv2d_wgrad>::call,
+    fastconv::reference::max_pool2d_fprop, fastconv::reference::max_pool2d_bprop};
 
 // For benchmarks: one call from Python runs the kernel `calls` times and notes what each run took,
 // so that neither Python nor the checks of this file are in the time.
@@ -317,7 +331,8 @@ py::array_t<float> conv2d(const py::object& x_object, const py::object& w_object
   const Dense<float> x(x_array), w(w_array);
   float* const y_data = y.mutable_data();
   const GilReleased unlocked;
-  operations.conv2d_fprop(problem, x.data(), w.data(), bias.data(), y_data);
+  operations.conv2d_fprop(problem, x.data(), w.data(), bias.data(), y_data,
+                          options.algorithm_name());
   return y;
 }
 
@@ -335,7 +350,8 @@ py::array_t<float> conv2d_grad_input(const py::object& dy_object, const py::obje
   const Dense<float> dy(dy_array), w(w_array);
   float* const dx_data = dx.mutable_data();
   const GilReleased unlocked;
-  operations.conv2d_dgrad(problem, dy.data(), w.data(), output.data(), dx_data);
+  operations.conv2d_dgrad(problem, dy.data(), w.data(), output.data(), dx_data,
+                          options.algorithm_name());
   return dx;
 }
 
@@ -358,7 +374,8 @@ py::object conv2d_grad_filter(const py::object& x_object, const py::object& dy_o
   float* const dbias_data = dbias ? dbias->mutable_data() : nullptr;
   {
     const GilReleased unlocked;
-    operations.conv2d_wgrad(problem, x.data(), dy.data(), output.data(), dw_data, dbias_data);
+    operations.conv2d_wgrad(problem, x.data(), dy.data(), output.data(), dw_data, dbias_data,
+                            options.algorithm_name());
   }
   if (!dbias) return dw;
   return py::make_tuple(dw, *dbias);
@@ -446,49 +463,50 @@ void define_operations(py::module_& m) {
       "conv2d",
       [](const py::object& x, const py::object& w, const py::object& bias, Pair strides,
          PaddingOption padding, Pair dilation_rate, int64_t groups, std::string activation,
-         std::string data_format,
+         std::string data_format, std::optional<std::string> algorithm,
          const py::object& out) {
         return conv2d<operations>(
             x, w, bias,
             {strides, std::move(padding), dilation_rate, groups, std::move(activation),
-             std::move(data_format)},
+             std::move(data_format), std::move(algorithm)},
             out);
       },
       py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("strides"), py::arg("padding"),
       py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"), py::arg("data_format"),
-      py::arg("out") = py::none());
+      py::arg("algorithm"), py::arg("out") = py::none());
   m.def(
       "conv2d_grad_input",
       [](const py::object& dy, const py::object& w, const Shape& input_shape,
          const py::object& output, Pair strides, PaddingOption padding, Pair dilation_rate,
          int64_t groups, std::string activation, std::string data_format,
+         std::optional<std::string> algorithm,
          const py::object& out) {
         return conv2d_grad_input<operations>(
             dy, w, input_shape, output,
             {strides, std::move(padding), dilation_rate, groups, std::move(activation),
-             std::move(data_format)},
+             std::move(data_format), std::move(algorithm)},
             out);
       },
       py::arg("dy"), py::arg("w"), py::arg("input_shape"), py::arg("output"), py::arg("strides"),
       py::arg("padding"), py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"),
-      py::arg("data_format"),
-      py::arg("out") = py::none());
+      py::arg("data_format"), py::arg("algorithm"), py::arg("out") = py::none());
   m.def(
       "conv2d_grad_filter",
       [](const py::object& x, const py::object& dy, const Shape& filter_shape,
          const py::object& output, bool return_bias_grad, Pair strides, PaddingOption padding,
          Pair dilation_rate, int64_t groups, std::string activation, std::string data_format,
+         std::optional<std::string> algorithm,
          const py::object& out) {
         return conv2d_grad_filter<operations>(
             x, dy, filter_shape, output, return_bias_grad,
             {strides, std::move(padding), dilation_rate, groups, std::move(activation),
-             std::move(data_format)},
+             std::move(data_format), std::move(algorithm)},
             out);
       },
       py::arg("x"), py::arg("dy"), py::arg("filter_shape"), py::arg("output"),
       py::arg("return_bias_grad"), py::arg("strides"), py::arg("padding"),
       py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"), py::arg("data_format"),
-      py::arg("out") = py::none());
+      py::arg("algorithm"), py::arg("out") = py::none());
   m.def(
       "max_pool2d",
       [](const py::object& x, bool return_argmax, Pair pool_size, Pair strides,
@@ -550,6 +568,33 @@ double measured_bandwidth(const std::string& stream, int64_t bytes, double secon
   return fastconv::probe::bandwidth(parsed, bytes, seconds);
 }
 
+// What explain() returns: plain Python objects.
+py::dict explain(const Shape& input_shape, const Shape& filter_shape, const std::string& direction,
+                 Pair strides, PaddingOption padding, Pair dilation_rate, int64_t groups,
+                 std::string activation, std::string data_format) {
+  const Conv2dOptions options{strides, std::move(padding), dilation_rate, groups,
+                              std::move(activation), std::move(data_format), {}};
+  using fastconv::Direction;
+  const auto problem = options.problem(input_shape, filter_shape);
+  const fastconv::Explanation explanation = fastconv::explain(
+      problem, parse<Direction, 3>("direction", direction,
+                                   {{{"fprop", Direction::fprop},
+                                     {"dgrad", Direction::dgrad},
+                                     {"wgrad", Direction::wgrad}}}));
+  py::list candidates;
+  for (const auto& candidate : explanation.candidates) {
+    candidates.append(py::dict(py::arg("algorithm") = candidate.algorithm,
+                               py::arg("predicted_seconds") = candidate.predicted_seconds,
+                               py::arg("allowed") = candidate.allowed));
+  }
+  return py::dict(py::arg("algorithm") = explanation.algorithm,
+                  py::arg("blocking") = explanation.blocking,
+                  py::arg("workspace_bytes") = explanation.workspace_bytes,
+                  py::arg("flops") = explanation.flops,
+                  py::arg("predicted_seconds") = explanation.predicted_seconds,
+                  py::arg("candidates") = candidates);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -572,4 +617,11 @@ PYBIND11_MODULE(_core, m) {
   m.def("isa", [] { return fastconv::isa_name(fastconv::current_isa()); });
   m.def("available_isas", &available_isas);
   m.def("set_isa", &fastconv::set_isa, py::arg("name"));
+  m.def("set_accuracy", &fastconv::set_accuracy, py::arg("accuracy"));
+  m.def("accuracy", [] { return fastconv::accuracy_name(fastconv::current_accuracy()); });
+  m.def("set_algorithm", &fastconv::set_preferred_algorithm, py::arg("algorithm"));
+  m.def("algorithm", &fastconv::preferred_algorithm);
+  m.def("explain", &explain, py::arg("input_shape"), py::arg("filter_shape"),
+        py::arg("direction"), py::arg("strides"), py::arg("padding"), py::arg("dilation_rate"),
+        py::arg("groups"), py::arg("activation"), py::arg("data_format"));
 }

@@ -2,10 +2,9 @@
 // 1 broadcast of the 16 registers.
 #include <immintrin.h>
 
-#include "cpu/implicit_gemm.hpp"
+#include "cpu/direct.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/max_pool.hpp"
-#include "cpu/wgrad.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -63,14 +62,17 @@ struct Avx2 {
   }
 };
 
-}  // namespace
-}  // namespace fastconv::cpu
+constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
+    Direct<Avx2>::kAlgorithm,
+};
 
-namespace fastconv::cpu {
+}  // namespace
 
 const Kernels kAvx2Kernels = {
-    conv2d_fprop<Avx2>,    conv2d_dgrad<Avx2>,     conv2d_wgrad<Avx2>,
-    activation_grad<Avx2>, max_pool2d_fprop<Avx2>, max_pool2d_bprop<Avx2>,
+    .conv2d = kConv2dAlgorithms,
+    .activation_grad = activation_grad<Avx2>,
+    .max_pool2d_fprop = max_pool2d_fprop<Avx2>,
+    .max_pool2d_bprop = max_pool2d_bprop<Avx2>,
 };
 
 }  // namespace fastconv::cpu

@@ -3,10 +3,9 @@
 // channel counter in 14 of the 15 general registers.
 #include <immintrin.h>
 
-#include "cpu/implicit_gemm.hpp"
+#include "cpu/direct.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/max_pool.hpp"
-#include "cpu/wgrad.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -49,14 +48,17 @@ struct Avx512 {
   }
 };
 
-}  // namespace
-}  // namespace fastconv::cpu
+constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
+    Direct<Avx512>::kAlgorithm,
+};
 
-namespace fastconv::cpu {
+}  // namespace
 
 const Kernels kAvx512Kernels = {
-    conv2d_fprop<Avx512>,    conv2d_dgrad<Avx512>,     conv2d_wgrad<Avx512>,
-    activation_grad<Avx512>, max_pool2d_fprop<Avx512>, max_pool2d_bprop<Avx512>,
+    .conv2d = kConv2dAlgorithms,
+    .activation_grad = activation_grad<Avx512>,
+    .max_pool2d_fprop = max_pool2d_fprop<Avx512>,
+    .max_pool2d_bprop = max_pool2d_bprop<Avx512>,
 };
 
 }  // namespace fastconv::cpu

@@ -1,8 +1,7 @@
 // The scalar instances: one float a vector. Runs everywhere; what the compiler makes of it.
-#include "cpu/implicit_gemm.hpp"
+#include "cpu/direct.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/max_pool.hpp"
-#include "cpu/wgrad.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -35,14 +34,17 @@ struct Scalar {
   static void store_index(Index* p, Int v, Tail) { *p = static_cast<Index>(v); }
 };
 
-}  // namespace
-}  // namespace fastconv::cpu
+constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
+    Direct<Scalar>::kAlgorithm,
+};
 
-namespace fastconv::cpu {
+}  // namespace
 
 const Kernels kScalarKernels = {
-    conv2d_fprop<Scalar>,    conv2d_dgrad<Scalar>,     conv2d_wgrad<Scalar>,
-    activation_grad<Scalar>, max_pool2d_fprop<Scalar>, max_pool2d_bprop<Scalar>,
+    .conv2d = kConv2dAlgorithms,
+    .activation_grad = activation_grad<Scalar>,
+    .max_pool2d_fprop = max_pool2d_fprop<Scalar>,
+    .max_pool2d_bprop = max_pool2d_bprop<Scalar>,
 };
 
 }  // namespace fastconv::cpu

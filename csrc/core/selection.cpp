@@ -1,0 +1,150 @@
+#include "core/selection.hpp"
+
+#include <atomic>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "core/error.hpp"
+#include "core/thread_pool.hpp"
+#include "cpu/kernels.hpp"
+#include "cpu/probe.hpp"
+
+namespace fastconv {
+namespace {
+
+// Both settings and their generation. Readers of the hot path see the generation alone.
+std::mutex g_mutex;
+std::string g_preferred = "auto";
+Accuracy g_accuracy = Accuracy::standard;
+std::atomic<std::uint64_t> g_generation{0};  // 0: the environment has not been read
+
+Accuracy parse_accuracy(const std::string& name, const char* source) {
+  for (Accuracy accuracy : {Accuracy::strict, Accuracy::standard, Accuracy::fast}) {
+    if (name == accuracy_name(accuracy)) return accuracy;
+  }
+  throw InvalidArgument(std::string(source) +
+                        " must be one of 'strict', 'default', 'fast'. Received: " + source + "='" +
+                        name + "'");
+}
+
+std::string parse_algorithm(const std::string& name, const char* source) {
+  if (name == "auto") return name;
+  std::string names = "'auto'";
+  for (const cpu::Conv2dAlgorithm& algorithm : cpu::kernels(current_isa()).conv2d) {
+    if (name == algorithm.name) return name;
+    names += ", '" + std::string(algorithm.name) + "'";
+  }
+  throw InvalidArgument(std::string(source) + " must be one of " + names +
+                        ". Received: " + source + "='" + name + "'");
+}
+
+std::string from_environment(const char* name, const char* otherwise) {
+  const char* value = std::getenv(name);
+  return value && *value ? value : otherwise;
+}
+
+// With g_mutex held. Throws, and stays unread, where a variable names nothing known.
+void read_environment() {
+  if (g_generation.load(std::memory_order_relaxed) != 0) return;
+  const Accuracy accuracy =
+      parse_accuracy(from_environment("FASTCONV_ACCURACY", "default"), "FASTCONV_ACCURACY");
+  const std::string preferred =
+      parse_algorithm(from_environment("FASTCONV_ALGORITHM", "auto"), "FASTCONV_ALGORITHM");
+  g_accuracy = accuracy;
+  g_preferred = preferred;
+  g_generation.store(1, std::memory_order_release);
+}
+
+// Multiply-adds a second that num_threads() threads do at best, measured once for each number of
+// threads and instruction set.
+double multiply_adds_a_second(Isa isa) {
+  static std::mutex mutex;
+  static std::map<std::pair<Isa, int>, double> known;
+  const std::lock_guard lock(mutex);
+  double& rate = known[{isa, num_threads()}];
+  constexpr double kSeconds = 0.01;
+  if (rate == 0) rate = probe::flops(kSeconds) / 2;
+  return rate;
+}
+
+}  // namespace
+
+const char* direction_name(Direction direction) {
+  switch (direction) {
+    case Direction::fprop: return "fprop";
+    case Direction::dgrad: return "dgrad";
+    case Direction::wgrad: return "wgrad";
+  }
+  return "unknown";
+}
+
+const char* accuracy_name(Accuracy accuracy) {
+  switch (accuracy) {
+    case Accuracy::strict: return "strict";
+    case Accuracy::standard: return "default";
+    case Accuracy::fast: return "fast";
+  }
+  return "unknown";
+}
+
+std::uint64_t selection_settings() {
+  if (const std::uint64_t generation = g_generation.load(std::memory_order_acquire)) {
+    return generation;
+  }
+  const std::lock_guard lock(g_mutex);
+  read_environment();
+  return g_generation.load(std::memory_order_relaxed);
+}
+
+Accuracy current_accuracy() {
+  const std::lock_guard lock(g_mutex);
+  read_environment();
+  return g_accuracy;
+}
+
+void set_accuracy(const std::string& name) {
+  const Accuracy accuracy = parse_accuracy(name, "accuracy");
+  const std::lock_guard lock(g_mutex);
+  read_environment();
+  g_accuracy = accuracy;
+  g_generation.fetch_add(1, std::memory_order_acq_rel);
+}
+
+std::string preferred_algorithm() {
+  const std::lock_guard lock(g_mutex);
+  read_environment();
+  return g_preferred;
+}
+
+void set_preferred_algorithm(const std::string& name) {
+  const std::string preferred = parse_algorithm(name, "algorithm");
+  const std::lock_guard lock(g_mutex);
+  read_environment();
+  g_preferred = preferred;
+  g_generation.fetch_add(1, std::memory_order_acq_rel);
+}
+
+Explanation explain(const Conv2dProblem& p, Direction direction) {
+  const cpu::Conv2dAlgorithm& chosen = cpu::choose(p, direction);
+  const Isa isa = current_isa();
+  Explanation out;
+  out.algorithm = chosen.name;
+  out.blocking = chosen.blocking(p, direction);
+  out.workspace_bytes = chosen.estimate(p, direction).workspace_bytes;
+  out.flops = 2.0 * static_cast<double>(p.y_size()) *
+              static_cast<double>(p.r * p.s * p.c_per_group());
+  const double rate = multiply_adds_a_second(isa);
+  const bool strict = current_accuracy() == Accuracy::strict;
+  for (const cpu::Conv2dAlgorithm& algorithm : cpu::kernels(isa).conv2d) {
+    if (!algorithm.serves(p, direction)) continue;
+    const cpu::Estimate estimate = algorithm.estimate(p, direction);
+    const double seconds = estimate.multiply_adds / rate;
+    out.candidates.push_back({algorithm.name, seconds, !strict || estimate.relative_error == 0});
+    if (&algorithm == &chosen) out.predicted_seconds = seconds;
+  }
+  return out;
+}
+
+}  // namespace fastconv

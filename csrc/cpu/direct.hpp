@@ -1,0 +1,80 @@
+// The direct algorithm, which serves every problem: an implicit GEMM in all three directions, and
+// what the selector knows of it.
+#pragma once
+
+#include "cpu/implicit_gemm.hpp"
+#include "cpu/kernels.hpp"
+#include "cpu/wgrad.hpp"
+
+namespace fastconv::cpu {
+namespace {
+
+template <class V>
+struct Direct {
+  static bool serves(const Conv2dProblem&, Direction) { return true; }
+
+  static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
+    switch (direction) {
+      case Direction::fprop: return implicit_gemm_fprop<V>(p, t.x, t.filter, t.bias, t.out);
+      case Direction::dgrad: return implicit_gemm_dgrad<V>(p, t.dy, t.filter, t.out);
+      case Direction::wgrad: return implicit_gemm_wgrad<V>(p, t.x, t.dy, t.out);
+    }
+  }
+
+  static Estimate estimate(const Conv2dProblem& p, Direction direction) {
+    Estimate out;
+    const auto add = [&](const TapConvolution& g) {
+      const TapConvolutionRunner<V> runner(g, nullptr, nullptr, nullptr, nullptr);
+      out.multiply_adds += tile_cost(g);
+      out.workspace_bytes = max64(out.workspace_bytes, runner.workspace_bytes);
+    };
+    switch (direction) {
+      case Direction::fprop:
+        add(fprop_taps(p));
+        break;
+      case Direction::dgrad:
+        for_each_dgrad_class(p, [&](const TapConvolution& g, int64_t) { add(g); });
+        break;
+      case Direction::wgrad: {
+        const WgradPlan<V> plan(p);
+        out.multiply_adds = 1.12 * static_cast<double>(p.n * p.oh * p.ow) *
+                            static_cast<double>(plan.rows_q) * lanes(p.k_per_group(), p.groups);
+        out.workspace_bytes = plan.workspace_bytes();
+      }
+    }
+    return out;
+  }
+
+  static std::string blocking(const Conv2dProblem& p, Direction direction) {
+    const std::string tile = std::to_string(int{V::kRows}) + " x " +
+                             std::to_string(V::kVectors * V::kWidth) + " tile of ";
+    if (direction != Direction::wgrad) return tile + "pixels x channels";
+    return tile + "filter taps x filters, " + std::to_string(WgradPlan<V>(p).parts) +
+           " partial sums";
+  }
+
+  static constexpr Conv2dAlgorithm kAlgorithm{.name = "direct",
+                                              .masks = false,
+                                              .serves = serves,
+                                              .estimate = estimate,
+                                              .blocking = blocking,
+                                              .run = run};
+
+ private:
+  // Vector lanes that hold no channel cost as much as those that do.
+  static double lanes(int64_t channels_a_group, int64_t groups) {
+    return static_cast<double>(ceil_div(channels_a_group, V::kWidth) * V::kWidth * groups);
+  }
+
+  static double tile_cost(const TapConvolution& g) {
+    const double pixels = static_cast<double>(g.images * g.out_h * g.out_w);
+    const double taps = static_cast<double>(g.vertical.count * g.horizontal.count);
+    constexpr double kAroundATap = 5, kAroundATile = 40;  // in multiply-adds of a tile row
+    return pixels * lanes(g.columns, g.groups) *
+           (1.06 * taps * static_cast<double>(g.reduce) + (kAroundATap * taps + kAroundATile) /
+                                                              V::kRows);
+  }
+};
+
+}  // namespace
+}  // namespace fastconv::cpu

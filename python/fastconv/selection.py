@@ -1,0 +1,112 @@
+"""Which algorithm computes a convolution, and how exact it must be.
+
+The choice rests on shapes, options, instruction set and accuracy, never on the number of threads,
+so that results stay the same bits for any.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastconv import _core
+from fastconv._arguments import (
+    conv2d_options,
+    normalize_accuracy,
+    normalize_direction,
+    normalize_shape,
+)
+
+if TYPE_CHECKING:
+    from typing import SupportsIndex
+
+    from fastconv._arguments import IntegerOrPair, Padding
+    from fastconv.functional import Shape
+
+__all__ = ["explain", "get_accuracy", "set_accuracy"]
+
+
+def set_accuracy(accuracy: str) -> None:
+    """Bounds the rounding error of convolutions, in the whole process.
+
+    Until then it is what the environment variable ``FASTCONV_ACCURACY`` says, else ``"default"``.
+
+    Parameters
+    ----------
+    accuracy
+        ``"strict"``: every result is a sum of float32 products, no algorithm that trades products
+        for sums (no Winograd). ``"default"``: also algorithms whose largest error stays below 1e-5
+        of the largest result. ``"fast"``: any.
+
+    Raises
+    ------
+    TypeError
+        If ``accuracy`` is no string.
+    ValueError
+        If it is not one of the three.
+    """
+    _core.set_accuracy(normalize_accuracy(accuracy))
+
+
+def get_accuracy() -> str:
+    """The accuracy in force: ``"strict"``, ``"default"`` or ``"fast"``.
+
+    Raises
+    ------
+    ValueError
+        If the environment variable ``FASTCONV_ACCURACY`` or ``FASTCONV_ALGORITHM`` has a wrong
+        value.
+    """
+    return _core.accuracy()
+
+
+def explain(
+    input_shape: Shape,
+    filter_shape: Shape,
+    *,
+    direction: str = "fprop",
+    strides: IntegerOrPair = 1,
+    padding: Padding = "valid",
+    dilation_rate: IntegerOrPair = 1,
+    groups: SupportsIndex = 1,
+    activation: str | None = None,
+    data_format: str = "channels_last",
+) -> dict[str, Any]:
+    """What a convolution of these shapes would do now, without doing it.
+
+    Parameters
+    ----------
+    input_shape
+        Shape of the input ``x`` of :func:`conv2d`.
+    filter_shape
+        Shape of its filters ``w``.
+    direction
+        ``"fprop"`` (:func:`conv2d`), ``"dgrad"`` (:func:`conv2d_grad_input`) or ``"wgrad"``
+        (:func:`conv2d_grad_filter`).
+    strides, padding, dilation_rate, groups, activation, data_format
+        As for :func:`conv2d`.
+
+    Returns
+    -------
+    explanation
+        ``algorithm``, the name of the one chosen (``FASTCONV_ALGORITHM`` in the environment names
+        one to prefer wherever it serves); ``blocking``, its register tile and blocks in words;
+        ``workspace_bytes``, the scratch memory of one call; ``flops``, the multiplications and
+        additions of the direct sum; ``predicted_seconds``, by the cost model, from the multiply-add
+        rate of one core, measured at the first call, and the number of threads; ``candidates``, a
+        list of all that serve the problem, each with ``algorithm``, ``predicted_seconds`` and
+        ``allowed``, whether the accuracy in force lets it be chosen.
+
+    Raises
+    ------
+    TypeError
+        If an option is not of the kind ``conv2d`` takes.
+    ValueError
+        If the shapes or options do not make a convolution, or an environment variable of fastconv
+        has a wrong value.
+    """
+    return _core.explain(
+        normalize_shape(input_shape, "input_shape"),
+        normalize_shape(filter_shape, "filter_shape"),
+        normalize_direction(direction),
+        **conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
+    )
