@@ -56,13 +56,15 @@ struct Job {
   void* context;
   int64_t tasks;
   std::atomic<int64_t> next{0};
+  std::atomic<int> workers{0};
 
   // Works until no task is left, or until go_on() says no after a task.
   template <class GoOn>
   void work(const GoOn& go_on) {
     const FlushDenormals flush;
+    const int worker = workers.fetch_add(1, std::memory_order_relaxed);
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      function(context, task);
+      function(context, task, worker);
       if (!go_on()) return;
     }
   }
@@ -244,16 +246,17 @@ void set_num_threads(int threads) {
                       std::memory_order_relaxed);
 }
 
-void parallel_for(int64_t tasks, TaskFunction function, void* context) {
+void parallel_for(int64_t tasks, int most_workers, TaskFunction function, void* context) {
   Job job{function, context, tasks};
-  if (t_inside_task || tasks <= 1 || num_threads() == 1) {
+  const int threads = std::min(num_threads(), most_workers);
+  if (t_inside_task || tasks <= 1 || threads <= 1) {
     job.work();
     return;
   }
   Pool& workers = pool();
   t_inside_task = true;
   const int others = workers.active.fetch_add(1, std::memory_order_relaxed);
-  const int64_t helpers = std::min<int64_t>(num_threads() - others, tasks) - 1;
+  const int64_t helpers = std::min<int64_t>(threads - others, tasks) - 1;
   if (helpers > 0 && workers.busy.try_lock()) {
     workers.run(job, static_cast<int>(helpers));
     workers.busy.unlock();

@@ -127,18 +127,100 @@ struct TapConvolution {
   bool relu;
 };
 
+// The filter as register tiles read it: panels of V::kVectors vectors of output channels (the last
+// one of fewer, its spare lanes zero), in each [tap][source channel][output channel].
+template <class V>
+struct FilterPanels {
+  static constexpr int64_t kPanel = V::kVectors * V::kWidth;
+
+  const TapConvolution& g;
+  int64_t panels, reduce, group_floats;  // reduce: the products of one sum
+
+  explicit FilterPanels(const TapConvolution& convolution)
+      : g(convolution),
+        panels(ceil_div(g.columns, kPanel)),
+        reduce(g.vertical.count * g.horizontal.count * g.reduce),
+        group_floats(reduce * ceil_div(g.columns, V::kWidth) * V::kWidth) {}
+
+  int64_t bytes() const { return ceil_div(g.groups * group_floats * 4, 64) * 64; }
+  int vectors_of(int64_t panel) const {
+    return static_cast<int>(
+        min64(V::kVectors, ceil_div(g.columns - panel * kPanel, V::kWidth)));
+  }
+  // Channels in the last vector of a panel.
+  int last_columns(int64_t panel) const {
+    return static_cast<int>(min64(
+        g.columns - panel * kPanel - int64_t{vectors_of(panel) - 1} * V::kWidth, V::kWidth));
+  }
+  int64_t offset(int64_t group, int64_t panel) const {
+    return group * group_floats + panel * kPanel * reduce;
+  }
+
+  void pack_all(const float* filter, float* packed) const {
+    parallel_for(g.groups * panels, [&](int64_t task) {
+      const int64_t group = task / panels, panel = task % panels;
+      pack(filter, group, panel, packed + offset(group, panel));
+    });
+  }
+
+  void pack(const float* filter, int64_t group, int64_t panel, float* out) const {
+    const int64_t width = vectors_of(panel) * V::kWidth;
+    const int64_t valid = min64(width, g.columns - panel * kPanel);
+    for (int64_t r = 0; r < g.vertical.count; ++r)
+      for (int64_t s = 0; s < g.horizontal.count; ++s, out += g.reduce * width) {
+        const float* in =
+            filter + group * g.filter_group + panel * kPanel * g.filter_column +
+            (g.vertical.filter_first + r * g.vertical.filter_stride) * g.filter_tap_row +
+            (g.horizontal.filter_first + s * g.horizontal.filter_stride) * g.filter_tap_column;
+        if (g.filter_column == 1) {
+          copy_rows(in, valid, width, out);
+        } else {
+          transpose_rows(in, valid, width, out);
+        }
+      }
+  }
+
+ private:
+  void copy_rows(const float* in, int64_t valid, int64_t width, float* out) const {
+    const auto tail = V::tail(static_cast<int>(valid - (width - V::kWidth)));
+    for (int64_t c = 0; c < g.reduce; ++c, in += g.filter_reduce, out += width) {
+      for (int64_t j = 0; j < width - V::kWidth; j += V::kWidth) V::store(out + j, V::load(in + j));
+      V::store(out + width - V::kWidth, V::load(in + width - V::kWidth, tail));
+    }
+  }
+
+  // in[j][c] to out[c][j], a square of registers at a time.
+  void transpose_rows(const float* in, int64_t valid, int64_t width, float* out) const {
+    for (int64_t c0 = 0; c0 < g.reduce; c0 += V::kWidth) {
+      const int64_t depth = min64(V::kWidth, g.reduce - c0);
+      const auto tail = V::tail(static_cast<int>(depth));
+      for (int64_t j0 = 0; j0 < width; j0 += V::kWidth) {
+        typename V::Reg square[V::kWidth];
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < V::kWidth; ++j) {
+          square[j] = j0 + j < valid ? V::load(in + (j0 + j) * g.filter_column + c0, tail)
+                                     : V::zero();
+        }
+        V::transpose(square);
+        for (int64_t c = 0; c < depth; ++c) V::store(out + (c0 + c) * width + j0, square[c]);
+      }
+    }
+  }
+};
+
 template <class V>
 struct TapConvolutionRunner {
   static constexpr int64_t kPanel = V::kVectors * V::kWidth;
 
   const TapConvolution& g;
+  const FilterPanels<V> panels_of_filter;
   const float* x;
   const float* filter;
   const float* bias;
   float* y;
 
   bool merged;  // a row of taps is one contiguous run: no padding left or right, no dilation
-  int64_t taps, run, panels, group_floats, tiles, pixels;
+  int64_t taps, run, panels, tiles, pixels;
   int64_t tasks, zero_bytes, packed_bytes, offsets_bytes, workspace_bytes;
   const float* zeros;
   float* packed;
@@ -149,7 +231,7 @@ struct TapConvolutionRunner {
 
   TapConvolutionRunner(const TapConvolution& convolution, const float* source,
                        const float* filters, const float* biases, float* out)
-      : g(convolution), x(source), filter(filters), bias(biases), y(out) {
+      : g(convolution), panels_of_filter(g), x(source), filter(filters), bias(biases), y(out) {
     plan();
   }
 
@@ -161,8 +243,7 @@ struct TapConvolutionRunner {
              (g.out_w - 1) * h.step + h.highest() < g.source_w && g.reduce == g.source_c;
     taps = g.vertical.count * (merged ? 1 : h.count);
     run = g.reduce * (merged ? h.count : 1);
-    panels = ceil_div(g.columns, kPanel);
-    group_floats = taps * run * ceil_div(g.columns, V::kWidth) * V::kWidth;
+    panels = panels_of_filter.panels;
     tiles = ceil_div(pixels, V::kRows);
 
     // Filter panels that stay in half of a 1 MiB second-level cache while tiles pass by.
@@ -185,7 +266,7 @@ struct TapConvolutionRunner {
 
     table_size = (taps + 1) * V::kRows;  // a task's pointers: the pixels', or every tap's
     zero_bytes = ceil_div(run * 4, 64) * 64;
-    packed_bytes = ceil_div(g.groups * group_floats * 4, 64) * 64;
+    packed_bytes = panels_of_filter.bytes();
     offsets_bytes = ceil_div((2 * taps + 1 + tasks * taps) * 8, 64) * 64;
     workspace_bytes = packed_bytes + zero_bytes + offsets_bytes + tasks * table_size * 8;
   }
@@ -211,46 +292,8 @@ struct TapConvolutionRunner {
     }
     tap_offsets[taps] = 0;
 
-    parallel_for(g.groups * panels, [&](int64_t task) { pack(task / panels, task % panels); });
+    panels_of_filter.pack_all(filter, packed);
     parallel_for(tasks, [&](int64_t task) { work(task); });
-  }
-
-  int vectors_of(int64_t panel) const {
-    return static_cast<int>(
-        min64(V::kVectors, ceil_div(g.columns - panel * kPanel, V::kWidth)));
-  }
-  float* panel_of(int64_t group, int64_t panel) const {
-    return packed + group * group_floats + panel * kPanel * taps * run;
-  }
-
-  void pack(int64_t group, int64_t panel) const {
-    const int64_t width = vectors_of(panel) * V::kWidth;
-    const int64_t valid = min64(width, g.columns - panel * kPanel);
-    float* out = panel_of(group, panel);
-    for (int64_t r = 0; r < g.vertical.count; ++r)
-      for (int64_t s = 0; s < g.horizontal.count; ++s, out += g.reduce * width) {
-        const float* in =
-            filter + group * g.filter_group + panel * kPanel * g.filter_column +
-            (g.vertical.filter_first + r * g.vertical.filter_stride) * g.filter_tap_row +
-            (g.horizontal.filter_first + s * g.horizontal.filter_stride) * g.filter_tap_column;
-        if (g.filter_column == 1) {
-          for (int64_t c = 0; c < g.reduce; ++c) {
-            for (int64_t j = 0; j < valid; ++j) out[c * width + j] = in[c * g.filter_reduce + j];
-            for (int64_t j = valid; j < width; ++j) out[c * width + j] = 0;
-          }
-          continue;
-        }
-        // A transposition, by squares that keep both sides' cache lines.
-        constexpr int64_t kSquare = 16;
-        for (int64_t c0 = 0; c0 < g.reduce; c0 += kSquare) {
-          const int64_t c1 = min64(c0 + kSquare, g.reduce);
-          for (int64_t j = 0; j < width; ++j)
-            for (int64_t c = c0; c < c1; ++c) {
-              out[c * width + j] =
-                  j < valid ? in[j * g.filter_column + c * g.filter_reduce] : 0.0f;
-            }
-        }
-      }
   }
 
   void work(int64_t task) const {
@@ -285,15 +328,14 @@ struct TapConvolutionRunner {
         t.offset_step = 0;
       }
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-        const int vectors = vectors_of(panel);
+        const int vectors = panels_of_filter.vectors_of(panel);
         const int64_t column = group * g.columns + panel * kPanel;
         float* shifted[V::kRows];
         for (int i = 0; i < count; ++i) shifted[i] = out[i] + column;
         t.y = shifted;
-        t.filter = panel_of(group, panel);
+        t.filter = packed + panels_of_filter.offset(group, panel);
         t.bias = bias ? bias + column : nullptr;
-        t.columns = static_cast<int>(min64(g.columns - panel * kPanel -
-                                               int64_t{vectors - 1} * V::kWidth, V::kWidth));
+        t.columns = panels_of_filter.last_columns(panel);
         tap_tile_function<V>(count, vectors)(t);
       }
     }

@@ -5,6 +5,7 @@
 #include "cpu/direct.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/max_pool.hpp"
+#include "cpu/small_channel.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -32,6 +33,33 @@ struct Avx2 {
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   // MAXPS returns its second operand where one is NaN: relu(NaN) is NaN, as stock.
   static Reg relu(Reg v) { return _mm256_max_ps(zero(), v); }
+  // Lane j of register i and lane i of register j change places.
+  static void transpose(Reg (&m)[8]) {
+    Reg pairs[8], fours[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(m[i], m[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_ps(m[i], m[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 4) {
+      fours[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+      fours[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xEE);
+      fours[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+      fours[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xEE);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      m[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+      m[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+    }
+  }
+  // Of all lanes, in a fixed order.
+  static float sum(Reg v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
   static Reg where_positive(Reg y, Reg v) {
     return _mm256_and_ps(_mm256_cmp_ps(y, zero(), _CMP_GT_OQ), v);
   }
@@ -63,6 +91,7 @@ struct Avx2 {
 };
 
 constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
+    SmallChannel<Avx2>::kAlgorithm,
     Direct<Avx2>::kAlgorithm,
 };
 

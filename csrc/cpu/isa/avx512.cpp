@@ -6,6 +6,7 @@
 #include "cpu/direct.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/max_pool.hpp"
+#include "cpu/small_channel.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -27,6 +28,44 @@ struct Avx512 {
   static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   // MAXPS returns its second operand where one is NaN: relu(NaN) is NaN, as stock.
   static Reg relu(Reg v) { return _mm512_max_ps(zero(), v); }
+  // Lane j of register i and lane i of register j change places.
+  static void transpose(Reg (&m)[16]) {
+    Reg pairs[16], fours[16], eights[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      pairs[i] = _mm512_unpacklo_ps(m[i], m[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_ps(m[i], m[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+      fours[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+      fours[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xEE);
+      fours[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+      fours[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xEE);
+    }
+    // 128-bit parts: register 4 r + q has columns q, q + 4, q + 8, q + 12 of rows 4 r .. 4 r + 3.
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      eights[i] = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0x88);
+      eights[i + 4] = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0xDD);
+      eights[i + 8] = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0x88);
+      eights[i + 12] = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0xDD);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      m[i] = _mm512_shuffle_f32x4(eights[i], eights[i + 8], 0x88);
+      m[i + 8] = _mm512_shuffle_f32x4(eights[i], eights[i + 8], 0xDD);
+      m[i + 4] = _mm512_shuffle_f32x4(eights[i + 4], eights[i + 12], 0x88);
+      m[i + 12] = _mm512_shuffle_f32x4(eights[i + 4], eights[i + 12], 0xDD);
+    }
+  }
+  // Of all lanes, in a fixed order.
+  static float sum(Reg v) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
   static Reg where_positive(Reg y, Reg v) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_GT_OQ), v);
   }
@@ -49,6 +88,7 @@ struct Avx512 {
 };
 
 constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
+    SmallChannel<Avx512>::kAlgorithm,
     Direct<Avx512>::kAlgorithm,
 };
 

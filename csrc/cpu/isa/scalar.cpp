@@ -2,6 +2,7 @@
 #include "cpu/direct.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/max_pool.hpp"
+#include "cpu/small_channel.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -22,6 +23,8 @@ struct Scalar {
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg add(Reg a, Reg b) { return a + b; }
   static Reg relu(Reg v) { return v < 0 ? 0 : v; }
+  static void transpose(Reg (&)[1]) {}
+  static float sum(Reg v) { return v; }
   static Reg where_positive(Reg y, Reg v) { return y > 0 ? v : 0; }
   static Mask greater_or_first_nan(Reg a, Reg best) { return a > best || (a != a && best == best); }
   static Reg select(Mask m, Reg a, Reg b) { return m ? a : b; }
@@ -35,6 +38,7 @@ struct Scalar {
 };
 
 constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
+    SmallChannel<Scalar>::kAlgorithm,
     Direct<Scalar>::kAlgorithm,
 };
 

@@ -1,0 +1,392 @@
+// Convolutions with few input channels (the first layer of a network: 1, 3 or 4), fprop and dgrad.
+// wgrad is the direct one: its register tile runs over taps and channels together.
+//
+// fprop: so few products make a sum that a pointer a pixel costs as much as the multiplications.
+// Here the input rows of a task are copied, padding included, to a strip in which the pixels of a
+// register tile are evenly spaced, and one address serves them all. (Without padding they are so
+// in the input itself.)
+//
+// dgrad: with one to four channels to a result, vectors along channels would be empty for the most
+// part. They run along K instead, the sum's own axis, where both dy and the filter are contiguous;
+// lanes are added up at the end.
+#pragma once
+
+#include "cpu/implicit_gemm.hpp"
+#include "cpu/kernels.hpp"
+
+namespace fastconv::cpu {
+namespace {
+
+// y[i][0 .. columns) = bias + sum over taps, c of x[i * step + offset(tap) + c] * filter.
+struct StridedTile {
+  const float* x;
+  int64_t step;                // floats from pixel to pixel
+  const int64_t* tap_offsets;  // floats
+  int64_t taps, run;           // contiguous source floats a tap
+  const float* filter;         // [tap][run][vectors * width]
+  const float* bias;           // null for none
+  float* y;
+  int64_t y_step;
+  int columns;  // of the last vector
+  bool relu;
+};
+
+template <class V, int Rows, int Vectors>
+void strided_tile(const StridedTile& t) {
+  const auto tail = V::tail(t.columns);
+  typename V::Reg sum[Rows][Vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v) {
+    typename V::Reg first = V::zero();
+    if (t.bias) {
+      const float* bias = t.bias + v * V::kWidth;
+      first = v == Vectors - 1 ? V::load(bias, tail) : V::load(bias);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) sum[i][v] = first;
+  }
+  // x86 addresses reach three pixels from one register: +0, +step * 4, +step * 8 bytes.
+  constexpr int kBases = (Rows + 2) / 3;
+  const int64_t step = t.step;
+  const float* filter = t.filter;
+  for (int64_t tap = 0; tap < t.taps; ++tap) {
+    const float* a[kBases];
+#pragma GCC unroll 8
+    for (int b = 0; b < kBases; ++b) a[b] = t.x + t.tap_offsets[tap] + 3 * b * step;
+    for (int64_t c = 0; c < t.run; ++c, filter += Vectors * V::kWidth) {
+      typename V::Reg b[Vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) b[v] = V::load(filter + v * V::kWidth);
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) {
+        const typename V::Reg x = V::broadcast(a[i / 3] + i % 3 * step + c);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(x, b[v], sum[i][v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      const typename V::Reg out = t.relu ? V::relu(sum[i][v]) : sum[i][v];
+      float* y = t.y + i * t.y_step + v * V::kWidth;
+      if (v == Vectors - 1) {
+        V::store(y, out, tail);
+      } else {
+        V::store(y, out);
+      }
+    }
+}
+
+using StridedTileFunction = void (*)(const StridedTile&);
+
+template <class V, int Rows = V::kRows>
+StridedTileFunction strided_tile_function(int rows, int vectors) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return strided_tile_function<V, Rows - 1>(rows, vectors);
+  }
+  return vectors == 1 ? strided_tile<V, Rows, 1> : strided_tile<V, Rows, 2>;
+}
+
+// out[p][c] = sum over taps, k of dy[p * step + offset(tap) + k] * filter[offset(tap) + c * K + k].
+struct DotTile {
+  const float* dy;
+  int64_t step;
+  const int64_t* tap_offsets;
+  const int64_t* filter_offsets;
+  int64_t taps, k;
+  const float* filter;
+  float* out;
+  int64_t out_step;
+};
+
+template <class V, int Pixels, int Channels>
+void dot_tile(const DotTile& t) {
+  typename V::Reg sum[Pixels][Channels];
+#pragma GCC unroll 16
+  for (int p = 0; p < Pixels; ++p)
+#pragma GCC unroll 4
+    for (int c = 0; c < Channels; ++c) sum[p][c] = V::zero();
+  const int64_t whole = t.k / V::kWidth * V::kWidth;
+  const auto tail = V::tail(static_cast<int>(t.k - whole));
+  for (int64_t tap = 0; tap < t.taps; ++tap) {
+    const float* dy = t.dy + t.tap_offsets[tap];
+    const float* filter = t.filter + t.filter_offsets[tap];
+    const auto add = [&](int64_t k, const auto&... mask) {
+      typename V::Reg w[Channels];
+#pragma GCC unroll 4
+      for (int c = 0; c < Channels; ++c) w[c] = V::load(filter + c * t.k + k, mask...);
+#pragma GCC unroll 16
+      for (int p = 0; p < Pixels; ++p) {
+        const typename V::Reg d = V::load(dy + p * t.step + k, mask...);
+#pragma GCC unroll 4
+        for (int c = 0; c < Channels; ++c) sum[p][c] = V::fma(d, w[c], sum[p][c]);
+      }
+    };
+    for (int64_t k = 0; k < whole; k += V::kWidth) add(k);
+    if (whole < t.k) add(whole, tail);
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < Pixels; ++p)
+#pragma GCC unroll 4
+    for (int c = 0; c < Channels; ++c) t.out[p * t.out_step + c] = V::sum(sum[p][c]);
+}
+
+template <class V>
+struct SmallChannel {
+  static constexpr int64_t kMostChannels = 4;
+
+  static bool serves(const Conv2dProblem& p, Direction direction) {
+    return direction != Direction::wgrad && p.groups == 1 && p.c <= kMostChannels;
+  }
+
+  static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
+    if (direction == Direction::fprop) {
+      fprop(p, t.x, t.filter, t.bias, t.out);
+      return;
+    }
+    switch (p.c) {
+      case 1: return dgrad<1>(p, t.dy, t.filter, t.out);
+      case 2: return dgrad<2>(p, t.dy, t.filter, t.out);
+      case 3: return dgrad<3>(p, t.dy, t.filter, t.out);
+      case 4: return dgrad<4>(p, t.dy, t.filter, t.out);
+    }
+  }
+
+  static Estimate estimate(const Conv2dProblem& p, Direction direction) {
+    const double pixels = static_cast<double>(p.n);
+    const double taps = static_cast<double>(p.r * p.s * p.c);
+    if (direction == Direction::fprop) {
+      const Strip strip(p);
+      const double lanes = static_cast<double>(ceil_div(p.k, V::kWidth) * V::kWidth);
+      return {pixels * static_cast<double>(p.oh * p.ow) * lanes * (1.1 * taps + 3),
+              strip.workspace_bytes(workers_for(strip.tasks(p))), 0};
+    }
+    const double lanes = static_cast<double>(ceil_div(p.k, V::kWidth) * V::kWidth);
+    return {pixels * (static_cast<double>(p.oh * p.ow) * lanes * 1.3 * taps +
+                      static_cast<double>(p.h * p.w * p.c) * 10 * V::kWidth),
+            0, 0};
+  }
+
+  static std::string blocking(const Conv2dProblem& p, Direction direction) {
+    if (direction == Direction::dgrad) {
+      return "sums along K, " + std::to_string(dot_pixels(p.c)) + " pixels at a time";
+    }
+    const Strip strip(p);
+    return std::to_string(int{V::kRows}) + " x " + std::to_string(V::kVectors * V::kWidth) +
+           " tile of pixels x channels, strips of " + std::to_string(strip.rows) + " rows" +
+           (strip.copied ? ", copied" : "");
+  }
+
+  static constexpr Conv2dAlgorithm kAlgorithm{.name = "small_channel",
+                                              .masks = false,
+                                              .serves = serves,
+                                              .estimate = estimate,
+                                              .blocking = blocking,
+                                              .run = run};
+
+ private:
+  // Output rows a task, and the input rows below them.
+  struct Strip {
+    int64_t rows, strips;                   // output rows of a strip; strips of an image
+    int64_t source_rows, source_w, floats;  // of the copy
+    int64_t taps, run;
+    int64_t packed_bytes, offsets_bytes;
+    bool copied;
+
+    explicit Strip(const Conv2dProblem& p) {
+      copied = p.pad_top || p.pad_bottom || p.pad_left || p.pad_right;
+      source_w = copied ? max64((p.ow - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1, 1) : p.w;
+      // Some 1 MFLOP a task, and a copy that stays in the first-level cache's neighbourhood.
+      const int64_t row_flops = max64(2 * p.ow * p.k * p.r * p.s * p.c, 1);
+      rows = max64(1, min64(p.oh, (int64_t{1} << 20) / row_flops));
+      while (rows > 1 && source_rows_of(p, rows) * source_w * p.c * 4 > (int64_t{128} << 10)) {
+        rows = (rows + 1) / 2;
+      }
+      strips = ceil_div(p.oh, rows);
+      source_rows = source_rows_of(p, rows);
+      floats = copied ? ceil_div(source_rows * source_w * p.c, 16) * 16 : 0;
+      const bool merged = p.dilation_w == 1;
+      taps = merged ? p.r : p.r * p.s;
+      run = merged ? p.s * p.c : p.c;
+      packed_bytes = FilterPanels<V>(fprop_taps(p)).bytes();
+      offsets_bytes = ceil_div(taps * 8, 64) * 64;
+    }
+
+    int64_t tasks(const Conv2dProblem& p) const { return p.n * strips; }
+    int64_t workspace_bytes(int workers) const {
+      return packed_bytes + offsets_bytes + workers * floats * 4;
+    }
+    static int64_t source_rows_of(const Conv2dProblem& p, int64_t rows) {
+      return (rows - 1) * p.stride_h + (p.r - 1) * p.dilation_h + 1;
+    }
+  };
+
+  static void fprop(const Conv2dProblem& p, const float* x, const float* filter,
+                    const float* bias, float* y) {
+    if (p.y_size() == 0) return;
+    const TapConvolution g = fprop_taps(p);
+    const FilterPanels<V> panels(g);
+    const Strip strip(p);
+    const int workers = workers_for(strip.tasks(p));
+    const Workspace workspace(static_cast<std::size_t>(strip.workspace_bytes(workers)));
+    float* packed = workspace.floats();
+    int64_t* tap_offsets = reinterpret_cast<int64_t*>(
+        workspace.floats(static_cast<std::size_t>(strip.packed_bytes)));
+    for (int64_t tap = 0; tap < strip.taps; ++tap) {
+      const bool merged = strip.taps == p.r;
+      const int64_t r = merged ? tap : tap / p.s, s = merged ? 0 : tap % p.s;
+      tap_offsets[tap] = (r * p.dilation_h * strip.source_w + s * p.dilation_w) * p.c;
+    }
+    panels.pack_all(filter, packed);
+    float* copies = workspace.floats(
+        static_cast<std::size_t>(strip.packed_bytes + strip.offsets_bytes));
+
+    parallel_for(strip.tasks(p), workers, [&](int64_t task, int worker) {
+      const int64_t n = task / strip.strips;
+      const int64_t begin = p.oh * (task % strip.strips) / strip.strips;
+      const int64_t end = p.oh * (task % strip.strips + 1) / strip.strips;
+      const float* source = x + (n * p.h + begin * p.stride_h) * p.w * p.c;
+      if (strip.copied) {
+        float* copy = copies + worker * strip.floats;
+        copy_strip(p, strip, x + n * p.h * p.w * p.c, begin, end, copy);
+        source = copy;
+      }
+      StridedTile t{};
+      t.step = p.stride_w * p.c;
+      t.tap_offsets = tap_offsets;
+      t.taps = strip.taps;
+      t.run = strip.run;
+      t.y_step = p.k;
+      t.relu = g.relu;
+      const int64_t tiles = ceil_div(p.ow, V::kRows);
+      for (int64_t panel = 0; panel < panels.panels; ++panel) {
+        const int64_t column = panel * FilterPanels<V>::kPanel;
+        t.filter = packed + panels.offset(0, panel);
+        t.bias = bias ? bias + column : nullptr;
+        t.columns = panels.last_columns(panel);
+        for (int64_t i = begin; i < end; ++i) {
+          const float* row = source + (i - begin) * p.stride_h * strip.source_w * p.c;
+          float* out = y + (n * p.oh + i) * p.ow * p.k + column;
+          for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t j = p.ow * tile / tiles, j_end = p.ow * (tile + 1) / tiles;
+            t.x = row + j * t.step;
+            t.y = out + j * p.k;
+            strided_tile_function<V>(static_cast<int>(j_end - j), panels.vectors_of(panel))(t);
+          }
+        }
+      }
+    });
+  }
+
+  // The input rows below output rows begin .. end - 1 of one image, zeros where they meet padding.
+  static void copy_strip(const Conv2dProblem& p, const Strip& strip, const float* image,
+                         int64_t begin, int64_t end, float* out) {
+    const int64_t first = begin * p.stride_h - p.pad_top;
+    const int64_t left = min64(p.pad_left, strip.source_w);
+    const int64_t middle = max64(0, min64(p.w, strip.source_w - left));
+    for (int64_t i = first; i < first + Strip::source_rows_of(p, end - begin);
+         ++i, out += strip.source_w * p.c) {
+      if (i < 0 || i >= p.h) {
+        std::memset(out, 0, static_cast<std::size_t>(strip.source_w * p.c) * 4);
+        continue;
+      }
+      std::memset(out, 0, static_cast<std::size_t>(left * p.c) * 4);
+      std::memcpy(out + left * p.c, image + i * p.w * p.c,
+                  static_cast<std::size_t>(middle * p.c) * 4);
+      std::memset(out + (left + middle) * p.c, 0,
+                  static_cast<std::size_t>((strip.source_w - left - middle) * p.c) * 4);
+    }
+  }
+
+  // Sums in registers: a quarter of them is left to the filter and dy.
+  static constexpr int dot_pixels(int64_t channels) {
+    const int sums = V::kRows * V::kVectors - static_cast<int>(channels) + 1;
+    const int pixels = sums / static_cast<int>(channels);
+    return pixels > 12 ? 12 : pixels;
+  }
+
+  template <int Channels>
+  static void dgrad(const Conv2dProblem& p, const float* dy, const float* filter, float* dx) {
+    for_each_dgrad_class(p, [&](const TapConvolution& g, int64_t first) {
+      dgrad_class<Channels>(g, dy, filter, dx + first);
+    });
+  }
+
+  template <int Channels>
+  static void dgrad_class(const TapConvolution& g, const float* dy, const float* filter,
+                          float* dx) {
+    constexpr int kPixels = dot_pixels(Channels);
+    const int64_t taps = g.vertical.count * g.horizontal.count;
+    if (g.images * g.out_h * g.out_w == 0) return;
+    constexpr int64_t kPixelsATask = 1024;
+    const int64_t rows = g.images * g.out_h;
+    const int64_t rows_a_task = max64(1, kPixelsATask / g.out_w);
+    // Output columns that no horizontal tap takes into the padding.
+    const AxisTaps& h = g.horizontal;
+    const int64_t inner_begin = h.count == 0 ? 0 : min64(g.out_w, max64(0, -h.lowest()));
+    const int64_t inner_end =
+        h.count == 0 ? g.out_w : max64(inner_begin, min64(g.out_w, g.source_w - h.highest()));
+    const int64_t tasks = ceil_div(rows, rows_a_task);
+    const int workers = workers_for(tasks);
+    const Workspace workspace(static_cast<std::size_t>(workers * 2 * taps * 8));
+    parallel_for(tasks, workers, [&](int64_t task, int worker) {
+      int64_t* tap_offsets = reinterpret_cast<int64_t*>(workspace.floats()) + worker * 2 * taps;
+      int64_t* filter_offsets = tap_offsets + taps;
+      DotTile t{};
+      t.step = g.source_c;
+      t.tap_offsets = tap_offsets;
+      t.filter_offsets = filter_offsets;
+      t.k = g.reduce;
+      t.filter = filter;
+      t.out_step = g.y_column;
+      for (int64_t row = task * rows_a_task; row < min64(rows, (task + 1) * rows_a_task); ++row) {
+        const int64_t n = row / g.out_h, i = row % g.out_h;
+        float* out = dx + n * g.y_image + i * g.y_row;
+        const float* source = dy + n * g.source_h * g.source_w * g.source_c;
+        // The taps of an output pixel that meet the source.
+        const auto gather = [&](int64_t j, bool inner) {
+          t.taps = 0;
+          for (int64_t r = 0; r < g.vertical.count; ++r) {
+            const int64_t source_i = i + g.vertical.offset(r);
+            if (source_i < 0 || source_i >= g.source_h) continue;
+            for (int64_t s = 0; s < h.count; ++s) {
+              const int64_t source_j = j + h.offset(s);
+              if (!inner && (source_j < 0 || source_j >= g.source_w)) continue;
+              tap_offsets[t.taps] = (source_i * g.source_w + h.offset(s)) * g.source_c;
+              filter_offsets[t.taps] =
+                  (g.vertical.filter_first + r * g.vertical.filter_stride) * g.filter_tap_row +
+                  (h.filter_first + s * h.filter_stride) * g.filter_tap_column;
+              ++t.taps;
+            }
+          }
+        };
+        const auto single = [&](int64_t j) {
+          t.dy = source + j * g.source_c;
+          t.out = out + j * g.y_column;
+          dot_tile<V, 1, Channels>(t);
+        };
+        for (int64_t j = 0; j < inner_begin; ++j) {
+          gather(j, false);
+          single(j);
+        }
+        gather(inner_begin, true);
+        int64_t j = inner_begin;
+        for (; j + kPixels <= inner_end; j += kPixels) {
+          t.dy = source + j * g.source_c;
+          t.out = out + j * g.y_column;
+          dot_tile<V, kPixels, Channels>(t);
+        }
+        for (; j < inner_end; ++j) single(j);
+        for (; j < g.out_w; ++j) {
+          gather(j, false);
+          single(j);
+        }
+      }
+    });
+  }
+};
+
+}  // namespace
+}  // namespace fastconv::cpu
