@@ -20,7 +20,7 @@ def conv2d(
     groups: int,
     activation: str,
     data_format: str,
-    algorithm: str | None,
+    algorithm: str | None = None,
     out: _Floats | None = None,
 ) -> _Floats: ...
 def conv2d_grad_input(
@@ -34,7 +34,7 @@ def conv2d_grad_input(
     groups: int,
     activation: str,
     data_format: str,
-    algorithm: str | None,
+    algorithm: str | None = None,
     out: _Floats | None = None,
 ) -> _Floats: ...
 
@@ -51,7 +51,7 @@ def conv2d_grad_filter(
     groups: int,
     activation: str,
     data_format: str,
-    algorithm: str | None,
+    algorithm: str | None = None,
     out: _Floats | None = None,
 ) -> _Floats | tuple[_Floats, _Floats]: ...
 
@@ -109,7 +109,7 @@ class reference:
         groups: int,
         activation: str,
         data_format: str,
-        algorithm: str | None,
+        algorithm: str | None = None,
         out: _Floats | None = None,
     ) -> _Floats: ...
     @staticmethod
@@ -124,7 +124,7 @@ class reference:
         groups: int,
         activation: str,
         data_format: str,
-        algorithm: str | None,
+        algorithm: str | None = None,
         out: _Floats | None = None,
     ) -> _Floats: ...
     @staticmethod
@@ -140,7 +140,7 @@ class reference:
         groups: int,
         activation: str,
         data_format: str,
-        algorithm: str | None,
+        algorithm: str | None = None,
         out: _Floats | None = None,
     ) -> _Floats | tuple[_Floats, _Floats]: ...
     @staticmethod

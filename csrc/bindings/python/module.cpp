@@ -473,7 +473,7 @@ void define_operations(py::module_& m) {
       },
       py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("strides"), py::arg("padding"),
       py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"), py::arg("data_format"),
-      py::arg("algorithm"), py::arg("out") = py::none());
+      py::arg("algorithm") = py::none(), py::arg("out") = py::none());
   m.def(
       "conv2d_grad_input",
       [](const py::object& dy, const py::object& w, const Shape& input_shape,
@@ -489,7 +489,7 @@ void define_operations(py::module_& m) {
       },
       py::arg("dy"), py::arg("w"), py::arg("input_shape"), py::arg("output"), py::arg("strides"),
       py::arg("padding"), py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"),
-      py::arg("data_format"), py::arg("algorithm"), py::arg("out") = py::none());
+      py::arg("data_format"), py::arg("algorithm") = py::none(), py::arg("out") = py::none());
   m.def(
       "conv2d_grad_filter",
       [](const py::object& x, const py::object& dy, const Shape& filter_shape,
@@ -506,7 +506,7 @@ void define_operations(py::module_& m) {
       py::arg("x"), py::arg("dy"), py::arg("filter_shape"), py::arg("output"),
       py::arg("return_bias_grad"), py::arg("strides"), py::arg("padding"),
       py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"), py::arg("data_format"),
-      py::arg("algorithm"), py::arg("out") = py::none());
+      py::arg("algorithm") = py::none(), py::arg("out") = py::none());
   m.def(
       "max_pool2d",
       [](const py::object& x, bool return_argmax, Pair pool_size, Pair strides,
