@@ -24,7 +24,7 @@ struct Direct {
   static Estimate estimate(const Conv2dProblem& p, Direction direction) {
     Estimate out;
     const auto add = [&](const TapConvolution& g) {
-      const TapConvolutionRunner<V> runner(g, nullptr, nullptr, nullptr, nullptr);
+      const TapConvolutionRunner<V> runner(g);
       out.multiply_adds += tile_cost(g);
       out.workspace_bytes = max64(out.workspace_bytes, runner.workspace_bytes);
     };

@@ -2,17 +2,20 @@
 // every output pixel sums, over a list of taps, a run of source floats times packed filter rows.
 //
 // The register tile is V::kRows output pixels x V::kVectors vectors of output channels. The A
-// operand is indirect: a pointer a pixel (plus a tap offset where the tile touches no padding, else
-// a pointer a pixel and tap, with a row of zeros for padding), so that padding, stride and dilation
-// cost the inner loop nothing. (The indirect operand is M. Dukhan's, "The Indirect Convolution
-// Algorithm", 2019; the packed panels are those of Goto and van de Geijn, 2008.)
+// operand is indirect, a pointer a pixel, so that stride and dilation cost the inner loop nothing.
+// (M. Dukhan, "The Indirect Convolution Algorithm", 2019; the packed panels are those of Goto and
+// van de Geijn, 2008.) Padding costs nothing at all: output pixels are taken region by region, and
+// all pixels of a region meet the source with the same taps.
 //
 // dgrad with stride (a, b) is a*b independent tap convolutions of stride 1, one a residue class of
 // input pixels: no zeros are stuffed.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 #include "core/problem.hpp"
 #include "core/thread_pool.hpp"
@@ -26,37 +29,54 @@ using std::int64_t;
 constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// One register tile: y[i][0 .. columns) = sum over taps, c of rows[i][tap + c] * filter.
+// One register tile: y[i][0 .. columns) += sum over taps, c of rows[i][tap + c] * filter.
 struct TapTile {
-  const float* const* rows;      // pixel pointers, `row_step` further on for each tap
-  int64_t row_step;              // 0: the same pointers for every tap
-  const int64_t* tap_offsets;    // floats, added to the pointers; `offset_step` apart
-  int64_t offset_step;
-  const int64_t* tap_numbers;    // which of the filter's taps each one is
+  const float* const* rows;       // a pointer a pixel
+  int64_t row_offset, y_offset;   // floats, added to all of them and to those of y
+  const int64_t* tap_offsets;     // floats, added to the pointers
+  const int64_t* filter_offsets;  // rows of the panel, `vectors` vectors each
   int64_t taps;
-  int64_t run;                   // contiguous source floats a tap
-  const float* filter;           // [tap number][run][vectors * width]
-  const float* bias;             // `columns` values or null
+  int64_t run;                    // contiguous source floats a tap
+  const float* filter;            // [tap][run][vectors * width]
+  const float* bias;              // `columns` values or null
   float* const* y;
-  int columns;                   // of the last vector: 1 .. width
+  int columns;                    // of the last vector: 1 .. width
   bool relu;
+  bool first, last;               // of the parts that a sum is made of: y holds it in between
 };
 
 template <class V, int Rows, int Vectors>
 void tap_tile(const TapTile& t) {
+  const auto tail = V::tail(t.columns);
   typename V::Reg sum[Rows][Vectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
+  if (t.first) {
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) sum[i][v] = V::zero();
-  const float* const* rows = t.rows;
-  for (int64_t tap = 0; tap < t.taps; ++tap, rows += t.row_step) {
-    const float* a[Rows];
-    const int64_t offset = t.tap_offsets[tap * t.offset_step];
-    const float* filter = t.filter + t.tap_numbers[tap] * t.run * (Vectors * V::kWidth);
+    for (int v = 0; v < Vectors; ++v) {
+      typename V::Reg start = V::zero();
+      if (t.bias) {
+        const float* bias = t.bias + v * V::kWidth;
+        start = v == Vectors - 1 ? V::load(bias, tail) : V::load(bias);
+      }
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) a[i] = rows[i] + offset;
+      for (int i = 0; i < Rows; ++i) sum[i][v] = start;
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        const float* y = t.y[i] + t.y_offset + v * V::kWidth;
+        sum[i][v] = v == Vectors - 1 ? V::load(y, tail) : V::load(y);
+      }
+  }
+  for (int64_t tap = 0; tap < t.taps; ++tap) {
+    const float* a[Rows];
+    const int64_t offset = t.row_offset + t.tap_offsets[tap];
+    const float* filter = t.filter + t.filter_offsets[tap] * (Vectors * V::kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) a[i] = t.rows[i] + offset;
     for (int64_t c = 0; c < t.run; ++c, filter += Vectors * V::kWidth) {
       typename V::Reg b[Vectors];
 #pragma GCC unroll 4
@@ -69,56 +89,64 @@ void tap_tile(const TapTile& t) {
       }
     }
   }
-  const auto tail = V::tail(t.columns);
-#pragma GCC unroll 4
-  for (int v = 0; v < Vectors; ++v) {
-    const bool last = v == Vectors - 1;
-    typename V::Reg bias = V::zero();
-    if (t.bias) {
-      bias = last ? V::load(t.bias + v * V::kWidth, tail) : V::load(t.bias + v * V::kWidth);
-    }
+  const bool relu = t.relu && t.last;
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      typename V::Reg out = V::add(sum[i][v], bias);
-      if (t.relu) out = V::relu(out);
-      float* y = t.y[i] + v * V::kWidth;
-      if (last) {
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      const typename V::Reg out = relu ? V::relu(sum[i][v]) : sum[i][v];
+      float* y = t.y[i] + t.y_offset + v * V::kWidth;
+      if (v == Vectors - 1) {
         V::store(y, out, tail);
       } else {
         V::store(y, out);
       }
     }
-  }
 }
 
 using TapTileFunction = void (*)(const TapTile&);
 
-template <class V, int Rows>
-TapTileFunction tap_tile_of_rows(int vectors) {
+// By rows - 1 and vectors - 1.
+template <class V, std::size_t... I>
+constexpr auto make_tap_tile_table(std::index_sequence<I...>) {
   static_assert(V::kVectors == 2);
-  return vectors == 1 ? tap_tile<V, Rows, 1> : tap_tile<V, Rows, 2>;
+  return std::array<TapTileFunction, sizeof...(I)>{tap_tile<V, I / 2 + 1, I % 2 + 1>...};
 }
 
-template <class V, int Rows = V::kRows>
+template <class V>
 TapTileFunction tap_tile_function(int rows, int vectors) {
-  if constexpr (Rows > 1) {
-    if (rows < Rows) return tap_tile_function<V, Rows - 1>(rows, vectors);
-  }
-  return tap_tile_of_rows<V, Rows>(vectors);
+  static constexpr auto kTable =
+      make_tap_tile_table<V>(std::make_index_sequence<2 * std::size_t{V::kRows}>{});
+  return kTable[static_cast<std::size_t>(2 * (rows - 1) + vectors - 1)];
 }
 
-// The taps of one axis: source index = i * step + offset(tap), tap = 0 .. count - 1.
+// The taps of one axis, in ascending order of what they meet: source index = i * step + offset(tap),
+// tap = 0 .. count - 1.
 struct AxisTaps {
-  int64_t count, step, first, stride;  // offset(tap) = first + tap * stride
+  int64_t count, step, first, stride;  // offset(tap) = first + tap * stride, stride >= 0
   int64_t filter_first, filter_stride;  // the filter's row or column of a tap
   int64_t offset(int64_t tap) const { return first + tap * stride; }
-  int64_t lowest() const { return stride < 0 ? offset(count - 1) : first; }
-  int64_t highest() const { return stride < 0 ? first : offset(count - 1); }
+  int64_t lowest() const { return first; }
+  int64_t highest() const { return offset(count - 1); }
+
+  // The taps [begin, end) that meet a source of `size` from output index i; 0, 0 for none.
+  void meeting(int64_t i, int64_t size, int64_t& begin, int64_t& end) const {
+    const int64_t at = i * step + first;
+    if (count <= 1 || stride == 0) {
+      begin = 0;
+      end = count > 0 && at >= 0 && at < size ? count : 0;
+      return;
+    }
+    begin = at >= 0 ? 0 : min64(count, ceil_div(-at, stride));
+    end = at >= size ? 0 : min64(count, (size - 1 - at) / stride + 1);
+    if (begin >= end) begin = end = 0;
+  }
 };
 
 struct TapConvolution {
   int64_t images, out_h, out_w;
   int64_t source_h, source_w, source_c;  // source_c: floats from pixel to pixel
+  int64_t source_image;                  // floats from image to image
   AxisTaps vertical, horizontal;
   int64_t groups, reduce, columns;  // per group: source and output channels
   // Floats from element to element of the (strided) output and of the filter.
@@ -126,6 +154,42 @@ struct TapConvolution {
   int64_t filter_tap_row, filter_tap_column, filter_reduce, filter_column, filter_group;
   bool relu;
 };
+
+// A rectangle of output pixels and the taps that all of them meet the source with.
+struct TapRegion {
+  int64_t row, row_end, column, column_end;
+  int64_t r, r_end, s, s_end;
+
+  int64_t pixels(int64_t images) const {
+    return images * (row_end - row) * (column_end - column);
+  }
+};
+
+// Calls body(region) for each, row by row; they cover the output.
+template <class Body>
+void for_each_region(const TapConvolution& g, const Body& body) {
+  const auto extend = [](const AxisTaps& axis, int64_t begin, int64_t size, int64_t source,
+                         int64_t& tap, int64_t& tap_end) {
+    axis.meeting(begin, source, tap, tap_end);
+    int64_t end = begin + 1;
+    for (; end < size; ++end) {
+      int64_t next = 0, next_end = 0;
+      axis.meeting(end, source, next, next_end);
+      if (next != tap || next_end != tap_end) break;
+    }
+    return end;
+  };
+  TapRegion region{};
+  for (region.row = 0; region.row < g.out_h; region.row = region.row_end) {
+    region.row_end =
+        extend(g.vertical, region.row, g.out_h, g.source_h, region.r, region.r_end);
+    for (region.column = 0; region.column < g.out_w; region.column = region.column_end) {
+      region.column_end =
+          extend(g.horizontal, region.column, g.out_w, g.source_w, region.s, region.s_end);
+      body(region);
+    }
+  }
+}
 
 // The filter as register tiles read it: panels of V::kVectors vectors of output channels (the last
 // one of fewer, its spare lanes zero), in each [tap][source channel][output channel].
@@ -157,42 +221,67 @@ struct FilterPanels {
   }
 
   void pack_all(const float* filter, float* packed) const {
-    parallel_for(g.groups * panels, [&](int64_t task) {
-      const int64_t group = task / panels, panel = task % panels;
-      pack(filter, group, panel, packed + offset(group, panel));
+    const int64_t taps = g.vertical.count * g.horizontal.count;
+    const int64_t rows_a_task = 64, parts = ceil_div(g.reduce, rows_a_task);
+    parallel_for(g.groups * taps * parts, [&](int64_t task) {
+      const int64_t group = task / parts / taps, tap = task / parts % taps;
+      const int64_t c = task % parts * rows_a_task, c_end = min64(g.reduce, c + rows_a_task);
+      pack(filter, group, 0, panels, tap, tap + 1, c, c_end, packed + offset(group, 0), reduce,
+           tap * g.reduce + c);
     });
   }
 
-  void pack(const float* filter, int64_t group, int64_t panel, float* out) const {
-    const int64_t width = vectors_of(panel) * V::kWidth;
-    const int64_t valid = min64(width, g.columns - panel * kPanel);
-    for (int64_t r = 0; r < g.vertical.count; ++r)
-      for (int64_t s = 0; s < g.horizontal.count; ++s, out += g.reduce * width) {
-        const float* in =
-            filter + group * g.filter_group + panel * kPanel * g.filter_column +
-            (g.vertical.filter_first + r * g.vertical.filter_stride) * g.filter_tap_row +
-            (g.horizontal.filter_first + s * g.horizontal.filter_stride) * g.filter_tap_column;
-        if (g.filter_column == 1) {
-          copy_rows(in, valid, width, out);
-        } else {
-          transpose_rows(in, valid, width, out);
+  // Rows of some panels: taps tap .. tap_end - 1 (counted r * S + s), channels c .. c_end - 1 of each.
+  // The panels lie `panel_rows` rows apart in `out`; the first row goes to row `at`. A row of the
+  // filter is read in one go, whichever panels it goes to.
+  void pack(const float* filter, int64_t group, int64_t panel_begin, int64_t panel_end, int64_t tap,
+            int64_t tap_end, int64_t c, int64_t c_end, float* out, int64_t panel_rows,
+            int64_t at) const {
+    for (; tap < tap_end; ++tap, at += c_end - c) {
+      const float* in = tap_of(filter, group, panel_begin, tap) + c * g.filter_reduce;
+      if (g.filter_column == 1) {
+        for (int64_t row = 0; row < c_end - c; ++row, in += g.filter_reduce) {
+          for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+            const int64_t skipped = (panel - panel_begin) * kPanel;
+            copy_row(in + skipped, panel, out + skipped * panel_rows +
+                                              (at + row) * vectors_of(panel) * V::kWidth);
+          }
+        }
+      } else {
+        for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+          const int64_t skipped = (panel - panel_begin) * kPanel;
+          transpose_rows(in + skipped * g.filter_column, c_end - c, panel,
+                         out + skipped * panel_rows + at * vectors_of(panel) * V::kWidth);
         }
       }
+    }
   }
 
  private:
-  void copy_rows(const float* in, int64_t valid, int64_t width, float* out) const {
-    const auto tail = V::tail(static_cast<int>(valid - (width - V::kWidth)));
-    for (int64_t c = 0; c < g.reduce; ++c, in += g.filter_reduce, out += width) {
-      for (int64_t j = 0; j < width - V::kWidth; j += V::kWidth) V::store(out + j, V::load(in + j));
-      V::store(out + width - V::kWidth, V::load(in + width - V::kWidth, tail));
+  const float* tap_of(const float* filter, int64_t group, int64_t panel, int64_t tap) const {
+    const int64_t r = tap / g.horizontal.count, s = tap % g.horizontal.count;
+    return filter + group * g.filter_group + panel * kPanel * g.filter_column +
+           (g.vertical.filter_first + r * g.vertical.filter_stride) * g.filter_tap_row +
+           (g.horizontal.filter_first + s * g.horizontal.filter_stride) * g.filter_tap_column;
+  }
+
+  void copy_row(const float* in, int64_t panel, float* out) const {
+    const int vectors = vectors_of(panel);
+    const auto tail = V::tail(last_columns(panel));
+#pragma GCC unroll 4
+    for (int v = 0; v < V::kVectors; ++v) {
+      if (v == vectors) break;
+      const float* from = in + v * V::kWidth;
+      V::store(out + v * V::kWidth, v == vectors - 1 ? V::load(from, tail) : V::load(from));
     }
   }
 
   // in[j][c] to out[c][j], a square of registers at a time.
-  void transpose_rows(const float* in, int64_t valid, int64_t width, float* out) const {
-    for (int64_t c0 = 0; c0 < g.reduce; c0 += V::kWidth) {
-      const int64_t depth = min64(V::kWidth, g.reduce - c0);
+  void transpose_rows(const float* in, int64_t rows, int64_t panel, float* out) const {
+    const int64_t width = vectors_of(panel) * V::kWidth;
+    const int64_t valid = min64(width, g.columns - panel * kPanel);
+    for (int64_t c0 = 0; c0 < rows; c0 += V::kWidth) {
+      const int64_t depth = min64(V::kWidth, rows - c0);
       const auto tail = V::tail(static_cast<int>(depth));
       for (int64_t j0 = 0; j0 < width; j0 += V::kWidth) {
         typename V::Reg square[V::kWidth];
@@ -208,201 +297,312 @@ struct FilterPanels {
   }
 };
 
+// Computes tiles of a tap convolution from a packed filter. Allocates nothing and throws nothing: it
+// serves the tasks of a runner.
 template <class V>
-struct TapConvolutionRunner {
+struct TapTiles {
   static constexpr int64_t kPanel = V::kVectors * V::kWidth;
 
   const TapConvolution& g;
-  const FilterPanels<V> panels_of_filter;
   const float* x;
-  const float* filter;
   const float* bias;
   float* y;
 
-  bool merged;  // a row of taps is one contiguous run: no padding left or right, no dilation
-  int64_t taps, run, panels, tiles, pixels;
-  int64_t tasks, zero_bytes, packed_bytes, offsets_bytes, workspace_bytes;
-  const float* zeros;
-  float* packed;
-  int64_t *tap_offsets, *tap_numbers, *task_tap_numbers;
-  const float** tables;
-  int64_t table_size;
-  int64_t blocks, panel_groups, panels_a_group;  // tasks: blocks of tiles x groups of panels
-
-  TapConvolutionRunner(const TapConvolution& convolution, const float* source,
-                       const float* filters, const float* biases, float* out)
-      : g(convolution), panels_of_filter(g), x(source), filter(filters), bias(biases), y(out) {
-    plan();
+  static int64_t most_entries(const TapConvolution& g) {
+    return max64(g.vertical.count * g.horizontal.count, 1);
   }
 
-  // Blocking and the sizes of everything in the workspace.
-  void plan() {
-    pixels = g.images * g.out_h * g.out_w;
-    const AxisTaps& h = g.horizontal;
-    merged = g.groups == 1 && h.count > 1 && h.stride == 1 && h.first >= 0 &&
-             (g.out_w - 1) * h.step + h.highest() < g.source_w && g.reduce == g.source_c;
-    taps = g.vertical.count * (merged ? 1 : h.count);
-    run = g.reduce * (merged ? h.count : 1);
-    panels = panels_of_filter.panels;
-    tiles = ceil_div(pixels, V::kRows);
+  // What the taps of a region read. Where the taps of a filter row read neighbouring pixels, they
+  // are one run. `entries` holds 2 * most_entries numbers.
+  void list_taps(const TapRegion& region, int64_t* entries, TapTile& t) const {
+    int64_t* offsets = entries;
+    int64_t* filter_offsets = entries + most_entries(g);
+    t.tap_offsets = offsets;
+    t.filter_offsets = filter_offsets;
+    t.taps = 0;
+    t.run = g.reduce;
+    if (region.s == region.s_end) return;
+    const bool merged = g.reduce == g.source_c &&
+                        (g.horizontal.stride == 1 || g.horizontal.count == 1);
+    if (merged) t.run *= region.s_end - region.s;
+    const int64_t s_end = merged ? region.s + 1 : region.s_end;
+    for (int64_t r = region.r; r < region.r_end; ++r)
+      for (int64_t s = region.s; s < s_end; ++s, ++t.taps) {
+        offsets[t.taps] =
+            (g.vertical.offset(r) * g.source_w + g.horizontal.offset(s)) * g.source_c;
+        filter_offsets[t.taps] = (r * g.horizontal.count + s) * g.reduce;
+      }
+  }
 
-    // Filter panels that stay in half of a 1 MiB second-level cache while tiles pass by.
-    const int64_t panel_bytes = max64(taps * run * kPanel * 4, 1);
-    panels_a_group = max64(1, min64(panels, (int64_t{512} << 10) / panel_bytes));
-    const int64_t enough_tasks = 4 * int64_t{num_threads()};
-    constexpr int64_t kTilesABlock = 8, kMostTasks = 1024;
-    blocks = ceil_div(tiles, kTilesABlock);
-    if (blocks * g.groups * ceil_div(panels, panels_a_group) < enough_tasks) {
-      blocks = min64(tiles, enough_tasks);
-      if (blocks * g.groups < enough_tasks) panels_a_group = 1;
+  // The taps of a region among first .. end - 1 (counted r * S + s), channels c .. c_end - 1, for a
+  // filter of which these are all that is packed.
+  void list_taps(const TapRegion& region, int64_t first, int64_t end, int64_t c, int64_t c_end,
+                 int64_t* entries, TapTile& t) const {
+    int64_t* offsets = entries;
+    int64_t* filter_offsets = entries + most_entries(g);
+    t.tap_offsets = offsets;
+    t.filter_offsets = filter_offsets;
+    t.taps = 0;
+    t.run = c_end - c;
+    for (int64_t tap = first; tap < end; ++tap) {
+      const int64_t r = tap / g.horizontal.count, s = tap % g.horizontal.count;
+      if (r < region.r || r >= region.r_end || s < region.s || s >= region.s_end) continue;
+      offsets[t.taps] =
+          (g.vertical.offset(r) * g.source_w + g.horizontal.offset(s)) * g.source_c + c;
+      filter_offsets[t.taps] = (tap - first) * t.run;
+      ++t.taps;
     }
-    panel_groups = ceil_div(panels, panels_a_group);
-    blocks = max64(1, min64(blocks, kMostTasks / (panel_groups * g.groups)));
-    // A task owns a table of pointers; those of very large filters are few, to bound their memory.
-    constexpr int64_t kMostTableBytes = int64_t{16} << 20;
-    blocks = max64(1, min64(blocks, kMostTableBytes / ((taps + 1) * V::kRows * 8 * panel_groups *
-                                                       g.groups)));
-    tasks = g.groups * panel_groups * blocks;
-
-    table_size = (taps + 1) * V::kRows;  // a task's pointers: the pixels', or every tap's
-    zero_bytes = ceil_div(run * 4, 64) * 64;
-    packed_bytes = panels_of_filter.bytes();
-    offsets_bytes = ceil_div((2 * taps + 1 + tasks * taps) * 8, 64) * 64;
-    workspace_bytes = packed_bytes + zero_bytes + offsets_bytes + tasks * table_size * 8;
   }
 
-  void execute() {
-    if (pixels == 0) return;
-    const AxisTaps& h = g.horizontal;
-    const Workspace workspace(static_cast<std::size_t>(workspace_bytes));
-    packed = workspace.floats();
-    float* zero_row = workspace.floats(packed_bytes);
-    zeros = zero_row;
-    tap_offsets = reinterpret_cast<int64_t*>(workspace.floats(packed_bytes + zero_bytes));
-    tap_numbers = tap_offsets + taps + 1;
-    task_tap_numbers = tap_numbers + taps;
-    tables = reinterpret_cast<const float**>(
-        workspace.floats(packed_bytes + zero_bytes + offsets_bytes));
-    std::memset(zero_row, 0, static_cast<std::size_t>(zero_bytes));
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const int64_t r = merged ? tap : tap / h.count;
-      const int64_t s = merged ? 0 : tap % h.count;
-      tap_numbers[tap] = tap;
-      tap_offsets[tap] = (g.vertical.offset(r) * g.source_w + h.offset(s)) * g.source_c;
+  // Walks a region's pixels tile by tile: tiles of like sizes, the larger ones first.
+  struct Cursor {
+    int64_t width, height, pixels_a_tile, larger_tiles;
+    int64_t n, i, j;
+
+    Cursor(const TapRegion& region, int64_t images, int64_t tile)
+        : width(region.column_end - region.column), height(region.row_end - region.row) {
+      const int64_t pixels = region.pixels(images), tiles = ceil_div(pixels, V::kRows);
+      pixels_a_tile = pixels / tiles;
+      larger_tiles = pixels % tiles;
+      const int64_t begin = tile * pixels_a_tile + min64(tile, larger_tiles);
+      n = begin / (width * height);
+      i = region.row + begin / width % height;
+      j = region.column + begin % width;
+      row = region.row;
+      row_end = region.row_end;
+      column = region.column;
+      column_end = region.column_end;
     }
-    tap_offsets[taps] = 0;
+    int count_of(int64_t tile) const {
+      return static_cast<int>(pixels_a_tile + (tile < larger_tiles));
+    }
 
-    panels_of_filter.pack_all(filter, packed);
-    parallel_for(tasks, [&](int64_t task) { work(task); });
+    int64_t row, row_end, column, column_end;
+  };
+
+  // Source and output addresses of the next tile's pixels; returns how many.
+  int locate(Cursor& at, int64_t tile, const float** rows, float** out) const {
+    const int count = at.count_of(tile);
+    const int64_t to_step = g.y_column, from_step = g.horizontal.step * g.source_c;
+    for (int row = 0; row < count;) {
+      float* to = y + at.n * g.y_image + at.i * g.y_row + at.j * to_step;
+      const float* from = x + at.n * g.source_image +
+                          at.i * g.vertical.step * g.source_w * g.source_c + at.j * from_step;
+      const int64_t stretch = min64(count - row, at.column_end - at.j);
+      for (int64_t p = 0; p < stretch; ++p) {
+        out[row + p] = to + p * to_step;
+        rows[row + p] = from + p * from_step;
+      }
+      row += static_cast<int>(stretch);
+      at.j += stretch;
+      if (at.j < at.column_end) break;
+      at.j = at.column;
+      if (++at.i == at.row_end) {
+        at.i = at.row;
+        ++at.n;
+      }
+    }
+    return count;
   }
 
-  void work(int64_t task) const {
-    const float** rows = tables + task * table_size;
-    const int64_t block = task % blocks;
-    const int64_t panel_group = task / blocks % panel_groups;
-    const int64_t group = task / blocks / panel_groups;
-    const int64_t first_panel = panel_group * panels_a_group;
-    const int64_t last_panel = min64(panels, first_panel + panels_a_group);
+  // One tile of `count` pixels and one panel, whose taps `t` lists already.
+  void tile(const FilterPanels<V>& panels, int64_t group, int64_t panel, int count,
+            const float* const* rows, float* const* out, const float* filter, TapTile& t) const {
+    const int vectors = panels.vectors_of(panel);
+    const int64_t column = group * g.columns + panel * kPanel;
+    t.rows = rows;
+    t.row_offset = group * g.reduce;
+    t.y = out;
+    t.y_offset = column;
+    t.filter = filter;
+    t.bias = bias ? bias + column : nullptr;
+    t.columns = panels.last_columns(panel);
+    t.relu = g.relu;
+    tap_tile_function<V>(count, vectors)(t);
+  }
+
+  // A run of a region's tiles: all panels of `first_panel` .. `last_panel` - 1, from a filter packed
+  // as a whole.
+  void run(const FilterPanels<V>& panels, const float* packed, const TapRegion& region,
+           int64_t group, int64_t first_panel, int64_t last_panel, int64_t tile_begin,
+           int64_t tile_end, int64_t* entries) const {
+    const float* rows[V::kRows];
     float* out[V::kRows];
-
-    const int64_t tile_end = tiles * (block + 1) / blocks;
-    for (int64_t tile = tiles * block / blocks; tile < tile_end; ++tile) {
-      // Tiles of equal height (to one) leave no thin one at the end.
-      const int64_t begin = pixels * tile / tiles, end = pixels * (tile + 1) / tiles;
-      const int count = static_cast<int>(end - begin);
-      const bool inside = locate(group, begin, count, rows, out);
-      TapTile t{};
-      t.rows = rows;
-      t.tap_offsets = tap_offsets;
-      t.tap_numbers = tap_numbers;
-      t.offset_step = 1;
-      t.taps = taps;
-      t.run = run;
-      t.relu = g.relu;
-      if (!inside) {
-        int64_t* numbers = task_tap_numbers + task * taps;
-        t.taps = fill_table(group, begin, count, rows, numbers);
-        t.tap_numbers = numbers;
-        t.row_step = count;
-        t.tap_offsets = tap_offsets + taps;  // a zero
-        t.offset_step = 0;
-      }
+    TapTile t{};
+    t.first = t.last = true;
+    list_taps(region, entries, t);
+    Cursor cursor(region, g.images, tile_begin);
+    for (int64_t i = tile_begin; i < tile_end; ++i) {
+      const int count = locate(cursor, i, rows, out);
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-        const int vectors = panels_of_filter.vectors_of(panel);
-        const int64_t column = group * g.columns + panel * kPanel;
-        float* shifted[V::kRows];
-        for (int i = 0; i < count; ++i) shifted[i] = out[i] + column;
-        t.y = shifted;
-        t.filter = packed + panels_of_filter.offset(group, panel);
-        t.bias = bias ? bias + column : nullptr;
-        t.columns = panels_of_filter.last_columns(panel);
-        tap_tile_function<V>(count, vectors)(t);
+        tile(panels, group, panel, count, rows, out, packed + panels.offset(group, panel), t);
       }
     }
   }
 
-  // Output and source addresses of `count` pixels from `begin` on; true if no tap meets padding.
-  bool locate(int64_t group, int64_t begin, int count, const float** rows, float** out) const {
-    bool inside = true;
-    int64_t n = begin / (g.out_h * g.out_w);
-    int64_t i = begin / g.out_w % g.out_h, j = begin % g.out_w;
-    for (int row = 0; row < count; ++row) {
-      out[row] = y + n * g.y_image + i * g.y_row + j * g.y_column;
-      const int64_t source_i = i * g.vertical.step, source_j = j * g.horizontal.step;
-      rows[row] = x + ((n * g.source_h + source_i) * g.source_w + source_j) * g.source_c +
-                  group * g.reduce;
-      inside = inside && source_i + g.vertical.lowest() >= 0 &&
-               source_i + g.vertical.highest() < g.source_h &&
-               source_j + g.horizontal.lowest() >= 0 &&
-               source_j + g.horizontal.highest() < g.source_w;
-      advance(n, i, j);
+  // The whole convolution on the calling thread.
+  void run_all(const FilterPanels<V>& panels, const float* packed, int64_t* entries) const {
+    for (int64_t group = 0; group < g.groups; ++group) {
+      for_each_region(g, [&](const TapRegion& region) {
+        const int64_t tiles = ceil_div(region.pixels(g.images), V::kRows);
+        run(panels, packed, region, group, 0, panels.panels, 0, tiles, entries);
+      });
     }
-    return inside;
+  }
+};
+
+// Blocking, tasks and scratch memory of one tap convolution.
+//
+// Where pixels are many, the whole filter is packed first. Where they are few, packing it costs as
+// much as using it: then a task owns a panel and all (or many) pixels, and packs a chunk of the panel
+// at a time, which stays in the first-level cache while the pixels pass; sums wait in y.
+template <class V>
+struct TapConvolutionRunner {
+  static constexpr int64_t kPanel = V::kVectors * V::kWidth;
+  static constexpr int64_t kChunkRows = 256;  // filter rows: 32 KiB a panel with AVX-512
+  static constexpr int64_t kMostPanelsAChunk = 8;
+
+  const TapConvolution g;
+  const FilterPanels<V> panels;
+  std::vector<TapRegion> regions;
+  std::vector<int64_t> first_tile;  // of each region, and behind the last
+  int64_t pixels, tasks;
+  int64_t blocks;                         // runs of tiles
+  int64_t panel_groups, panels_a_group;   // with the filter packed as a whole
+  bool by_chunks;
+  int64_t packed_bytes, entries_bytes;    // entries: of one worker
+  int64_t workspace_bytes;
+
+  explicit TapConvolutionRunner(const TapConvolution& convolution) : g(convolution), panels(g) {
+    pixels = g.images * g.out_h * g.out_w;
+    first_tile.push_back(0);
+    if (pixels > 0) {
+      for_each_region(g, [&](const TapRegion& region) {
+        regions.push_back(region);
+        first_tile.push_back(first_tile.back() + ceil_div(region.pixels(g.images), V::kRows));
+      });
+    }
+    const int64_t tiles = first_tile.back();
+    const int64_t enough_tasks = 4 * int64_t{num_threads()};
+
+    // Time to pack, in vector operations a filter vector: by chunks it stays in the cache, but every
+    // block packs anew; as a whole it goes to memory and comes back if it is large.
+    constexpr int64_t kMostPixelsAChunk = 512;
+    const int64_t filter_floats = g.groups * panels.group_floats;
+    const int64_t chunked_blocks =
+        max64(ceil_div(pixels, kMostPixelsAChunk),
+              min64(tiles, ceil_div(enough_tasks, g.groups * panels.panels)));
+    const int64_t whole_cost = filter_floats * 4 > (int64_t{512} << 10) ? 24 : 6;
+    by_chunks = chunked_blocks * 5 < whole_cost;
+
+    if (by_chunks) {
+      blocks = chunked_blocks;
+      // A few neighbouring panels a task: rows of the filter are read in longer pieces.
+      const int64_t spare = g.groups * panels.panels * blocks / enough_tasks;
+      panels_a_group = max64(1, min64(spare, kMostPanelsAChunk));
+      panel_groups = ceil_div(panels.panels, panels_a_group);
+      panels_a_group = ceil_div(panels.panels, panel_groups);
+      packed_bytes = chunk_rows() * panels_a_group * kPanel * 4;
+    } else {
+      // Filter panels that stay in half of a 1 MiB second-level cache while tiles pass by.
+      const int64_t panel_bytes = max64(panels.reduce * kPanel * 4, 1);
+      panels_a_group = max64(1, min64(panels.panels, (int64_t{512} << 10) / panel_bytes));
+      constexpr int64_t kTilesABlock = 8;
+      blocks = ceil_div(tiles, kTilesABlock);
+      if (blocks * g.groups * ceil_div(panels.panels, panels_a_group) < enough_tasks) {
+        blocks = min64(tiles, enough_tasks);
+        if (blocks * g.groups < enough_tasks) panels_a_group = 1;
+      }
+      panel_groups = ceil_div(panels.panels, panels_a_group);
+      packed_bytes = panels.bytes();
+    }
+    blocks = max64(1, blocks);
+    tasks = g.groups * panel_groups * blocks;
+    entries_bytes = round_up(2 * TapTiles<V>::most_entries(g) * 8, 64);
+    const int64_t workers = workers_for(tasks);
+    workspace_bytes = (by_chunks ? workers : 1) * packed_bytes + workers * entries_bytes;
   }
 
-  // A pointer for each pixel and tap: the source, or zeros in the padding. Filter rows that meet
-  // nothing but padding are left out. Returns the number of taps.
-  int64_t fill_table(int64_t group, int64_t begin, int count, const float** table,
-                     int64_t* numbers) const {
-    const int64_t columns = merged ? 1 : g.horizontal.count;
-    const int64_t first_line = begin / g.out_w, last_line = (begin + count - 1) / g.out_w;
-    int64_t used = 0;
-    for (int64_t r = 0; r < g.vertical.count; ++r) {
-      bool met = false;
-      for (int64_t line = first_line; line <= last_line; ++line) {
-        met = met || is_row(source_row(line % g.out_h, r));
+  void execute(const float* x, const float* filter, const float* bias, float* y) const {
+    if (pixels == 0) return;
+    const Workspace workspace(static_cast<std::size_t>(workspace_bytes));
+    const int workers = workers_for(tasks);
+    const TapTiles<V> tap_tiles{g, x, bias, y};
+    char* const entries = reinterpret_cast<char*>(workspace.floats());
+    float* const packed = workspace.floats(static_cast<std::size_t>(workers * entries_bytes));
+    if (!by_chunks) panels.pack_all(filter, packed);
+    parallel_for(tasks, workers, [&](int64_t task, int worker) {
+      int64_t* own_entries = reinterpret_cast<int64_t*>(entries + worker * entries_bytes);
+      const int64_t block = task % blocks;
+      const int64_t panel_group = task / blocks % panel_groups;
+      const int64_t group = task / blocks / panel_groups;
+      const int64_t tile_begin = first_tile.back() * block / blocks;
+      const int64_t tile_end = first_tile.back() * (block + 1) / blocks;
+      const int64_t first_panel = panel_group * panels_a_group;
+      const int64_t last_panel = min64(panels.panels, first_panel + panels_a_group);
+      if (by_chunks) {
+        float* chunk = packed + worker * (packed_bytes / 4);
+        work_by_chunks(tap_tiles, filter, group, first_panel, last_panel, tile_begin, tile_end,
+                       chunk, own_entries);
+        return;
       }
-      if (!met) continue;
-      for (int64_t s = 0; s < columns; ++s) numbers[used + s] = r * columns + s;
-      int64_t n = first_line / g.out_h, i = first_line % g.out_h, j = begin % g.out_w;
-      for (int row = 0; row < count; ++row) {
-        const int64_t source_i = source_row(i, r);
-        const float* line = x + (n * g.source_h + source_i) * g.source_w * g.source_c +
-                            group * g.reduce;
-        for (int64_t s = 0; s < columns; ++s) {
-          const int64_t source_j = j * g.horizontal.step + g.horizontal.offset(s);
-          const bool is_inside = is_row(source_i) && source_j >= 0 && source_j < g.source_w;
-          table[(used + s) * count + row] = is_inside ? line + source_j * g.source_c : zeros;
+      for_each_part(tile_begin, tile_end, [&](const TapRegion& region, int64_t from, int64_t to) {
+        tap_tiles.run(panels, packed, region, group, first_panel, last_panel, from, to,
+                      own_entries);
+      });
+    });
+  }
+
+ private:
+  // Rows of a chunk: of one tap if it has enough channels, else of several.
+  int64_t channels_a_chunk() const { return min64(g.reduce, kChunkRows); }
+  int64_t taps_a_chunk() const { return max64(1, kChunkRows / g.reduce); }
+  int64_t chunk_rows() const { return channels_a_chunk() * taps_a_chunk(); }
+
+  // Calls body(region, first tile, last tile + 1) for each region that tiles begin .. end - 1 touch.
+  template <class Body>
+  void for_each_part(int64_t begin, int64_t end, const Body& body) const {
+    std::size_t at = 0;
+    while (first_tile[at + 1] <= begin) ++at;
+    while (begin < end) {
+      const int64_t part_end = min64(end, first_tile[at + 1]);
+      body(regions[at], begin - first_tile[at], part_end - first_tile[at]);
+      begin = part_end;
+      ++at;
+    }
+  }
+
+  void work_by_chunks(const TapTiles<V>& tap_tiles, const float* filter, int64_t group,
+                      int64_t first_panel, int64_t last_panel, int64_t tile_begin,
+                      int64_t tile_end, float* chunk, int64_t* entries) const {
+    const int64_t taps = g.vertical.count * g.horizontal.count;
+    const float* rows[V::kRows];
+    float* out[V::kRows];
+    TapTile t{};
+    // A sum without taps is still written.
+    for (int64_t tap = 0; tap == 0 || tap < taps; tap += taps_a_chunk()) {
+      const int64_t tap_end = min64(taps, tap + taps_a_chunk());
+      for (int64_t c = 0; c < g.reduce; c += channels_a_chunk()) {
+        const int64_t c_end = min64(g.reduce, c + channels_a_chunk());
+        const int64_t rows_here = (tap_end - tap) * (c_end - c);
+        panels.pack(filter, group, first_panel, last_panel, tap, tap_end, c, c_end, chunk,
+                    rows_here, 0);
+        t.first = tap == 0 && c == 0;
+        t.last = tap_end >= taps && c_end == g.reduce;
+        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+          const float* own = chunk + (panel - first_panel) * kPanel * rows_here;
+          for_each_part(tile_begin, tile_end,
+                        [&](const TapRegion& region, int64_t from, int64_t to) {
+            tap_tiles.list_taps(region, tap, tap_end, c, c_end, entries, t);
+            typename TapTiles<V>::Cursor cursor(region, g.images, from);
+            for (int64_t i = from; i < to; ++i) {
+              const int count = tap_tiles.locate(cursor, i, rows, out);
+              tap_tiles.tile(panels, group, panel, count, rows, out, own, t);
+            }
+          });
         }
-        advance(n, i, j);
       }
-      used += columns;
     }
-    return used;
-  }
-
-  int64_t source_row(int64_t i, int64_t tap) const {
-    return i * g.vertical.step + g.vertical.offset(tap);
-  }
-  bool is_row(int64_t source_i) const { return source_i >= 0 && source_i < g.source_h; }
-
-  // To the next output pixel.
-  void advance(int64_t& n, int64_t& i, int64_t& j) const {
-    if (++j < g.out_w) return;
-    j = 0;
-    if (++i < g.out_h) return;
-    i = 0;
-    ++n;
   }
 };
 
@@ -414,6 +614,7 @@ inline TapConvolution fprop_taps(const Conv2dProblem& p) {
   g.source_h = p.h;
   g.source_w = p.w;
   g.source_c = p.c;
+  g.source_image = p.h * p.w * p.c;
   g.vertical = {p.r, p.stride_h, -p.pad_top, p.dilation_h, 0, 1};
   g.horizontal = {p.s, p.stride_w, -p.pad_left, p.dilation_w, 0, 1};
   g.groups = p.groups;
@@ -452,6 +653,12 @@ inline AxisTaps residue_taps(int64_t taps, int64_t residue, int64_t pad, int64_t
     last_offset = offset;
     ++out.count;
   }
+  if (out.stride < 0) {  // ascending
+    out.first = last_offset;
+    out.filter_first = last_tap;
+    out.stride = -out.stride;
+    out.filter_stride = -out.filter_stride;
+  }
   return out;
 }
 
@@ -463,6 +670,7 @@ void for_each_dgrad_class(const Conv2dProblem& p, const Body& body) {
   g.source_h = p.oh;
   g.source_w = p.ow;
   g.source_c = p.k;
+  g.source_image = p.oh * p.ow * p.k;
   g.groups = p.groups;
   g.reduce = p.k_per_group();
   g.columns = p.c_per_group();
@@ -489,13 +697,13 @@ template <class V>
 void implicit_gemm_fprop(const Conv2dProblem& p, const float* x, const float* filter,
                          const float* bias, float* y) {
   const TapConvolution g = fprop_taps(p);
-  TapConvolutionRunner<V>(g, x, filter, bias, y).execute();
+  TapConvolutionRunner<V>(g).execute(x, filter, bias, y);
 }
 
 template <class V>
 void implicit_gemm_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, float* dx) {
   for_each_dgrad_class(p, [&](const TapConvolution& g, int64_t first) {
-    TapConvolutionRunner<V>(g, dy, filter, nullptr, dx + first).execute();
+    TapConvolutionRunner<V>(g).execute(dy, filter, nullptr, dx + first);
   });
 }
 
