@@ -111,7 +111,7 @@ void conv2d_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, 
   const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_nhwc(p), Direction::dgrad, algorithm);
   if (p.n == 0) return;
   const bool relu = p.activation == Activation::relu;
-  const bool apart = relu && !chosen.masks;  // the mask is a pass of its own
+  const bool apart = relu && !chosen.masks_dgrad;  // the mask is a pass of its own
   const NhwcInput dy_nhwc(p, dy, p.oh * p.ow, p.k);
   const NhwcInput y_nhwc(p, relu ? y : nullptr, p.oh * p.ow, p.k);
   const NhwcOutput dx_nhwc(p, dx, p.h * p.w, p.c);
@@ -137,12 +137,12 @@ void conv2d_wgrad(const Conv2dProblem& p, const float* x, const float* dy, const
     return;
   }
   const bool relu = p.activation == Activation::relu;
-  // The bias gradient's pass over dy and y masks on its way.
-  const bool apart = relu && (!chosen.masks || dbias);
+  const bool fused = chosen.masks_wgrad && dfilter;
+  const bool apart = relu && !fused;
   const NhwcInput dy_nhwc(p, dy, p.oh * p.ow, p.k);
   const NhwcInput y_nhwc(p, relu ? y : nullptr, p.oh * p.ow, p.k);
   const Workspace dz(apart ? bytes(p.y_size()) : 0);
-  if (apart || dbias) {
+  if (!fused && (relu || dbias)) {
     kernels().activation_grad(p.n * p.oh * p.ow, p.k, dy_nhwc.data(), y_nhwc.data(), dz.floats(),
                               dbias);
   }
@@ -151,8 +151,9 @@ void conv2d_wgrad(const Conv2dProblem& p, const float* x, const float* dy, const
   chosen.run(as_nhwc(p), Direction::wgrad,
              {.x = x_nhwc.data(),
               .dy = apart ? dz.floats() : dy_nhwc.data(),
-              .y = relu && !apart ? y_nhwc.data() : nullptr,
-              .out = dfilter});
+              .y = relu && fused ? y_nhwc.data() : nullptr,
+              .out = dfilter,
+              .dbias = fused ? dbias : nullptr});
 }
 
 void max_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y, void* argmax) {

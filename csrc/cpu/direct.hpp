@@ -17,7 +17,7 @@ struct Direct {
     switch (direction) {
       case Direction::fprop: return implicit_gemm_fprop<V>(p, t.x, t.filter, t.bias, t.out);
       case Direction::dgrad: return implicit_gemm_dgrad<V>(p, t.dy, t.filter, t.out);
-      case Direction::wgrad: return implicit_gemm_wgrad<V>(p, t.x, t.dy, t.out);
+      case Direction::wgrad: return implicit_gemm_wgrad<V>(p, t.x, t.dy, t.y, t.out, t.dbias);
     }
   }
 
@@ -36,10 +36,11 @@ struct Direct {
         for_each_dgrad_class(p, [&](const TapConvolution& g, int64_t) { add(g); });
         break;
       case Direction::wgrad: {
-        const WgradPlan<V> plan(p);
-        out.multiply_adds = 1.12 * static_cast<double>(p.n * p.oh * p.ow) *
-                            static_cast<double>(plan.rows_q) * lanes(p.k_per_group(), p.groups);
-        out.workspace_bytes = plan.workspace_bytes();
+        const WgradPlan<V> plan(p, true);
+        out.multiply_adds = 1.1 * static_cast<double>(plan.pixels) *
+                            static_cast<double>(p.r * p.s * p.c_per_group()) *
+                            lanes(p.k_per_group(), p.groups);
+        out.workspace_bytes = plan.workspace_bytes(workers_for(plan.tasks(p)));
       }
     }
     return out;
@@ -49,12 +50,13 @@ struct Direct {
     const std::string tile = std::to_string(int{V::kRows}) + " x " +
                              std::to_string(V::kVectors * V::kWidth) + " tile of ";
     if (direction != Direction::wgrad) return tile + "pixels x channels";
-    return tile + "filter taps x filters, " + std::to_string(WgradPlan<V>(p).parts) +
+    return tile + "filter taps x filters, " + std::to_string(WgradPlan<V>(p, true).parts) +
            " partial sums";
   }
 
   static constexpr Conv2dAlgorithm kAlgorithm{.name = "direct",
-                                              .masks = false,
+                                              .masks_dgrad = false,
+                                              .masks_wgrad = true,
                                               .serves = serves,
                                               .estimate = estimate,
                                               .blocking = blocking,

@@ -20,8 +20,9 @@ struct Conv2dOperands {
   const float* filter = nullptr;  // fprop, dgrad
   const float* bias = nullptr;    // fprop; may be null
   const float* dy = nullptr;      // dgrad, wgrad
-  const float* y = nullptr;       // dgrad, wgrad with `masks`: dy counts where y > 0; may be null
+  const float* y = nullptr;       // dgrad, wgrad that mask: dy counts where y > 0; may be null
   float* out = nullptr;           // y, dx or dfilter
+  float* dbias = nullptr;         // wgrad that masks: also the sum of the masked dy; may be null
 };
 
 struct Estimate {
@@ -35,8 +36,9 @@ struct Estimate {
 
 struct Conv2dAlgorithm {
   const char* name;
-  // Whether dgrad and wgrad apply the ReLU mask of `y` themselves; else dy has passed it already.
-  bool masks;
+  // Whether dgrad and wgrad apply the ReLU mask of `y` themselves, wgrad with the bias gradient;
+  // else dy has passed it already.
+  bool masks_dgrad, masks_wgrad;
   bool (*serves)(const Conv2dProblem&, Direction);
   Estimate (*estimate)(const Conv2dProblem&, Direction);
   std::string (*blocking)(const Conv2dProblem&, Direction);

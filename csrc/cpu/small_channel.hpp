@@ -180,7 +180,8 @@ struct SmallChannel {
   }
 
   static constexpr Conv2dAlgorithm kAlgorithm{.name = "small_channel",
-                                              .masks = false,
+                                              .masks_dgrad = false,
+                                              .masks_wgrad = false,
                                               .serves = serves,
                                               .estimate = estimate,
                                               .blocking = blocking,

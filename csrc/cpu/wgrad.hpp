@@ -1,9 +1,14 @@
 // Convolution wgrad: dfilter[q, k] = sum over output pixels of x[pixel + offset(q)] * dy[pixel, k],
 // q running over (r, s, c). A register tile of V::kRows q's x V::kVectors vectors of k stays in
-// registers while pixels stream by.
+// registers while a block of pixels streams by. dy comes from a packed copy of the block, which the
+// ReLU mask and the bias gradient are part of; x from a list of addresses.
 //
-// The pixels are cut into `parts`, each with a sum of its own, added up in order at the end. The
-// cut depends on the problem alone and there are no atomics: the same bits for any thread count.
+// With channels enough to fill a tile, a tile's rows are channels of one tap, and its list leaves out
+// the pixels that meet padding. With fewer, a tile spans taps, and the input is copied with its
+// padding first.
+//
+// The pixels are cut into `parts`, each with a sum of its own, added up in order at the end. The cut
+// depends on the problem alone and there are no atomics: the same bits for any thread count.
 #pragma once
 
 #include "cpu/implicit_gemm.hpp"
@@ -12,19 +17,20 @@ namespace fastconv::cpu {
 namespace {
 
 struct WgradTile {
-  const float* x;  // of the first row of pixels
-  const int64_t* offsets;
+  const float* x;
+  const int64_t* offsets;  // of the tile's rows from x; null where they follow one another
   const float* dy;
-  int64_t row, row_end, rows_an_image;      // output rows, counted over all images
-  int64_t x_image, x_row, x_column;         // floats from image, row, pixel to the next
-  int64_t columns, dy_pixel;
+  const int64_t* x_pixels;   // floats from x, a pixel
+  const int64_t* dy_pixels;  // and from dy; not read where rows lie apart:
+  int64_t dy_step;           // there pixels of dy follow one another
+  int64_t pixels;
   float* sum;
   int64_t sum_row;
   int valid;  // columns of the last vector
   bool first;
 };
 
-template <class V, int Rows, int Vectors>
+template <class V, int Rows, int Vectors, bool Apart>
 void wgrad_tile(const WgradTile& t) {
   const auto tail = V::tail(t.valid);
   typename V::Reg sum[Rows][Vectors];
@@ -33,25 +39,29 @@ void wgrad_tile(const WgradTile& t) {
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       const float* at = t.sum + i * t.sum_row + v * V::kWidth;
-      sum[i][v] = t.first ? V::zero() : v == Vectors - 1 ? V::load(at, tail) : V::load(at);
+      if (t.first) {
+        __builtin_prefetch(at, 1, 3);
+        sum[i][v] = V::zero();
+      } else {
+        sum[i][v] = v == Vectors - 1 ? V::load(at, tail) : V::load(at);
+      }
     }
   int64_t offset[Rows];
 #pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) offset[i] = t.offsets[i];
-  const float* dy = t.dy;
-  for (int64_t row = t.row; row < t.row_end; ++row) {
-    const float* x = t.x + row / t.rows_an_image * t.x_image + row % t.rows_an_image * t.x_row;
-    for (int64_t j = 0; j < t.columns; ++j, x += t.x_column, dy += t.dy_pixel) {
-      typename V::Reg b[Vectors];
+  for (int i = 0; i < Rows; ++i) offset[i] = Apart ? t.offsets[i] : i;
+  const int64_t* x_pixels = t.x_pixels;
+  const int64_t* dy_pixels = t.dy_pixels;
+  for (int64_t j = 0; j < t.pixels; ++j) {
+    const float* x = t.x + x_pixels[j];
+    const float* dy = t.dy + (Apart ? j * t.dy_step : dy_pixels[j]);
+    typename V::Reg b[Vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors - 1; ++v) b[v] = V::load(dy + v * V::kWidth);
-      b[Vectors - 1] = V::load(dy + (Vectors - 1) * V::kWidth, tail);
+    for (int v = 0; v < Vectors; ++v) b[v] = V::load(dy + v * V::kWidth);
 #pragma GCC unroll 16
-      for (int i = 0; i < Rows; ++i) {
-        const typename V::Reg a = V::broadcast(x + offset[i]);
+    for (int i = 0; i < Rows; ++i) {
+      const typename V::Reg a = V::broadcast(x + offset[i]);
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(a, b[v], sum[i][v]);
-      }
+      for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(a, b[v], sum[i][v]);
     }
   }
 #pragma GCC unroll 16
@@ -69,147 +79,308 @@ void wgrad_tile(const WgradTile& t) {
 
 using WgradTileFunction = void (*)(const WgradTile&);
 
-template <class V, int Rows = V::kRows>
-WgradTileFunction wgrad_tile_function(int rows, int vectors) {
-  if constexpr (Rows > 1) {
-    if (rows < Rows) return wgrad_tile_function<V, Rows - 1>(rows, vectors);
-  }
-  return vectors == 1 ? wgrad_tile<V, Rows, 1> : wgrad_tile<V, Rows, 2>;
+// By rows - 1, vectors - 1 and whether the rows lie apart.
+template <class V, std::size_t... I>
+constexpr auto make_wgrad_tile_table(std::index_sequence<I...>) {
+  static_assert(V::kVectors == 2);
+  return std::array<WgradTileFunction, sizeof...(I)>{
+      wgrad_tile<V, I / 4 + 1, I / 2 % 2 + 1, I % 2 == 1>...};
 }
 
-// The cut of one wgrad: input copies, partial sums and tasks.
+template <class V>
+WgradTileFunction wgrad_tile_function(int rows, int vectors, bool apart) {
+  static constexpr auto kTable =
+      make_wgrad_tile_table<V>(std::make_index_sequence<4 * std::size_t{V::kRows}>{});
+  return kTable[static_cast<std::size_t>(4 * (rows - 1) + 2 * (vectors - 1) + apart)];
+}
+
+// The cut of one wgrad: input copies, partial sums, tasks and scratch memory.
 template <class V>
 struct WgradPlan {
   static constexpr int64_t kPanel = V::kVectors * V::kWidth;
-  int64_t floats, source_h, source_w, image_floats, chunk, parts;
-  int64_t rows_q, q_tiles, panels, q_groups;
-  int64_t offsets_bytes, sums_bytes, copy_bytes;
-  bool padded;
 
-  explicit WgradPlan(const Conv2dProblem& p) {
+  int64_t floats, pixels;
+  bool by_taps;  // a tile's rows are channels of one tap
+  int64_t source_h, source_w, image_floats, chunk;  // the copy, where there is one
+  bool copied;
+  int64_t parts, panels, q_tiles, tiles_a_tap, q_groups;
+  int64_t pixels_a_block;
+  int64_t offsets_bytes, sums_bytes, bias_bytes, copy_bytes, block_bytes, lists_bytes;
+
+  WgradPlan(const Conv2dProblem& p, bool with_bias) {
     floats = p.filter_size();
+    pixels = p.n * p.oh * p.ow;
+    by_taps = p.c_per_group() >= V::kRows;
+
     // The input rows and columns that the taps reach, with their padding.
     const int64_t reach_h = (p.oh - 1) * p.stride_h + (p.r - 1) * p.dilation_h + 1;
     const int64_t reach_w = (p.ow - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1;
-    padded = p.pad_top || p.pad_left || reach_h - p.pad_top > p.h || reach_w - p.pad_left > p.w;
-    source_h = padded ? reach_h : p.h;
-    source_w = padded ? reach_w : p.w;
-
-    // Padded copies of as many images at a time as 32 MiB hold; all of them where none is copied.
+    copied = !by_taps && (p.pad_top || p.pad_left || reach_h - p.pad_top > p.h ||
+                          reach_w - p.pad_left > p.w);
+    source_h = copied ? reach_h : p.h;
+    source_w = copied ? reach_w : p.w;
+    // Copies of as many images at a time as 8 MiB hold; all of them where none is copied.
     image_floats = source_h * source_w * p.c;
-    chunk = padded ? max64(1, min64(p.n, (int64_t{32} << 20) / max64(image_floats * 4, 1))) : p.n;
+    chunk = copied ? max64(1, min64(p.n, (int64_t{8} << 20) / max64(image_floats * 4, 1))) : p.n;
 
-    // Partial sums pay where there are many pixels and the filter is small; 1 MiB of them at most.
-    const int64_t pixels = p.n * p.oh * p.ow;
-    parts = max64(1, min64(min64(pixels / 80, chunk * p.oh),
-                           min64(16, (int64_t{1} << 20) / max64(floats * 4, 1))));
-    rows_q = p.r * p.s * p.c_per_group();
-    q_tiles = ceil_div(rows_q, V::kRows);
+    const int64_t cg = p.c_per_group(), taps = p.r * p.s;
+    tiles_a_tap = ceil_div(cg, V::kRows);
+    q_tiles = by_taps ? taps * tiles_a_tap : ceil_div(taps * cg, V::kRows);
     panels = ceil_div(p.k_per_group(), kPanel);
-    q_groups = min64(q_tiles, ceil_div(int64_t{64}, max64(1, parts * panels * p.groups)));
+    // Tasks share dy: each packs what it needs, which some tiles of work make up for. Partial sums
+    // serve where this leaves too few tasks; 1 MiB of them at most.
+    constexpr int64_t kTilesATask = 18, kEnoughTasks = 48;
+    q_groups = ceil_div(q_tiles, kTilesATask);
+    const int64_t whole_tasks = max64(q_groups * panels * p.groups, 1);
+    parts = max64(1, min64(min64(ceil_div(kEnoughTasks, whole_tasks), ceil_div(pixels, 256)),
+                           min64(16, (int64_t{1} << 20) / max64(floats * 4, 1))));
 
-    offsets_bytes = ceil_div(rows_q * 8, 64) * 64;
-    sums_bytes = parts == 1 ? 0 : ceil_div(parts * floats * 4, 64) * 64;
-    copy_bytes = padded ? chunk * image_floats * 4 : 0;
+    const int64_t part_pixels = ceil_div(min64(chunk, p.n) * p.oh * p.ow, parts);
+    // Few tiles are through with a block soon: it should still be in the first-level cache.
+    const int64_t most_pixels = by_taps ? 384 : 128;
+    const int64_t blocks = max64(1, ceil_div(part_pixels, most_pixels));
+    pixels_a_block = max64(1, ceil_div(part_pixels, blocks));
+
+    offsets_bytes = by_taps ? 0 : round_up((taps * cg + p.oh * p.ow) * 8, 64);
+    sums_bytes = parts == 1 ? 0 : round_up(parts * floats * 4, 64);
+    bias_bytes = with_bias ? round_up(parts * p.k * 4, 64) : 0;
+    copy_bytes = copied ? round_up(chunk * image_floats * 4, 64) : 0;
+    block_bytes = pixels_a_block * kPanel * 4;
+    lists_bytes = by_taps ? round_up(2 * pixels_a_block * 8, 64) : 0;
   }
 
-  int64_t workspace_bytes() const { return offsets_bytes + sums_bytes + copy_bytes; }
+  int64_t tasks(const Conv2dProblem& p) const { return parts * p.groups * panels * q_groups; }
+  int64_t worker_bytes() const { return block_bytes + lists_bytes; }
+  int64_t workspace_bytes(int workers) const {
+    return offsets_bytes + sums_bytes + bias_bytes + copy_bytes + workers * worker_bytes();
+  }
 };
 
+// Copies images of NHWC with the padding that their taps meet.
+inline void copy_padded(const Conv2dProblem& p, const float* x, int64_t images, int64_t source_h,
+                        int64_t source_w, float* copy) {
+  parallel_for(images * source_h, [&](int64_t task) {
+    const int64_t n = task / source_h, i = task % source_h - p.pad_top;
+    float* out = copy + task * source_w * p.c;
+    const auto clear = [](float* at, int64_t floats) {
+      std::memset(at, 0, static_cast<std::size_t>(floats) * 4);
+    };
+    if (i < 0 || i >= p.h) return clear(out, source_w * p.c);
+    const int64_t left = min64(p.pad_left, source_w);
+    const int64_t middle = max64(0, min64(p.w, source_w - left));
+    clear(out, left * p.c);
+    std::memcpy(out + left * p.c, x + (n * p.h + i) * p.w * p.c,
+                static_cast<std::size_t>(middle * p.c) * 4);
+    clear(out + (left + middle) * p.c, (source_w - left - middle) * p.c);
+  });
+}
+
+// dy of `count` pixels, one panel of channels, spare lanes zero; what ReLU stopped is zero too. Their
+// sum over the pixels is added to `sums`, if that is not null.
 template <class V>
-void implicit_gemm_wgrad(const Conv2dProblem& p, const float* x, const float* dy, float* dfilter) {
+void pack_dy(const float* dy, const float* y, int64_t count, int64_t channels, int vectors,
+             int valid, float* out, float* sums) {
+  const auto tail = V::tail(valid);
+  const auto pack = [&]<int Vectors, bool Relu>() {
+    typename V::Reg sum[Vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) sum[v] = V::zero();
+    for (int64_t j = 0; j < count; ++j) {
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        const int64_t at = j * channels + v * V::kWidth;
+        const bool last = v == Vectors - 1;
+        typename V::Reg value = last ? V::load(dy + at, tail) : V::load(dy + at);
+        if constexpr (Relu) {
+          value = V::where_positive(last ? V::load(y + at, tail) : V::load(y + at), value);
+        }
+        V::store(out + (j * Vectors + v) * V::kWidth, value);
+        sum[v] = V::add(sum[v], value);
+      }
+    }
+    if (!sums) return;
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      float* at = sums + v * V::kWidth;
+      if (v == Vectors - 1) {
+        V::store(at, V::add(V::load(at, tail), sum[v]), tail);
+      } else {
+        V::store(at, V::add(V::load(at), sum[v]));
+      }
+    }
+  };
+  static_assert(V::kVectors == 2);
+  if (vectors == 1) {
+    y ? pack.template operator()<1, true>() : pack.template operator()<1, false>();
+  } else {
+    y ? pack.template operator()<2, true>() : pack.template operator()<2, false>();
+  }
+}
+
+// The pixels of a block that meet the source with tap (r, s): where x and the packed dy have them.
+// Returns how many.
+inline int64_t list_pixels(const Conv2dProblem& p, int64_t r, int64_t s, int64_t begin, int64_t end,
+                           int64_t dy_pixel, int64_t* x_pixels, int64_t* dy_pixels) {
+  const int64_t off_h = r * p.dilation_h - p.pad_top, off_w = s * p.dilation_w - p.pad_left;
+  const int64_t first = off_w >= 0 ? 0 : ceil_div(-off_w, p.stride_w);
+  const int64_t last = off_w >= p.w ? 0 : min64(p.ow, (p.w - 1 - off_w) / p.stride_w + 1);
+  int64_t count = 0;
+  int64_t row = begin / p.ow, j = begin % p.ow;
+  for (int64_t pixel = begin; pixel < end; ++row, j = 0) {
+    const int64_t stretch = min64(end - pixel, p.ow - j);
+    const int64_t n = row / p.oh, source_i = row % p.oh * p.stride_h + off_h;
+    if (source_i >= 0 && source_i < p.h) {
+      const int64_t to = min64(j + stretch, last);
+      int64_t at = max64(j, first);
+      int64_t x = ((n * p.h + source_i) * p.w + at * p.stride_w + off_w) * p.c;
+      int64_t dy = (pixel - begin + at - j) * dy_pixel;
+      for (; at < to; ++at, ++count, x += p.stride_w * p.c, dy += dy_pixel) {
+        x_pixels[count] = x;
+        dy_pixels[count] = dy;
+      }
+    }
+    pixel += stretch;
+  }
+  return count;
+}
+
+template <class V>
+void implicit_gemm_wgrad(const Conv2dProblem& p, const float* x, const float* dy, const float* y,
+                         float* dfilter, float* dbias) {
   if (p.n * p.oh * p.ow == 0) {
     std::memset(dfilter, 0, static_cast<std::size_t>(p.filter_size()) * 4);
+    if (dbias) std::memset(dbias, 0, static_cast<std::size_t>(p.k) * 4);
     return;
   }
-  const WgradPlan<V> plan(p);
+  const WgradPlan<V> plan(p, dbias != nullptr);
   constexpr int64_t kPanel = WgradPlan<V>::kPanel;
   const int64_t cg = p.c_per_group(), kg = p.k_per_group();
-  const int64_t rows_a_block = max64(1, 128 / p.ow);
-  const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes()));
-  int64_t* offsets = reinterpret_cast<int64_t*>(workspace.floats());
-  float* sums = plan.parts == 1 ? dfilter : workspace.floats(plan.offsets_bytes);
-  float* copy = plan.padded ? workspace.floats(plan.offsets_bytes + plan.sums_bytes) : nullptr;
-  for (int64_t r = 0, q = 0; r < p.r; ++r)
-    for (int64_t s = 0; s < p.s; ++s)
-      for (int64_t c = 0; c < cg; ++c, ++q) {
-        offsets[q] = (r * p.dilation_h * plan.source_w + s * p.dilation_w) * p.c + c;
-      }
+  const int workers = workers_for(plan.tasks(p));
+  const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes(workers)));
+  char* at = reinterpret_cast<char*>(workspace.floats());
+  const auto take = [&at](int64_t bytes) {
+    char* here = at;
+    at += bytes;
+    return here;
+  };
+  int64_t* offsets = reinterpret_cast<int64_t*>(take(plan.offsets_bytes));
+  float* sums = reinterpret_cast<float*>(take(plan.sums_bytes));
+  if (plan.parts == 1) sums = dfilter;
+  float* bias_sums = reinterpret_cast<float*>(take(plan.bias_bytes));
+  float* copy = reinterpret_cast<float*>(take(plan.copy_bytes));
+  char* const scratch = take(workers * plan.worker_bytes());
+  if (dbias) std::memset(bias_sums, 0, static_cast<std::size_t>(plan.bias_bytes));
+  if (!plan.by_taps) {
+    for (int64_t r = 0, q = 0; r < p.r; ++r)
+      for (int64_t s = 0; s < p.s; ++s)
+        for (int64_t c = 0; c < cg; ++c, ++q) {
+          offsets[q] = (r * p.dilation_h * plan.source_w + s * p.dilation_w) * p.c + c;
+        }
+  }
+  // With tiles that span taps: where the pixels of an image are.
+  int64_t* const image_pixels = offsets + p.r * p.s * cg;
+  for (int64_t i = 0; !plan.by_taps && i < p.oh; ++i)
+    for (int64_t j = 0; j < p.ow; ++j) {
+      image_pixels[i * p.ow + j] =
+          (i * p.stride_h * plan.source_w + j * p.stride_w) * p.c;
+    }
 
   for (int64_t image = 0; image < p.n; image += plan.chunk) {
     const int64_t images = min64(plan.chunk, p.n - image);
     const float* source = x + image * p.h * p.w * p.c;
-    if (plan.padded) {
-      const float* unpadded = source;
-      parallel_for(images * plan.source_h, [&](int64_t task) {
-        const int64_t n = task / plan.source_h, i = task % plan.source_h - p.pad_top;
-        float* out = copy + task * plan.source_w * p.c;
-        if (i < 0 || i >= p.h) {
-          std::memset(out, 0, static_cast<std::size_t>(plan.source_w * p.c) * 4);
-          return;
-        }
-        const int64_t left = min64(p.pad_left, plan.source_w);
-        const int64_t middle = max64(0, min64(p.w, plan.source_w - left));
-        std::memset(out, 0, static_cast<std::size_t>(left * p.c) * 4);
-        std::memcpy(out + left * p.c, unpadded + (n * p.h + i) * p.w * p.c,
-                    static_cast<std::size_t>(middle * p.c) * 4);
-        std::memset(out + (left + middle) * p.c, 0,
-                    static_cast<std::size_t>((plan.source_w - left - middle) * p.c) * 4);
-      });
+    if (plan.copied) {
+      copy_padded(p, source, images, plan.source_h, plan.source_w, copy);
       source = copy;
     }
-    const float* chunk_dy = dy + image * p.oh * p.ow * p.k;
-    parallel_for(plan.parts * p.groups * plan.panels * plan.q_groups, [&](int64_t task) {
+    const int64_t skipped = image * p.oh * p.ow * p.k;
+    const int64_t chunk_pixels = images * p.oh * p.ow;
+    parallel_for(plan.tasks(p), workers, [&](int64_t task, int worker) {
       const int64_t q_group = task % plan.q_groups;
       const int64_t panel = task / plan.q_groups % plan.panels;
       const int64_t group = task / plan.q_groups / plan.panels % p.groups;
       const int64_t part = task / plan.q_groups / plan.panels / p.groups;
-      const int64_t row_begin = images * p.oh * part / plan.parts;
-      const int64_t row_end = images * p.oh * (part + 1) / plan.parts;
+      const int64_t tile_begin = plan.q_tiles * q_group / plan.q_groups;
+      const int64_t tile_end = plan.q_tiles * (q_group + 1) / plan.q_groups;
+      const int64_t part_begin = chunk_pixels * part / plan.parts;
+      const int64_t part_end = chunk_pixels * (part + 1) / plan.parts;
       const int64_t column = group * kg + panel * kPanel;
       const int64_t width = min64(kg - panel * kPanel, kPanel);
       const int vectors = static_cast<int>(ceil_div(width, V::kWidth));
+      float* packed = reinterpret_cast<float*>(scratch + worker * plan.worker_bytes());
+      int64_t* x_pixels = reinterpret_cast<int64_t*>(scratch + worker * plan.worker_bytes() +
+                                                     plan.block_bytes);
+      int64_t* dy_pixels = x_pixels + plan.pixels_a_block;
       WgradTile t{};
-      t.x = source + group * cg;
-      t.rows_an_image = p.oh;
-      t.x_image = plan.image_floats;
-      t.x_row = p.stride_h * plan.source_w * p.c;
-      t.x_column = p.stride_w * p.c;
-      t.columns = p.ow;
-      t.dy_pixel = p.k;
+      t.x_pixels = x_pixels;
+      t.dy_pixels = dy_pixels;
       t.sum_row = p.k;
       t.valid = static_cast<int>(width - (vectors - 1) * V::kWidth);
-      // `first` must zero the sums even where a part has no rows in this chunk.
-      for (int64_t row = row_begin; row == row_begin || row < row_end; row += rows_a_block) {
-        t.row = row;
-        t.row_end = min64(row + rows_a_block, row_end);
-        t.dy = chunk_dy + row * p.ow * p.k + column;
-        t.first = image == 0 && row == row_begin;
-        for (int64_t tile = plan.q_tiles * q_group / plan.q_groups;
-             tile < plan.q_tiles * (q_group + 1) / plan.q_groups; ++tile) {
-          const int64_t q = plan.rows_q * tile / plan.q_tiles;
-          const int64_t q_end = plan.rows_q * (tile + 1) / plan.q_tiles;
-          t.offsets = offsets + q;
+      // `first` must zero the sums even where a part has no pixels in this chunk.
+      for (int64_t begin = part_begin, end = 0; begin == part_begin || begin < part_end;
+           begin = end) {
+        end = min64(begin + plan.pixels_a_block, part_end);
+        const int64_t image_at = begin / (p.oh * p.ow);
+        if (!plan.by_taps) end = min64(end, (image_at + 1) * p.oh * p.ow);
+        const int64_t from = skipped + begin * p.k + column;
+        float* own_bias = dbias && q_group == 0 ? bias_sums + part * p.k + column : nullptr;
+        // A copy for a few tiles would cost more than it saves.
+        const bool in_place = tile_end - tile_begin <= 4 && !y && !own_bias && t.valid == V::kWidth;
+        const int64_t dy_pixel = in_place ? p.k : int64_t{vectors} * V::kWidth;
+        t.dy = in_place ? dy + from : packed;
+        if (!in_place) {
+          pack_dy<V>(dy + from, y ? y + from : nullptr, end - begin, p.k, vectors, t.valid, packed,
+                     own_bias);
+        }
+        t.first = image == 0 && begin == part_begin;
+        if (!plan.by_taps) {
+          t.x_pixels = image_pixels + begin % (p.oh * p.ow);
+          t.dy_step = dy_pixel;
+          t.pixels = end - begin;
+        }
+        int64_t listed = -1;
+        for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+          int64_t q = 0, q_end = 0;
+          if (plan.by_taps) {
+            const int64_t tap = tile / plan.tiles_a_tap, c_tile = tile % plan.tiles_a_tap;
+            if (tap != listed) {
+              t.pixels = list_pixels(p, tap / p.s, tap % p.s, begin, end, dy_pixel, x_pixels,
+                                     dy_pixels);
+              listed = tap;
+            }
+            const int64_t c = cg * c_tile / plan.tiles_a_tap;
+            q = tap * cg + c;
+            q_end = tap * cg + cg * (c_tile + 1) / plan.tiles_a_tap;
+            t.x = source + group * cg + c;
+          } else {
+            q = p.r * p.s * cg * tile / plan.q_tiles;
+            q_end = p.r * p.s * cg * (tile + 1) / plan.q_tiles;
+            t.offsets = offsets + q;
+            t.x = source + image_at * plan.image_floats + group * cg;
+          }
           t.sum = sums + part * plan.floats + q * p.k + column;
-          wgrad_tile_function<V>(static_cast<int>(q_end - q), vectors)(t);
+          wgrad_tile_function<V>(static_cast<int>(q_end - q), vectors, !plan.by_taps)(t);
         }
       }
     });
   }
 
-  if (plan.parts == 1) return;
-  constexpr int64_t kFloatsATask = 4096;
-  parallel_for(ceil_div(plan.floats, kFloatsATask), [&](int64_t task) {
-    const int64_t end = min64(plan.floats, (task + 1) * kFloatsATask);
-    for (int64_t i = task * kFloatsATask; i < end; i += V::kWidth) {
-      const auto tail = V::tail(static_cast<int>(min64(V::kWidth, end - i)));
-      typename V::Reg sum = V::load(sums + i, tail);
-      for (int64_t part = 1; part < plan.parts; ++part) {
-        sum = V::add(sum, V::load(sums + part * plan.floats + i, tail));
+  // Parts in order.
+  const auto add_up = [&](const float* from, int64_t count, float* to) {
+    constexpr int64_t kFloatsATask = 4096;
+    parallel_for(ceil_div(count, kFloatsATask), [&](int64_t task) {
+      const int64_t end = min64(count, (task + 1) * kFloatsATask);
+      for (int64_t i = task * kFloatsATask; i < end; i += V::kWidth) {
+        const auto tail = V::tail(static_cast<int>(min64(V::kWidth, end - i)));
+        typename V::Reg sum = V::load(from + i, tail);
+        for (int64_t part = 1; part < plan.parts; ++part) {
+          sum = V::add(sum, V::load(from + part * count + i, tail));
+        }
+        V::store(to + i, sum, tail);
       }
-      V::store(dfilter + i, sum, tail);
-    }
-  });
+    });
+  };
+  if (plan.parts > 1) add_up(sums, plan.floats, dfilter);
+  if (dbias) add_up(bias_sums, p.k, dbias);
 }
 
 // `Vectors` neighbouring vectors of channels through a block of pixels, every line read once.
