@@ -81,12 +81,21 @@ void strided_tile(const StridedTile& t) {
 
 using StridedTileFunction = void (*)(const StridedTile&);
 
-template <class V, int Rows = V::kRows>
+// Pixels of a tile: the registers hold two more than those of a tile with a pointer a pixel.
+template <class V>
+constexpr int kStridedRows = V::kRows + (V::kRows >= 12 ? 2 : 0);
+
+// By rows - 1 and vectors - 1.
+template <class V, std::size_t... I>
+constexpr auto make_strided_tile_table(std::index_sequence<I...>) {
+  return std::array<StridedTileFunction, sizeof...(I)>{strided_tile<V, I / 2 + 1, I % 2 + 1>...};
+}
+
+template <class V>
 StridedTileFunction strided_tile_function(int rows, int vectors) {
-  if constexpr (Rows > 1) {
-    if (rows < Rows) return strided_tile_function<V, Rows - 1>(rows, vectors);
-  }
-  return vectors == 1 ? strided_tile<V, Rows, 1> : strided_tile<V, Rows, 2>;
+  static constexpr auto kTable =
+      make_strided_tile_table<V>(std::make_index_sequence<2 * std::size_t{kStridedRows<V>}>{});
+  return kTable[static_cast<std::size_t>(2 * (rows - 1) + vectors - 1)];
 }
 
 // out[p][c] = sum over taps, k of dy[p * step + offset(tap) + k] * filter[offset(tap) + c * K + k].
@@ -136,6 +145,7 @@ void dot_tile(const DotTile& t) {
 template <class V>
 struct SmallChannel {
   static constexpr int64_t kMostChannels = 4;
+  static constexpr int64_t kTileRows = kStridedRows<V>;
 
   static bool serves(const Conv2dProblem& p, Direction direction) {
     return direction != Direction::wgrad && p.groups == 1 && p.c <= kMostChannels;
@@ -174,7 +184,7 @@ struct SmallChannel {
       return "sums along K, " + std::to_string(dot_pixels(p.c)) + " pixels at a time";
     }
     const Strip strip(p);
-    return std::to_string(int{V::kRows}) + " x " + std::to_string(V::kVectors * V::kWidth) +
+    return std::to_string(kTileRows) + " x " + std::to_string(V::kVectors * V::kWidth) +
            " tile of pixels x channels, strips of " + std::to_string(strip.rows) + " rows" +
            (strip.copied ? ", copied" : "");
   }
@@ -241,6 +251,9 @@ struct SmallChannel {
       tap_offsets[tap] = (r * p.dilation_h * strip.source_w + s * p.dilation_w) * p.c;
     }
     panels.pack_all(filter, packed);
+    // Panels that stay in the first-level cache take turns at a tile: whole pixels are written at once.
+    const int64_t panels_a_pass = max64(
+        1, (int64_t{16} << 10) / max64(panels.reduce * FilterPanels<V>::kPanel * 4, 1));
     float* copies = workspace.floats(
         static_cast<std::size_t>(strip.packed_bytes + strip.offsets_bytes));
 
@@ -261,20 +274,25 @@ struct SmallChannel {
       t.run = strip.run;
       t.y_step = p.k;
       t.relu = g.relu;
-      const int64_t tiles = ceil_div(p.ow, V::kRows);
-      for (int64_t panel = 0; panel < panels.panels; ++panel) {
-        const int64_t column = panel * FilterPanels<V>::kPanel;
-        t.filter = packed + panels.offset(0, panel);
-        t.bias = bias ? bias + column : nullptr;
-        t.columns = panels.last_columns(panel);
+      const int64_t tiles = ceil_div(p.ow, kTileRows);
+      const int64_t pixels_a_tile = p.ow / tiles, larger_tiles = p.ow % tiles;
+      for (int64_t first = 0; first < panels.panels; first += panels_a_pass) {
+        const int64_t last = min64(panels.panels, first + panels_a_pass);
         for (int64_t i = begin; i < end; ++i) {
-          const float* row = source + (i - begin) * p.stride_h * strip.source_w * p.c;
-          float* out = y + (n * p.oh + i) * p.ow * p.k + column;
+          t.x = source + (i - begin) * p.stride_h * strip.source_w * p.c;
+          float* out = y + (n * p.oh + i) * p.ow * p.k;
           for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int64_t j = p.ow * tile / tiles, j_end = p.ow * (tile + 1) / tiles;
-            t.x = row + j * t.step;
-            t.y = out + j * p.k;
-            strided_tile_function<V>(static_cast<int>(j_end - j), panels.vectors_of(panel))(t);
+            const int count = static_cast<int>(pixels_a_tile + (tile < larger_tiles));
+            for (int64_t panel = first; panel < last; ++panel) {
+              const int64_t column = panel * FilterPanels<V>::kPanel;
+              t.filter = packed + panels.offset(0, panel);
+              t.bias = bias ? bias + column : nullptr;
+              t.columns = panels.last_columns(panel);
+              t.y = out + column;
+              strided_tile_function<V>(count, panels.vectors_of(panel))(t);
+            }
+            t.x += count * t.step;
+            out += count * p.k;
           }
         }
       }
