@@ -6,6 +6,7 @@
 #include "cpu/kernels.hpp"
 #include "cpu/max_pool.hpp"
 #include "cpu/small_channel.hpp"
+#include "cpu/winograd.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -31,6 +32,9 @@ struct Avx2 {
   static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+  static Reg set(float v) { return _mm256_set1_ps(v); }
+  static Reg subtract(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
+  static Reg multiply(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
   // MAXPS returns its second operand where one is NaN: relu(NaN) is NaN, as stock.
   static Reg relu(Reg v) { return _mm256_max_ps(zero(), v); }
   // Lane j of register i and lane i of register j change places.
@@ -93,6 +97,8 @@ struct Avx2 {
 constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
     SmallChannel<Avx2>::kAlgorithm,
     Direct<Avx2>::kAlgorithm,
+    Winograd<Avx2, 2>::kAlgorithm,
+    Winograd<Avx2, 4>::kAlgorithm,
 };
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "cpu/kernels.hpp"
 #include "cpu/max_pool.hpp"
 #include "cpu/small_channel.hpp"
+#include "cpu/winograd.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -26,6 +27,9 @@ struct Avx512 {
   static Reg broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  static Reg set(float v) { return _mm512_set1_ps(v); }
+  static Reg subtract(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+  static Reg multiply(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   // MAXPS returns its second operand where one is NaN: relu(NaN) is NaN, as stock.
   static Reg relu(Reg v) { return _mm512_max_ps(zero(), v); }
   // Lane j of register i and lane i of register j change places.
@@ -90,6 +94,8 @@ struct Avx512 {
 constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
     SmallChannel<Avx512>::kAlgorithm,
     Direct<Avx512>::kAlgorithm,
+    Winograd<Avx512, 2>::kAlgorithm,
+    Winograd<Avx512, 4>::kAlgorithm,
 };
 
 }  // namespace

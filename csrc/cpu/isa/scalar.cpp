@@ -3,6 +3,7 @@
 #include "cpu/kernels.hpp"
 #include "cpu/max_pool.hpp"
 #include "cpu/small_channel.hpp"
+#include "cpu/winograd.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -22,6 +23,9 @@ struct Scalar {
   static Reg broadcast(const float* p) { return *p; }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg add(Reg a, Reg b) { return a + b; }
+  static Reg set(float v) { return v; }
+  static Reg subtract(Reg a, Reg b) { return a - b; }
+  static Reg multiply(Reg a, Reg b) { return a * b; }
   static Reg relu(Reg v) { return v < 0 ? 0 : v; }
   static void transpose(Reg (&)[1]) {}
   static float sum(Reg v) { return v; }
@@ -40,6 +44,8 @@ struct Scalar {
 constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
     SmallChannel<Scalar>::kAlgorithm,
     Direct<Scalar>::kAlgorithm,
+    Winograd<Scalar, 2>::kAlgorithm,
+    Winograd<Scalar, 4>::kAlgorithm,
 };
 
 }  // namespace

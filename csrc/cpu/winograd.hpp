@@ -1,0 +1,445 @@
+// Winograd's minimal filtering, F(2x2, 3x3) and F(4x4, 3x3), for fprop and dgrad of 3 x 3 filters of
+// stride 1: an M x M tile of the output from an (M + 2) x (M + 2) tile of the source by (M + 2)^2
+// multiplications a channel instead of 9 M^2.
+//
+//   Y = A^T [ sum over channels (G g G^T) * (B^T d B) ] A, elementwise in the brackets
+//
+// (A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2016.) F(4x4) evaluates at
+// 0, +-sqrt(1/2), +-sqrt(2) and infinity: a quarter of the rounding error of the textbook's 0, +-1,
+// +-2, and the constants a^2 b^2 = 1 and a^2 + b^2 = 5/2 are exact.
+//
+// The sums over channels are (M + 2)^2 small matrix products. A task takes a block of tiles that
+// stays in the second-level cache: it transforms their input, then for one panel of output channels
+// after the other multiplies, transforms back and adds bias and ReLU. Where tiles are few, all
+// inputs are transformed first and tasks are blocks times groups of panels.
+//
+// dgrad is the same with the filter turned and transposed; the ReLU mask is part of the input
+// transform.
+#pragma once
+
+#include "cpu/implicit_gemm.hpp"
+#include "cpu/kernels.hpp"
+
+namespace fastconv::cpu {
+namespace {
+
+// The one-dimensional transforms, on vectors. `Step` and offsets are chosen by the caller.
+template <class V, int M>
+struct WinogradTransform;
+
+template <class V>
+struct WinogradTransform<V, 2> {
+  using Reg = typename V::Reg;
+  static void input(const Reg (&d)[4], Reg (&out)[4]) {
+    out[0] = V::subtract(d[0], d[2]);
+    out[1] = V::add(d[1], d[2]);
+    out[2] = V::subtract(d[2], d[1]);
+    out[3] = V::subtract(d[3], d[1]);
+  }
+  static void filter(const Reg (&g)[3], Reg (&out)[4]) {
+    const Reg half = V::set(0.5f);
+    const Reg even = V::multiply(half, V::add(g[0], g[2]));
+    out[0] = g[0];
+    out[1] = V::fma(half, g[1], even);
+    out[2] = V::subtract(even, V::multiply(half, g[1]));
+    out[3] = g[2];
+  }
+  static void output(const Reg (&m)[4], Reg (&y)[2]) {
+    y[0] = V::add(m[0], V::add(m[1], m[2]));
+    y[1] = V::add(V::subtract(m[1], m[2]), m[3]);
+  }
+};
+
+template <class V>
+struct WinogradTransform<V, 4> {
+  using Reg = typename V::Reg;
+  static constexpr float kA = 0.70710678f, kB = 1.41421356f;  // the points
+  static void input(const Reg (&d)[6], Reg (&out)[6]) {
+    const Reg sum = V::set(-2.5f), a = V::set(kA), b = V::set(kB);
+    const Reg even_a = V::fma(V::set(-2.0f), d[2], d[4]), odd_a = V::fma(V::set(-2.0f), d[1], d[3]);
+    const Reg even_b = V::fma(V::set(-0.5f), d[2], d[4]), odd_b = V::fma(V::set(-0.5f), d[1], d[3]);
+    out[0] = V::fma(sum, d[2], V::add(d[0], d[4]));
+    out[1] = V::fma(a, odd_a, even_a);
+    out[2] = V::fma(V::set(-kA), odd_a, even_a);
+    out[3] = V::fma(b, odd_b, even_b);
+    out[4] = V::fma(V::set(-kB), odd_b, even_b);
+    out[5] = V::fma(sum, d[3], V::add(d[1], d[5]));
+  }
+  static void filter(const Reg (&g)[3], Reg (&out)[6]) {
+    // 1 / (2 a^2 (a^2 - b^2)) = -2/3 and 1 / (2 b^2 (b^2 - a^2)) = 1/6.
+    const Reg over_a = V::set(-2.0f / 3), over_b = V::set(1.0f / 6);
+    const Reg even_a = V::multiply(over_a, V::fma(V::set(0.5f), g[2], g[0]));
+    const Reg even_b = V::multiply(over_b, V::fma(V::set(2.0f), g[2], g[0]));
+    const Reg odd_a = V::multiply(V::set(-2.0f / 3 * kA), g[1]);
+    const Reg odd_b = V::multiply(V::set(1.0f / 6 * kB), g[1]);
+    out[0] = g[0];
+    out[1] = V::add(even_a, odd_a);
+    out[2] = V::subtract(even_a, odd_a);
+    out[3] = V::add(even_b, odd_b);
+    out[4] = V::subtract(even_b, odd_b);
+    out[5] = g[2];
+  }
+  static void output(const Reg (&m)[6], Reg (&y)[4]) {
+    const Reg sum_a = V::add(m[1], m[2]), difference_a = V::subtract(m[1], m[2]);
+    const Reg sum_b = V::add(m[3], m[4]), difference_b = V::subtract(m[3], m[4]);
+    y[0] = V::add(m[0], V::add(sum_a, sum_b));
+    y[1] = V::fma(V::set(kA), difference_a, V::multiply(V::set(kB), difference_b));
+    y[2] = V::fma(V::set(0.5f), sum_a, V::add(sum_b, sum_b));
+    y[3] = V::fma(V::set(kA / 2), difference_a,
+                  V::fma(V::set(2 * kB), difference_b, m[5]));
+  }
+};
+
+template <class V, int M>
+struct Winograd {
+  static constexpr int kTile = M + 2, kPoints = kTile * kTile;
+  static constexpr int64_t kPanel = V::kVectors * V::kWidth;
+  using Reg = typename V::Reg;
+  using Transform = WinogradTransform<V, M>;
+
+  static bool serves(const Conv2dProblem& p, Direction direction) {
+    return direction != Direction::wgrad && p.r == 3 && p.s == 3 && p.stride_h == 1 &&
+           p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 && p.groups == 1;
+  }
+
+  static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
+    const Plan plan(p, direction);
+    if (direction == Direction::fprop) {
+      execute(plan, t.x, nullptr, t.filter, t.bias, t.out);
+    } else {
+      execute(plan, t.dy, t.y, t.filter, nullptr, t.out);
+    }
+  }
+
+  static Estimate estimate(const Conv2dProblem& p, Direction direction) {
+    const Plan plan(p, direction);
+    // In cycles of a core that does one vector multiply-add each; constants by measurement.
+    const double tiles = static_cast<double>(plan.tiles), c = static_cast<double>(plan.c);
+    const double c_vectors = static_cast<double>(plan.padded_c / V::kWidth);
+    const double k_vectors = static_cast<double>(ceil_div(plan.k, V::kWidth));
+    constexpr double kInput = M == 4 ? 330 : 150, kOutput = M == 4 ? 250 : 110;
+    const double products = tiles * kPoints * (c * 1.08 + 6) * k_vectors;
+    const double transforms = tiles * (c_vectors * kInput + k_vectors * kOutput);
+    // The transformed filter is written once and read once a block: from beyond the caches if large.
+    const double filter_vectors = c * k_vectors * kPoints;
+    const double filter_bytes = filter_vectors * V::kWidth * 4;
+    const double to_memory = filter_bytes > (8 << 20) ? 12 : filter_bytes > (1 << 19) ? 5 : 2.5;
+    const double blocks = static_cast<double>(plan.blocks);
+    const double stream = filter_bytes > (8 << 20) ? 4.0 : 0.6;
+    const double cycles = products + transforms + filter_vectors * to_memory +
+                          blocks * filter_vectors * stream * (plan.block_tiles < 12 ? 2 : 1) + 8000;
+    return {cycles * V::kWidth, plan.workspace_bytes(), M == 4 ? 5e-6 : 2e-6};
+  }
+
+  static std::string blocking(const Conv2dProblem& p, Direction direction) {
+    const Plan plan(p, direction);
+    return std::to_string(plan.tiles) + " tiles of " + std::to_string(M) + " x " +
+           std::to_string(M) + ", " + std::to_string(plan.block_tiles) + " a block" +
+           (plan.two_phases ? ", inputs transformed first" : "");
+  }
+
+  static constexpr Conv2dAlgorithm kAlgorithm{.name = M == 2 ? "winograd2" : "winograd4",
+                                              .masks_dgrad = true,
+                                              .masks_wgrad = false,
+                                              .serves = serves,
+                                              .estimate = estimate,
+                                              .blocking = blocking,
+                                              .run = run};
+
+ private:
+  // The convolution that is computed (dgrad's has the roles of C and K changed) and its blocking.
+  struct Plan {
+    int64_t images, h, w, c, out_h, out_w, k, pad_top, pad_left;
+    bool turned, relu;
+    int64_t tiles_h, tiles_w, tiles, block_tiles, blocks;
+    int64_t padded_c, panels, panel_groups, tasks;
+    bool two_phases;
+    int workers;
+    int64_t zeros_bytes, filter_bytes, input_bytes, product_bytes;
+
+    Plan(const Conv2dProblem& p, Direction direction) {
+      turned = direction == Direction::dgrad;
+      images = p.n;
+      h = turned ? p.oh : p.h;
+      w = turned ? p.ow : p.w;
+      c = turned ? p.k : p.c;
+      out_h = turned ? p.h : p.oh;
+      out_w = turned ? p.w : p.ow;
+      k = turned ? p.c : p.k;
+      pad_top = turned ? 2 - p.pad_top : p.pad_top;
+      pad_left = turned ? 2 - p.pad_left : p.pad_left;
+      relu = !turned && p.activation == Activation::relu;
+
+      tiles_h = ceil_div(out_h, M);
+      tiles_w = ceil_div(out_w, M);
+      tiles = images * tiles_h * tiles_w;
+      padded_c = round_up(c, V::kWidth);
+      panels = ceil_div(k, kPanel);
+      // Transformed inputs of a block in half of a 1 MiB second-level cache, but tiles enough that
+      // what is read of the filter is used twice: rows of the register tile, twice.
+      const int64_t fitting = (int64_t{400} << 10) / max64(kPoints * padded_c * 4, 1);
+      const int64_t most = max64(2 * V::kRows, min64(fitting, 4 * V::kRows));
+      blocks = max64(1, ceil_div(tiles, most));
+      block_tiles = max64(1, ceil_div(tiles, blocks));
+      constexpr int64_t kEnoughTasks = 16;
+      two_phases = blocks < kEnoughTasks;
+      panel_groups = two_phases ? min64(panels, ceil_div(kEnoughTasks, blocks)) : 1;
+      tasks = blocks * panel_groups;
+      workers = workers_for(tasks);
+      zeros_bytes = padded_c * 4;
+      filter_bytes = kPoints * c * round_up(k, V::kWidth) * 4;
+      input_bytes = kPoints * (two_phases ? blocks : workers) * block_tiles * padded_c * 4;
+      product_bytes = workers * kPoints * block_tiles * kPanel * 4;
+    }
+
+    int64_t workspace_bytes() const {
+      return round_up(zeros_bytes, 64) + round_up(filter_bytes, 64) + round_up(input_bytes, 64) +
+             product_bytes;
+    }
+    int vectors_of(int64_t panel) const {
+      return static_cast<int>(
+          min64(V::kVectors, ceil_div(k - panel * kPanel, V::kWidth)));
+    }
+    // A panel is [point][c][vectors * width].
+    int64_t filter_offset(int64_t panel) const { return kPoints * c * panel * kPanel; }
+  };
+
+  static void execute(const Plan& plan, const float* x, const float* mask, const float* filter,
+                      const float* bias, float* y) {
+    if (plan.tiles == 0) return;
+    const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes()));
+    float* at = workspace.floats();
+    const auto take = [&at](int64_t bytes) {
+      float* here = at;
+      at += round_up(bytes, 64) / 4;
+      return here;
+    };
+    float* zeros = take(plan.zeros_bytes);
+    float* u = take(plan.filter_bytes);
+    float* v = take(plan.input_bytes);
+    float* products = take(plan.product_bytes);
+    std::memset(zeros, 0, static_cast<std::size_t>(plan.zeros_bytes));
+
+    // Sixteen channels of one panel a task.
+    const int64_t c_parts = ceil_div(plan.c, V::kWidth);
+    parallel_for(plan.panels * c_parts, [&](int64_t task) {
+      const int64_t begin = task / plan.panels * V::kWidth;
+      transform_filter(plan, filter, task % plan.panels, begin,
+                       min64(plan.c, begin + V::kWidth), u);
+    });
+    const int64_t block_floats = kPoints * plan.block_tiles * plan.padded_c;
+    if (plan.two_phases) {
+      parallel_for(plan.tiles, [&](int64_t tile) {
+        const int64_t block = tile / plan.block_tiles;
+        transform_input(plan, x, mask, zeros, tile,
+                        v + block * block_floats + tile % plan.block_tiles * plan.padded_c);
+      });
+    }
+    parallel_for(plan.tasks, plan.workers, [&](int64_t task, int worker) {
+      const int64_t block = task % plan.blocks, group = task / plan.blocks;
+      const int64_t begin = block * plan.block_tiles;
+      const int64_t end = min64(plan.tiles, begin + plan.block_tiles);
+      float* own = v + (plan.two_phases ? block : worker) * block_floats;
+      if (!plan.two_phases) {
+        for (int64_t tile = begin; tile < end; ++tile) {
+          transform_input(plan, x, mask, zeros, tile, own + (tile - begin) * plan.padded_c);
+        }
+      }
+      float* product = products + worker * kPoints * plan.block_tiles * kPanel;
+      for (int64_t panel = plan.panels * group / plan.panel_groups;
+           panel < plan.panels * (group + 1) / plan.panel_groups; ++panel) {
+        multiply(plan, own, u + plan.filter_offset(panel), plan.vectors_of(panel), end - begin,
+                 product);
+        const float* panel_bias = bias ? bias + panel * kPanel : nullptr;
+        for (int64_t tile = begin; tile < end; ++tile) {
+          transform_output(plan, product + (tile - begin) * kPanel, panel, panel_bias, tile, y);
+        }
+      }
+    });
+  }
+
+  // Channels c .. c_end - 1 of a panel of filters: G g G^T.
+  static void transform_filter(const Plan& plan, const float* filter, int64_t panel, int64_t c,
+                               int64_t c_end, float* u) {
+    const int vectors = plan.vectors_of(panel);
+    const int64_t width = int64_t{vectors} * V::kWidth;
+    const int64_t depth = c_end - c;
+    float* out = u + plan.filter_offset(panel) + c * width;
+    const int64_t point_floats = plan.c * width;
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t k = panel * kPanel + int64_t{v} * V::kWidth;
+      const int valid = static_cast<int>(min64(V::kWidth, plan.k - k));
+      // dgrad: filter[2 - r][2 - s][k][c], whose rows are made columns here.
+      alignas(64) float square[9][V::kWidth * V::kWidth];
+      if (plan.turned) {
+        const auto tail = V::tail(static_cast<int>(depth));
+        for (int tap = 0; tap < 9; ++tap) {
+          Reg rows[V::kWidth];
+#pragma GCC unroll 16
+          for (int j = 0; j < V::kWidth; ++j) {
+            rows[j] = j < valid ? V::load(filter + ((8 - tap) * plan.k + k + j) * plan.c + c, tail)
+                                : V::zero();
+          }
+          V::transpose(rows);
+#pragma GCC unroll 16
+          for (int j = 0; j < V::kWidth; ++j) V::store(square[tap] + j * V::kWidth, rows[j]);
+        }
+      }
+      const auto tail = V::tail(valid);
+      for (int64_t i = 0; i < depth; ++i) {
+        Reg columns[3][kTile];  // of G g
+#pragma GCC unroll 3
+        for (int s = 0; s < 3; ++s) {
+          Reg g[3];
+#pragma GCC unroll 3
+          for (int r = 0; r < 3; ++r) {
+            g[r] = plan.turned
+                       ? V::load(square[3 * r + s] + i * V::kWidth)
+                       : V::load(filter + ((3 * r + s) * plan.c + c + i) * plan.k + k, tail);
+          }
+          Transform::filter(g, columns[s]);
+        }
+#pragma GCC unroll 6
+        for (int row = 0; row < kTile; ++row) {
+          const Reg g[3] = {columns[0][row], columns[1][row], columns[2][row]};
+          Reg points[kTile];
+          Transform::filter(g, points);
+#pragma GCC unroll 6
+          for (int column = 0; column < kTile; ++column) {
+            V::store(out + (row * kTile + column) * point_floats + i * width + v * V::kWidth,
+                     points[column]);
+          }
+        }
+      }
+    }
+  }
+
+  // B^T d B of one tile, all channels; the points lie block_tiles * padded_c floats apart.
+  static void transform_input(const Plan& plan, const float* x, const float* mask,
+                              const float* zeros, int64_t tile, float* out) {
+    const int64_t n = tile / (plan.tiles_h * plan.tiles_w);
+    const int64_t top = tile / plan.tiles_w % plan.tiles_h * M - plan.pad_top;
+    const int64_t left = tile % plan.tiles_w * M - plan.pad_left;
+    // Steps of 1 or, where a row or column meets padding, 0: zeros are everywhere the same.
+    const float* pixels[kPoints];
+    const float* masks[kPoints];
+    for (int i = 0; i < kTile; ++i)
+      for (int j = 0; j < kTile; ++j) {
+        const int64_t row = top + i, column = left + j;
+        const bool inside = row >= 0 && row < plan.h && column >= 0 && column < plan.w;
+        const int64_t at = ((n * plan.h + row) * plan.w + column) * plan.c;
+        pixels[i * kTile + j] = inside ? x + at : zeros;
+        masks[i * kTile + j] = inside && mask ? mask + at : zeros;
+      }
+    const int64_t whole = plan.c / V::kWidth * V::kWidth;
+    const auto transform = [&](int64_t c, const auto&... tail) {
+      Reg rows[kTile][kTile];
+#pragma GCC unroll 6
+      for (int j = 0; j < kTile; ++j) {
+        Reg d[kTile], column[kTile];
+#pragma GCC unroll 6
+        for (int i = 0; i < kTile; ++i) {
+          d[i] = V::load(pixels[i * kTile + j] + c, tail...);
+          if (mask) {
+            d[i] = V::where_positive(V::load(masks[i * kTile + j] + c, tail...), d[i]);
+          }
+        }
+        Transform::input(d, column);
+#pragma GCC unroll 6
+        for (int i = 0; i < kTile; ++i) rows[i][j] = column[i];
+      }
+#pragma GCC unroll 6
+      for (int i = 0; i < kTile; ++i) {
+        Reg points[kTile];
+        Transform::input(rows[i], points);
+#pragma GCC unroll 6
+        for (int j = 0; j < kTile; ++j) {
+          V::store(out + (i * kTile + j) * plan.block_tiles * plan.padded_c + c, points[j]);
+        }
+      }
+    };
+    for (int64_t c = 0; c < whole; c += V::kWidth) transform(c);
+    if (whole < plan.c) transform(whole, V::tail(static_cast<int>(plan.c - whole)));
+  }
+
+  // product[point][tile][0 .. kPanel) = sum over c of v[point][tile][c] * u[point][c][...].
+  static void multiply(const Plan& plan, const float* v, const float* u, int vectors, int64_t tiles,
+                       float* product) {
+    const int64_t row_tiles = ceil_div(tiles, V::kRows);
+    const int64_t zero = 0;
+    const float* rows[V::kRows];
+    float* out[V::kRows];
+    TapTile t{};
+    t.rows = rows;
+    t.y = out;
+    t.tap_offsets = t.filter_offsets = &zero;
+    t.taps = 1;
+    t.run = plan.c;
+    t.columns = V::kWidth;
+    t.first = t.last = true;
+    for (int point = 0; point < kPoints; ++point) {
+      t.filter = u + point * plan.c * vectors * V::kWidth;
+      const float* from = v + point * plan.block_tiles * plan.padded_c;
+      float* to = product + point * plan.block_tiles * kPanel;
+      for (int64_t row_tile = 0; row_tile < row_tiles; ++row_tile) {
+        const int64_t begin = tiles * row_tile / row_tiles;
+        const int count = static_cast<int>(tiles * (row_tile + 1) / row_tiles - begin);
+        for (int i = 0; i < count; ++i) {
+          rows[i] = from + (begin + i) * plan.padded_c;
+          out[i] = to + (begin + i) * kPanel;
+        }
+        tap_tile_function<V>(count, vectors)(t);
+      }
+    }
+  }
+
+  // A^T m A of one tile and panel, bias and ReLU.
+  static void transform_output(const Plan& plan, const float* product, int64_t panel,
+                               const float* bias, int64_t tile, float* y) {
+    const int64_t n = tile / (plan.tiles_h * plan.tiles_w);
+    const int64_t top = tile / plan.tiles_w % plan.tiles_h * M, left = tile % plan.tiles_w * M;
+    const int64_t height = min64(M, plan.out_h - top), width = min64(M, plan.out_w - left);
+    const int64_t column = panel * kPanel;
+    float* corner = y + ((n * plan.out_h + top) * plan.out_w + left) * plan.k + column;
+    const int64_t point_floats = plan.block_tiles * kPanel;
+    for (int v = 0; v < plan.vectors_of(panel); ++v) {
+      const int64_t at = int64_t{v} * V::kWidth;
+      const int valid = static_cast<int>(min64(V::kWidth, plan.k - column - at));
+      const auto tail = V::tail(valid);
+      const Reg start = bias ? V::load(bias + at, tail) : V::zero();
+      Reg rows[M][kTile];
+#pragma GCC unroll 6
+      for (int j = 0; j < kTile; ++j) {
+        Reg m[kTile], out[M];
+#pragma GCC unroll 6
+        for (int i = 0; i < kTile; ++i) {
+          m[i] = V::load(product + (i * kTile + j) * point_floats + at);
+        }
+        Transform::output(m, out);
+#pragma GCC unroll 4
+        for (int i = 0; i < M; ++i) rows[i][j] = out[i];
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < M; ++i) {
+        if (i >= height) break;
+        Reg out[M];
+        Transform::output(rows[i], out);
+        float* row = corner + i * plan.out_w * plan.k + at;
+#pragma GCC unroll 4
+        for (int j = 0; j < M; ++j) {
+          if (j >= width) break;
+          Reg result = V::add(out[j], start);
+          if (plan.relu) result = V::relu(result);
+          if (valid == V::kWidth) {
+            V::store(row + j * plan.k, result);
+          } else {
+            V::store(row + j * plan.k, result, tail);
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fastconv::cpu
