@@ -228,5 +228,5 @@ def _show(run, options):
         files.write_csv(options["csv_path"], run)
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=int(os.environ.get("COLUMNS", 200)))
+        console = Console(highlight=False, width=int(os.environ.get("COLUMNS", "200")))
     console.print(tables.results(run, details=not options["brief"]))

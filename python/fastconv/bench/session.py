@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,9 @@ from fastconv.bench.problem import parse
 
 FORMAT = 1
 OURS = "fastconv"
+
+# What an answer to "prepare" holds.
+_SAID = ("error", "algorithm", "blocking", "workspace", "predicted")
 
 # Its time is that of a call alone: what a library spends around a kernel.
 _NEXT_TO_NOTHING = {True: "mb1ic1ih1kh1", False: "mb1ic1ih1oc1kh1"}
@@ -290,9 +294,7 @@ class Session:
             kinds = samples[worker.name]
             if not kinds:
                 continue
-            record = {
-                name: answer[name] for name in ("error", "algorithm", "workspace", "predicted")
-            }
+            record = {name: answer[name] for name in _SAID}
             for kind, turns in kinds.items():
                 record[kind] = statistics.summary(turns)
             if "kernel" not in record:
@@ -356,15 +358,21 @@ class Session:
         return prepared, left_out
 
     def _rounds(self, prepared, samples, on_turn):
-        """Times all in turn, and returns how many rounds there were."""
-        rounds = self.conditions.rounds
+        """Times all in turn, and returns how many rounds there were.
+
+        Who takes many times what was meant for it sits out the rounds that are left.
+        """
+        rounds, seconds = self.conditions.rounds, self.conditions.seconds
+        spent = dict.fromkeys(samples, 0.0)
         for done in range(rounds):
             order = list(prepared)
             self._random.shuffle(order)
             for worker, _ in order:
-                if worker.absent:
+                if worker.absent or spent[worker.name] > (20 if done < 3 else 8) * seconds:
                     continue
-                answer = worker.ask("time", seconds=self.conditions.seconds / rounds)
+                start = time.monotonic()
+                answer = worker.ask("time", seconds=seconds / rounds)
+                spent[worker.name] += time.monotonic() - start
                 if "failed" in answer:
                     self._drop(worker, answer["failed"])
                     samples[worker.name] = {}

@@ -11,6 +11,14 @@ from fastconv.bench.files import shares
 from fastconv.bench.session import OURS
 from fastconv.bench.statistics import geometric_mean
 
+_LEGEND = """\
+kernel: time inside the library; ~ estimated: the call, less a call with next to nothing to compute.
+peak: share of the measured FMA peak, every tap counted, so that Winograd can be beyond 100 %.
+bandw.: share of the time that moving every array once takes at the measured speed; beyond 100 % \
+in a cache.
+error: largest difference to float64 / largest value.
+ratio: the best peer's kernel time / ours, median of the rounds (95 % bootstrap interval)."""
+
 
 def results(run, details=True):
     """A table of all cases, and one of geometric means."""
@@ -107,14 +115,7 @@ def means(run):
 
 
 def _notes(run):
-    lines = [
-        "kernel: time inside the library; ~ estimated, the call less what a call takes that has "
-        "next to nothing to compute.",
-        "ratio: the best peer's kernel time / ours, median of the rounds, with its 95 % bootstrap "
-        "interval. error: largest difference to float64 / largest value.",
-        "peak: share of the measured FMA peak; bandw.: share that moving every array once at the "
-        "measured speed has of the time, over 100 % in a cache.",
-    ]
+    lines = _LEGEND.splitlines()
     if not run.get("complete", True):
         lines.append(f"Interrupted: {len(run['results'])} of {run['planned']} cases.")
     elif run["results"]:

@@ -31,6 +31,7 @@ class Case:
     """One operation on one set of arrays, ready to run again and again."""
 
     algorithm = None  # what the implementation says it runs, if it says so
+    blocking = None  # and how it splits the work
     workspace = None  # bytes of scratch memory, if it says so
     predicted = None  # seconds that a cost model expects, if there is one
 
@@ -39,7 +40,7 @@ class Case:
         raise NotImplementedError
 
     def result(self):
-        """What the last call computed, as a NumPy array, NHWC or HWIO."""
+        """Runs it once; what it computed, as a NumPy array, NHWC or HWIO."""
         raise NotImplementedError
 
     def call_times(self, count):
@@ -53,7 +54,6 @@ class Case:
 
     def kernel_times(self, count):
         """The same for the bare kernel, measured inside; None where that cannot be had."""
-        return None
 
 
 class FunctionCase(Case):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 
 import fastconv
 from fastconv import _core
-from fastconv.bench.adapters import Case, Unsupported, to_nchw, to_nhwc
+from fastconv.bench.adapters import Case, to_nchw, to_nhwc
 
 
 def environment(conditions):
@@ -23,14 +21,9 @@ def environment(conditions):
 class Implementation:
     def __init__(self, conditions):
         self._nchw = conditions["layout"] == "nchw"
-        accuracy = conditions["accuracy"]
-        if accuracy and hasattr(fastconv, "set_accuracy"):
-            fastconv.set_accuracy(accuracy)
-        elif accuracy:
-            raise Unsupported("this build has no accuracy setting")
+        if conditions["accuracy"]:
+            fastconv.set_accuracy(conditions["accuracy"])
         facts = fastconv.info()
-        if conditions["algorithm"] and "FASTCONV_ALGORITHM" not in os.environ:
-            raise Unsupported("FASTCONV_ALGORITHM was not passed on")
         self.versions = {"fastconv": facts["version"], "isa": facts["isa"]}
 
     def prepare(self, problem, direction, arrays):
@@ -101,18 +94,18 @@ class _FastconvCase(Case):
         self._raw = {**arguments, **extra, **raw, "out": self._result}
 
     def _explain(self, direction, x_shape, w_shape, options):
-        if not hasattr(fastconv, "explain"):
-            return
         plan = fastconv.explain(x_shape, w_shape, direction=direction, **options)
-        plan = plan if isinstance(plan, dict) else vars(plan)
-        self.algorithm = plan.get("algorithm")
-        self.workspace = plan.get("workspace_bytes", plan.get("workspace"))
-        self.predicted = plan.get("predicted_seconds")
+        self.algorithm = plan["algorithm"]
+        self.blocking = plan["blocking"]
+        self.workspace = plan["workspace_bytes"]
+        self.predicted = plan["predicted_seconds"]
 
     def call(self):
         self._function(**self._call)
 
     def result(self):
+        self._result.fill(np.nan)
+        self.call()
         return self._unlay(self._result)
 
     def kernel_times(self, count):

@@ -84,6 +84,7 @@ class _OneDnnCase(Case):
         return times.tolist()
 
     def result(self):
+        self.call()
         if self._library.fastconv_onednn_result(self._handle, _pointer(self._result)):
             raise RuntimeError("oneDNN could not reorder the result")
         return self._unlay(self._result)
