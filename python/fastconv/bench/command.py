@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import sys
 import time
 from pathlib import Path
 
 import click
+
+# What a shell takes for "ended by an interrupt".
+_INTERRUPTED = 130
 
 DEFAULT_SUITES = ("mnist",)
 SUITE_NAMES = (
@@ -69,13 +73,66 @@ SUITE_NAMES = (
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write JSON there.")
 @click.option("--csv", "csv_path", type=click.Path(dir_okay=False), help="Write CSV there.")
+@click.option(
+    "--compare",
+    "compared",
+    nargs=2,
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="OLD.json NEW.json",
+    help="Measure nothing; name what became slower, and exit with 1 where something did.",
+)
+@click.option(
+    "--threshold", type=click.FloatRange(min=0), default=0.1, show_default=True,
+    help="Of --compare: by how much a case may become slower.",
+)  # fmt: skip
+@click.option(
+    "--plot",
+    "plot_directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIRECTORY",
+    help="Draw rooflines, bars and errors there, as SVG and PNG (needs matplotlib).",
+)
+@click.option(
+    "--from",
+    "from_path",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE.json",
+    help="Measure nothing; show the results of an earlier --json.",
+)
+@click.option(
+    "--report",
+    "report_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.md",
+    help="Write a page with figures there; measures every suite, unless told what to measure.",
+)
 @click.option("--brief", is_flag=True, help="Print the means alone.")
-def bench(problems, suites, paths, directions, implementations, **options):
+def bench(
+    problems,
+    suites,
+    paths,
+    directions,
+    implementations,
+    compared,
+    from_path,
+    report_path,
+    **options,
+):
     """Measure kernels beside other libraries', every result checked first.
 
     A PROBLEM is written as for oneDNN's benchdnn: mb32ic64ih56oc64oh56kh3ph1. Without one, and
     without --suite and --file, the suite mnist is measured.
     """
+    if compared:
+        _compare(*compared, options["threshold"])
+        return
+    if options["plot_directory"] or report_path:
+        _require_matplotlib()
+    if from_path:
+        _show(_read(from_path), options, report_path)
+        return
+    if report_path and not (problems or suites or paths):
+        suites = ("all",)
     from fastconv.bench.problem import ProblemError
     from fastconv.bench.session import BenchError
 
@@ -87,13 +144,39 @@ def bench(problems, suites, paths, directions, implementations, **options):
         run = _measure(cases, _names(implementations), options)
     except BenchError as error:
         raise click.ClickException(str(error)) from error
-    _show(run, options)
+    _show(run, options, report_path)
     if not run["complete"]:
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
+
+
+def _read(path):
+    from fastconv.bench import files
+
+    try:
+        return files.read_json(path)
+    except files.FileError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _compare(old, new, threshold):
+    from fastconv.bench import compare, tables
+
+    found = compare.compare(_read(old), _read(new), threshold)
+    _console().print(tables.comparison(found, threshold))
+    if found.regressions:
+        sys.exit(1)
+
+
+def _require_matplotlib():
+    if importlib.util.find_spec("matplotlib") is None:
+        raise click.ClickException(
+            "Plots need matplotlib, which is not installed. "
+            "Install it with:\n\n    pip install 'fastconv[plot]'"
+        )
 
 
 def _cases(texts, suite_names, paths, directions, batch):
-    """[(problem, direction)], each once."""
+    """[(problem, direction, its suite)], each case once."""
     from fastconv.bench import problem as problems
     from fastconv.bench import suites
 
@@ -102,22 +185,23 @@ def _cases(texts, suite_names, paths, directions, batch):
         wanted = [problems.parse_direction(name) for name in directions.split(",")]
     if not texts and not suite_names and not paths:
         suite_names = DEFAULT_SUITES
-    listed = [(problems.parse(text), None) for text in texts]
+    listed = [(problems.parse(text), None, None) for text in texts]
     for path in paths:
-        listed += problems.parse_lines(path.read_text().splitlines())
+        lines = path.read_text().splitlines()
+        listed += [(*line, path.stem) for line in problems.parse_lines(lines)]
     for name in suite_names:
         for one in suites.SUITES if name == "all" else [name]:
-            listed += [(problem, None) for problem in suites.suite(one)]
+            listed += [(problem, None, one) for problem in suites.suite(one)]
     cases = {}
-    for problem, own in listed:
+    for problem, own, suite in listed:
         if batch is not None:
             problem = problem.with_batch(batch)
         for direction in wanted or own or problem.directions:
             if direction in problem.directions:
-                cases.setdefault((problem, direction))
+                cases.setdefault((problem, direction), suite)
     if not cases:
         raise problems.ProblemError(f"There is nothing to measure in {directions}")
-    return list(cases)
+    return [(*case, suite) for case, suite in cases.items()]
 
 
 def _names(text):
@@ -147,9 +231,10 @@ def _measure(cases, names, options):
         progress.say("starting " + ", ".join(names))
         with Session(names, conditions, on_note=progress.note) as session:
             try:
-                for problem, direction in cases:
+                for problem, direction, suite in cases:
                     progress.say(f"{direction} {problem.name or problem}")
-                    run["results"].append(session.measure(problem, direction))
+                    record = session.measure(problem, direction)
+                    run["results"].append({"suite": suite, **record})
                     progress.step()
                 run["complete"] = True
             except KeyboardInterrupt:
@@ -217,16 +302,30 @@ def _progress(total):
         yield _Bar(progress, total)
 
 
-def _show(run, options):
+def _console():
     from rich.console import Console
 
+    console = Console(highlight=False)
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(highlight=False, width=200)  # in a file, lines are left whole
+
+
+def _show(run, options, report_path):
     from fastconv.bench import files, tables
 
     if options["json_path"]:
         files.write_json(options["json_path"], run)
     if options["csv_path"]:
         files.write_csv(options["csv_path"], run)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=int(os.environ.get("COLUMNS", "200")))
-    console.print(tables.results(run, details=not options["brief"]))
+    _console().print(tables.results(run, details=not options["brief"]))
+    if options["plot_directory"] and run["results"]:
+        from fastconv.bench import plots
+
+        for path in plots.draw(run, options["plot_directory"]):
+            click.echo(f"drawn: {path}")
+    if report_path and run["results"]:
+        from fastconv.bench import plots, report
+
+        report.write(run, report_path, f"fastconv bench --report {report_path}", plots.draw)
+        click.echo(f"written: {report_path}")

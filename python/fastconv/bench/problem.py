@@ -64,6 +64,23 @@ class Problem:
         return self.c if self.k is None else self.k
 
     @property
+    def kind(self):
+        """What it has in common with others, for means."""
+        if self.is_pool:
+            return "max-pooling"
+        if self.groups == self.c and self.c > 1:
+            return "depthwise"
+        if self.groups > 1:
+            return "grouped"
+        if self.c <= 4:
+            return "first layer (C <= 4)"
+        if (self.r, self.s) == (1, 1):
+            return "1x1"
+        if (self.r, self.s, *self.strides, *self.dilations) == (3, 3, 1, 1, 1, 1):
+            return "3x3, stride 1"
+        return "other"
+
+    @property
     def directions(self):
         return DIRECTIONS[:2] if self.is_pool else DIRECTIONS
 

@@ -307,6 +307,7 @@ class Session:
         return {
             "problem": str(problem),
             "name": problem.name,
+            "kind": problem.kind,
             "direction": direction,
             "flops": problem.flops(),
             "read": problem.bytes(direction)[0],

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastconv.bench.files import shares
+from fastconv.bench.problem import DIRECTIONS
 from fastconv.bench.session import OURS
 from fastconv.bench.statistics import geometric_mean
 
@@ -79,39 +80,80 @@ def cases(run):
 
 
 def means(run):
-    """Geometric means of the ratios to the best peer, and to each, by direction."""
+    """Geometric means of the ratios, by direction: to the best peer by kind, and to each peer."""
     groups = {}
     for result in run["results"]:
         ours = result["implementations"].get(OURS)
         if not ours or not result["ratio"]:
             continue
-        direction = result["direction"]
-        groups.setdefault((direction, "best peer"), []).append(result["ratio"]["median"])
+        direction, best = result["direction"], result["ratio"]["median"]
+        groups.setdefault((direction, 0, "best peer", result["kind"]), []).append(best)
+        groups.setdefault((direction, 1, "best peer", "all"), []).append(best)
         for name, record in result["implementations"].items():
             if name != OURS:
                 value = record["kernel"]["median"] / ours["kernel"]["median"]
-                groups.setdefault((direction, name), []).append(value)
+                groups.setdefault((direction, 2, name, "all"), []).append(value)
     if not groups:
         return Text("")
-    table = _table("", "against")
+    table = _table("", "against", "kind")
+    table.title = f"Peer's kernel time / {OURS}'s"
     for title in ("geometric mean", "least", "largest", "cases"):
         table.add_column(title, justify="right")
-    table.title = f"Peer's kernel time / {OURS}'s"
     previous = None
-    for (direction, name), values in sorted(
-        groups.items(), key=lambda item: (item[0][0], item[0][1] != "best peer", item[0][1])
-    ):
+    for key in sorted(groups, key=lambda key: (DIRECTIONS.index(key[0]), *key[1:])):
+        direction, _, name, kind = key
+        values = groups[key]
+        if previous not in (None, direction):
+            table.add_section()
         table.add_row(
             direction if direction != previous else "",
             name,
+            kind,
             f"{geometric_mean(values):.2f}",
             f"{min(values):.2f}",
             f"{max(values):.2f}",
             str(len(values)),
-            style="bold" if name == "best peer" else None,
+            style="bold" if (name, kind) == ("best peer", "all") else None,
         )
         previous = direction
     return table
+
+
+def comparison(found, threshold):
+    """What ``compare`` found, the regressions by name."""
+    parts = [Text(f"Warning: {warning}", style="yellow") for warning in found.warnings]
+    if found.missing:
+        parts.append(Text("Not in the new run: " + ", ".join(found.missing), style="yellow"))
+    table = _table("problem", "")
+    for title in ("old us", "new us", "new / old", ""):
+        table.add_column(title, justify="right", no_wrap=True)
+    for changes, verdict, style in (
+        (found.regressions, "slower", "bold red"),
+        (found.improvements, "faster", "green"),
+    ):
+        for change in changes:
+            table.add_row(
+                change.problem,
+                change.direction,
+                _microseconds(change.old),
+                _microseconds(change.new),
+                f"{change.slowdown:.2f}",
+                verdict,
+                style=style,
+            )
+    if table.row_count:
+        parts.append(table)
+    total = ""
+    if found.changes:
+        mean = geometric_mean(change.slowdown for change in found.changes)
+        total = f"; geometric mean of new / old {mean:.3f}"
+    parts.append(
+        Text(
+            f"{len(found.changes)} cases of both runs: {len(found.regressions)} slower and "
+            f"{len(found.improvements)} faster by more than {100 * threshold:g} %{total}"
+        )
+    )
+    return Group(*parts)
 
 
 def _notes(run):
