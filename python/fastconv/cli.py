@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from fastconv.bench.command import bench
+from fastconv.bench.command import bench, require_matplotlib
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -81,9 +81,19 @@ def info(as_json):
     metavar="N",
     help="Take only the first N training and N test images, for a quick try.",
 )
-def mnist(epochs, batch_size, layers, path, seed, limit):
+@click.option(
+    "--plot",
+    "plot_directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIRECTORY",
+    help="Draw training curves, confusion matrix, filters and feature maps there, as SVG and PNG "
+    "(needs matplotlib).",
+)
+def mnist(epochs, batch_size, layers, path, seed, limit, plot_directory):
     """Train a small convolutional network on MNIST, as the article does."""
     _require_tensorflow()
+    if plot_directory is not None:
+        require_matplotlib()
     data = _load_data(path)
     if limit is not None:
         data = data.limit(limit)
@@ -91,9 +101,14 @@ def mnist(epochs, batch_size, layers, path, seed, limit):
     article = _import_article()
     options = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
     if layers == "both":
-        _compare(article, data, options)
+        trained = _compare(article, data, options)
     else:
-        _train_one(article, layers, data, options)
+        trained = _train_one(article, layers, data, options)
+    if plot_directory is not None:
+        from fastconv.mnist import plots
+
+        for drawn in plots.draw(trained, data, plot_directory):
+            click.echo(f"drawn: {drawn}")
 
 
 def _train_one(article, layers, data, options):
@@ -103,7 +118,9 @@ def _train_one(article, layers, data, options):
     keras.utils.set_random_seed(options["seed"])
     model = article.build_model(namespace)
     model.summary(line_length=78)
-    _report(article.train(model, data, **options))
+    result = article.train(model, data, **options)
+    _report(result)
+    return {layers: (model, result)}
 
 
 def _compare(article, data, options):
@@ -124,6 +141,7 @@ def _compare(article, data, options):
     console.print()
     console.print(report.differences_table(differences, batch_size))
     console.print(report.results_table(*results))
+    return {"stock": (stock, results[0]), "fast": (fast, results[1])}
 
 
 def _print_line(text):

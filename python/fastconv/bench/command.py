@@ -127,7 +127,7 @@ def bench(
         _compare(*compared, options["threshold"])
         return
     if options["plot_directory"] or report_path:
-        _require_matplotlib()
+        require_matplotlib()
     if from_path:
         _show(_read(from_path), options, report_path)
         return
@@ -167,7 +167,8 @@ def _compare(old, new, threshold):
         sys.exit(1)
 
 
-def _require_matplotlib():
+def require_matplotlib():
+    """Complains where there is none, before anything takes long."""
     if importlib.util.find_spec("matplotlib") is None:
         raise click.ClickException(
             "Plots need matplotlib, which is not installed. "

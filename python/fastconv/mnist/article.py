@@ -14,12 +14,16 @@ STOCK = SimpleNamespace(Conv2D=keras.layers.Conv2D, MaxPooling2D=keras.layers.Ma
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one training came to. ``images_per_second`` is None when there was but one step."""
+    """What one training came to. ``images_per_second`` is None when there was but one step.
+
+    ``history`` holds loss and accuracy on the training images, a value for each epoch.
+    """
 
     loss: float
     accuracy: float
     seconds: float
     images_per_second: float | None
+    history: dict[str, list[float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +84,7 @@ def train(model, data, *, epochs, batch_size, seed):
     verbose = 1 if sys.stdout.isatty() else 2
     clock = _Clock()
     keras.utils.set_random_seed(seed)
-    model.fit(
+    history = model.fit(
         x_train,
         y_train,
         batch_size=batch_size,
@@ -95,6 +99,7 @@ def train(model, data, *, epochs, batch_size, seed):
         accuracy=float(accuracy),
         seconds=clock.end - clock.begin,
         images_per_second=images / (clock.end - clock.first_step) if images else None,
+        history=history.history,
     )
 
 

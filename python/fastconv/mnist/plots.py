@@ -1,0 +1,156 @@
+"""Figures of a trained model: its training, its mistakes, what its convolutions have learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import keras
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure  # without pyplot: no display is asked for
+
+from fastconv.mnist.article import prepare
+
+_COLOURS = {"fast": "#0072B2", "stock": "#D55E00"}
+
+_SETTINGS = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "savefig.dpi": 200,
+    "svg.hashsalt": "fastconv",
+    "svg.fonttype": "none",
+}
+
+
+def draw(trained, data, directory):
+    """Draws ``trained``, {name of the layers: (model, Result)}, and returns the paths."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with mpl.rc_context(_SETTINGS):
+        for name, figure in _figures(trained, data):
+            for ending in ("svg", "png"):
+                paths.append(directory / f"{name}.{ending}")
+                metadata = {"Date": None} if ending == "svg" else None
+                figure.savefig(paths[-1], bbox_inches="tight", metadata=metadata)
+    return paths
+
+
+def _figures(trained, data):
+    yield "training", _training({name: result for name, (_, result) in trained.items()})
+    images, _ = prepare(data.x_test, data.y_test)
+    for name, (model, _) in trained.items():
+        suffix = f"-{name}" if len(trained) > 1 else ""
+        predicted = model.predict(images, verbose=0).argmax(axis=1)
+        yield f"confusion{suffix}", _confusion(data.y_test, predicted)
+        convolutions = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+        yield f"filters{suffix}", _filters(convolutions)
+        outputs = [layer.output for layer in convolutions]
+        maps = keras.Model(model.inputs, outputs).predict(images[:1], verbose=0)
+        yield f"features{suffix}", _features(data.x_test[0], [m[0] for m in maps])
+
+
+def _training(results):
+    """Loss and accuracy an epoch, and what came of the test."""
+    figure = Figure((6.2, 2.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, key in zip(panels, ("loss", "accuracy"), strict=True):
+        for name, result in results.items():
+            values = result.history[key]
+            epochs = np.arange(1, len(values) + 1)
+            colour = _COLOURS[name]
+            axes.plot(epochs, values, "o-", ms=3, lw=1.2, color=colour, label=f"{name}, training")
+            axes.plot(epochs[-1], getattr(result, key), "*", ms=8, mec="white", mew=0.5,
+                      color=colour, label=f"{name}, test after the last epoch")  # fmt: skip
+        axes.set(xlabel="epoch", title=key)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(color="#dddddd", lw=0.5)
+        axes.set_axisbelow(True)
+    panels[0].set_ylim(bottom=0)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), fontsize=7.5)
+    return figure
+
+
+def _confusion(labels, predicted):
+    """How many images of each digit were taken for which."""
+    counts = np.zeros((10, 10), int)
+    np.add.at(counts, (np.asarray(labels, int), predicted), 1)
+    figure = Figure((4.2, 3.8), layout="constrained")
+    axes = figure.subplots()
+    # Mistakes are few: a colour by the logarithm shows them, and none is left white.
+    shown = np.where(counts > 0, np.log10(np.maximum(counts, 1)) + 0.3, 0)
+    axes.imshow(shown, cmap="Blues", vmin=0, vmax=max(1.0, shown.max()))
+    for i, j in np.ndindex(counts.shape):
+        if counts[i, j]:
+            dark = shown[i, j] > 0.6 * shown.max()
+            axes.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=7,
+                      color="white" if dark else "#333333")  # fmt: skip
+    right = np.trace(counts)
+    axes.set(
+        xticks=range(10), yticks=range(10), xlabel="taken for", ylabel="digit",
+        title=f"{right:,} of {counts.sum():,} test images right ({100 * right / counts.sum():.2f} %)",
+    )  # fmt: skip
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def _filters(convolutions):
+    """The taps of every filter: those of one channel as tiles, of more as a row a channel."""
+    figure = Figure((6.8, 4.9), layout="constrained")
+    shapes = [layer.kernel.shape for layer in convolutions]
+    panels = figure.subplots(2, 1, height_ratios=(1, 4.4))
+    for number, (axes, layer, shape) in enumerate(
+        zip(panels, convolutions, shapes, strict=True), 1
+    ):
+        taps = np.asarray(layer.kernel)
+        rows, columns, channels, filters = shape
+        limit = float(np.abs(taps).max())
+        # (channel, row, filter, column): a row of tiles for each channel, one tile a filter.
+        tiles = np.full((channels, rows + 1, filters, columns + 1), np.nan)
+        tiles[:, :rows, :, :columns] = taps.transpose(2, 0, 3, 1)
+        if channels == 1:  # two rows of tiles instead of a single long one
+            half = filters // 2
+            tiles = np.concatenate([tiles[:, :, :half], tiles[:, :, half:]])
+        picture = tiles.reshape(tiles.shape[0] * (rows + 1), -1)[:-1, :-1]
+        image = axes.imshow(picture, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="none")
+        axes.set_title(f"convolution {number}: {filters} filters of {rows} x {columns} taps"
+                       + (f" and {channels} channels" if channels > 1 else ""))  # fmt: skip
+        axes.set(xticks=[], yticks=[])
+        if channels > 1:
+            axes.set(xlabel=f"filter (1 to {filters})", ylabel=f"channel (1 to {channels})")
+        axes.spines[:].set_visible(False)
+        figure.colorbar(image, ax=axes, fraction=0.02, pad=0.01)
+    return figure
+
+
+def _features(digit, maps):
+    """What each filter of each convolution makes of one image, after ReLU."""
+    per_row = 16
+    rows = [-(-m.shape[-1] // per_row) for m in maps]
+    figure = Figure((7, 0.5 * sum(rows) + 1.2), layout="constrained")
+    parts = figure.subfigures(
+        1 + len(maps), 1, height_ratios=[1.6, *(0.55 + count for count in rows)]
+    )
+    axes = parts[0].subplots()
+    axes.imshow(digit, cmap="gray_r")
+    axes.set_anchor("W")
+    axes.set_axis_off()
+    parts[0].suptitle("the image", x=0.01, ha="left", fontsize=9, fontweight="bold")
+    for number, (part, features, count) in enumerate(zip(parts[1:], maps, rows, strict=True), 1):
+        height, width, channels = features.shape
+        part.suptitle(f"convolution {number}: {channels} maps of {height} x {width}",
+                      x=0.01, ha="left", fontsize=9, fontweight="bold")  # fmt: skip
+        panels = part.subplots(count, per_row, squeeze=False)
+        limit = float(features.max()) or 1.0
+        for index, panel in enumerate(panels.flat):
+            panel.set_axis_off()
+            if index < channels:
+                panel.imshow(features[:, :, index], cmap="magma", vmin=0, vmax=limit)
+    return figure
