@@ -309,7 +309,7 @@ def _console():
     console = Console(highlight=False)
     if console.is_terminal or "COLUMNS" in os.environ:
         return console
-    return Console(highlight=False, width=200)  # in a file, lines are left whole
+    return Console(highlight=False, width=240)  # in a file, lines are left whole
 
 
 def _show(run, options, report_path):
@@ -319,7 +319,8 @@ def _show(run, options, report_path):
         files.write_json(options["json_path"], run)
     if options["csv_path"]:
         files.write_csv(options["csv_path"], run)
-    _console().print(tables.results(run, details=not options["brief"]))
+    console = _console()
+    console.print(tables.results(run, console.width, details=not options["brief"]))
     if options["plot_directory"] and run["results"]:
         from fastconv.bench import plots
 

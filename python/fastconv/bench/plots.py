@@ -130,6 +130,11 @@ def _roofline(results, conditions):
                           mec="#555555", mew=0.7, zorder=2)  # fmt: skip
             axes.plot(x, result["flops"] / ours, marker, ms=3.5, color=colour, mew=0, zorder=3)
         axes.set(xscale="log", yscale="log", title=direction)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_yticks(
+            [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if t < 2 * peak]
+        )
         axes.set_xlabel("operations per byte moved once")
         axes.text(0.97, 0.03, f"{peak:.0f} GFLOP/s, {bandwidth:.0f} GB/s", fontsize=7,
                   ha="right", va="bottom", color="#444444", transform=axes.transAxes)  # fmt: skip
@@ -150,7 +155,7 @@ def _layers(suite, results, conditions):
     labels = list(dict.fromkeys(_layer_label(r) for r in results))
     directions = [d for d in DIRECTIONS if any(r["direction"] == d for r in results)]
     figure = Figure(
-        (max(_WIDTH, 0.17 * len(labels) + 1), 1.7 * len(directions) + 1), layout="constrained"
+        (max(3.6, 0.17 * len(labels) + 1.6), 1.7 * len(directions) + 1), layout="constrained"
     )
     panels = figure.subplots(len(directions), 1, sharex=True, squeeze=False)
     shown = set()
@@ -201,7 +206,8 @@ def _layers(suite, results, conditions):
                         label=_label(name))
         for name in _ordered(shown)
     ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7.5)
+    columns = min(len(handles), int(1.4 * figure.get_figwidth()))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=7.5)
     figure.suptitle(
         f"{suite}: {_where(conditions)}", fontsize=7, color="#555555", x=0.99, ha="right"
     )

@@ -45,8 +45,8 @@ _METHOD = """\
   fastconv, oneDNN, ONNX Runtime and OpenVINO; TensorFlow, PyTorch and JAX allocate theirs in a call,
   from memory that malloc keeps.
 - *Kernel time* is taken inside fastconv and oneDNN. Of the others only whole calls can be timed: the
-  time of a call with next to nothing to compute is subtracted, down to the time the operations take
-  at the FMA peak. Calls and kernels are both in the JSON.
+  time of a call with next to nothing to compute is subtracted, but at most half of the call, and no
+  more than leaves the time at the FMA peak. Calls and kernels are both in the JSON.
 - oneDNN is its own library, called as its best user would: weights in the format it asks for,
   reordered beforehand; activations NHWC. PyTorch computes in channels_last; ONNX Runtime and OpenVINO
   take NCHW and compute `fprop` alone; TensorFlow runs a compiled graph of one operation.
@@ -93,6 +93,8 @@ def _conditions(run):
     if limits := facts["limits"]:
         speeds = f"{limits['read'] / 1e9:.1f} GB/s read, {limits['write'] / 1e9:.1f} GB/s written"
         rows.append(("measured limits", f"{limits['flops'] / 1e9:.0f} GFLOP/s; {speeds}"))
+    if facts.get("others") is not None:
+        rows.append(("other processes", f"{100 * facts['others']:.0f} % of the CPU time"))
     if facts["absent"]:
         left_out = ", ".join(f"{name} ({why})" for name, why in facts["absent"].items())
         rows.append(("not measured", left_out))

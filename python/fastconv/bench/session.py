@@ -111,6 +111,10 @@ class Worker:
     def fileno(self):
         return self._ours.fileno()
 
+    @property
+    def pid(self):
+        return self._process.pid
+
     def send(self, request, **arguments):
         self.resume()
         try:
@@ -207,6 +211,8 @@ class Session:
         self.absent = {}
         self._floors = {}
         self.limits = None
+        self._started = time.monotonic()
+        self._busy = _busy_seconds()
         try:
             for name in self._names:
                 self._workers.append(Worker(name, self.conditions, self._log))
@@ -263,8 +269,19 @@ class Session:
             "absent": dict(self.absent),
             "malloc": self._workers[0].malloc if self._workers else None,
             "dtype": "float32",
+            "others": self._others(),
             "limits": self.limits,
         }
+
+    def _others(self):
+        """The share of the machine's CPU time that others took since the start; None if unknown."""
+        busy = _busy_seconds()
+        own = [_process_seconds(worker.pid) for worker in self._workers if worker.absent is None]
+        if busy is None or self._busy is None or None in own:
+            return None
+        elapsed = time.monotonic() - self._started
+        ours = sum(own) + time.process_time()
+        return max(0.0, busy - self._busy - ours) / (elapsed * (os.cpu_count() or 1))
 
     # --- a case -----------------------------------------------------------------------------------
 
@@ -300,8 +317,9 @@ class Session:
             if "kernel" not in record:
                 floor = self._floor(worker, problem, direction)
                 record["framework"] = floor
-                least = self._least_nanoseconds(problem)
-                shifted = [[min(t, max(t - floor, least)) for t in turn] for turn in kinds["call"]]
+                shifted = [
+                    [self._without_floor(t, floor, problem) for t in turn] for turn in kinds["call"]
+                ]
                 record["kernel"] = {**statistics.summary(shifted), "estimated": True}
             implementations[worker.name] = record
         return {
@@ -398,9 +416,33 @@ class Session:
                 )
         return self._floors[key]
 
-    def _least_nanoseconds(self, problem):
-        """What the estimate of a kernel's time is not taken below: its time at the FMA peak."""
-        return 1e9 * problem.flops() / self.limits["flops"] if self.limits else 0.0
+    def _without_floor(self, call, floor, problem):
+        """An estimate of the kernel's share of a call, in nanoseconds.
+
+        No less than half of the call, for beyond that it would say more of the floor than of the
+        kernel; and no less than the operations take at the FMA peak.
+        """
+        at_peak = 1e9 * problem.flops() / self.limits["flops"] if self.limits else 0.0
+        return min(call, max(call - floor, call / 2, at_peak))
+
+
+def _busy_seconds():
+    """CPU time that the machine has not been idle, the share of other virtual machines included."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+        user, nice, system, _, _, irq, softirq, steal = map(int, fields[1:9])
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _process_seconds(pid):
+    """CPU time of a process and all its threads."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_model():

@@ -12,8 +12,12 @@ from fastconv.bench.problem import DIRECTIONS
 from fastconv.bench.session import OURS
 from fastconv.bench.statistics import geometric_mean
 
+# The share of CPU time taken by others from which on times mean little.
+BUSY = 0.05
+
 _LEGEND = """\
-kernel: time inside the library; ~ estimated: the call, less a call with next to nothing to compute.
+kernel: time inside the library; ~ estimated: the call, less a call with next to nothing to compute, \
+at most by half.
 peak: share of the measured FMA peak, every tap counted, so that Winograd can be beyond 100 %.
 bandw.: share of the time that moving every array once takes at the measured speed; beyond 100 % \
 in a cache.
@@ -21,9 +25,10 @@ error: largest difference to float64 / largest value.
 ratio: the best peer's kernel time / ours, median of the rounds (95 % bootstrap interval)."""
 
 
-def results(run, details=True):
+def results(run, width, details=True):
     """A table of all cases, and one of geometric means."""
-    return Group(conditions(run), *([cases(run)] if details else []), means(run), _notes(run))
+    shown = [cases(run, width)] if details else []
+    return Group(conditions(run), *shown, means(run), _notes(run))
 
 
 def conditions(run):
@@ -41,42 +46,60 @@ def conditions(run):
     malloc = f"malloc: {facts['malloc']}" if facts["malloc"] else "malloc as it comes"
     cache = "cold caches" if facts["cold"] else "warm caches"
     lines.append(f"{cache}, {facts['layout'].upper()}, {facts['dtype']}; {malloc}, for all alike")
+    if facts.get("others") is not None:
+        lines.append(f"other processes took {100 * facts['others']:.0f} % of the CPU time")
     for name, why in facts["absent"].items():
         lines.append(f"not measured: {name} ({why})")
-    return Text("\n".join(lines) + "\n", style="dim")
+    text = Text("\n".join(lines) + "\n", style="dim")
+    if (facts.get("others") or 0) > BUSY:
+        text.append("Warning: the machine was busy; do not trust these times.\n", "bold yellow")
+    return text
 
 
-def cases(run):
+# The columns that do not fit into a narrower terminal.
+_WIDE = {"IQR": 150, "call us": 120, "bandw.": 110, "algorithm": 140, "error": 100}
+
+
+def cases(run, width):
+    """A row for each implementation of each case, the fastest first; ``width`` in characters."""
     limits = run["conditions"]["limits"]
-    table = _table("problem", "", "implementation")
-    for title in ("kernel us", "IQR", "GFLOP/s", "peak", "bandw.", "call us", "error", "ratio"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("algorithm", no_wrap=True)
+    titles = ["kernel us", "IQR", "GFLOP/s", "peak", "bandw.", "call us", "error", "ratio"]
+    titles = [t for t in [*titles, "algorithm"] if width >= _WIDE.get(t, 0)]
+    table = _table("implementation")
+    for title in titles:
+        left = title == "algorithm"
+        table.add_column(title, justify="left" if left else "right", no_wrap=True)
     for result in run["results"]:
-        first = True
+        name = f" {result['name']}" if result["name"] else ""
+        # A title of its own: beside the figures, a problem would take half of the line.
+        table.add_row(Text(f"{result['direction']} {result['problem']}{name}", style="italic"))
         implementations = result["implementations"]
         for name in sorted(implementations, key=lambda n: implementations[n]["kernel"]["median"]):
-            record = implementations[name]
-            kernel = record["kernel"]
-            rates = shares(result, kernel["median"], limits)
+            cells = _cells(result, name, limits)
             table.add_row(
-                result["problem"] if first else "",
-                result["direction"] if first else "",
-                name,
-                ("~" if kernel.get("estimated") else "") + _microseconds(kernel["median"]),
-                _microseconds(kernel["high"] - kernel["low"]),
-                "" if rates["gflops"] is None else f"{rates['gflops']:.1f}",
-                _percent(rates["peak"]),
-                _percent(rates["bandwidth"]),
-                _microseconds(record["call"]["median"]) if "call" in record else "",
-                f"{record['error']:.0e}",
-                _ratio(result["ratio"]) if name == OURS else "",
-                _algorithm(record),
+                f"  {name}",
+                *(cells[title] for title in titles),
                 style="bold" if name == OURS else None,
             )
-            first = False
         table.add_section()
     return table
+
+
+def _cells(result, name, limits):
+    record = result["implementations"][name]
+    kernel = record["kernel"]
+    rates = shares(result, kernel["median"], limits)
+    return {
+        "kernel us": ("~" if kernel.get("estimated") else "") + _microseconds(kernel["median"]),
+        "IQR": _microseconds(kernel["high"] - kernel["low"]),
+        "GFLOP/s": "" if rates["gflops"] is None else f"{rates['gflops']:.1f}",
+        "peak": _percent(rates["peak"]),
+        "bandw.": _percent(rates["bandwidth"]),
+        "call us": _microseconds(record["call"]["median"]) if "call" in record else "",
+        "error": f"{record['error']:.0e}",
+        "ratio": _ratio(result["ratio"]) if name == OURS else "",
+        "algorithm": _algorithm(record),
+    }
 
 
 def means(run):
