@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 import tensorflow_oracle as oracle
+from fastconv.adapters import xla
 from fastconv.adapters.tensorflow import ops_executed
 from fastconv.keras import FastConv2D, FastMaxPooling2D, _stand_in
 from tensorflow_oracle import assert_all_close
@@ -23,13 +24,22 @@ PAIRS = [
 ]
 
 
+def counter(counts):
+    before = counts()
+    return lambda: {op: count - before[op] for op, count in counts().items() if count > before[op]}
+
+
 @pytest.fixture
 def executed():
     """How often each op has run since the test began; those that have not are left out."""
-    before = ops_executed()
-    return lambda: {
-        op: count - before[op] for op, count in ops_executed().items() if count > before[op]
-    }
+    return counter(ops_executed)
+
+
+@pytest.fixture
+def executed_in_xla():
+    """The same inside XLA."""
+    xla.available()  # which runs a kernel the first time
+    return counter(xla.ops_executed)
 
 
 @pytest.fixture
@@ -288,9 +298,13 @@ def test_machines_with_a_gpu(fast, stock, options, draw, executed, caplog, monke
 
 
 @pytest.mark.parametrize("fast, stock, options", PAIRS)
-def test_inside_xla(fast, stock, options, draw, executed, caplog):
+def test_inside_xla_where_the_kernels_cannot_run(
+    fast, stock, options, draw, executed, caplog, monkeypatch
+):
+    monkeypatch.setattr(xla, "reason_unavailable", lambda: "this test says so")
     x = tf.constant(draw(2, 6, 6, 3))
     fast, stock = equal_layers(fast, stock, x.shape, **options)
+    assert not fast.supports_jit
     wanted = outputs_and_gradients(stock, [x])
 
     # A function that the compiled one calls becomes part of the same XLA computation.
@@ -300,6 +314,7 @@ def test_inside_xla(fast, stock, options, draw, executed, caplog):
         actual = compiled(x)
     assert executed() == {}
     assert "the graph is compiled by XLA" in caplog.text
+    assert "this test says so" in caplog.text
     assert_all_close(actual, wanted, 1e-5)
 
 
@@ -489,17 +504,29 @@ OPS_OF_A_STEP = {
     [{}, {"run_eagerly": True}, {"steps_per_execution": 4}, {"jit_compile": True}],
     ids=str,
 )
-# Keras announces that it goes without XLA where it is told to use it.
-@pytest.mark.filterwarnings("ignore:Model doesn't support `jit_compile=True`")
-def test_training_follows_stock(options, data, executed):
+def test_training_follows_stock(options, data, executed, executed_in_xla):
     fast, stock = fast_model(**options), stock_model()
     losses = train(fast, data)
-    assert executed() == {op: STEPS * count for op, count in OPS_OF_A_STEP.items()}
+    here, elsewhere = executed, executed_in_xla
+    if options.get("jit_compile"):
+        here, elsewhere = elsewhere, here
+    assert here() == {op: STEPS * count for op, count in OPS_OF_A_STEP.items()}
+    assert elsewhere() == {}
     np.testing.assert_allclose(losses, train(stock, data), rtol=1e-4)
     assert_all_close([predictions(fast, data)], [predictions(stock, data)], 1e-3)
     np.testing.assert_allclose(
         fast.evaluate(*data, verbose=0), stock.evaluate(*data, verbose=0), rtol=1e-4
     )
+
+
+# Keras announces that it goes without XLA where it is told to use it.
+@pytest.mark.filterwarnings("ignore:Model doesn't support `jit_compile=True`")
+def test_training_where_the_kernels_cannot_run_in_xla(data, executed, monkeypatch):
+    monkeypatch.setattr(xla, "reason_unavailable", lambda: "this test says so")
+    model = fast_model(jit_compile=True)
+    assert not model.jit_compile
+    train(model, data)
+    assert executed() == {op: STEPS * count for op, count in OPS_OF_A_STEP.items()}
 
 
 def test_inference_keeps_no_argmax(data, executed):
@@ -509,9 +536,11 @@ def test_inference_keeps_no_argmax(data, executed):
     assert executed() == {"FastconvConv2D": 8, "FastconvMaxPool2D": 8}
 
 
-def test_keras_leaves_xla_off():
-    assert not fast_model().jit_compile
-    assert not fast_model(jit_compile="auto").jit_compile
+def test_keras_decides_on_xla_as_for_stock_layers():
+    for choice in ("auto", True, False):
+        assert fast_model(jit_compile=choice).jit_compile is (
+            stock_model(jit_compile=choice).jit_compile
+        )
 
 
 @pytest.mark.parametrize("size", [(None, None), (12, None)], ids=str)

@@ -37,13 +37,16 @@ __all__ = [
     "set_num_threads",
 ]
 
+_OF_KERAS = ("accelerate", "restore")  # names of fastconv.keras that are ours as well
+
 
 def __getattr__(name: str) -> Any:
     # TensorFlow takes seconds to import: only those who use the layers pay for it.
-    if name != "keras":
+    if name != "keras" and name not in _OF_KERAS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return importlib.import_module("fastconv.keras")
+        layers = importlib.import_module("fastconv.keras")
+        return layers if name == "keras" else getattr(layers, name)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("keras", "tensorflow"):
             raise
@@ -54,4 +57,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "keras"})
+    return sorted({*globals(), "keras", *_OF_KERAS})

@@ -2,16 +2,19 @@
 
 The kernels are TensorFlow ops of the library ``libfastconv_tensorflow`` beside this package. They
 compute in float32 on the CPU; importing this module loads and registers them, after which a
-SavedModel that holds them can be loaded as well. They do not run inside XLA: ``inside_xla()``
-tells whether the graph under construction goes there. It cannot tell of a ``tf.function`` that is
-traced now and called from a compiled one later; TensorFlow refuses to compile that one.
+SavedModel that holds them can be loaded as well. In a graph that XLA will compile, the same kernels
+are called as ``fastconv.adapters.xla`` does it. ``inside_xla()`` tells whether the graph under
+construction goes there. It cannot tell of a ``tf.function`` that is traced now and called from a
+compiled one later; TensorFlow refuses to compile that one.
 """
 
 import ctypes
 import functools
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.framework import ops as framework_ops
@@ -24,8 +27,10 @@ from fastconv._arguments import (
     normalize_padding,
     normalize_pair,
 )
+from fastconv.adapters import xla
+from fastconv.adapters._extents import Extent, like, static_extents
 
-__all__ = ["conv2d", "inside_xla", "max_pool2d", "ops_executed"]
+__all__ = ["conv2d", "conv2d_transpose", "inside_xla", "max_pool2d", "ops_executed"]
 
 _LIBRARY = Path(__file__).parent.parent / (
     "libfastconv_tensorflow.so" if sys.platform != "darwin" else "libfastconv_tensorflow.dylib"
@@ -51,10 +56,12 @@ def _load_ops():
 
 
 _ops, _symbols = _load_ops()
+# The op's function by the op's name in lower case, as TensorFlow adds underscores to names.
+_op_functions = {name.replace("_", ""): getattr(_ops, name) for name in dir(_ops)}
 
 
 def ops_executed():
-    """How often each of our kernels has run in this process, by the op's name.
+    """How often each of our kernels has run as a TensorFlow op in this process, by the op's name.
 
     Returns:
         A dict such as ``{"FastconvConv2D": 3, "FastconvMaxPool2D": 0, ...}``.
@@ -161,6 +168,78 @@ def max_pool2d(
     return _max_pool2d_with_argmax(x, attributes)[0] if keep_argmax else _max_pool2d(x, attributes)
 
 
+def conv2d_transpose(
+    x,
+    w,
+    *,
+    strides=1,
+    padding="valid",
+    output_padding=None,
+    dilation_rate=1,
+    data_format="channels_last",
+):
+    """Transposed 2-D convolution as ``keras.ops.conv_transpose``, differentiable to any order.
+
+    Args:
+        x: float32 tensor of shape (batch, height, width, channels), or (batch, channels, height,
+            width) with ``data_format="channels_first"``. Any dimension may be unknown in a graph.
+        w: float32 tensor of shape (rows, columns, filters, channels).
+        strides: an integer, or a pair for height and width.
+        padding: ``"valid"`` or ``"same"``.
+        output_padding: None, an integer, or a pair for height and width, below the strides: what
+            Keras adds to the output's height and width.
+        dilation_rate: an integer, or a pair for height and width.
+        data_format: ``"channels_last"`` or ``"channels_first"``, of ``x`` and of the result.
+
+    Returns:
+        A float32 tensor of shape (batch, new_height, new_width, filters), or (batch, filters,
+        new_height, new_width) with ``data_format="channels_first"``.
+
+    Raises:
+        TypeError, ValueError: where an option is none of those above.
+        tf.errors.InvalidArgumentError: where the shapes do not fit each other. In a graph it is
+            raised when the graph runs.
+    """
+    _follow_tensorflow_threads()
+    x = tf.convert_to_tensor(x)
+    w = tf.convert_to_tensor(w)
+    attributes = {
+        "strides": normalize_pair(strides, "strides"),
+        "dilations": normalize_pair(dilation_rate, "dilation_rate"),
+        "activation": "LINEAR",
+        "data_format": _layout(data_format),
+        **_padding_attributes(padding),
+    }
+    if attributes["padding"] == "EXPLICIT":
+        raise ValueError(f"`padding` must be 'valid' or 'same'. Received: padding={padding!r}")
+    if w.shape.rank != 4 or None in w.shape[:2]:
+        raise ValueError(
+            "The filter `w` must have 4 dimensions, of which the first two are known. "
+            f"Received: w.shape={w.shape}"
+        )
+    added = (None, None)
+    if output_padding is not None:
+        added = normalize_pair(output_padding, "output_padding")
+    attributes["output_offset"] = [
+        _transpose_offset((taps - 1) * dilation + 1, stride, attributes["padding"], extra)
+        for taps, dilation, stride, extra in zip(
+            w.shape[:2], attributes["dilations"], attributes["strides"], added, strict=True
+        )
+    ]
+    return _conv2d_transpose(x, w, attributes)
+
+
+def _transpose_offset(window, stride, padding, output_padding):
+    """What Keras's rule for the output's extent adds to the input's extent times the stride."""
+    if padding == "VALID":
+        return (
+            max(window - stride, 0)
+            if output_padding is None
+            else (window - stride + output_padding)
+        )
+    return 0 if output_padding is None else window % 2 - stride + output_padding
+
+
 # --- arguments to attributes ----------------------------------------------------------------------
 
 
@@ -192,66 +271,159 @@ def _was_told_threads():
     return fastconv.get_num_threads() != usable
 
 
-# --- static shapes --------------------------------------------------------------------------------
+# --- output shapes --------------------------------------------------------------------------------
 # TensorFlow's C API shows an op's shape function no attributes, so shapes are set here.
 
 
-def _extent(size, window, stride, padding, before, after):
-    """The output extent along one axis; None where it is unknown or where the kernel will refuse."""
-    if size is None or window is None or stride < 1:
+def _spatial_axes(attributes):
+    return (2, 3) if attributes["data_format"] in ("NCHW", b"NCHW") else (1, 2)
+
+
+def _channel_axis(attributes):
+    return 1 if attributes["data_format"] in ("NCHW", b"NCHW") else 3
+
+
+def _windowed(axis, window, stride, padding, before, after):
+    """The output extent of a window that slides along one axis of input 0; None if unknown."""
+    if window is None or stride < 1:
         return None
     if padding == "SAME":
-        return -(-size // stride)
-    room = size + before + after - window
-    return room // stride + 1 if room >= 0 else None
+        return Extent(0, axis, plus=stride - 1, over=stride)
+    return Extent(0, axis, plus=before + after - window, over=stride, then=1)
 
 
-def _output_shape(x_shape, window, channels, attributes):
-    """The static shape that ``window`` (rows, columns) and ``attributes`` make of ``x_shape``."""
-    if x_shape.rank != 4:
-        return tf.TensorShape(None)
-    channels_first = attributes["data_format"] in ("NCHW", b"NCHW")
-    batch, *rest = x_shape.as_list()
-    height, width = rest[1:] if channels_first else rest[:2]
-    padding = tf.compat.as_str(attributes["padding"])
+def _arranged(batch, channels, extents, attributes):
+    """(batch, *extents, channels), in the layout of ``attributes``."""
+    if _channel_axis(attributes) == 1:
+        return [batch, channels, *extents]
+    return [batch, *extents, channels]
+
+
+def _windows_of(window, channels, attributes):
+    """The extents that windows of (rows, columns) make of input 0."""
     top, bottom, left, right = attributes["explicit_paddings"]
-    strides = attributes["strides"]
-    height = _extent(height, window[0], strides[0], padding, top, bottom)
-    width = _extent(width, window[1], strides[1], padding, left, right)
-    shape = [batch, channels, height, width] if channels_first else [batch, height, width, channels]
-    return tf.TensorShape(shape)
+    padding = tf.compat.as_str(attributes["padding"])
+    axes = zip(
+        _spatial_axes(attributes),
+        window,
+        attributes["strides"],
+        ((top, bottom), (left, right)),
+        strict=True,
+    )
+    extents = [_windowed(axis, taps, stride, padding, *sides) for axis, taps, stride, sides in axes]
+    return _arranged(Extent(0, 0), channels, extents, attributes)
 
 
-def _conv2d_shape(x, w, attributes):
+def _conv2d_extents(w, attributes):
     if w.shape.rank != 4:
-        return tf.TensorShape(None)
-    rows, columns, _, filters = w.shape.as_list()
+        return None
     window = [
         None if taps is None else (taps - 1) * dilation + 1
-        for taps, dilation in zip((rows, columns), attributes["dilations"], strict=True)
+        for taps, dilation in zip(w.shape[:2], attributes["dilations"], strict=True)
     ]
-    return _output_shape(x.shape, window, filters, attributes)
+    return _windows_of(window, Extent(1, 3), attributes)
 
 
-def _pool_shape(x, attributes):
-    if x.shape.rank != 4:
-        return tf.TensorShape(None)
-    channels = x.shape[1 if attributes["data_format"] in ("NCHW", b"NCHW") else 3]
-    return _output_shape(x.shape, attributes["pool_size"], channels, attributes)
+def _transpose_extents(attributes):
+    rows, columns = (
+        Extent(0, axis, times=stride, plus=offset)
+        for axis, stride, offset in zip(
+            _spatial_axes(attributes),
+            attributes["strides"],
+            attributes["output_offset"],
+            strict=True,
+        )
+    )
+    return _arranged(Extent(0, 0), Extent(1, 2), (rows, columns), attributes)
 
 
-def _with_static_shape(tensor, shape):
+def _pool_extents(attributes):
+    channels = Extent(0, _channel_axis(attributes))
+    return _windows_of(attributes["pool_size"], channels, attributes)
+
+
+# --- ops, and XLA's calls of the same kernels -----------------------------------------------------
+
+
+def _run(name, inputs, attributes, outputs, **own_attributes):
+    """The outputs of the op ``name``, a list.
+
+    ``outputs`` holds the data type and the extents of each; no extents where not even the rank is
+    known. ``own_attributes`` are those that TensorFlow alone asks for.
+    """
+    flat = tf.nest.flatten(inputs)
+    if inside_xla() and xla.available():
+        return _run_inside_xla(name, flat, attributes, outputs)
+    function = _op_functions[name.lower()]
+    results = tf.nest.flatten(function(*inputs, **attributes, **own_attributes))
     if not tf.executing_eagerly():
-        tensor.set_shape(shape())
-    return tensor
+        for result, (_, extents) in zip(results, outputs, strict=True):
+            result.set_shape(tf.TensorShape(static_extents(extents, flat)))
+    return results
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call inside XLA, as the gradient functions below see an op."""
+
+    inputs: list
+    outputs: list
+    attributes: dict[str, Any]
+
+    def get_attr(self, name):
+        return self.attributes[name]
+
+
+def _run_inside_xla(name, inputs, attributes, outputs):
+    @tf.custom_gradient
+    def run(*inputs):
+        results = xla.call(name, inputs, attributes, outputs)
+
+        def gradient(*upstream):
+            return _gradients[name](_Call(inputs, results, attributes), *upstream)
+
+        return results, gradient
+
+    return tf.nest.flatten(run(*inputs))
+
+
+_gradients = {}
+
+
+def _gradient_of(name):
+    """Decorator: the function is the gradient of the op ``name``, in TensorFlow and in XLA."""
+
+    def register(function):
+        _gradients[name] = function
+        return tf.RegisterGradient(name)(function)
+
+    return register
 
 
 # --- convolution and its gradients ----------------------------------------------------------------
 
 
 def _conv2d(x, w, bias, attributes):
-    y = _ops.fastconv_conv2d(x, w, bias, **attributes)
-    return _with_static_shape(y, lambda: _conv2d_shape(x, w, attributes))
+    outputs = [(tf.float32, _conv2d_extents(w, attributes))]
+    return _run("FastconvConv2D", (x, w, bias), attributes, outputs)[0]
+
+
+def _conv2d_grad_input(x, w, dy, mask, attributes):
+    outputs = [(tf.float32, like(0))]
+    return _run("FastconvConv2DGradInput", (x, w, dy, mask), attributes, outputs)[0]
+
+
+def _conv2d_grad_filter(x, w, dy, mask, attributes, num_bias=0):
+    """The gradients of the filter and of each bias."""
+    outputs = [(tf.float32, like(1)), *[(tf.float32, [Extent(1, 3)])] * num_bias]
+    return _run(
+        "FastconvConv2DGradFilter", (x, w, dy, mask), attributes, outputs, num_bias=num_bias
+    )
+
+
+def _conv2d_transpose(x, w, attributes):
+    outputs = [(tf.float32, _transpose_extents(attributes))]
+    return _run("FastconvConv2DTranspose", (x, w), attributes, outputs)[0]
 
 
 def _attributes(op, *own):
@@ -281,7 +453,7 @@ def _skipped(op):
     return getattr(op, "skip_input_indices", None) or ()
 
 
-@tf.RegisterGradient("FastconvConv2D")
+@_gradient_of("FastconvConv2D")
 def _conv2d_gradient(op, dy):
     x, w, *bias = op.inputs
     attributes = _conv2d_attributes(op)
@@ -290,79 +462,92 @@ def _conv2d_gradient(op, dy):
     dx = dw = None
     dbias = [None] * len(bias)
     if 0 not in skipped:
-        dx = _ops.fastconv_conv2d_grad_input(x, w, dy, mask, **attributes)
+        dx = _conv2d_grad_input(x, w, dy, mask, attributes)
     if not set(range(1, len(op.inputs))).issubset(skipped):
-        dw, dbias = _ops.fastconv_conv2d_grad_filter(
-            x, w, dy, mask, num_bias=len(bias), **attributes
-        )
-        dbias = [_with_static_shape(d, lambda: w.shape[3:]) for d in dbias]
+        dw, *dbias = _conv2d_grad_filter(x, w, dy, mask, attributes, num_bias=len(bias))
     return [dx, dw, *dbias]
 
 
-@tf.RegisterGradient("FastconvConv2DGradInput")
+@_gradient_of("FastconvConv2DGradInput")
 def _conv2d_grad_input_gradient(op, ddx):
     # dx is linear in w and in dy; of x only the shape matters.
     _, w, dy, *mask = op.inputs
     attributes = _conv2d_attributes(op)
-    dw, _ = _ops.fastconv_conv2d_grad_filter(ddx, w, dy, mask, num_bias=0, **attributes)
+    (dw,) = _conv2d_grad_filter(ddx, w, dy, mask, attributes)
     ddy = _masked(_conv2d(ddx, w, [], _linear(attributes)), mask)
     return [None, dw, ddy, *[None] * len(mask)]
 
 
-@tf.RegisterGradient("FastconvConv2DGradFilter")
+@_gradient_of("FastconvConv2DGradFilter")
 def _conv2d_grad_filter_gradient(op, ddw, *ddbias):
     # dw is linear in x and in dy, and so is dbias in dy; of w only the shape matters.
     x, _, dy, *mask = op.inputs
     attributes = _conv2d_attributes(op)
-    dx = _ops.fastconv_conv2d_grad_input(x, ddw, dy, mask, **attributes)
+    dx = _conv2d_grad_input(x, ddw, dy, mask, attributes)
     ddy = _masked(_conv2d(x, ddw, list(ddbias), _linear(attributes)), mask)
     return [dx, None, ddy, *[None] * len(mask)]
+
+
+@_gradient_of("FastconvConv2DTranspose")
+def _conv2d_transpose_gradient(op, dy):
+    # The transpose of the transpose is the convolution that it was named after.
+    x, w = op.inputs
+    attributes = _conv2d_attributes(op)
+    (dw,) = _conv2d_grad_filter(dy, w, x, [], attributes)
+    return [_conv2d(dy, w, [], attributes), dw]
 
 
 # --- max-pooling and its gradients ----------------------------------------------------------------
 
 
 def _max_pool2d(x, attributes):
-    y = _ops.fastconv_max_pool2d(x, **attributes)
-    return _with_static_shape(y, lambda: _pool_shape(x, attributes))
+    outputs = [(tf.float32, _pool_extents(attributes))]
+    return _run("FastconvMaxPool2D", (x,), attributes, outputs)[0]
 
 
 def _max_pool2d_with_argmax(x, attributes):
     rows, columns = attributes["pool_size"]
     argmax_type = tf.uint8 if rows * columns <= _LARGEST_BYTE_WINDOW else tf.int32
-    y, argmax = _ops.fastconv_max_pool2d_with_argmax(x, Targmax=argmax_type, **attributes)
-    for tensor in (y, argmax):
-        _with_static_shape(tensor, lambda: _pool_shape(x, attributes))
-    return y, argmax
+    extents = _pool_extents(attributes)
+    outputs = [(tf.float32, extents), (argmax_type, extents)]
+    return _run("FastconvMaxPool2DWithArgmax", (x,), attributes, outputs, Targmax=argmax_type)
+
+
+def _max_pool2d_grad(x, argmax, dy, attributes):
+    outputs = [(tf.float32, like(0))]
+    return _run("FastconvMaxPool2DGrad", (x, argmax, dy), attributes, outputs)[0]
+
+
+def _max_pool2d_grad_grad(ddx, argmax, attributes):
+    outputs = [(tf.float32, like(1))]
+    return _run("FastconvMaxPool2DGradGrad", (ddx, argmax), attributes, outputs)[0]
 
 
 def _pool_attributes(op):
     return _attributes(op, "pool_size")
 
 
-@tf.RegisterGradient("FastconvMaxPool2D")
+@_gradient_of("FastconvMaxPool2D")
 def _max_pool2d_gradient(op, dy):
     x = op.inputs[0]
     attributes = _pool_attributes(op)
     _, argmax = _max_pool2d_with_argmax(x, attributes)
-    return _ops.fastconv_max_pool2d_grad(x, argmax, dy, **attributes)
+    return _max_pool2d_grad(x, argmax, dy, attributes)
 
 
-@tf.RegisterGradient("FastconvMaxPool2DWithArgmax")
+@_gradient_of("FastconvMaxPool2DWithArgmax")
 def _max_pool2d_with_argmax_gradient(op, dy, _):
-    return _ops.fastconv_max_pool2d_grad(op.inputs[0], op.outputs[1], dy, **_pool_attributes(op))
+    return _max_pool2d_grad(op.inputs[0], op.outputs[1], dy, _pool_attributes(op))
 
 
-@tf.RegisterGradient("FastconvMaxPool2DGrad")
+@_gradient_of("FastconvMaxPool2DGrad")
 def _max_pool2d_grad_gradient(op, ddx):
     # dx is linear in dy; of x only the shape matters.
     _, argmax, _ = op.inputs
-    attributes = _pool_attributes(op)
-    ddy = _ops.fastconv_max_pool2d_grad_grad(ddx, argmax, **attributes)
-    return [None, None, _with_static_shape(ddy, lambda: argmax.shape)]
+    return [None, None, _max_pool2d_grad_grad(ddx, argmax, _pool_attributes(op))]
 
 
-@tf.RegisterGradient("FastconvMaxPool2DGradGrad")
+@_gradient_of("FastconvMaxPool2DGradGrad")
 def _max_pool2d_grad_grad_gradient(op, dddy):
     ddx, argmax = op.inputs
-    return [_ops.fastconv_max_pool2d_grad(ddx, argmax, dddy, **_pool_attributes(op)), None]
+    return [_max_pool2d_grad(ddx, argmax, dddy, _pool_attributes(op)), None]

@@ -1,13 +1,35 @@
 """Drop-in Keras layers whose work is done by fastconv's kernels.
 
-``FastConv2D`` and ``FastMaxPooling2D`` are subclasses of the stock layers: same arguments, weights,
-names and files. What the kernels do not serve (a data type other than float32, XLA, a Keras backend
-other than TensorFlow, ...) is done by the stock layer's own code; the logger ``fastconv`` says so
-and why at level DEBUG. Importing this module registers the layers with Keras, so that models that
-hold them can be loaded.
+``FastConv2D`` and its siblings are subclasses of the stock layers: same arguments, weights, names
+and files. What the kernels do not serve (a data type other than float32, a Keras backend other than
+TensorFlow, ...) is done by the stock layer's own code; the logger ``fastconv`` says so and why at
+level DEBUG. Importing this module registers the layers with Keras, so that models that hold them
+can be loaded.
+
+``accelerate()`` makes the layers of a whole model fast, ``restore()`` stock again; ``summary()``
+and ``explain_layer()`` tell who computes what, and why; ``patch()`` is for code one cannot edit.
 """
 
+from fastconv.keras._accelerate import accelerate, patch, restore, summary
+from fastconv.keras._explain import Explanation, explain_layer
+from fastconv.keras.conv1d import FastConv1D
 from fastconv.keras.conv2d import FastConv2D
+from fastconv.keras.conv2d_transpose import FastConv2DTranspose
+from fastconv.keras.depthwise_conv2d import FastDepthwiseConv2D
 from fastconv.keras.max_pooling2d import FastMaxPooling2D
+from fastconv.keras.separable_conv2d import FastSeparableConv2D
 
-__all__ = ["FastConv2D", "FastMaxPooling2D"]
+__all__ = [
+    "Explanation",
+    "FastConv1D",
+    "FastConv2D",
+    "FastConv2DTranspose",
+    "FastDepthwiseConv2D",
+    "FastMaxPooling2D",
+    "FastSeparableConv2D",
+    "accelerate",
+    "explain_layer",
+    "patch",
+    "restore",
+    "summary",
+]

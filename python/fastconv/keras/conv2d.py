@@ -2,14 +2,8 @@
 
 import keras
 
-from fastconv.keras._stand_in import (
-    OutsideXla,
-    adapter,
-    has_empty_output,
-    reason_for_stock,
-    stand_in_for,
-    tell,
-)
+from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
+from fastconv.keras._stand_in import OutsideXla, adapter, stand_in_for
 
 
 @stand_in_for(keras.layers.Conv2D)
@@ -30,23 +24,16 @@ class FastConv2D(OutsideXla, keras.layers.Conv2D):
 
     def call(self, inputs):
         # A subclass may override convolution_op, as keras.layers.Conv2D invites it to.
-        if not _is_own_convolution_op(self) or self._leave_to_stock(inputs):
+        if not _is_own_convolution_op(self) or leaves_to_stock(self, inputs):
             return super().call(inputs)
-        fused = _fused_activation(self.activation)
-        outputs = self._convolve(
-            inputs,
-            self.kernel,
-            bias=self.bias if self.use_bias else None,
-            activation=fused,
-        )
-        return outputs if fused else self.activation(outputs)
+        return activated(self, self._convolve(inputs, self.kernel, **epilogue(self)))
 
     def convolution_op(self, inputs, kernel):
-        if self._leave_to_stock(inputs):
+        if leaves_to_stock(self, inputs):
             return super().convolution_op(inputs, kernel)
         return self._convolve(inputs, kernel)
 
-    def _convolve(self, inputs, kernel, **epilogue):
+    def _convolve(self, inputs, kernel, **options):
         return adapter.conv2d(
             inputs,
             kernel,
@@ -54,36 +41,9 @@ class FastConv2D(OutsideXla, keras.layers.Conv2D):
             padding=self.padding,
             dilation_rate=self.dilation_rate,
             data_format=self.data_format,
-            **epilogue,
+            **options,
         )
-
-    def _leave_to_stock(self, inputs):
-        reason = self._reason_for_stock(inputs)
-        if reason is not None:
-            tell(self, reason)
-        return reason is not None
-
-    def _reason_for_stock(self, inputs):
-        reason = reason_for_stock(inputs, self.compute_dtype)
-        if reason is not None:
-            return reason
-        window = [
-            (taps - 1) * dilation + 1
-            for taps, dilation in zip(self.kernel_size, self.dilation_rate, strict=True)
-        ]
-        if has_empty_output(inputs, window, self.padding, self.data_format):
-            return f"the output would be empty: input of shape {inputs.shape}"
-        return None
 
 
 def _is_own_convolution_op(layer):
     return type(layer).convolution_op is FastConv2D.convolution_op
-
-
-def _fused_activation(activation):
-    """The name of the activation that the op computes itself; None if it leaves it to Keras."""
-    if activation is None or activation is keras.activations.linear:
-        return "linear"
-    if activation is keras.activations.relu:
-        return "relu"
-    return None

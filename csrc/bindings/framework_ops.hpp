@@ -1,0 +1,448 @@
+// fastconv's operations as the ops of a tensor framework, written once for all of them. A kernel
+// class reads its attributes, checks its inputs' shapes, has its outputs allocated and calls
+// core/operations.hpp. A door (TensorFlow's C API, XLA's FFI) brings
+//
+//   Attributes   integers<N>(name), text(name)
+//   Tensor       type(), rank(), dim(axis), data(), floats()
+//   Context      num_inputs(), num_outputs(), output_type(i), input(i), output(i, shape)
+//
+// The gradient ops take the forward op's input itself rather than its shape: a shape tensor would
+// cost one or two more ops a step, and the input lives until then anyway (the filter's gradient, or
+// the ReLU mask of the layer below, reads it).
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+
+#include "core/error.hpp"
+#include "core/operations.hpp"
+#include "core/problem.hpp"
+
+namespace fastconv::framework {
+
+using std::int64_t;
+using Shape4 = std::array<int64_t, 4>;
+
+enum class ElementType { float32, int32, uint8, other };
+
+// --- attributes -------------------------------------------------------------------------------
+
+Padding padding_attribute(const auto& attributes) {
+  Padding padding;
+  const std::string kind = attributes.text("padding");
+  if (kind == "SAME") padding.kind = Padding::Kind::same;
+  if (kind == "EXPLICIT") {
+    padding.kind = Padding::Kind::explicit_sides;
+    const Shape4 sides = attributes.template integers<4>("explicit_paddings");
+    padding.top = sides[0];
+    padding.bottom = sides[1];
+    padding.left = sides[2];
+    padding.right = sides[3];
+  }
+  return padding;
+}
+
+Layout layout_attribute(const auto& attributes) {
+  return attributes.text("data_format") == "NCHW" ? Layout::nchw : Layout::nhwc;
+}
+
+Activation activation_attribute(const auto& attributes) {
+  return attributes.text("activation") == "RELU" ? Activation::relu : Activation::linear;
+}
+
+// Attributes of every op, in the notation of TensorFlow's op definitions.
+inline constexpr std::array kGeometryAttributes{
+    "T: {float} = DT_FLOAT",
+    "strides: list(int) = [1, 1]",
+    "padding: {'SAME', 'VALID', 'EXPLICIT'} = 'VALID'",
+    "explicit_paddings: list(int) = [0, 0, 0, 0]",  // top, bottom, left, right
+    "data_format: {'NHWC', 'NCHW'} = 'NHWC'",
+};
+
+// --- checks -----------------------------------------------------------------------------------
+
+std::string shape_text(const auto& tensor) {
+  std::string text = "(";
+  for (int axis = 0; axis < tensor.rank(); ++axis) {
+    text += (axis ? ", " : "") + std::to_string(tensor.dim(axis));
+  }
+  return text + (tensor.rank() == 1 ? ",)" : ")");
+}
+
+Shape4 rank4_shape(const auto& tensor, const char* name) {
+  if (tensor.rank() != 4) {
+    throw InvalidArgument("`" + std::string(name) + "` must have 4 dimensions. Received: " + name +
+                          ".shape=" + shape_text(tensor));
+  }
+  return {tensor.dim(0), tensor.dim(1), tensor.dim(2), tensor.dim(3)};
+}
+
+void check_shape(const auto& tensor, const char* name, std::span<const int64_t> expected) {
+  bool equal = tensor.rank() == static_cast<int>(expected.size());
+  for (int axis = 0; equal && axis < tensor.rank(); ++axis) {
+    equal = tensor.dim(axis) == expected[axis];
+  }
+  if (equal) return;
+  std::string text;
+  for (int64_t extent : expected) text += (text.empty() ? "" : ", ") + std::to_string(extent);
+  throw InvalidArgument("`" + std::string(name) + "` must have the shape (" + text +
+                        (expected.size() == 1 ? ",)" : ")") + ". Received: " + name +
+                        ".shape=" + shape_text(tensor));
+}
+
+// --- convolution ------------------------------------------------------------------------------
+//
+// A kernel class names its op, its attributes, inputs and outputs, and the input that has the shape
+// of its first output (-1: none).
+
+class Conv2dKernel {
+ public:
+  template <class Attributes>
+  explicit Conv2dKernel(const Attributes& attributes) {
+    arguments_.strides = attributes.template integers<2>("strides");
+    arguments_.dilations = attributes.template integers<2>("dilations");
+    arguments_.padding = padding_attribute(attributes);
+    arguments_.layout = layout_attribute(attributes);
+    arguments_.activation = activation_attribute(attributes);
+  }
+
+  static constexpr std::array kAttributes{
+      "dilations: list(int) = [1, 1]",
+      "activation: {'LINEAR', 'RELU'} = 'LINEAR'",
+  };
+
+ protected:
+  Conv2dProblem problem(const Shape4& x_shape, const auto& filter) const {
+    Conv2dArguments arguments = arguments_;
+    arguments.x_shape = x_shape;
+    arguments.filter_shape = rank4_shape(filter, "w");
+    // Implied by the shapes. Where they do not fit, 1 leads to the error that says so.
+    const int64_t channels = arguments.x_shape[arguments.layout == Layout::nchw ? 1 : 3];
+    const int64_t per_group = arguments.filter_shape[2];
+    const bool divides = per_group > 0 && channels > 0 && channels % per_group == 0;
+    arguments.groups = divides ? channels / per_group : 1;
+    return make_conv2d_problem(arguments);
+  }
+
+  // The forward op's output, whose sign is the ReLU mask, is an input of the gradient ops where the
+  // activation is ReLU.
+  static const float* checked_mask(const Conv2dProblem& problem, const auto& context,
+                                   const auto& output) {
+    if (problem.activation == Activation::linear) return nullptr;
+    if (!output) {
+      throw InvalidArgument("With activation 'RELU', `output` must be given. Received: " +
+                            std::to_string(context.num_inputs()) + " inputs");
+    }
+    check_shape(*output, "output", problem.y_shape());
+    return output->floats();
+  }
+
+  // The last input of an op, a list of none or one.
+  template <class Context>
+  static std::optional<typename Context::Tensor> optional_input(const Context& context, int index) {
+    if (context.num_inputs() > index + 1) {
+      throw InvalidArgument("There must be at most " + std::to_string(index + 1) +
+                            " inputs. Received: " + std::to_string(context.num_inputs()));
+    }
+    if (context.num_inputs() == index) return std::nullopt;
+    return context.input(index);
+  }
+
+ private:
+  Conv2dArguments arguments_;
+};
+
+class Conv2d : public Conv2dKernel {
+ public:
+  using Conv2dKernel::Conv2dKernel;
+  static constexpr const char* kName = "FastconvConv2D";
+  static constexpr std::array kOwnAttributes{"num_bias: int >= 0 = 0"};
+  static constexpr std::array kInputs{"x: T", "filter: T", "bias: num_bias * T"};
+  static constexpr std::array kOutputs{"y: T"};
+  static constexpr int kOutputLikeInput = -1;
+
+  template <class Context>
+  void operator()(const Context& context) const {
+    const auto x = context.input(0), filter = context.input(1);
+    const std::optional bias = optional_input(context, 2);
+    const Conv2dProblem p = problem(rank4_shape(x, "x"), filter);
+    if (bias) check_shape(*bias, "bias", std::array{p.k});
+    const auto y = context.output(0, p.y_shape());
+    conv2d_fprop(p, x.floats(), filter.floats(), bias ? bias->floats() : nullptr, y.floats());
+  }
+};
+
+class Conv2dGradInput : public Conv2dKernel {
+ public:
+  using Conv2dKernel::Conv2dKernel;
+  static constexpr const char* kName = "FastconvConv2DGradInput";
+  static constexpr std::array kOwnAttributes{"num_output: int >= 0 = 0"};
+  static constexpr std::array kInputs{"x: T", "filter: T", "dy: T", "output: num_output * T"};
+  static constexpr std::array kOutputs{"dx: T"};
+  static constexpr int kOutputLikeInput = 0;
+
+  template <class Context>
+  void operator()(const Context& context) const {
+    const auto x = context.input(0), filter = context.input(1), dy = context.input(2);
+    const std::optional output = optional_input(context, 3);
+    const Conv2dProblem p = problem(rank4_shape(x, "x"), filter);
+    check_shape(dy, "dy", p.y_shape());
+    const float* mask = checked_mask(p, context, output);
+    const auto dx = context.output(0, p.x_shape());
+    conv2d_dgrad(p, dy.floats(), filter.floats(), mask, dx.floats());
+  }
+};
+
+class Conv2dGradFilter : public Conv2dKernel {
+ public:
+  using Conv2dKernel::Conv2dKernel;
+  static constexpr const char* kName = "FastconvConv2DGradFilter";
+  static constexpr std::array kOwnAttributes{"num_output: int >= 0 = 0", "num_bias: int >= 0 = 0"};
+  static constexpr std::array kInputs{"x: T", "filter: T", "dy: T", "output: num_output * T"};
+  static constexpr std::array kOutputs{"dfilter: T", "dbias: num_bias * T"};
+  static constexpr int kOutputLikeInput = 1;
+
+  template <class Context>
+  void operator()(const Context& context) const {
+    const auto x = context.input(0), filter = context.input(1), dy = context.input(2);
+    const std::optional output = optional_input(context, 3);
+    const Conv2dProblem p = problem(rank4_shape(x, "x"), filter);
+    check_shape(dy, "dy", p.y_shape());
+    const float* mask = checked_mask(p, context, output);
+    const auto dfilter = context.output(0, p.filter_shape());
+    if (context.num_outputs() == 1) {
+      conv2d_wgrad(p, x.floats(), dy.floats(), mask, dfilter.floats(), nullptr);
+      return;
+    }
+    if (context.num_outputs() > 2) {
+      throw InvalidArgument("`num_bias` must be 0 or 1. Received: num_bias=" +
+                            std::to_string(context.num_outputs() - 1));
+    }
+    const auto dbias = context.output(1, std::array{p.k});
+    conv2d_wgrad(p, x.floats(), dy.floats(), mask, dfilter.floats(), dbias.floats());
+  }
+};
+
+// A transposed convolution: y is to x what the input's gradient is to the output's. y's height and
+// width are x's times the stride plus `output_offset`, out of which the convolution of the same
+// strides, padding and dilation must make x's again.
+class Conv2dTranspose : public Conv2dKernel {
+ public:
+  template <class Attributes>
+  explicit Conv2dTranspose(const Attributes& attributes)
+      : Conv2dKernel(attributes),
+        strides_(attributes.template integers<2>("strides")),
+        offset_(attributes.template integers<2>("output_offset")),
+        channel_axis_(layout_attribute(attributes) == Layout::nchw ? 1 : 3) {
+    if (activation_attribute(attributes) != Activation::linear) {
+      throw InvalidArgument("`activation` must be 'LINEAR'. Received: activation='RELU'");
+    }
+  }
+  static constexpr const char* kName = "FastconvConv2DTranspose";
+  static constexpr std::array kOwnAttributes{"output_offset: list(int) = [0, 0]"};
+  static constexpr std::array kInputs{"x: T", "filter: T"};
+  static constexpr std::array kOutputs{"y: T"};
+  static constexpr int kOutputLikeInput = -1;
+
+  template <class Context>
+  void operator()(const Context& context) const {
+    const auto x = context.input(0), filter = context.input(1);
+    const Shape4 x_shape = rank4_shape(x, "x");
+    Shape4 y_shape = x_shape;
+    y_shape[channel_axis_] = rank4_shape(filter, "w")[2];
+    for (int axis = 0; axis < 2; ++axis) {
+      int64_t& extent = y_shape[(channel_axis_ == 1 ? 2 : 1) + axis];
+      if (__builtin_mul_overflow(extent, strides_[axis], &extent) ||
+          __builtin_add_overflow(extent, offset_[axis], &extent)) {
+        throw InvalidArgument("The output's height and width must fit 64 bits. Received: x.shape=" +
+                              shape_text(x) + ", strides=(" + std::to_string(strides_[0]) + ", " +
+                              std::to_string(strides_[1]) + ")");
+      }
+    }
+    const Conv2dProblem p = problem(y_shape, filter);
+    check_shape(x, "x", p.y_shape());
+    const auto y = context.output(0, y_shape);
+    conv2d_dgrad(p, x.floats(), filter.floats(), nullptr, y.floats());
+  }
+
+ private:
+  std::array<int64_t, 2> strides_, offset_;
+  int channel_axis_;
+};
+
+// --- max-pooling ------------------------------------------------------------------------------
+
+class MaxPool2dKernel {
+ public:
+  template <class Attributes>
+  explicit MaxPool2dKernel(const Attributes& attributes) {
+    arguments_.pool_size = attributes.template integers<2>("pool_size");
+    arguments_.strides = attributes.template integers<2>("strides");
+    arguments_.padding = padding_attribute(attributes);
+    arguments_.layout = layout_attribute(attributes);
+  }
+
+  static constexpr std::array kAttributes{"pool_size: list(int)"};
+
+ protected:
+  Pool2dProblem problem(const auto& x) const {
+    Pool2dArguments arguments = arguments_;
+    arguments.x_shape = rank4_shape(x, "x");
+    return make_pool2d_problem(arguments);
+  }
+
+  static void check_argmax_type(const Pool2dProblem& problem, ElementType type) {
+    const ElementType expected =
+        problem.argmax_fits_byte() ? ElementType::uint8 : ElementType::int32;
+    if (type == expected) return;
+    throw InvalidArgument(
+        "`argmax` must be uint8 for windows of up to 256 taps and int32 beyond. Received: " +
+        std::string(type == ElementType::uint8 ? "uint8" : "int32") + " for pool_size=(" +
+        std::to_string(problem.r) + ", " + std::to_string(problem.s) + ")");
+  }
+
+ private:
+  Pool2dArguments arguments_;
+};
+
+inline constexpr std::array kArgmaxAttributes{"Targmax: {uint8, int32} = DT_UINT8"};
+
+class MaxPool2d : public MaxPool2dKernel {
+ public:
+  using MaxPool2dKernel::MaxPool2dKernel;
+  static constexpr const char* kName = "FastconvMaxPool2D";
+  static constexpr std::array<const char*, 0> kOwnAttributes{};
+  static constexpr std::array kInputs{"x: T"};
+  static constexpr std::array kOutputs{"y: T"};
+  static constexpr int kOutputLikeInput = -1;
+
+  template <class Context>
+  void operator()(const Context& context) const {
+    const auto x = context.input(0);
+    const Pool2dProblem p = problem(x);
+    const auto y = context.output(0, p.y_shape());
+    max_pool2d_fprop(p, x.floats(), y.floats(), nullptr);
+  }
+};
+
+// argmax: each window's maximum as its place row * S + column in the window.
+class MaxPool2dWithArgmax : public MaxPool2dKernel {
+ public:
+  using MaxPool2dKernel::MaxPool2dKernel;
+  static constexpr const char* kName = "FastconvMaxPool2DWithArgmax";
+  static constexpr std::array kOwnAttributes = kArgmaxAttributes;
+  static constexpr std::array kInputs{"x: T"};
+  static constexpr std::array kOutputs{"y: T", "argmax: Targmax"};
+  static constexpr int kOutputLikeInput = -1;
+
+  template <class Context>
+  void operator()(const Context& context) const {
+    const auto x = context.input(0);
+    const Pool2dProblem p = problem(x);
+    check_argmax_type(p, context.output_type(1));
+    const auto y = context.output(0, p.y_shape());
+    const auto argmax = context.output(1, p.y_shape());
+    max_pool2d_fprop(p, x.floats(), y.floats(), argmax.data());
+  }
+};
+
+class MaxPool2dGrad : public MaxPool2dKernel {
+ public:
+  using MaxPool2dKernel::MaxPool2dKernel;
+  static constexpr const char* kName = "FastconvMaxPool2DGrad";
+  static constexpr std::array kOwnAttributes = kArgmaxAttributes;
+  static constexpr std::array kInputs{"x: T", "argmax: Targmax", "dy: T"};
+  static constexpr std::array kOutputs{"dx: T"};
+  static constexpr int kOutputLikeInput = 0;
+
+  template <class Context>
+  void operator()(const Context& context) const {
+    const auto x = context.input(0), argmax = context.input(1), dy = context.input(2);
+    const Pool2dProblem p = problem(x);
+    check_argmax_type(p, argmax.type());
+    check_shape(argmax, "argmax", p.y_shape());
+    check_shape(dy, "dy", p.y_shape());
+    const auto dx = context.output(0, p.x_shape());
+    max_pool2d_bprop(p, dy.floats(), argmax.data(), dx.floats());
+  }
+};
+
+// What a window takes from its argmax's pixel: the transpose of max_pool2d_bprop. It serves second
+// derivatives alone, so it is plain.
+template <class Tap>
+void gather_at_argmax(const Pool2dProblem& p, const float* x, const Tap* argmax, float* y) {
+  const bool channels_first = p.layout == Layout::nchw;
+  const int64_t channel_step = channels_first ? p.h * p.w : 1;
+  const int64_t pixel_step = channels_first ? 1 : p.c;
+  const Shape4 shape = p.y_shape();
+  int64_t at = 0;
+  for (int64_t n = 0; n < shape[0]; ++n) {
+    for (int64_t a = 0; a < shape[1]; ++a) {
+      for (int64_t b = 0; b < shape[2]; ++b) {
+        for (int64_t d = 0; d < shape[3]; ++d, ++at) {
+          const int64_t i = channels_first ? b : a, j = channels_first ? d : b;
+          const int64_t c = channels_first ? a : d;
+          const int64_t row = i * p.stride_h - p.pad_top + argmax[at] / p.s;
+          const int64_t column = j * p.stride_w - p.pad_left + argmax[at] % p.s;
+          // An argmax is data: one that names no pixel must not make us read outside.
+          const bool inside = row >= 0 && row < p.h && column >= 0 && column < p.w;
+          y[at] = inside ? x[n * p.h * p.w * p.c + (row * p.w + column) * pixel_step +
+                             c * channel_step]
+                         : 0.0f;
+        }
+      }
+    }
+  }
+}
+
+class MaxPool2dGradGrad : public MaxPool2dKernel {
+ public:
+  using MaxPool2dKernel::MaxPool2dKernel;
+  static constexpr const char* kName = "FastconvMaxPool2DGradGrad";
+  static constexpr std::array kOwnAttributes = kArgmaxAttributes;
+  static constexpr std::array kInputs{"ddx: T", "argmax: Targmax"};
+  static constexpr std::array kOutputs{"ddy: T"};
+  static constexpr int kOutputLikeInput = -1;
+
+  template <class Context>
+  void operator()(const Context& context) const {
+    const auto ddx = context.input(0), argmax = context.input(1);
+    const Pool2dProblem p = problem(ddx);
+    check_argmax_type(p, argmax.type());
+    check_shape(argmax, "argmax", p.y_shape());
+    const auto ddy = context.output(0, p.y_shape());
+    if (p.argmax_fits_byte()) {
+      gather_at_argmax(p, ddx.floats(), static_cast<const std::uint8_t*>(argmax.data()),
+                       ddy.floats());
+    } else {
+      gather_at_argmax(p, ddx.floats(), static_cast<const std::int32_t*>(argmax.data()),
+                       ddy.floats());
+    }
+  }
+};
+
+// --- all of them ------------------------------------------------------------------------------
+
+template <class Kernel>
+inline std::atomic<std::uint64_t> g_executions{0};
+
+template <class... Kernels>
+struct OpList {
+  // Calls action.operator()<Kernel>() for each.
+  static void for_each(const auto& action) { (action.template operator()<Kernels>(), ...); }
+  static constexpr std::array kNames{Kernels::kName...};
+  // How often the op's kernel ran to its end since the door, a library of its own, was loaded.
+  static std::uint64_t executions(std::size_t index) {
+    const std::array counters{&g_executions<Kernels>...};
+    return counters[index]->load(std::memory_order_relaxed);
+  }
+};
+
+using Ops = OpList<Conv2d, Conv2dGradInput, Conv2dGradFilter, Conv2dTranspose, MaxPool2d,
+                   MaxPool2dWithArgmax, MaxPool2dGrad, MaxPool2dGradGrad>;
+
+}  // namespace fastconv::framework

@@ -1,0 +1,233 @@
+// XLA's door: the ops of framework_ops.hpp as handlers of custom calls on the host, which is how
+// they run inside a computation that XLA compiled (jit_compile=True). Nothing of XLA's is linked:
+// the interface is found in the TensorFlow that this process has loaded.
+#include <dlfcn.h>
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+#include "bindings/framework_ops.hpp"
+#include "bindings/xla/ffi_api.hpp"
+#include "core/error.hpp"
+#include "core/export.hpp"
+
+namespace fastconv::xla {
+namespace {
+
+using framework::ElementType;
+using framework::Ops;
+using std::int64_t;
+
+// --- what a kernel sees -----------------------------------------------------------------------
+
+class Attributes {
+ public:
+  explicit Attributes(const AttributeList& list) : list_(list) {}
+
+  template <std::size_t Size>
+  std::array<int64_t, Size> integers(const char* name) const {
+    const Array& array = *static_cast<const Array*>(find(name, AttributeType::array));
+    if (array.type != DataType::int64 || array.size != Size) {
+      throw InvalidArgument("`" + std::string(name) + "` must be a list of " +
+                            std::to_string(Size) + " 64-bit integers. Received: a list of " +
+                            std::to_string(array.size));
+    }
+    std::array<int64_t, Size> values{};
+    std::memcpy(values.data(), array.data, sizeof values);
+    return values;
+  }
+
+  std::string text(const char* name) const {
+    const Text& text = *static_cast<const Text*>(find(name, AttributeType::string));
+    return {text.data, text.size};
+  }
+
+ private:
+  const void* find(std::string_view name, AttributeType type) const {
+    for (int64_t i = 0; i < list_.size; ++i) {
+      if (std::string_view(list_.names[i]->data, list_.names[i]->size) != name) continue;
+      if (list_.types[i] == type) return list_.items[i];
+    }
+    throw InvalidArgument("The call must have the attribute `" + std::string(name) +
+                          "`. Received: none of that name and kind");
+  }
+
+  const AttributeList& list_;
+};
+
+class Tensor {
+ public:
+  explicit Tensor(const Buffer& buffer) : buffer_(&buffer) {}
+  ElementType type() const {
+    switch (buffer_->type) {
+      case DataType::float32: return ElementType::float32;
+      case DataType::int32: return ElementType::int32;
+      case DataType::uint8: return ElementType::uint8;
+      default: return ElementType::other;
+    }
+  }
+  int rank() const { return static_cast<int>(buffer_->rank); }
+  int64_t dim(int axis) const { return buffer_->dims[axis]; }
+  void* data() const { return buffer_->data; }
+  float* floats() const {
+    if (type() != ElementType::float32) {
+      throw InvalidArgument("Tensors must be of float32. Received: the data type " +
+                            std::to_string(static_cast<int>(buffer_->type)) + " of XLA's");
+    }
+    return static_cast<float*>(data());
+  }
+
+ private:
+  const Buffer* buffer_;
+};
+
+class Context {
+ public:
+  using Tensor = xla::Tensor;
+
+  explicit Context(const CallFrame& frame)
+      : frame_(frame),
+        // Behind the op's inputs there may be an operand that tells XLA the shape of the results.
+        num_inputs_(Attributes(frame.attributes).integers<1>("num_inputs")[0]) {}
+
+  int num_inputs() const { return static_cast<int>(num_inputs_); }
+  int num_outputs() const { return static_cast<int>(frame_.results.size); }
+  ElementType output_type(int index) const { return buffer(frame_.results, index).type(); }
+  Tensor input(int index) const { return buffer(frame_.arguments, index); }
+
+  // XLA has allocated it, of the shape that the call's text declares.
+  Tensor output(int index, std::span<const int64_t> shape) const {
+    const Tensor tensor = buffer(frame_.results, index);
+    framework::check_shape(tensor, "output", shape);
+    return tensor;
+  }
+
+ private:
+  static Tensor buffer(const Buffers& buffers, int index) {
+    if (index >= buffers.size || buffers.types[index] != ArgumentType::buffer) {
+      throw InvalidArgument("Argument " + std::to_string(index) + " must be a tensor. Received: " +
+                            std::to_string(buffers.size) + " arguments");
+    }
+    return Tensor(*static_cast<const Buffer*>(buffers.items[index]));
+  }
+
+  const CallFrame& frame_;
+  int64_t num_inputs_;
+};
+
+// --- from kernels to handlers -----------------------------------------------------------------
+
+Error* error(const Api* api, ErrorCode code, const char* message) {
+  ErrorCreateArguments arguments{sizeof(ErrorCreateArguments), nullptr, message, code};
+  return api->create_error(&arguments);
+}
+
+// Whether XLA only asked which version of the interface the handler was written for.
+bool answer_metadata(CallFrame& frame) {
+  if (!frame.extensions || frame.extensions->type != ExtensionType::metadata) return false;
+  Metadata& metadata = *reinterpret_cast<MetadataExtension*>(frame.extensions)->metadata;
+  metadata.version = {sizeof(Version), nullptr, kMajorVersion, kMinorVersion};
+  metadata.traits = 0;
+  return true;
+}
+
+template <class Kernel>
+Error* handle(CallFrame* frame) noexcept {
+  if (answer_metadata(*frame)) return nullptr;
+  try {
+    Kernel{Attributes(frame->attributes)}(Context(*frame));
+    framework::g_executions<Kernel>.fetch_add(1, std::memory_order_relaxed);
+    return nullptr;
+  } catch (const InvalidArgument& e) {
+    return error(frame->api, ErrorCode::invalid_argument, e.what());
+  } catch (const std::bad_alloc&) {
+    return error(frame->api, ErrorCode::resource_exhausted, "fastconv: out of memory");
+  } catch (const std::exception& e) {
+    return error(frame->api, ErrorCode::internal, e.what());
+  } catch (...) {
+    return error(frame->api, ErrorCode::internal, "fastconv: unknown exception");
+  }
+}
+
+Text text(std::string_view view) { return {view.data(), view.size()}; }
+
+template <class Kernel>
+void register_handler(const Api* api) {
+  RegisterArguments arguments{};
+  arguments.struct_size = sizeof(RegisterArguments);
+  arguments.name = text(Kernel::kName);
+  arguments.platform = text("Host");
+  arguments.stages.execute = handle<Kernel>;
+  Error* failure = api->register_handler(&arguments);
+  if (!failure) return;
+  ErrorMessageArguments message{sizeof(ErrorMessageArguments), nullptr, failure, nullptr};
+  api->get_error_message(&message);
+  const std::string reason = message.message ? message.message : "unknown error";
+  ErrorDestroyArguments destroy{sizeof(ErrorDestroyArguments), nullptr, failure};
+  api->destroy_error(&destroy);
+  throw std::runtime_error("XLA refuses the handler of " + std::string(Kernel::kName) + ": " +
+                           reason);
+}
+
+#if defined(__APPLE__)
+constexpr const char* kTensorFlowLibrary = "libtensorflow_cc.2.dylib";
+#else
+constexpr const char* kTensorFlowLibrary = "libtensorflow_cc.so.2";
+#endif
+constexpr const char* kGetApi = "_ZN3xla3ffi12GetXlaFfiApiEv";  // xla::ffi::GetXlaFfiApi()
+
+void register_all() {
+  // NOLOAD: handlers must reach the XLA that runs, not a second one.
+  void* library = dlopen(kTensorFlowLibrary, RTLD_LAZY | RTLD_NOLOAD);
+  if (!library) {
+    throw std::runtime_error(std::string("this process has not loaded ") + kTensorFlowLibrary);
+  }
+  // No part of a public API: another TensorFlow may have none, or a different one.
+  const auto get_api = reinterpret_cast<const Api* (*)()>(dlsym(library, kGetApi));
+  if (!get_api) throw std::runtime_error("TensorFlow does not offer XLA's interface");
+  const Api* api = get_api();
+  if (!api || api->struct_size < sizeof(Api) || api->version.major_version != kMajorVersion ||
+      api->version.minor_version < kMinorVersion) {
+    throw std::runtime_error("XLA's interface is of another version than 0.1 or later");
+  }
+  Ops::for_each([&]<class Kernel>() { register_handler<Kernel>(api); });
+}
+
+}  // namespace
+}  // namespace fastconv::xla
+
+// Read by fastconv.adapters.xla through ctypes.
+extern "C" {
+
+// Registers the handlers. Null when all is well, else why they cannot be. To be called once.
+FASTCONV_API const char* fastconv_xla_register() {
+  static std::string reason;
+  try {
+    fastconv::xla::register_all();
+    return nullptr;
+  } catch (const std::exception& error) {
+    reason = error.what();
+  } catch (...) {
+    reason = "unknown exception";
+  }
+  return reason.c_str();
+}
+
+// Null beyond the last op.
+FASTCONV_API const char* fastconv_xla_op_name(std::size_t index) {
+  using fastconv::framework::Ops;
+  return index < Ops::kNames.size() ? Ops::kNames[index] : nullptr;
+}
+
+// How often the op's kernel ran to its end inside XLA since the library was loaded.
+FASTCONV_API std::uint64_t fastconv_xla_op_executions(std::size_t index) {
+  using fastconv::framework::Ops;
+  return index < Ops::kNames.size() ? Ops::executions(index) : 0;
+}
+
+}  // extern "C"

@@ -1,0 +1,41 @@
+"""Output shapes as expressions of input shapes: static where known, left to XLA where not."""
+
+from typing import NamedTuple
+
+
+class Extent(NamedTuple):
+    """An extent of an output: ``(size * times + plus) // over + then``.
+
+    ``size`` is the extent of the input number ``source`` along ``axis``.
+    """
+
+    source: int
+    axis: int
+    times: int = 1
+    plus: int = 0
+    over: int = 1
+    then: int = 0
+
+    def evaluate(self, inputs):
+        """None where the input's extent is unknown, or where the kernel will refuse it."""
+        size = inputs[self.source].shape[self.axis]
+        if size is None:
+            return None
+        room = size * self.times + self.plus
+        return room // self.over + self.then if room >= 0 else None
+
+
+def like(source, rank=4):
+    """The extents of the input number ``source``."""
+    return [Extent(source, axis) for axis in range(rank)]
+
+
+def static_extents(extents, inputs):
+    """``extents``, of which each is an Extent, a number or None, as numbers and None.
+
+    None for all where the rank of an input that they depend on is unknown.
+    """
+    sources = {extent.source for extent in extents or () if isinstance(extent, Extent)}
+    if extents is None or any(inputs[source].shape.rank is None for source in sources):
+        return None
+    return [e.evaluate(inputs) if isinstance(e, Extent) else e for e in extents]

@@ -1,0 +1,229 @@
+"""fastconv's kernels inside XLA: what ``jit_compile=True`` compiles.
+
+The library ``libfastconv_xla`` registers the kernels as handlers of XLA's foreign function
+interface. A kernel is called by a StableHLO module, written here as text, that TensorFlow's op
+XlaCallModule makes part of the compiled graph. Both are no part of TensorFlow's public API:
+``available()`` tries them and says whether they work in this process.
+"""
+
+import ctypes
+import functools
+import logging
+import sys
+from pathlib import Path
+
+import tensorflow as tf
+
+from fastconv.adapters._extents import Extent, static_extents
+
+__all__ = ["available", "call", "ops_executed", "reason_unavailable"]
+
+_LIBRARY = Path(__file__).parent.parent / (
+    "libfastconv_xla.so" if sys.platform != "darwin" else "libfastconv_xla.dylib"
+)
+_MODULE_VERSION = 9  # of XlaCallModule: StableHLO as text, platforms in an attribute
+_TYPES = {tf.float32: "f32", tf.uint8: "ui8", tf.int32: "i32"}
+
+_logger = logging.getLogger("fastconv")
+
+
+def _register():
+    """The library, and why its handlers cannot be used; one of them is None."""
+    try:
+        from tensorflow.compiler.tf2xla.python import xla as tf2xla
+
+        library = ctypes.CDLL(str(_LIBRARY))
+        library.fastconv_xla_register.restype = ctypes.c_char_p
+        library.fastconv_xla_op_name.restype = ctypes.c_char_p
+        library.fastconv_xla_op_name.argtypes = [ctypes.c_size_t]
+        library.fastconv_xla_op_executions.restype = ctypes.c_uint64
+        library.fastconv_xla_op_executions.argtypes = [ctypes.c_size_t]
+        reason = library.fastconv_xla_register()
+        return library, tf2xla.call_module, None if reason is None else reason.decode()
+    except Exception as error:  # Whatever it is, models must work without XLA.
+        return None, None, f"{type(error).__name__}: {error}"
+
+
+# At import, before anything is compiled. It runs nothing of TensorFlow's, whose devices can still
+# be configured after it.
+_library, _call_module, _registration_failure = _register()
+
+
+def ops_executed():
+    """How often each of our kernels has run inside XLA in this process, by the op's name."""
+    counts = {}
+    while _library and (name := _library.fastconv_xla_op_name(len(counts))) is not None:
+        counts[name.decode()] = _library.fastconv_xla_op_executions(len(counts))
+    return counts
+
+
+def available():
+    """Whether the kernels can run inside XLA. The first call compiles one to see."""
+    return reason_unavailable() is None
+
+
+@functools.cache
+def reason_unavailable():
+    """Why the kernels cannot run inside XLA; None if they can."""
+    reason = _registration_failure or _self_test_failure()
+    if reason is not None:
+        _logger.debug("the kernels cannot run inside XLA: %s", reason)
+    return reason
+
+
+def _self_test_failure():
+    try:
+        with tf.init_scope(), tf.device("CPU:0"):
+            ones = tf.ones((3, 2, 2, 1))
+            function = tf.function(_self_test, jit_compile=True, autograph=False)
+            signature = tf.TensorSpec((None, None, 2, 1), tf.float32)
+            y = function.get_concrete_function(signature)(ones)
+            if y.shape != (3, 1, 1, 1) or not bool(tf.reduce_all(y == 4.0)):
+                return f"the self-test gave {y.numpy().tolist()}, not ones times 4"
+    except Exception as error:  # As above.
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _self_test(x):
+    attributes = {
+        "strides": (1, 1),
+        "dilations": (1, 1),
+        "padding": "VALID",
+        "explicit_paddings": (0, 0, 0, 0),
+        "data_format": "NHWC",
+        "activation": "LINEAR",
+    }
+    extents = [Extent(0, 0), Extent(0, 1, plus=-2, then=1), 1, 1]
+    return call("FastconvConv2D", [x, tf.ones((2, 2, 1, 1))], attributes, [(tf.float32, extents)])[
+        0
+    ]
+
+
+def call(name, inputs, attributes, outputs):
+    """Makes a call of the kernel ``name`` part of the graph that XLA compiles.
+
+    Args:
+        name: the op, such as ``"FastconvConv2D"``.
+        inputs: its inputs, a flat list of tensors.
+        attributes: its attributes: strings and lists of integers.
+        outputs: the data type and the extents (see Extent) of each output.
+
+    Returns:
+        A list of tensors.
+    """
+    shapes = [static_extents(extents, inputs) for _, extents in outputs]
+    if None in shapes:
+        raise ValueError(
+            "Inside XLA the rank of every tensor must be known. Received: "
+            f"{', '.join(str(tensor.shape) for tensor in inputs)}"
+        )
+    return _call_module(
+        list(inputs),
+        version=_MODULE_VERSION,
+        module=_module(name, inputs, attributes, outputs, shapes),
+        Tout=[dtype for dtype, _ in outputs],
+        Sout=[tf.TensorShape(shape) for shape in shapes],
+        platforms=["CPU"],
+        disabled_checks=[],
+    )
+
+
+# --- StableHLO ------------------------------------------------------------------------------------
+
+
+def _module(name, inputs, attributes, outputs, shapes):
+    """A module whose main function is one custom call.
+
+    Where a result's shape is not known yet, an operand behind the others computes it from the
+    inputs; XLA evaluates that when it knows them.
+    """
+    operands = [f"%in{i}" for i in range(len(inputs))]
+    types = [_type(tensor.dtype, tensor.shape) for tensor in inputs]
+    results = [_type(dtype, shape) for (dtype, _), shape in zip(outputs, shapes, strict=True)]
+    parameters = ", ".join(f"{o}: {t}" for o, t in zip(operands, types, strict=True))
+    lines, shape_operands = [], ""
+    if any(None in shape for shape in shapes):
+        text = _Text(types)
+        for _, extents in outputs:
+            operands.append(text.shape(extents, name))
+            types.append(f"tensor<{len(extents)}xi32>")
+        lines = text.lines
+        indices = ", ".join(str(len(inputs) + i) for i in range(len(outputs)))
+        shape_operands = (
+            f", indices_of_shape_operands = dense<[{indices}]> : tensor<{len(outputs)}xi64>"
+        )
+    config = {**attributes, "num_inputs": (len(inputs),)}
+    config = ", ".join(f"{key} = {_attribute(value)}" for key, value in config.items())
+    results = ", ".join(results)
+    returned = "%out" if len(outputs) == 1 else ", ".join(f"%out#{i}" for i in range(len(outputs)))
+    arity = "" if len(outputs) == 1 else f":{len(outputs)}"
+    body = "\n".join(lines)
+    return f"""module @fastconv attributes {{jax.uses_shape_polymorphism = true}} {{
+func.func public @main({parameters}) -> ({results}) {{
+{body}
+%out{arity} = stablehlo.custom_call @{name}({", ".join(operands)}) {{
+  api_version = 4 : i32, backend_config = {{{config}}}{shape_operands}
+}} : ({", ".join(types)}) -> ({results})
+return {returned} : {results}
+}}
+}}"""
+
+
+def _type(dtype, shape):
+    extents = "".join("?x" if extent is None else f"{extent}x" for extent in shape)
+    return f"tensor<{extents}{_TYPES[dtype]}>"
+
+
+def _attribute(value):
+    if isinstance(value, (str, bytes)):
+        return f'"{tf.compat.as_str(value)}"'
+    return f"array<i64: {', '.join(map(str, value))}>"
+
+
+class _Text:
+    """Lines of StableHLO that compute shapes."""
+
+    def __init__(self, input_types):
+        self.lines = []
+        self._input_types = input_types
+
+    def shape(self, extents, name):
+        parts = []
+        for extent in extents:
+            if extent is None:
+                raise ValueError(
+                    "Inside XLA, the shape of filters must be known and strides must be positive. "
+                    f"Received: an output of {name} of unknown shape"
+                )
+            size = self._extent(extent) if isinstance(extent, Extent) else self._constant(extent)
+            parts.append(self._add(f"stablehlo.reshape {size} : (tensor<i32>) -> tensor<1xi32>"))
+        types = ", ".join(["tensor<1xi32>"] * len(parts))
+        return self._add(
+            f"stablehlo.concatenate {', '.join(parts)}, dim = 0 : ({types}) -> "
+            f"tensor<{len(parts)}xi32>"
+        )
+
+    def _extent(self, extent):
+        size = self._add(
+            f"stablehlo.get_dimension_size %in{extent.source}, dim = {extent.axis} : "
+            f"({self._input_types[extent.source]}) -> tensor<i32>"
+        )
+        for operation, number, neutral in (
+            ("multiply", extent.times, 1),
+            ("add", extent.plus, 0),
+            ("divide", extent.over, 1),
+            ("add", extent.then, 0),
+        ):
+            if number != neutral:
+                other = self._constant(number)
+                size = self._add(f"stablehlo.{operation} {size}, {other} : tensor<i32>")
+        return size
+
+    def _constant(self, number):
+        return self._add(f"stablehlo.constant dense<{number}> : tensor<i32>")
+
+    def _add(self, line):
+        name = f"%v{len(self.lines)}"
+        self.lines.append(f"{name} = {line}")
+        return name

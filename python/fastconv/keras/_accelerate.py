@@ -1,0 +1,149 @@
+"""Making whole models fast, and stock again: accelerate(), restore(), summary() and patch()."""
+
+import contextlib
+import threading
+
+import keras
+from rich.console import Console
+from rich.table import Table
+
+from fastconv.keras._explain import explain_layer
+from fastconv.keras._stand_in import STAND_INS
+
+
+def accelerate(model):
+    """Makes every layer of ``model`` that fastconv has a fast layer for that fast layer.
+
+    The layers change their class and nothing else, so ``model`` keeps its weights, its optimizer's
+    state, what ``compile()`` was told and who shares which layer. It may be functional, Sequential,
+    subclassed or nested, built or not, trained or not. ``summary(model)`` tells what was done.
+
+    Functions that you traced from the model yourself (``tf.function``) remain what they are; those
+    of ``fit()``, ``evaluate()`` and ``predict()`` are made anew.
+
+    Args:
+        model: a Keras model, or a layer.
+
+    Returns:
+        ``model``, which was changed in place.
+    """
+    return _change_classes(model, STAND_INS)
+
+
+def restore(model):
+    """Makes every fast layer of ``model`` the stock layer it stands in for: undoes accelerate().
+
+    Args:
+        model: a Keras model, or a layer.
+
+    Returns:
+        ``model``, which was changed in place.
+    """
+    return _change_classes(model, {fast: stock for stock, fast in STAND_INS.items()})
+
+
+def summary(model, console=None):
+    """Prints a table of ``model``'s layers: who computes each, and why.
+
+    Args:
+        model: a Keras model, or a layer.
+        console: the ``rich.console.Console`` to print to; by default, standard output.
+
+    Returns:
+        The list of Explanations that the table shows.
+    """
+    explanations = [
+        explain_layer(layer)
+        for layer in _layers(model)
+        if not isinstance(layer, (keras.Model, keras.layers.InputLayer))
+    ]
+    served = sum(explanation.served_by == "fastconv" for explanation in explanations)
+    name = getattr(model, "name", "")
+    table = Table(title=f"{name}: {served} of {len(explanations)} layers on fastconv's kernels")
+    for heading in ("layer", "class", "computed by", "why"):
+        table.add_column(heading)
+    for explanation in explanations:
+        table.add_row(
+            explanation.name,
+            explanation.type,
+            explanation.served_by,
+            explanation.reason,
+            style=None if explanation.served_by == "fastconv" else "dim",
+        )
+    (console or Console()).print(table)
+    return explanations
+
+
+_patch_lock = threading.Lock()
+_patches = 0  # how many are active
+
+
+@contextlib.contextmanager
+def patch():
+    """Context manager within which the stock classes make fast layers.
+
+    For code that one cannot edit: whoever calls ``keras.layers.Conv2D(...)`` within it, under
+    whatever name it was imported, gets a ``FastConv2D``. So does the loading of a model's file.
+    Subclasses of the stock classes stay what they are. It holds for all threads of the process.
+    """
+    global _patches
+    with _patch_lock:
+        _patches += 1
+        if _patches == 1:
+            for stock, fast in STAND_INS.items():
+                stock.__new__ = _maker(stock, fast)
+    try:
+        yield
+    finally:
+        with _patch_lock:
+            _patches -= 1
+            if _patches == 0:
+                for stock in STAND_INS:
+                    del stock.__new__
+
+
+def _maker(stock, fast):
+    def __new__(cls, *args, **kwargs):
+        # Python then calls __init__ of the class that this made, a subclass of `stock`.
+        cls = fast if cls is stock else cls
+        return super(stock, cls).__new__(cls, *args, **kwargs)
+
+    return __new__
+
+
+def _layers(model):
+    """``model`` and all layers within, each once."""
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"`model` must be a Keras model or layer. Received: model={model!r}")
+    unique = {id(layer): layer for layer in model._flatten_layers()}
+    return list(unique.values())
+
+
+def _change_classes(model, classes):
+    layers = _layers(model)
+    for layer in layers:
+        if type(layer) in classes:
+            _change_class(layer, classes[type(layer)])
+    for layer in layers:
+        if isinstance(layer, keras.Model):
+            _forget_traced_functions(layer)
+    return model
+
+
+def _change_class(layer, cls):
+    # Not by Keras's __setattr__, which looks for variables in what it sets.
+    object.__setattr__(layer, "__class__", cls)
+    # Keras notes in each layer what its call() takes. Another layer of the class knows it.
+    other = cls.__new__(cls)
+    keras.layers.Layer.__init__(other, name="other")
+    for name, value in vars(other).items():
+        if name.startswith(("_call_", "call_signature")):
+            layer.__dict__[name] = value
+
+
+def _forget_traced_functions(model):
+    model.train_function = model.test_function = model.predict_function = None
+    config = getattr(model, "_compile_config", None)
+    if model.compiled and config is not None:
+        # Keras drops what was asked for where a layer does not support it, and says so.
+        model.jit_compile = config.config.get("jit_compile")

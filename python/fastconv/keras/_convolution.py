@@ -1,0 +1,48 @@
+"""What the fast convolution layers share."""
+
+import keras
+
+from fastconv.keras._stand_in import has_empty_output, reason_for_stock, tell
+
+
+def leaves_to_stock(layer, inputs):
+    """Whether the stock code must take ``inputs``; says so in the log if it must."""
+    reason = _reason_for_stock(layer, inputs)
+    if reason is not None:
+        tell(layer, reason)
+    return reason is not None
+
+
+def fused_activation(activation):
+    """The name of the activation that the op computes itself; None if it leaves it to Keras."""
+    if activation is None or activation is keras.activations.linear:
+        return "linear"
+    if activation is keras.activations.relu:
+        return "relu"
+    return None
+
+
+def epilogue(layer):
+    """What the op does behind the convolution: its arguments ``bias`` and ``activation``."""
+    return {
+        "bias": layer.bias if layer.use_bias else None,
+        "activation": fused_activation(layer.activation),
+    }
+
+
+def activated(layer, outputs):
+    """``outputs`` of an op with the layer's epilogue, with an activation that it left to Keras."""
+    return outputs if fused_activation(layer.activation) else layer.activation(outputs)
+
+
+def _reason_for_stock(layer, inputs):
+    reason = reason_for_stock(inputs, layer.compute_dtype, rank=layer.rank + 2)
+    if reason is not None:
+        return reason
+    window = [
+        (taps - 1) * dilation + 1
+        for taps, dilation in zip(layer.kernel_size, layer.dilation_rate, strict=True)
+    ]
+    if has_empty_output(inputs, window, layer.padding, layer.data_format):
+        return f"the output would be empty: input of shape {inputs.shape}"
+    return None

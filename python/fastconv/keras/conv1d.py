@@ -1,0 +1,39 @@
+"""``keras.layers.Conv1D`` on fastconv's kernels."""
+
+import keras
+
+from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
+from fastconv.keras._stand_in import OutsideXla, adapter, stand_in_for, tf
+
+
+@stand_in_for(keras.layers.Conv1D)
+class FastConv1D(OutsideXla, keras.layers.Conv1D):
+    """A 1-D convolution layer: ``keras.layers.Conv1D``, computed by fastconv's kernels.
+
+    A sequence is an image of height 1 to them; causal padding is part of the op. Arguments,
+    defaults, names, weights, errors and files are those of ``keras.layers.Conv1D``, and so is the
+    code for inputs that the kernels do not serve: see ``FastConv2D``.
+
+    Input shape: float32 of (batch, steps, channels), or (batch, channels, steps) with
+    ``data_format="channels_first"``.
+
+    Output shape: (batch, new_steps, filters), or (batch, filters, new_steps).
+    """
+
+    def call(self, inputs):
+        if leaves_to_stock(self, inputs):
+            return super().call(inputs)
+        padding = self.padding
+        if padding == "causal":
+            padding = ((0, 0), (self.dilation_rate[0] * (self.kernel_size[0] - 1), 0))
+        height_axis = 2 if self.data_format == "channels_first" else 1
+        outputs = adapter.conv2d(
+            tf.expand_dims(inputs, height_axis),
+            tf.expand_dims(self.kernel, 0),
+            strides=(1, *self.strides),
+            padding=padding,
+            dilation_rate=(1, *self.dilation_rate),
+            data_format=self.data_format,
+            **epilogue(self),
+        )
+        return activated(self, tf.squeeze(outputs, height_axis))

@@ -1,0 +1,70 @@
+"""``keras.layers.Conv2DTranspose`` on fastconv's kernels."""
+
+import keras
+
+from fastconv.keras._stand_in import OutsideXla, adapter, reason_for_stock, stand_in_for, tell, tf
+
+
+@stand_in_for(keras.layers.Conv2DTranspose)
+class FastConv2DTranspose(OutsideXla, keras.layers.Conv2DTranspose):
+    """A transposed 2-D convolution layer: ``keras.layers.Conv2DTranspose`` on fastconv's kernels.
+
+    It is the input's gradient of a convolution, and its own gradients are that convolution and its
+    filter's gradient: the same three kernels. Bias and activation are TensorFlow's ops. Arguments,
+    defaults, names, weights, errors and files are those of ``keras.layers.Conv2DTranspose``, and so
+    is the code for inputs that the kernels do not serve: see ``FastConv2D``.
+
+    Input shape: float32 of (batch, height, width, channels), or (batch, channels, height, width)
+    with ``data_format="channels_first"``.
+
+    Output shape: (batch, new_height, new_width, filters), or (batch, filters, new_height,
+    new_width).
+    """
+
+    def call(self, inputs):
+        reason = self._reason_for_stock(inputs)
+        if reason is not None:
+            tell(self, reason)
+            return super().call(inputs)
+        channels_first = self.data_format == "channels_first"
+        outputs = adapter.conv2d_transpose(
+            inputs,
+            self.kernel,
+            strides=self.strides,
+            padding=self.padding,
+            output_padding=self.output_padding,
+            dilation_rate=self.dilation_rate,
+            data_format=self.data_format,
+        )
+        if self.use_bias:
+            outputs = tf.nn.bias_add(outputs, self.bias, "NCHW" if channels_first else "NHWC")
+        return outputs if self.activation is None else self.activation(outputs)
+
+    def _reason_for_stock(self, inputs):
+        reason = reason_for_stock(inputs, self.compute_dtype)
+        if reason is not None:
+            return reason
+        if 0 in inputs.shape[1:]:
+            return f"the input is empty: {inputs.shape}"
+        # Keras asks some combinations of its arguments for an output that no convolution makes its
+        # input of; TensorFlow's error says so.
+        for axis, extent in enumerate(self._output_extents(inputs.shape)):
+            size, taps, dilation, stride = (
+                inputs.shape[axis + (2 if self.data_format == "channels_first" else 1)],
+                self.kernel_size[axis],
+                self.dilation_rate[axis],
+                self.strides[axis],
+            )
+            if None in (size, extent):
+                continue
+            window = (taps - 1) * dilation + 1
+            made = (
+                -(-extent // stride) if self.padding == "same" else (extent - window) // stride + 1
+            )
+            if made != size:
+                return f"no convolution makes {size} pixels of the output's {extent}"
+        return None
+
+    def _output_extents(self, input_shape):
+        shape = self.compute_output_shape(tuple(input_shape))
+        return shape[2:] if self.data_format == "channels_first" else shape[1:3]

@@ -1,0 +1,43 @@
+"""``keras.layers.DepthwiseConv2D`` on fastconv's kernels."""
+
+import keras
+
+from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
+from fastconv.keras._stand_in import OutsideXla, adapter, stand_in_for, tf
+
+
+@stand_in_for(keras.layers.DepthwiseConv2D)
+class FastDepthwiseConv2D(OutsideXla, keras.layers.DepthwiseConv2D):
+    """A depthwise 2-D convolution layer: ``keras.layers.DepthwiseConv2D`` on fastconv's kernels.
+
+    To them it is a convolution with as many groups as channels. Arguments, defaults, names,
+    weights, errors and files are those of ``keras.layers.DepthwiseConv2D``, and so is the code for
+    inputs that the kernels do not serve: see ``FastConv2D``.
+
+    Input shape: float32 of (batch, height, width, channels), or (batch, channels, height, width)
+    with ``data_format="channels_first"``.
+
+    Output shape: (batch, new_height, new_width, channels * depth_multiplier), or (batch, channels *
+    depth_multiplier, new_height, new_width).
+    """
+
+    def call(self, inputs):
+        if leaves_to_stock(self, inputs):
+            return super().call(inputs)
+        outputs = depthwise_convolution(self, inputs, self.kernel, **epilogue(self))
+        return activated(self, outputs)
+
+
+def depthwise_convolution(layer, inputs, kernel, **options):
+    """The convolution of each channel with ``kernel`` (rows, columns, channels, multiplier)."""
+    rows, columns, channels, multiplier = kernel.shape
+    return adapter.conv2d(
+        inputs,
+        # Channel c's filters come c-th, which is where those of the c-th group are.
+        tf.reshape(kernel, (rows, columns, 1, channels * multiplier)),
+        strides=layer.strides,
+        padding=layer.padding,
+        dilation_rate=layer.dilation_rate,
+        data_format=layer.data_format,
+        **options,
+    )
