@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests: which instruction set and how many threads they run on."""
+"""Fixtures: which instruction set and how many threads kernels run on, and which kernels ran."""
 
 import numpy as np
 import pytest
@@ -27,3 +27,30 @@ def threads(request):
 @pytest.fixture
 def rng():
     return np.random.default_rng(20240607)
+
+
+@pytest.fixture
+def draw(rng):
+    return lambda *shape: rng.standard_normal(shape).astype("float32")
+
+
+def _counter(counts):
+    before = counts()
+    return lambda: {op: count - before[op] for op, count in counts().items() if count > before[op]}
+
+
+@pytest.fixture
+def executed():
+    """How often each op has run since the test began; those that have not are left out."""
+    from fastconv.adapters.tensorflow import ops_executed
+
+    return _counter(ops_executed)
+
+
+@pytest.fixture
+def executed_in_xla():
+    """The same inside XLA."""
+    from fastconv.adapters import xla
+
+    xla.available()  # which runs a kernel the first time
+    return _counter(xla.ops_executed)

@@ -14,57 +14,14 @@ import tensorflow as tf
 
 import tensorflow_oracle as oracle
 from fastconv.adapters import xla
-from fastconv.adapters.tensorflow import ops_executed
 from fastconv.keras import FastConv2D, FastMaxPooling2D, _stand_in
+from keras_support import equal_layers, outputs_and_gradients
 from tensorflow_oracle import assert_all_close
 
 PAIRS = [
     pytest.param(FastConv2D, keras.layers.Conv2D, {"filters": 3, "kernel_size": 2}, id="conv"),
     pytest.param(FastMaxPooling2D, keras.layers.MaxPooling2D, {}, id="pool"),
 ]
-
-
-def counter(counts):
-    before = counts()
-    return lambda: {op: count - before[op] for op, count in counts().items() if count > before[op]}
-
-
-@pytest.fixture
-def executed():
-    """How often each op has run since the test began; those that have not are left out."""
-    return counter(ops_executed)
-
-
-@pytest.fixture
-def executed_in_xla():
-    """The same inside XLA."""
-    xla.available()  # which runs a kernel the first time
-    return counter(xla.ops_executed)
-
-
-@pytest.fixture
-def draw(rng):
-    return lambda *shape: rng.standard_normal(shape).astype("float32")
-
-
-def outputs_and_gradients(function, inputs):
-    inputs = [tf.convert_to_tensor(x) for x in inputs]
-    with tf.GradientTape() as tape:
-        tape.watch(inputs)
-        y = function(*inputs)
-        loss = tf.reduce_sum(tf.sin(3.0 * y))
-    return [y, *tape.gradient(loss, inputs)]
-
-
-def equal_layers(fast_class, stock_class, shape, **options):
-    """A fast and a stock layer with the same weights, none of which is zero."""
-    fast, stock = fast_class(**options), stock_class(**options)
-    fast.build(shape)
-    stock.build(shape)
-    generator = np.random.default_rng(1)
-    fast.set_weights([generator.standard_normal(w.shape) for w in fast.get_weights()])
-    stock.set_weights(fast.get_weights())
-    return fast, stock
 
 
 # --- outputs and gradients ------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Keras's own tests of convolution and max-pooling, which its wheel carries, on our layers."""
+"""Keras's own tests of convolution and pooling, which its wheel carries, on our layers."""
 
 import ast
 import os
@@ -8,29 +8,30 @@ import sys
 from pathlib import Path
 
 import keras
-import pytest
 
 HERE = Path(__file__).parent
 LAYERS = Path(keras.__file__).parent / "src" / "layers"
 
+SUITES = {  # file: the ops that its tests must run
+    "convolutional/conv_test.py": ["FastconvConv2D", "FastconvConv2DGradFilter"],
+    "convolutional/conv_transpose_test.py": ["FastconvConv2DTranspose"],
+    "convolutional/depthwise_conv_test.py": ["FastconvConv2D"],
+    "convolutional/separable_conv_test.py": ["FastconvConv2D", "FastconvConv2DGradFilter"],
+    "pooling/max_pooling_test.py": ["FastconvMaxPool2D"],
+}
 
-@pytest.mark.parametrize(
-    "suite, ops",
-    [
-        ("convolutional/conv_test.py", ["FastconvConv2D", "FastconvConv2DGradFilter"]),
-        ("pooling/max_pooling_test.py", ["FastconvMaxPool2D"]),
-    ],
-)
-def test_keras_own_suite(suite, ops):
-    path = LAYERS / suite
-    assert path.is_file(), f"Keras {keras.__version__} carries no {suite}: find its tests elsewhere"
+
+def test_keras_own_suites():
+    paths = [LAYERS / suite for suite in SUITES]
+    for path in paths:
+        assert path.is_file(), f"Keras {keras.__version__} has no {path}: find its tests elsewhere"
     search_path = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     run = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-q"),
+            *(sys.executable, "-m", "pytest", "-q", "-rs"),
             *("-p", "keras_suite_plugin", "-p", "no:cacheprovider"),
             # Not our pytest settings, and no conftest.py between Keras and the root.
-            *("-c", os.devnull, "--rootdir", str(path.parent), str(path)),
+            *("-c", os.devnull, "--rootdir", str(LAYERS), *map(str, paths)),
         ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(search_path)},
         capture_output=True,
@@ -39,8 +40,11 @@ def test_keras_own_suite(suite, ops):
         check=False,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert re.search(r"^[1-9]\d* passed(, \d+ warnings?)? in ", run.stdout, re.MULTILINE), (
-        "all tests must pass and none be skipped:\n" + run.stdout[-2000:]
-    )
-    counts = ast.literal_eval(re.search(r"^kernels run: (.*)$", run.stdout, re.MULTILINE).group(1))
-    assert all(counts[op] > 0 for op in ops), counts
+    skipped = [line for line in run.stdout.splitlines() if line.startswith("SKIPPED")]
+    # Those say of their arguments that Keras's backends disagree on them.
+    unexpected = [line for line in skipped if "conv_transpose_test.py" not in line]
+    assert not unexpected, unexpected
+    for suite, ops in SUITES.items():
+        found = re.search(rf"^kernels run in {Path(suite).name}: (.*)$", run.stdout, re.MULTILINE)
+        counts = ast.literal_eval(found.group(1))
+        assert all(counts[op] > 0 for op in ops), (suite, counts)

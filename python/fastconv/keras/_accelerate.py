@@ -145,5 +145,7 @@ def _forget_traced_functions(model):
     model.train_function = model.test_function = model.predict_function = None
     config = getattr(model, "_compile_config", None)
     if model.compiled and config is not None:
-        # Keras drops what was asked for where a layer does not support it, and says so.
+        # Keras drops what was asked for where a layer does not support it, and says so; but not
+        # where it is set to what it is already.
+        model.jit_compile = False
         model.jit_compile = config.config.get("jit_compile")
