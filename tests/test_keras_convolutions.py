@@ -171,7 +171,7 @@ def channels_last(stock, options, axes):
     return layer, function
 
 
-# TensorFlow has no kernels for most of these on a CPU.
+# Stock TensorFlow lacks kernels for some of these on a CPU: a stock layer between transposes.
 @pytest.mark.parametrize("case", CASES, ids=identify)
 def test_channels_first(case, draw, executed):
     fast_class, stock_class, options, shape, ops = case

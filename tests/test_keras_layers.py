@@ -4,8 +4,10 @@ import copy
 import inspect
 import logging
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -17,6 +19,8 @@ from fastconv.adapters import xla
 from fastconv.keras import FastConv2D, FastMaxPooling2D, _stand_in
 from keras_support import equal_layers, outputs_and_gradients
 from tensorflow_oracle import assert_all_close
+
+DOCS = Path(__file__).parents[1] / "docs" / "keras.md"
 
 PAIRS = [
     pytest.param(FastConv2D, keras.layers.Conv2D, {"filters": 3, "kernel_size": 2}, id="conv"),
@@ -563,16 +567,13 @@ def test_a_fast_models_file_opens_as_stock_without_fastconv(data, tmp_path):
     train(model, data)
     model.save(tmp_path / "model.keras")
     np.save(tmp_path / "x.npy", data[0])
-    program = """
+    (loading,) = re.findall(r"```python\n(import keras\n.*?)```", DOCS.read_text(), re.DOTALL)
+    program = f"""
 import sys
-import keras
 import numpy as np
-stock = {
-    "fastconv>FastConv2D": keras.layers.Conv2D,
-    "fastconv>FastMaxPooling2D": keras.layers.MaxPooling2D,
-}
-model = keras.models.load_model("model.keras", custom_objects=stock)
+{loading}
 assert type(model.layers[0]) is keras.layers.Conv2D
+assert type(model.layers[1]) is keras.layers.MaxPooling2D
 assert "fastconv" not in sys.modules
 np.save("y.npy", model.predict(np.load("x.npy"), verbose=0))
 """
