@@ -46,8 +46,8 @@ def fast_layers():
 def build_model(layers):
     """The article's model, compiled, with Conv2D and MaxPooling2D taken from ``layers``.
 
-    XLA is off for either: the fast layers do without it, and on a CPU it slows the stock ones
-    down, so a comparison with them as they come would flatter us.
+    XLA is off for either: on a CPU it slows the stock layers down, so a comparison with them as
+    they come would flatter us.
     """
     model = keras.Sequential(
         [
