@@ -385,12 +385,11 @@ def test_lora_of_a_sequence_layer(draw):
     assert_all_close(*gradients)
 
 
-def test_an_output_that_no_convolution_makes_its_input_of(draw, executed, caplog):
-    # Keras's rule gives (5 - 1) * 4 rows, out of which TensorFlow's "same" makes 4, not 5.
+def test_an_output_that_no_convolution_makes_its_input_of(draw, executed):
+    # Keras's rule gives (5 - 1) * 4 rows, out of which "same" makes 4, not 5. TensorFlow refuses
+    # that too, if not so gently: version 2.18 ends the process.
     options = {"filters": 2, "kernel_size": 2, "strides": 4, "padding": "same", "output_padding": 0}
-    fast, stock = equal_layers(FastConv2DTranspose, L.Conv2DTranspose, (1, 5, 5, 2), **options)
-    x = draw(1, 5, 5, 2)
-    with caplog.at_level(logging.DEBUG, "fastconv"):
-        assert_same_failure(lambda: fast(x), lambda: stock(x))
+    layer = FastConv2DTranspose(**options)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"`x` must have the shape.*Received"):
+        layer(draw(1, 5, 5, 2))
     assert executed() == {}
-    assert "no convolution makes" in caplog.text

@@ -264,7 +264,7 @@ class Conv2dTranspose : public Conv2dKernel {
       }
     }
     const Conv2dProblem p = problem(y_shape, filter);
-    check_shape(x, "x", p.y_shape());
+    check_shape(x, "x", p.y_shape());  // the stride and the offset may not fit each other
     const auto y = context.output(0, y_shape);
     conv2d_dgrad(p, x.floats(), filter.floats(), nullptr, y.floats());
   }

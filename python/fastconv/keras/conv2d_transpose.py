@@ -12,7 +12,9 @@ class FastConv2DTranspose(OutsideXla, keras.layers.Conv2DTranspose):
     It is the input's gradient of a convolution, and its own gradients are that convolution and its
     filter's gradient: the same three kernels. Bias and activation are TensorFlow's ops. Arguments,
     defaults, names, weights, errors and files are those of ``keras.layers.Conv2DTranspose``, and so
-    is the code for inputs that the kernels do not serve: see ``FastConv2D``.
+    is the code for inputs that the kernels do not serve: see ``FastConv2D``. Some ``"same"`` with
+    ``output_padding`` and wide strides ask for an output that no convolution makes the input of:
+    TensorFlow's and ours alike raise ``tf.errors.InvalidArgumentError``.
 
     Input shape: float32 of (batch, height, width, channels), or (batch, channels, height, width)
     with ``data_format="channels_first"``.
@@ -46,25 +48,4 @@ class FastConv2DTranspose(OutsideXla, keras.layers.Conv2DTranspose):
             return reason
         if 0 in inputs.shape[1:]:
             return f"the input is empty: {inputs.shape}"
-        # Keras asks some combinations of its arguments for an output that no convolution makes its
-        # input of; TensorFlow's error says so.
-        for axis, extent in enumerate(self._output_extents(inputs.shape)):
-            size, taps, dilation, stride = (
-                inputs.shape[axis + (2 if self.data_format == "channels_first" else 1)],
-                self.kernel_size[axis],
-                self.dilation_rate[axis],
-                self.strides[axis],
-            )
-            if None in (size, extent):
-                continue
-            window = (taps - 1) * dilation + 1
-            made = (
-                -(-extent // stride) if self.padding == "same" else (extent - window) // stride + 1
-            )
-            if made != size:
-                return f"no convolution makes {size} pixels of the output's {extent}"
         return None
-
-    def _output_extents(self, input_shape):
-        shape = self.compute_output_shape(tuple(input_shape))
-        return shape[2:] if self.data_format == "channels_first" else shape[1:3]
