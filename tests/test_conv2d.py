@@ -27,6 +27,17 @@ from conv2d_problems import (
 from fastconv import _core
 from running import running_on
 
+
+@pytest.fixture(autouse=True)
+def sums_of_products():
+    """The algorithms whose results are sums of float32 products, exact where those are integers.
+
+    test_winograd.py tests the others.
+    """
+    with running_on(accuracy="strict"):
+        yield
+
+
 WINDOWS = both_layouts(
     Problem((2, 9, 11, 3), 5, kernel=kernel, strides=strides, padding=padding)
     for kernel in [(1, 1), (2, 2), (3, 3), (5, 5), (7, 7), (1, 3), (3, 1), (2, 5), (7, 1)]

@@ -1,0 +1,106 @@
+"""Winograd's algorithms: against float64, on every instruction set, with the error they promise."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+import fastconv
+import oracle
+from conv2d_problems import Problem, normals, solve, solve_by_oracle
+from running import running_on
+
+ALGORITHMS = ["winograd2", "winograd4"]
+
+PROBLEMS = [
+    Problem((2, height, width, channels), filters, padding=padding)
+    for (height, width), (channels, filters), padding in itertools.product(
+        [(3, 3), (4, 9), (7, 6), (12, 13)],
+        [(1, 1), (5, 3), (16, 32), (33, 17), (40, 70)],
+        ["valid", "same", ((1, 2), (0, 1)), ((2, 0), (3, 4))],
+    )
+] + [
+    Problem((1, 1, 1, 17), 33, padding="same"),
+    Problem((0, 8, 8, 4), 4),
+    Problem((3, 1, 20, 8), 9, padding="same"),
+    Problem((1, 20, 1, 8), 9, padding="same"),
+    # Many blocks of tiles: inputs are transformed task by task.
+    Problem((2, 70, 75, 24), 40, padding="same"),
+    Problem((32, 13, 13, 32), 64),  # the article's second layer
+]
+
+
+def largest_error(result, expected):
+    """Over the largest result, as the accuracy setting counts it."""
+    scale = np.abs(expected).max(initial=0)
+    return np.abs(result - expected).max(initial=0) / scale if scale > 0 else 0.0
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_against_float64(problem, algorithm, isa):
+    data = normals(problem)
+    expected = solve_by_oracle(problem, data)
+    with running_on(algorithm=algorithm):
+        results = solve(problem, data)
+    for name in ("y", "dx", "y_fused", "dx_fused"):
+        assert results[name].dtype == np.float32
+        assert results[name].shape == expected[name].shape
+        assert largest_error(results[name], expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("channels", [32, 128, 512])
+@pytest.mark.parametrize(("algorithm", "rms"), [("winograd2", 1e-6), ("winograd4", 3e-6)])
+def test_error_is_what_the_documentation_says(algorithm, rms, channels, rng):
+    """Whatever the number of channels; the direct sum's rms error is 3e-7 to 6e-7 here."""
+    x = rng.standard_normal((1, 20, 20, channels)).astype(np.float32)
+    w = rng.standard_normal((3, 3, channels, 32)).astype(np.float32)
+    expected = oracle.conv2d(x, w, strides=(1, 1), padding="valid", dilation_rate=(1, 1))
+    error = fastconv.conv2d(x, w, algorithm=algorithm) - expected
+    scale = np.sqrt(np.mean(expected**2))
+    assert np.sqrt(np.mean(error**2)) < rms * scale
+    assert np.abs(error).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_same_bits_for_any_number_of_threads(algorithm, isa, rng):
+    for shape, filters in [((1, 30, 31, 40), 72), ((3, 9, 9, 16), 160), ((1, 130, 50, 8), 8)]:
+        x = rng.standard_normal(shape).astype(np.float32)
+        w = rng.standard_normal((3, 3, shape[3], filters)).astype(np.float32)
+        with running_on(threads=1):
+            y = fastconv.conv2d(x, w, padding="same", algorithm=algorithm)
+            dx = fastconv.conv2d_grad_input(y, w, shape, padding="same", algorithm=algorithm)
+        for threads in (2, 3, 7):
+            with running_on(threads=threads):
+                again = fastconv.conv2d(x, w, padding="same", algorithm=algorithm)
+                dx_again = fastconv.conv2d_grad_input(
+                    y, w, shape, padding="same", algorithm=algorithm
+                )
+            assert again.tobytes() == y.tobytes()
+            assert dx_again.tobytes() == dx.tobytes()
+
+
+def test_default_accuracy_chooses_it_and_strict_does_not():
+    shapes = (8, 28, 28, 128), (3, 3, 128, 128)
+    with running_on(isa=fastconv.info()["isa_available"][0], accuracy="default"):
+        for direction in ("fprop", "dgrad"):
+            choice = fastconv.explain(*shapes, direction=direction, padding="same")
+            assert choice["algorithm"].startswith("winograd")
+    with running_on(accuracy="strict"):
+        choice = fastconv.explain(*shapes, padding="same")
+        assert choice["algorithm"] == "direct"
+        refused = [c for c in choice["candidates"] if not c["allowed"]]
+        assert {c["algorithm"] for c in refused} == set(ALGORITHMS)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "options",
+    [{"strides": 2}, {"dilation_rate": 2}, {"groups": 2}],
+    ids=["strided", "dilated", "grouped"],
+)
+def test_refuses_what_it_does_not_serve(algorithm, options):
+    x = np.ones((1, 9, 9, 8), np.float32)
+    w = np.ones((3, 3, 8 // options.get("groups", 1), 8), np.float32)
+    with pytest.raises(ValueError, match="must be one that serves this fprop"):
+        fastconv.conv2d(x, w, algorithm=algorithm, **options)
