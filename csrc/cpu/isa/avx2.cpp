@@ -2,7 +2,9 @@
 // 1 broadcast of the 16 registers.
 #include <immintrin.h>
 
+#include "cpu/depthwise.hpp"
 #include "cpu/direct.hpp"
+#include "cpu/grouped.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/max_pool.hpp"
 #include "cpu/small_channel.hpp"
@@ -13,6 +15,7 @@ namespace {
 
 struct Avx2 {
   static constexpr int kWidth = 8, kRows = 6, kVectors = 2;
+  static constexpr bool kFreeMasks = false;  // a masked store costs ten others
   using Reg = __m256;
   using Int = __m256i;
   using Mask = __m256;
@@ -72,6 +75,14 @@ struct Avx2 {
                          _mm256_cmp_ps(best, best, _CMP_ORD_Q));
   }
   static Reg select(Mask m, Reg a, Reg b) { return _mm256_blendv_ps(b, a, m); }
+  static Int int_add(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  // Lane i of the result is lane index[i] of v, or of lo and hi one after the other.
+  static Reg permute(Reg v, Int index) { return _mm256_permutevar8x32_ps(v, index); }
+  static Reg permute(Reg lo, Reg hi, Int index) {
+    const Int of_hi = _mm256_cmpgt_epi32(index, _mm256_set1_epi32(kWidth - 1));
+    return _mm256_blendv_ps(permute(lo, index), permute(hi, index), _mm256_castsi256_ps(of_hi));
+  }
+  static Reg gather(const float* p, Int index) { return _mm256_i32gather_ps(p, index, 4); }
   static Int int_broadcast(int v) { return _mm256_set1_epi32(v); }
   static Int int_select(Mask m, Int a, Int b) {
     return _mm256_blendv_epi8(b, a, _mm256_castps_si256(m));
@@ -96,6 +107,8 @@ struct Avx2 {
 
 constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
     SmallChannel<Avx2>::kAlgorithm,
+    Depthwise<Avx2>::kAlgorithm,
+    Grouped<Avx2>::kAlgorithm,
     Direct<Avx2>::kAlgorithm,
     Winograd<Avx2, 2>::kAlgorithm,
     Winograd<Avx2, 4>::kAlgorithm,

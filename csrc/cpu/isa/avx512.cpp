@@ -3,7 +3,9 @@
 // channel counter in 14 of the 15 general registers.
 #include <immintrin.h>
 
+#include "cpu/depthwise.hpp"
 #include "cpu/direct.hpp"
+#include "cpu/grouped.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/max_pool.hpp"
 #include "cpu/small_channel.hpp"
@@ -14,6 +16,7 @@ namespace {
 
 struct Avx512 {
   static constexpr int kWidth = 16, kRows = 12, kVectors = 2;
+  static constexpr bool kFreeMasks = true;  // masked loads and stores cost what others do
   using Reg = __m512;
   using Int = __m512i;
   using Mask = __mmask16;
@@ -78,6 +81,11 @@ struct Avx512 {
                                    _CMP_NLE_UQ);
   }
   static Reg select(Mask m, Reg a, Reg b) { return _mm512_mask_mov_ps(b, m, a); }
+  static Int int_add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  // Lane i of the result is lane index[i] of v, or of lo and hi one after the other.
+  static Reg permute(Reg v, Int index) { return _mm512_permutexvar_ps(index, v); }
+  static Reg permute(Reg lo, Reg hi, Int index) { return _mm512_permutex2var_ps(lo, index, hi); }
+  static Reg gather(const float* p, Int index) { return _mm512_i32gather_ps(index, p, 4); }
   static Int int_broadcast(int v) { return _mm512_set1_epi32(v); }
   static Int int_select(Mask m, Int a, Int b) { return _mm512_mask_mov_epi32(b, m, a); }
   static Mask int_equal(Int a, Int b) { return _mm512_cmpeq_epi32_mask(a, b); }
@@ -93,6 +101,8 @@ struct Avx512 {
 
 constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
     SmallChannel<Avx512>::kAlgorithm,
+    Depthwise<Avx512>::kAlgorithm,
+    Grouped<Avx512>::kAlgorithm,
     Direct<Avx512>::kAlgorithm,
     Winograd<Avx512, 2>::kAlgorithm,
     Winograd<Avx512, 4>::kAlgorithm,

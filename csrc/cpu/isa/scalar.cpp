@@ -1,5 +1,7 @@
 // The scalar instances: one float a vector. Runs everywhere; what the compiler makes of it.
+#include "cpu/depthwise.hpp"
 #include "cpu/direct.hpp"
+#include "cpu/grouped.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/max_pool.hpp"
 #include "cpu/small_channel.hpp"
@@ -10,6 +12,7 @@ namespace {
 
 struct Scalar {
   static constexpr int kWidth = 1, kRows = 4, kVectors = 2;
+  static constexpr bool kFreeMasks = true;
   using Reg = float;
   using Int = std::int32_t;
   using Mask = bool;
@@ -32,6 +35,7 @@ struct Scalar {
   static Reg where_positive(Reg y, Reg v) { return y > 0 ? v : 0; }
   static Mask greater_or_first_nan(Reg a, Reg best) { return a > best || (a != a && best == best); }
   static Reg select(Mask m, Reg a, Reg b) { return m ? a : b; }
+  static Int int_add(Int a, Int b) { return a + b; }
   static Int int_broadcast(int v) { return v; }
   static Int int_select(Mask m, Int a, Int b) { return m ? a : b; }
   static Mask int_equal(Int a, Int b) { return a == b; }
@@ -43,6 +47,8 @@ struct Scalar {
 
 constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
     SmallChannel<Scalar>::kAlgorithm,
+    Depthwise<Scalar>::kAlgorithm,
+    Grouped<Scalar>::kAlgorithm,
     Direct<Scalar>::kAlgorithm,
     Winograd<Scalar, 2>::kAlgorithm,
     Winograd<Scalar, 4>::kAlgorithm,

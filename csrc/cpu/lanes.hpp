@@ -1,0 +1,751 @@
+// Convolutions with few channels a group, depthwise ones among them: vectors run along the output
+// channels of several groups at once, and each lane takes its source channel from its own group.
+//
+// fprop and dgrad are tap convolutions (see implicit_gemm.hpp). A tile is a few neighbouring output
+// pixels of one row; their sums stay in registers while the taps of a filter row, in registers as
+// well, slide over the source: a source vector is loaded (and permuted) once for all the taps and
+// pixels that it meets. wgrad is the same walk with the sums in the place of the taps.
+//
+// Padding is left out, not multiplied by zero.
+#pragma once
+
+#include <string>
+#include <type_traits>
+
+#include "cpu/implicit_gemm.hpp"
+#include "cpu/kernels.hpp"
+#include "cpu/wgrad.hpp"
+
+namespace fastconv::cpu {
+namespace {
+
+// How the lanes of a vector of output channels find channel c of their groups.
+enum class Lanes {
+  plain,      // one channel a group: the source's lanes are the output's
+  masked,     // so, and the source counts where another tensor is positive
+  broadcast,  // all lanes are of one group
+  permute,    // their groups lie within one vector of the source
+  permute2,   // within two
+  gather,     // within more
+};
+
+// What a vector of output channels reads.
+struct LaneVector {
+  int64_t source;     // first source channel
+  int columns;        // output lanes
+  int loaded[2];      // source lanes of one or two loads
+  bool whole;         // every load and store is one of whole vectors
+};
+
+struct LaneTile {
+  const LaneVector* vectors;
+  const std::int32_t* index;  // [vector][width]: lanes' places in the source, from `source` on
+  int64_t begin, end;         // vectors
+  const float* x;             // source pixel of tap (row 0, column 0) and output pixel 0
+  const float* mask;          // likewise
+  int64_t x_row, x_column;    // floats from tap row to tap row, from pixel to pixel
+  int64_t column_begin, column_end;  // pixels from x on that are in the source
+  int64_t rows, reduce;              // tap rows; source channels a group
+  int64_t taps, tap_step, step;      // of a row, where they are not known to the compiler
+  const float* filter;               // [vector][row][c][tap][width]; wgrad: the sums
+  int64_t filter_vector;             // floats from vector to vector
+  int64_t filter_row_step;           // floats from row to row
+  const float* bias;                 // null for none
+  float* y;                          // wgrad: dy, read only
+  int64_t y_column;
+  bool relu;
+  const float* y_mask;  // wgrad: dy counts where it is positive; null for everywhere
+  float* bias_sums;     // wgrad: [vector][width], null for none
+};
+
+template <class V, Lanes kLanes, bool Whole>
+struct LaneSource {
+  typename V::Int index;
+  typename V::Tail tails[2];
+
+  LaneSource(const LaneTile& t, int64_t v)
+      : index(V::int_broadcast(0)),
+        tails{V::tail(t.vectors[v].loaded[0]), V::tail(t.vectors[v].loaded[1])} {
+    if constexpr (kLanes == Lanes::permute || kLanes == Lanes::permute2 ||
+                  kLanes == Lanes::gather) {
+      index = V::load_index(t.index + v * V::kWidth, V::tail(V::kWidth));
+    }
+  }
+  void next_channel() { index = V::int_add(index, V::int_broadcast(1)); }
+  static typename V::Reg part(const float* p, typename V::Tail tail) {
+    return Whole ? V::load(p) : V::load(p, tail);
+  }
+  // Channel c of the group of each lane; next_channel has been called c times.
+  typename V::Reg load(const float* p, const float* mask, int64_t c) const {
+    if constexpr (kLanes == Lanes::plain) return part(p, tails[0]);
+    if constexpr (kLanes == Lanes::masked) {
+      return V::where_positive(part(mask, tails[0]), part(p, tails[0]));
+    }
+    if constexpr (kLanes == Lanes::broadcast) return V::broadcast(p + c);
+    if constexpr (kLanes == Lanes::permute) return V::permute(part(p, tails[0]), index);
+    if constexpr (kLanes == Lanes::permute2) {
+      return V::permute(V::load(p), part(p + V::kWidth, tails[1]), index);
+    }
+    if constexpr (kLanes == Lanes::gather) return V::gather(p, index);
+  }
+};
+
+// Calls body(tap, pixel, source vector) for all that meet, `taps` of a row and `Cols` pixels, with
+// every source vector loaded once.
+template <class V, int Taps, int Step, int Cols, class Source, class Body>
+inline __attribute__((always_inline)) void slide(const LaneTile& t, const Source& source,
+                                                 const float* x, const float* mask, int64_t c,
+                                                 const Body& body) {
+  static_assert(Taps > 0);
+  const auto inside = static_cast<std::uint64_t>(t.column_end - t.column_begin);
+#pragma GCC unroll 32
+  for (int column = 0; column < (Cols - 1) * Step + Taps; ++column) {
+    if (static_cast<std::uint64_t>(column - t.column_begin) >= inside) continue;
+    const int64_t at = column * t.x_column;
+    const typename V::Reg a = source.load(x + at, mask + at, c);
+#pragma GCC unroll 8
+    for (int tap = 0; tap < Taps; ++tap) {
+      const int pixel = (column - tap) / Step;
+      if (column < tap || (column - tap) % Step != 0 || pixel >= Cols) continue;
+      body(tap, pixel, a);
+    }
+  }
+}
+
+// For one tap, at any distance from its neighbours, calls body(pixel, source vector).
+template <class V, int Cols, class Source, class Body>
+inline __attribute__((always_inline)) void stroll(const LaneTile& t, const Source& source,
+                                                  const float* x, const float* mask, int64_t c,
+                                                  int64_t tap, const Body& body) {
+  const auto inside = static_cast<std::uint64_t>(t.column_end - t.column_begin);
+#pragma GCC unroll 8
+  for (int pixel = 0; pixel < Cols; ++pixel) {
+    const int64_t column = pixel * t.step + tap * t.tap_step;
+    if (static_cast<std::uint64_t>(column - t.column_begin) >= inside) continue;
+    const int64_t at = column * t.x_column;
+    body(pixel, source.load(x + at, mask + at, c));
+  }
+}
+
+template <class V, Lanes kLanes, int Taps, int Step, int Cols, bool Whole>
+inline __attribute__((always_inline)) void lane_vector(const LaneTile& t, int64_t v) {
+  using Reg = typename V::Reg;
+  const LaneVector& vector = t.vectors[v];
+  const auto tail = V::tail(vector.columns);
+  Reg start = V::zero();
+  if (t.bias) {
+    start = Whole ? V::load(t.bias + v * V::kWidth) : V::load(t.bias + v * V::kWidth, tail);
+  }
+  Reg sum[Cols];
+#pragma GCC unroll 8
+  for (int i = 0; i < Cols; ++i) sum[i] = start;
+
+  const float* x = t.x + vector.source;
+  const float* mask = kLanes == Lanes::masked ? t.mask + vector.source : x;
+  const float* row = t.filter + v * t.filter_vector;
+  for (int64_t r = 0; r < t.rows; ++r, x += t.x_row, mask += t.x_row, row += t.filter_row_step) {
+    LaneSource<V, kLanes, Whole> source(t, v);
+    const float* filter = row;
+    const int64_t reduce = kLanes == Lanes::plain || kLanes == Lanes::masked ? 1 : t.reduce;
+    for (int64_t c = 0; c < reduce; ++c) {
+      if constexpr (Taps > 0) {
+        Reg taps[Taps];
+#pragma GCC unroll 8
+        for (int tap = 0; tap < Taps; ++tap) taps[tap] = V::load(filter + tap * V::kWidth);
+        filter += Taps * V::kWidth;
+        slide<V, Taps, Step, Cols>(t, source, x, mask, c, [&](int tap, int pixel, Reg a) {
+          sum[pixel] = V::fma(a, taps[tap], sum[pixel]);
+        });
+      } else {
+        for (int64_t tap = 0; tap < t.taps; ++tap, filter += V::kWidth) {
+          const Reg b = V::load(filter);
+          stroll<V, Cols>(t, source, x, mask, c, tap, [&](int pixel, Reg a) {
+            sum[pixel] = V::fma(a, b, sum[pixel]);
+          });
+        }
+      }
+      if constexpr (kLanes != Lanes::plain) source.next_channel();
+    }
+  }
+
+  float* y = t.y + v * V::kWidth;
+#pragma GCC unroll 8
+  for (int i = 0; i < Cols; ++i, y += t.y_column) {
+    const Reg out = t.relu ? V::relu(sum[i]) : sum[i];
+    if (Whole) {
+      V::store(y, out);
+    } else {
+      V::store(y, out, tail);
+    }
+  }
+}
+
+template <class V, Lanes kLanes, int Taps, int Step, int Cols, bool Whole>
+inline __attribute__((always_inline)) void lane_wgrad_vector(const LaneTile& t, int64_t v) {
+  using Reg = typename V::Reg;
+  const LaneVector& vector = t.vectors[v];
+  const auto tail = V::tail(vector.columns);
+  Reg dy[Cols];
+#pragma GCC unroll 8
+  for (int i = 0; i < Cols; ++i) {
+    const float* p = t.y + i * t.y_column + v * V::kWidth;
+    dy[i] = Whole ? V::load(p) : V::load(p, tail);
+  }
+  if (t.y_mask) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Cols; ++i) {
+      const float* p = t.y_mask + i * t.y_column + v * V::kWidth;
+      dy[i] = V::where_positive(Whole ? V::load(p) : V::load(p, tail), dy[i]);
+    }
+  }
+  if (t.bias_sums) {
+    float* p = t.bias_sums + v * V::kWidth;
+    Reg sum = dy[0];
+#pragma GCC unroll 8
+    for (int i = 1; i < Cols; ++i) sum = V::add(sum, dy[i]);
+    V::store(p, V::add(V::load(p), sum));
+  }
+
+  const float* x = t.x + vector.source;
+  float* row = const_cast<float*>(t.filter) + v * t.filter_vector;
+  for (int64_t r = 0; r < t.rows; ++r, x += t.x_row, row += t.filter_row_step) {
+    LaneSource<V, kLanes, Whole> source(t, v);
+    float* sums = row;
+    const int64_t reduce = kLanes == Lanes::plain ? 1 : t.reduce;
+    for (int64_t c = 0; c < reduce; ++c) {
+      if constexpr (Taps > 0) {
+        Reg sum[Taps];
+#pragma GCC unroll 8
+        for (int tap = 0; tap < Taps; ++tap) sum[tap] = V::load(sums + tap * V::kWidth);
+        slide<V, Taps, Step, Cols>(t, source, x, x, c, [&](int tap, int pixel, Reg a) {
+          sum[tap] = V::fma(a, dy[pixel], sum[tap]);
+        });
+#pragma GCC unroll 8
+        for (int tap = 0; tap < Taps; ++tap) V::store(sums + tap * V::kWidth, sum[tap]);
+        sums += Taps * V::kWidth;
+      } else {
+        for (int64_t tap = 0; tap < t.taps; ++tap, sums += V::kWidth) {
+          Reg sum = V::load(sums);
+          stroll<V, Cols>(t, source, x, x, c, tap, [&](int pixel, Reg a) {
+            sum = V::fma(a, dy[pixel], sum);
+          });
+          V::store(sums, sum);
+        }
+      }
+      if constexpr (kLanes != Lanes::plain) source.next_channel();
+    }
+  }
+}
+
+template <class V, bool Wgrad, Lanes kLanes, int Taps, int Step, int Cols>
+void lane_tile(const LaneTile& t) {
+  for (int64_t v = t.begin; v < t.end; ++v) {
+    const auto one = [&]<bool Whole>(std::bool_constant<Whole>) {
+      if constexpr (Wgrad) {
+        lane_wgrad_vector<V, kLanes, Taps, Step, Cols, Whole>(t, v);
+      } else {
+        lane_vector<V, kLanes, Taps, Step, Cols, Whole>(t, v);
+      }
+    };
+    if constexpr (V::kFreeMasks) {
+      one(std::false_type{});
+    } else if (t.vectors[v].whole) {
+      one(std::true_type{});
+    } else {
+      one(std::false_type{});
+    }
+  }
+}
+
+using LaneTileFunction = void (*)(const LaneTile&);
+
+// Pixels of a tile.
+template <class V>
+constexpr int kLaneColumns = V::kWidth == 1 ? 4 : 8;
+
+template <class V, bool Wgrad, Lanes kLanes, int Taps, int Step, int... Less>
+const LaneTileFunction* lane_tiles_of(std::integer_sequence<int, Less...>) {
+  static constexpr LaneTileFunction kTiles[] = {
+      lane_tile<V, Wgrad, kLanes, Taps, Step, Less + 1>...};
+  return kTiles;
+}
+
+template <class V, bool Wgrad, Lanes kLanes, int Taps, int Step>
+const LaneTileFunction* lane_tiles() {
+  return lane_tiles_of<V, Wgrad, kLanes, Taps, Step>(
+      std::make_integer_sequence<int, kLaneColumns<V>>{});
+}
+
+// The tiles of 1, 2, .. pixels for taps (0 for those with no tile of their own).
+template <class V, bool Wgrad, Lanes kLanes>
+const LaneTileFunction* lane_tiles(int64_t taps, int64_t step) {
+  if constexpr (V::kWidth > 1) {
+    constexpr bool kPlain = kLanes == Lanes::plain || kLanes == Lanes::masked;
+    if constexpr (kPlain) {
+      if (step == 1 && taps == 1) return lane_tiles<V, Wgrad, kLanes, 1, 1>();
+      if (step == 1 && taps == 2) return lane_tiles<V, Wgrad, kLanes, 2, 1>();
+      if (step == 1 && taps == 5) return lane_tiles<V, Wgrad, kLanes, 5, 1>();
+      if (step == 1 && taps == 7) return lane_tiles<V, Wgrad, kLanes, 7, 1>();
+    }
+    if constexpr (kLanes == Lanes::plain) {
+      if (step == 2 && taps == 5) return lane_tiles<V, Wgrad, kLanes, 5, 2>();
+      if (step == 2 && taps == 7) return lane_tiles<V, Wgrad, kLanes, 7, 2>();
+    }
+    if constexpr (kLanes != Lanes::gather) {
+      if (step == 1 && taps == 3) return lane_tiles<V, Wgrad, kLanes, 3, 1>();
+    }
+    if constexpr (kLanes != Lanes::gather && kLanes != Lanes::masked) {
+      if (step == 2 && taps == 3) return lane_tiles<V, Wgrad, kLanes, 3, 2>();
+    }
+  }
+  return lane_tiles<V, Wgrad, kLanes, 0, 1>();
+}
+
+template <class V, bool Wgrad>
+const LaneTileFunction* lane_tiles(Lanes lanes, int64_t taps, int64_t step) {
+  switch (lanes) {
+    case Lanes::plain: return lane_tiles<V, Wgrad, Lanes::plain>(taps, step);
+    case Lanes::broadcast: return lane_tiles<V, Wgrad, Lanes::broadcast>(taps, step);
+    case Lanes::masked:
+      if constexpr (!Wgrad) return lane_tiles<V, Wgrad, Lanes::masked>(taps, step);
+      return nullptr;
+    default:
+      break;
+  }
+  if constexpr (V::kWidth > 1) {
+    switch (lanes) {
+      case Lanes::permute: return lane_tiles<V, Wgrad, Lanes::permute>(taps, step);
+      case Lanes::permute2: return lane_tiles<V, Wgrad, Lanes::permute2>(taps, step);
+      default: return lane_tiles<V, Wgrad, Lanes::gather>(taps, step);
+    }
+  }
+  return nullptr;
+}
+
+// The vectors of output channels of a convolution, and how the channels are dealt to tasks.
+template <class V>
+struct LanePlan {
+  static constexpr int64_t kColumns = kLaneColumns<V>;
+
+  Lanes lanes;
+  int64_t channels, vectors, reduce;  // output channels; source channels a group
+  int64_t block, blocks;              // vectors of a task; such blocks
+
+  LanePlan(const TapConvolution& g, int64_t taps_h, int64_t taps_w)
+      : channels(g.groups * g.columns), vectors(ceil_div(channels, V::kWidth)),
+        reduce(g.reduce) {
+    int64_t span = 0;
+    bool one_group = true;
+    for (int64_t v = 0; v < min64(vectors, g.columns); ++v) {  // the rest repeats these
+      const int64_t groups = last_group(g, v) - first_group(g, v) + 1;
+      one_group = one_group && groups == 1;
+      span = max64(span, groups * reduce);
+    }
+    lanes = g.columns == 1 && reduce == 1 ? Lanes::plain
+            : one_group                   ? Lanes::broadcast
+            : span <= V::kWidth           ? Lanes::permute
+            : span <= 2 * V::kWidth       ? Lanes::permute2
+                                          : Lanes::gather;
+    // The filter of a block, and the source rows under a column of tiles, stay in half of a 32 KiB
+    // first-level cache each.
+    const int64_t filter = taps_h * taps_w * reduce * V::kWidth * 4;
+    const int64_t source = taps_h * (kColumns * g.horizontal.step + taps_w) *
+                           max64(V::kWidth, span) * 4;
+    block = max64(1, min64(vectors, (int64_t{16} << 10) / max64(filter, source)));
+    blocks = ceil_div(vectors, block);
+    block = ceil_div(vectors, blocks);
+    blocks = ceil_div(vectors, block);
+  }
+
+  static int64_t first_group(const TapConvolution& g, int64_t v) {
+    return v * V::kWidth / g.columns;
+  }
+  int64_t last_group(const TapConvolution& g, int64_t v) const {
+    return (min64(channels, (v + 1) * V::kWidth) - 1) / g.columns;
+  }
+
+  // Of the two tables below.
+  int64_t table_bytes() const {
+    return round_up(vectors * static_cast<int64_t>(sizeof(LaneVector)), 64) +
+           round_up(vectors * V::kWidth * 4, 64);
+  }
+  void make_tables(const TapConvolution& g, float* memory, LaneTile& t) const {
+    LaneVector* out = reinterpret_cast<LaneVector*>(memory);
+    std::int32_t* index = reinterpret_cast<std::int32_t*>(
+        memory + round_up(vectors * static_cast<int64_t>(sizeof(LaneVector)), 64) / 4);
+    t.vectors = out;
+    t.index = index;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t first = first_group(g, v);
+      const int64_t span = (last_group(g, v) - first + 1) * reduce;
+      const int columns = static_cast<int>(min64(V::kWidth, channels - v * V::kWidth));
+      out[v].source = first * reduce;
+      out[v].columns = columns;
+      // permute2 loads whole vectors at first: a shorter span comes last, and its vector begins
+      // earlier.
+      int64_t shift = 0;
+      if (lanes == Lanes::permute2 && span < V::kWidth) {
+        shift = min64(out[v].source, V::kWidth - span);
+        out[v].source -= shift;
+      }
+      out[v].loaded[0] = static_cast<int>(min64(V::kWidth, span + shift));
+      out[v].loaded[1] = static_cast<int>(
+          max64(0, min64(V::kWidth, span + shift - V::kWidth)));
+      out[v].whole = columns == V::kWidth &&
+                     (lanes == Lanes::broadcast || lanes == Lanes::gather ||
+                      (lanes == Lanes::permute2 ? out[v].loaded[1] : out[v].loaded[0]) ==
+                          V::kWidth);
+      for (int64_t lane = 0; lane < V::kWidth; ++lane) {
+        const int64_t group = (v * V::kWidth + lane) / g.columns - first;
+        index[v * V::kWidth + lane] =
+            lane < columns ? static_cast<std::int32_t>(group * reduce + shift) : 0;
+      }
+    }
+  }
+};
+
+// Where tile (output row i, output pixels from j on) of image n begins in the source, in floats; and
+// what of it t says: the taps that meet the source. Returns the first tap row.
+inline int64_t locate_lane_tile(const TapConvolution& g, int64_t n, int64_t i, int64_t j,
+                                LaneTile& t, int64_t& source) {
+  int64_t row, row_end;
+  g.vertical.meeting(i, g.source_h, row, row_end);
+  const int64_t column = j * g.horizontal.step + g.horizontal.first;
+  t.rows = row_end - row;
+  t.x_row = g.vertical.stride * g.source_w * g.source_c;
+  t.x_column = g.source_c;
+  t.column_begin = max64(0, -column);
+  t.column_end = max64(t.column_begin, g.source_w - column);
+  t.taps = g.horizontal.count;
+  t.tap_step = g.horizontal.stride;
+  t.step = g.horizontal.step;
+  source = n * g.source_image +
+           ((i * g.vertical.step + g.vertical.offset(row)) * g.source_w + column) * g.source_c;
+  return row;
+}
+
+// The tiles for the horizontal taps of g.
+template <class V, bool Wgrad>
+const LaneTileFunction* lane_tiles_for(Lanes lanes, const AxisTaps& h) {
+  const bool dense = h.count <= 1 || h.stride == 1;
+  return lane_tiles<V, Wgrad>(lanes, dense ? h.count : 0, h.step);
+}
+
+// fprop, or dgrad: as many convolutions as there are residue classes, row by row together.
+template <class V>
+struct LaneConvolution {
+  static constexpr int64_t kMostClasses = 16;
+
+  struct Class {
+    TapConvolution g;
+    int64_t first;                              // float of its outputs
+    int64_t packed, filter_vector, filter_row;  // floats
+    const LaneTileFunction* tiles;
+  };
+
+  static bool fits(const Conv2dProblem& p) {
+    return min64(p.stride_h, p.h) * min64(p.stride_w, p.w) <= kMostClasses;
+  }
+
+  LaneConvolution(const Conv2dProblem& p, Direction direction)
+      : plan(make_plan(p, direction)) {
+    if (direction == Direction::fprop) {
+      add(fprop_taps(p), 0);
+    } else {
+      for_each_dgrad_class(p, [&](const TapConvolution& g, int64_t first) { add(g, first); });
+    }
+    const TapConvolution& g = classes[0].g;  // the largest
+    tiles = ceil_div(g.out_w, LanePlan<V>::kColumns);
+    // Tasks of some 10 us, yet enough of them for many threads.
+    constexpr int64_t kMultiplyAdds = int64_t{1} << 19, kFewTasks = 32;
+    const int64_t row = g.out_w * plan.block * V::kWidth * plan.reduce * max64(1, taps);
+    strips = ceil_div(g.out_h, max64(1, kMultiplyAdds / row));
+    if (g.images * strips * plan.blocks < kFewTasks) {
+      strips = max64(strips, min64(ceil_div(g.out_h, 2),
+                                   ceil_div(kFewTasks, max64(1, g.images * plan.blocks))));
+    }
+  }
+
+  int64_t workspace_bytes() const { return packed_floats * 4 + plan.table_bytes(); }
+
+  void execute(const float* x, const float* mask, const float* filter, const float* bias,
+               float* y) {
+    const Workspace workspace(static_cast<std::size_t>(workspace_bytes()));
+    float* packed = workspace.floats();
+    LaneTile common{};
+    plan.make_tables(classes[0].g, packed + packed_floats, common);
+    const Lanes lanes = mask ? Lanes::masked : plan.lanes;
+    for (int64_t k = 0; k < count; ++k) {
+      classes[k].tiles = lane_tiles_for<V, false>(lanes, classes[k].g.horizontal);
+    }
+    parallel_for(plan.blocks, [&](int64_t block) {
+      for (int64_t k = 0; k < count; ++k) {
+        pack(classes[k], filter, block * plan.block,
+             min64(plan.vectors, (block + 1) * plan.block), packed + classes[k].packed);
+      }
+    });
+    common.reduce = plan.reduce;
+    common.bias = bias;
+    common.relu = classes[0].g.relu;
+    parallel_for(classes[0].g.images * strips * plan.blocks, [&](int64_t task) {
+      LaneTile t = common;
+      const int64_t block = task % plan.blocks;
+      const int64_t strip = task / plan.blocks % strips, n = task / plan.blocks / strips;
+      t.begin = block * plan.block;
+      t.end = min64(plan.vectors, t.begin + plan.block);
+      const int64_t rows = classes[0].g.out_h;
+      for (int64_t tile = 0; tile < tiles; ++tile)
+        for (int64_t i = rows * strip / strips; i < rows * (strip + 1) / strips; ++i)
+          for (int64_t k = 0; k < count; ++k) {
+            const Class& own = classes[k];
+            const TapConvolution& g = own.g;
+            const int64_t j = g.out_w * tile / tiles, j_end = g.out_w * (tile + 1) / tiles;
+            if (i >= g.out_h || j == j_end) continue;
+            int64_t source;
+            const int64_t row = locate_lane_tile(g, n, i, j, t, source);
+            t.x = x + source;
+            t.mask = mask ? mask + source : nullptr;
+            t.filter = packed + own.packed + row * own.filter_row;
+            t.filter_vector = own.filter_vector;
+            t.filter_row_step = own.filter_row;
+            t.y = y + own.first + n * g.y_image + i * g.y_row + j * g.y_column;
+            t.y_column = g.y_column;
+            own.tiles[j_end - j - 1](t);
+          }
+    });
+  }
+
+  Class classes[kMostClasses];
+  int64_t count = 0;
+  LanePlan<V> plan;
+  int64_t packed_floats = 0, taps = 0, strips = 0, tiles = 0;
+
+ private:
+  static LanePlan<V> make_plan(const Conv2dProblem& p, Direction direction) {
+    TapConvolution first = fprop_taps(p);
+    if (direction == Direction::fprop) return LanePlan<V>(first, p.r, p.s);
+    bool found = false;
+    for_each_dgrad_class(p, [&](const TapConvolution& g, int64_t) {
+      if (!found) first = g;
+      found = true;
+    });
+    return LanePlan<V>(first, ceil_div(p.r, p.stride_h), ceil_div(p.s, p.stride_w));
+  }
+
+  void add(const TapConvolution& g, int64_t first) {
+    Class& out = classes[count++];
+    out.g = g;
+    out.first = first;
+    out.packed = packed_floats;
+    out.filter_row = g.reduce * g.horizontal.count * V::kWidth;
+    out.filter_vector = g.vertical.count * out.filter_row;
+    packed_floats += round_up(plan.vectors * out.filter_vector, 16);
+    taps += g.vertical.count * g.horizontal.count;
+  }
+
+  void pack(const Class& own, const float* filter, int64_t begin, int64_t end,
+            float* packed) const {
+    const TapConvolution& g = own.g;
+    for (int64_t v = begin; v < end; ++v) {
+      int64_t lanes[V::kWidth];
+      const int64_t valid = min64(V::kWidth, plan.channels - v * V::kWidth);
+      for (int64_t lane = 0; lane < valid; ++lane) {
+        const int64_t channel = v * V::kWidth + lane;
+        lanes[lane] =
+            channel / g.columns * g.filter_group + channel % g.columns * g.filter_column;
+      }
+      float* out = packed + v * own.filter_vector;
+      for (int64_t r = 0; r < g.vertical.count; ++r)
+        for (int64_t c = 0; c < g.reduce; ++c)
+          for (int64_t s = 0; s < g.horizontal.count; ++s, out += V::kWidth) {
+            const float* in =
+                filter + c * g.filter_reduce +
+                (g.vertical.filter_first + r * g.vertical.filter_stride) * g.filter_tap_row +
+                (g.horizontal.filter_first + s * g.horizontal.filter_stride) *
+                    g.filter_tap_column;
+            for (int64_t lane = 0; lane < V::kWidth; ++lane) {
+              out[lane] = lane < valid ? in[lanes[lane]] : 0.0f;
+            }
+          }
+    }
+  }
+};
+
+// wgrad: output rows are dealt to parts whose number depends on the problem alone; a part has sums
+// of its own, which are added up in order.
+template <class V>
+struct LaneWgrad {
+  TapConvolution g;
+  LanePlan<V> plan;
+  int64_t lines, parts, row_floats, vector_floats, part_floats, tiles;
+  bool bias;
+
+  LaneWgrad(const Conv2dProblem& p, bool bias)
+      : g(fprop_taps(p)), plan(g, p.r, p.s), lines(p.n * p.oh), bias(bias) {
+    row_floats = g.reduce * p.s * V::kWidth;
+    vector_floats = p.r * row_floats;
+    part_floats = plan.vectors * (vector_floats + (bias ? V::kWidth : 0));
+    tiles = ceil_div(p.ow, LanePlan<V>::kColumns);
+    // Some 20 us a task at least; 4 MiB of sums at most, and fewer than the lines they are made of.
+    constexpr int64_t kMultiplyAdds = int64_t{1} << 20, kMostTasks = 64;
+    const int64_t line = p.ow * p.r * p.s * g.reduce * plan.block * V::kWidth;
+    const int64_t by_work = lines * line / kMultiplyAdds;
+    const int64_t by_bytes = (int64_t{4} << 20) / (part_floats * 4);
+    parts = max64(1, min64(min64(by_work, by_bytes),
+                           min64(ceil_div(lines, 4), ceil_div(kMostTasks, plan.blocks))));
+  }
+
+  int64_t workspace_bytes() const {
+    return parts * part_floats * 4 + plan.table_bytes();
+  }
+
+  // `y`: dy counts where it is positive; null for everywhere. `dbias` may be null.
+  void execute(const float* x, const float* dy, const float* y, float* dfilter, float* dbias) {
+    const Workspace workspace(static_cast<std::size_t>(workspace_bytes()));
+    float* sums = workspace.floats();
+    LaneTile common{};
+    plan.make_tables(g, sums + parts * part_floats, common);
+    common.reduce = g.reduce;
+    common.filter_vector = vector_floats;
+    common.filter_row_step = row_floats;
+    common.y_column = g.y_column;
+    const LaneTileFunction* functions = lane_tiles_for<V, true>(plan.lanes, g.horizontal);
+    parallel_for(parts * plan.blocks, [&](int64_t task) {
+      const int64_t block = task % plan.blocks, part = task / plan.blocks;
+      LaneTile t = common;
+      t.begin = block * plan.block;
+      t.end = min64(plan.vectors, t.begin + plan.block);
+      float* own = sums + part * part_floats;
+      float* own_bias = own + plan.vectors * vector_floats;
+      std::memset(own + t.begin * vector_floats, 0,
+                  static_cast<std::size_t>((t.end - t.begin) * vector_floats) * 4);
+      if (bias) {
+        std::memset(own_bias + t.begin * V::kWidth, 0,
+                    static_cast<std::size_t>((t.end - t.begin) * V::kWidth) * 4);
+        t.bias_sums = own_bias;
+      }
+      // A few rows at a time under each column of tiles: their source rows meet again in the
+      // first-level cache, the neighbouring column of tiles in the second.
+      constexpr int64_t kLines = 8;
+      const int64_t part_end = lines * (part + 1) / parts;
+      for (int64_t begin = lines * part / parts; begin < part_end; begin += kLines) {
+        const int64_t end = min64(part_end, begin + kLines);
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t j = g.out_w * tile / tiles, j_end = g.out_w * (tile + 1) / tiles;
+          for (int64_t line = begin; line < end; ++line) {
+            int64_t source;
+            const int64_t row =
+                locate_lane_tile(g, line / g.out_h, line % g.out_h, j, t, source);
+            const int64_t at = line * g.y_row + j * g.y_column;
+            t.x = x + source;
+            t.filter = own + row * row_floats;
+            t.y = const_cast<float*>(dy) + at;
+            t.y_mask = y ? y + at : nullptr;
+            functions[j_end - j - 1](t);
+          }
+        }
+      }
+    });
+    parallel_for(plan.vectors, [&](int64_t v) {
+      const auto tail = V::tail(common.vectors[v].columns);
+      const auto total = [&](int64_t at) {
+        typename V::Reg sum = V::load(sums + at);
+        for (int64_t part = 1; part < parts; ++part) {
+          sum = V::add(sum, V::load(sums + part * part_floats + at));
+        }
+        return sum;
+      };
+      int64_t at = v * vector_floats;
+      for (int64_t r = 0; r < g.vertical.count; ++r)
+        for (int64_t c = 0; c < g.reduce; ++c)
+          for (int64_t s = 0; s < g.horizontal.count; ++s, at += V::kWidth) {
+            float* out = dfilter + r * g.filter_tap_row + s * g.filter_tap_column +
+                         c * g.filter_reduce + v * V::kWidth;
+            V::store(out, total(at), tail);
+          }
+      if (dbias) {
+        V::store(dbias + v * V::kWidth,
+                 total(plan.vectors * vector_floats + v * V::kWidth), tail);
+      }
+    });
+  }
+};
+
+// What the algorithms "depthwise" and "grouped" have in common.
+
+template <class V>
+void run_lanes(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
+  if (direction == Direction::fprop) {
+    LaneConvolution<V>(p, direction).execute(t.x, nullptr, t.filter, t.bias, t.out);
+    return;
+  }
+  if (direction == Direction::wgrad) {
+    LaneWgrad<V>(p, t.dbias).execute(t.x, t.dy, t.y, t.out, t.dbias);
+    return;
+  }
+  LaneConvolution<V> convolution(p, direction);
+  if (!t.y || convolution.plan.lanes == Lanes::plain) {
+    convolution.execute(t.dy, t.y, t.filter, nullptr, t.out);
+    return;
+  }
+  // Where a source vector is read several times, the mask is better applied once.
+  const Workspace dz(static_cast<std::size_t>(p.y_size()) * 4);
+  activation_grad<V>(p.n * p.oh * p.ow, p.k, t.dy, t.y, dz.floats(), nullptr);
+  convolution.execute(dz.floats(), nullptr, t.filter, nullptr, t.out);
+}
+
+// Cycles of a multiply-add of a whole vector with its share of loads and permutations, and those
+// around a vector of results; in multiply-adds.
+inline double lane_cost(Lanes lanes, const AxisTaps& h) {
+  const bool slides = (h.count == 3 || lanes == Lanes::plain) && h.stride == 1 && h.step <= 2;
+  switch (lanes) {
+    case Lanes::plain:
+    case Lanes::masked: return slides ? 1.2 : 1.6;
+    case Lanes::broadcast: return slides ? 1.15 : 1.5;
+    case Lanes::permute: return slides ? 1.25 : 2;
+    case Lanes::permute2: return slides ? 1.6 : 3;
+    case Lanes::gather: return 16;
+  }
+  return 1;
+}
+
+template <class V>
+Estimate estimate_lanes(const Conv2dProblem& p, Direction direction) {
+  Estimate out;
+  const auto add = [&](const TapConvolution& g, const LanePlan<V>& plan, double pixels) {
+    const double lanes = static_cast<double>(plan.vectors * V::kWidth) * pixels;
+    const double products =
+        static_cast<double>(g.vertical.count * g.horizontal.count * g.reduce);
+    out.multiply_adds += lanes * (products * lane_cost(plan.lanes, g.horizontal) + 6);
+  };
+  if (direction == Direction::wgrad) {
+    const LaneWgrad<V> wgrad(p, true);
+    add(wgrad.g, wgrad.plan, static_cast<double>(p.n * p.oh * p.ow));
+    out.workspace_bytes = wgrad.workspace_bytes();
+    return out;
+  }
+  const LaneConvolution<V> convolution(p, direction);
+  for (int64_t k = 0; k < convolution.count; ++k) {
+    const TapConvolution& g = convolution.classes[k].g;
+    add(g, convolution.plan, static_cast<double>(g.images * g.out_h * g.out_w));
+  }
+  out.workspace_bytes = convolution.workspace_bytes();
+  return out;
+}
+
+template <class V>
+std::string describe_lanes(const Conv2dProblem& p, Direction direction) {
+  const auto text = [](const LanePlan<V>& plan) {
+    const char* const names[] = {"plain", "masked", "broadcast", "permuted", "permuted of two",
+                                 "gathered"};
+    return std::to_string(LanePlan<V>::kColumns) + " x " + std::to_string(int{V::kWidth}) +
+           " tile of pixels x channels, source lanes " + names[static_cast<int>(plan.lanes)] +
+           ", blocks of " + std::to_string(plan.block) + " vectors";
+  };
+  if (direction != Direction::wgrad) return text(LaneConvolution<V>(p, direction).plan);
+  const LaneWgrad<V> wgrad(p, true);
+  return text(wgrad.plan) + ", " + std::to_string(wgrad.parts) + " partial sums";
+}
+
+}  // namespace
+}  // namespace fastconv::cpu
