@@ -28,7 +28,8 @@ struct Depthwise {
   }
 
   static constexpr Conv2dAlgorithm kAlgorithm{.name = "depthwise",
-                                              .masks = true,
+                                              .masks_dgrad = true,
+                                              .masks_wgrad = true,
                                               .serves = serves,
                                               .estimate = estimate,
                                               .blocking = blocking,

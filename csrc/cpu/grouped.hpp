@@ -28,7 +28,8 @@ struct Grouped {
   }
 
   static constexpr Conv2dAlgorithm kAlgorithm{.name = "grouped",
-                                              .masks = true,
+                                              .masks_dgrad = true,
+                                              .masks_wgrad = true,
                                               .serves = serves,
                                               .estimate = estimate,
                                               .blocking = blocking,

@@ -1,0 +1,151 @@
+"""Depthwise convolutions: whatever the selector thinks, by the kernels made for them."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastconv
+from conv2d_problems import (
+    Problem,
+    assert_exact,
+    assert_same_bits,
+    assert_within,
+    integers,
+    magnitudes,
+    normals,
+    solve,
+    solve_by_oracle,
+)
+from fastconv import _core
+from running import running_on
+
+
+def depthwise(x, multiplier=1, **geometry):
+    return Problem(x, x[3] * multiplier, groups=x[3], **geometry)
+
+
+PROBLEMS = [
+    # Every register tile: filter rows of 1, 2, 3, 5, 7 taps and others, strides 1, 2 and 3, every
+    # remainder of pixels; channels around the widths of vectors.
+    *(
+        depthwise((2, 9, 11, 19), kernel=kernel, strides=strides, padding=padding)
+        for kernel in [(1, 1), (2, 2), (3, 3), (5, 5), (7, 7), (3, 4), (1, 6)]
+        for strides in [(1, 1), (2, 2), (3, 1)]
+        for padding in ["same", ((7, 0), (1, 9))]
+    ),
+    *(depthwise((1, 4, width, 17), padding="same") for width in range(1, 20)),
+    *(depthwise((1, 6, 2 * width, 16), strides=(2, 2), padding="same") for width in range(1, 11)),
+    *(depthwise((1, 5, 6, channels), padding="same") for channels in (2, 7, 8, 15, 16, 31, 33, 64)),
+    *(
+        depthwise((2, 8, 7, channels), multiplier, strides=strides, padding="same")
+        for channels in (2, 9, 24)
+        for multiplier in (2, 3, 8, 16, 19)
+        for strides in [(1, 1), (2, 2)]
+    ),
+    *(
+        depthwise((2, 12, 13, 5), multiplier, strides=strides, padding="same", dilation_rate=rate)
+        for multiplier in (1, 2)
+        for strides in [(1, 1), (2, 2), (2, 3)]
+        for rate in [(2, 2), (1, 3), (5, 1)]
+    ),
+    depthwise((1, 9, 1, 20), kernel=(3, 1)),  # output pixels one below the other
+    depthwise((2, 7, 7, 6), strides=(6, 5), padding="same"),  # too many residue classes
+    depthwise((2, 7, 9, 6), kernel=(2, 2), strides=(4, 3)),  # stride beyond the filter
+    depthwise((2, 15, 15, 200), padding="same"),
+    depthwise((0, 5, 5, 8), padding="same"),
+]
+
+over = pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+
+
+def assert_right(problem, **running):
+    with running_on(algorithm="depthwise", **running):
+        data = integers(problem)
+        assert_exact(solve(problem, data), solve_by_oracle(problem, data))
+        data = normals(problem)
+        expected = solve_by_oracle(problem, data)
+        assert_within(solve(problem, data), expected, magnitudes(problem, data))
+
+
+@over
+def test_results(problem, isa):
+    assert_right(problem)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_problem(data):
+    draw = data.draw
+    rate = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    kernel = draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
+    least = [(taps - 1) * step + 1 for taps, step in zip(kernel, rate, strict=True)]
+    side = st.integers(0, 4)
+    problem = depthwise(
+        (
+            draw(st.integers(1, 3)),
+            draw(st.integers(least[0], least[0] + 12)),
+            draw(st.integers(least[1], least[1] + 20)),
+            draw(st.integers(2, 40)),
+        ),
+        draw(st.integers(1, 4)),
+        kernel=kernel,
+        strides=draw(st.tuples(st.integers(1, 4), st.integers(1, 4))),
+        padding=draw(
+            st.sampled_from(["valid", "same"]) | st.tuples(st.tuples(side, side), st.tuples(side, side))
+        ),
+        dilation_rate=rate,
+        data_format=draw(st.sampled_from(["channels_last", "channels_first"])),
+    )
+    assert_right(problem, isa=draw(st.sampled_from(_core.available_isas())))
+
+
+@pytest.mark.parametrize("multiplier", [1, 3])
+def test_padding_is_no_multiplication(multiplier, isa):
+    """Infinite taps and NaN pixels reach the results that they belong to, and no others."""
+    problem = depthwise((1, 5, 12, 18), multiplier, padding="same")
+    data = normals(problem)
+    data.w[0, 0] = np.inf  # meets padding in the first row and column alone
+    data.x[0, 2, 5] = np.nan
+    data.dy[0, 2, 5] = np.nan
+    with running_on(algorithm="depthwise"):
+        y = fastconv.conv2d(data.x, data.w, **problem.geometry)
+        dx = fastconv.conv2d_grad_input(data.dy, data.w, problem.x_shape, **problem.geometry)
+        dw = fastconv.conv2d_grad_filter(data.x, data.dy, problem.w_shape, **problem.geometry)
+    assert np.isfinite(y[:, 0]).all()
+    assert np.isfinite(y[:, :, 0]).all()
+    assert np.isinf(y[:, 1:, 1:4]).all()
+    near = np.zeros(y.shape, bool)
+    near[:, 1:4, 4:7] = True
+    np.testing.assert_array_equal(np.isnan(y), near)
+    # dx of the last row and column meets no first tap.
+    assert np.isfinite(dx[:, -1]).all()
+    assert np.isfinite(dx[:, :, -1]).all()
+    assert np.isnan(dw).all()
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        depthwise((1, 30, 31, 70), padding="same"),
+        depthwise((5, 14, 13, 24), 2, strides=(2, 2), padding="same"),
+        depthwise((3, 28, 28, 96), kernel=(5, 5), padding="same"),
+    ],
+    ids=str,
+)
+def test_threads_do_not_change_a_bit(problem, isa):
+    data = normals(problem)
+    with running_on(algorithm="depthwise", threads=1):
+        expected = solve(problem, data)
+    for threads in (2, 5):
+        with running_on(algorithm="depthwise", threads=threads):
+            assert_same_bits(solve(problem, data), expected)
+
+
+def test_selector_takes_it(isa):
+    for multiplier in (1, 2):
+        for direction in ("fprop", "dgrad", "wgrad"):
+            explanation = fastconv.explain(
+                (1, 14, 14, 64), (3, 3, 1, 64 * multiplier), direction=direction, groups=64
+            )
+            assert explanation["algorithm"] == "depthwise"
