@@ -1,5 +1,7 @@
 """Depthwise convolutions: whatever the selector thinks, by the kernels made for them."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -92,7 +94,8 @@ def test_any_problem(data):
         kernel=kernel,
         strides=draw(st.tuples(st.integers(1, 4), st.integers(1, 4))),
         padding=draw(
-            st.sampled_from(["valid", "same"]) | st.tuples(st.tuples(side, side), st.tuples(side, side))
+            st.sampled_from(["valid", "same"])
+            | st.tuples(st.tuples(side, side), st.tuples(side, side))
         ),
         dilation_rate=rate,
         data_format=draw(st.sampled_from(["channels_last", "channels_first"])),
@@ -142,10 +145,11 @@ def test_threads_do_not_change_a_bit(problem, isa):
             assert_same_bits(solve(problem, data), expected)
 
 
+@pytest.mark.parametrize("isa", [isa for isa in _core.available_isas() if isa != "scalar"])
 def test_selector_takes_it(isa):
-    for multiplier in (1, 2):
-        for direction in ("fprop", "dgrad", "wgrad"):
+    for multiplier, direction in itertools.product((1, 2), ("fprop", "dgrad", "wgrad")):
+        with running_on(isa=isa):
             explanation = fastconv.explain(
                 (1, 14, 14, 64), (3, 3, 1, 64 * multiplier), direction=direction, groups=64
             )
-            assert explanation["algorithm"] == "depthwise"
+        assert explanation["algorithm"] == "depthwise"

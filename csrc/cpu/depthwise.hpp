@@ -1,5 +1,5 @@
-// Depthwise convolutions: one input channel a group, any channel multiplier. What computes them is in
-// lanes.hpp; here is when.
+// Depthwise convolutions: one input channel a group, any channel multiplier. What computes them is
+// in lanes.hpp; here is when.
 #pragma once
 
 #include "cpu/kernels.hpp"

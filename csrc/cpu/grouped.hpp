@@ -1,5 +1,5 @@
-// Grouped convolutions with several input channels a group. What computes them is in lanes.hpp; here
-// is when.
+// Grouped convolutions with several input channels a group. What computes them is in lanes.hpp;
+// here is when.
 #pragma once
 
 #include "cpu/kernels.hpp"

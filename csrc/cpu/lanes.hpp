@@ -91,16 +91,17 @@ struct LaneSource {
 };
 
 // Calls body(tap, pixel, source vector) for all that meet, `taps` of a row and `Cols` pixels, with
-// every source vector loaded once.
+// every source vector loaded once. Only the outermost Taps - 1 columns may lie in padding: a test
+// of every column would cost as much as the multiplications.
 template <class V, int Taps, int Step, int Cols, class Source, class Body>
 inline __attribute__((always_inline)) void slide(const LaneTile& t, const Source& source,
                                                  const float* x, const float* mask, int64_t c,
                                                  const Body& body) {
-  static_assert(Taps > 0);
-  const auto inside = static_cast<std::uint64_t>(t.column_end - t.column_begin);
+  constexpr int kColumns = (Cols - 1) * Step + Taps, kMargin = Taps - 1;
 #pragma GCC unroll 32
-  for (int column = 0; column < (Cols - 1) * Step + Taps; ++column) {
-    if (static_cast<std::uint64_t>(column - t.column_begin) >= inside) continue;
+  for (int column = 0; column < kColumns; ++column) {
+    if (column < kMargin && column < t.column_begin) [[unlikely]] continue;
+    if (column >= kColumns - kMargin && column >= t.column_end) [[unlikely]] continue;
     const int64_t at = column * t.x_column;
     const typename V::Reg a = source.load(x + at, mask + at, c);
 #pragma GCC unroll 8
@@ -240,7 +241,7 @@ inline __attribute__((always_inline)) void lane_wgrad_vector(const LaneTile& t, 
 template <class V, bool Wgrad, Lanes kLanes, int Taps, int Step, int Cols>
 void lane_tile(const LaneTile& t) {
   for (int64_t v = t.begin; v < t.end; ++v) {
-    const auto one = [&]<bool Whole>(std::bool_constant<Whole>) {
+    const auto one = [&]<bool Whole>(std::bool_constant<Whole>) __attribute__((always_inline)) {
       if constexpr (Wgrad) {
         lane_wgrad_vector<V, kLanes, Taps, Step, Cols, Whole>(t, v);
       } else {
@@ -330,6 +331,7 @@ struct LanePlan {
   Lanes lanes;
   int64_t channels, vectors, reduce;  // output channels; source channels a group
   int64_t block, blocks;              // vectors of a task; such blocks
+  int64_t rows;                       // output rows that a column of tiles goes down
 
   LanePlan(const TapConvolution& g, int64_t taps_h, int64_t taps_w)
       : channels(g.groups * g.columns), vectors(ceil_div(channels, V::kWidth)),
@@ -346,15 +348,18 @@ struct LanePlan {
             : span <= V::kWidth           ? Lanes::permute
             : span <= 2 * V::kWidth       ? Lanes::permute2
                                           : Lanes::gather;
-    // The filter of a block, and the source rows under a column of tiles, stay in half of a 32 KiB
-    // first-level cache each.
+    // The filter of a block stays in half of the first-level cache; where its share of the loads is
+    // small, in the second level, and lines are read from end to end.
     const int64_t filter = taps_h * taps_w * reduce * V::kWidth * 4;
-    const int64_t source = taps_h * (kColumns * g.horizontal.step + taps_w) *
-                           max64(V::kWidth, span) * 4;
-    block = max64(1, min64(vectors, (int64_t{16} << 10) / max64(filter, source)));
-    blocks = ceil_div(vectors, block);
+    const int64_t most = lanes == Lanes::plain ? int64_t{256} << 10 : int64_t{16} << 10;
+    blocks = ceil_div(vectors, max64(1, min64(vectors, most / filter)));
     block = ceil_div(vectors, blocks);
     blocks = ceil_div(vectors, block);
+    // So do the source rows under a column of tiles, as far as they go.
+    const int64_t row =
+        (kColumns * g.horizontal.step + taps_w) * block * max64(V::kWidth, span) * 4;
+    const int64_t source_rows = (int64_t{24} << 10) / row;
+    rows = max64(1, min64(8, (source_rows - taps_h) / g.vertical.step + 1));
   }
 
   static int64_t first_group(const TapConvolution& g, int64_t v) {
@@ -395,6 +400,7 @@ struct LanePlan {
                      (lanes == Lanes::broadcast || lanes == Lanes::gather ||
                       (lanes == Lanes::permute2 ? out[v].loaded[1] : out[v].loaded[0]) ==
                           V::kWidth);
+      if (lanes == Lanes::plain || lanes == Lanes::broadcast) continue;
       for (int64_t lane = 0; lane < V::kWidth; ++lane) {
         const int64_t group = (v * V::kWidth + lane) / g.columns - first;
         index[v * V::kWidth + lane] =
@@ -404,8 +410,8 @@ struct LanePlan {
   }
 };
 
-// Where tile (output row i, output pixels from j on) of image n begins in the source, in floats; and
-// what of it t says: the taps that meet the source. Returns the first tap row.
+// Where tile (output row i, output pixels from j on) of image n begins in the source, in floats,
+// and what of it t says: the taps that meet the source. Returns the first tap row.
 inline int64_t locate_lane_tile(const TapConvolution& g, int64_t n, int64_t i, int64_t j,
                                 LaneTile& t, int64_t& source) {
   int64_t row, row_end;
@@ -424,11 +430,23 @@ inline int64_t locate_lane_tile(const TapConvolution& g, int64_t n, int64_t i, i
   return row;
 }
 
-// The tiles for the horizontal taps of g.
+// The tiles for the taps of one axis.
+struct LaneTiles {
+  const LaneTileFunction *quick, *any;  // those for tiles that hardly meet padding, and for all
+  AxisTaps taps;
+
+  void run(const LaneTile& t, int64_t pixels) const {
+    const int64_t margin = taps.count - 1, columns = (pixels - 1) * taps.step + taps.count;
+    const bool hardly = t.column_begin <= margin && t.column_end >= columns - margin;
+    (hardly ? quick : any)[pixels - 1](t);
+  }
+};
+
 template <class V, bool Wgrad>
-const LaneTileFunction* lane_tiles_for(Lanes lanes, const AxisTaps& h) {
+LaneTiles lane_tiles_for(Lanes lanes, const AxisTaps& h) {
   const bool dense = h.count <= 1 || h.stride == 1;
-  return lane_tiles<V, Wgrad>(lanes, dense ? h.count : 0, h.step);
+  return {lane_tiles<V, Wgrad>(lanes, dense ? h.count : 0, h.step),
+          lane_tiles<V, Wgrad>(lanes, 0, 1), h};
 }
 
 // fprop, or dgrad: as many convolutions as there are residue classes, row by row together.
@@ -440,7 +458,7 @@ struct LaneConvolution {
     TapConvolution g;
     int64_t first;                              // float of its outputs
     int64_t packed, filter_vector, filter_row;  // floats
-    const LaneTileFunction* tiles;
+    LaneTiles tiles;
   };
 
   static bool fits(const Conv2dProblem& p) {
@@ -493,25 +511,28 @@ struct LaneConvolution {
       const int64_t strip = task / plan.blocks % strips, n = task / plan.blocks / strips;
       t.begin = block * plan.block;
       t.end = min64(plan.vectors, t.begin + plan.block);
-      const int64_t rows = classes[0].g.out_h;
-      for (int64_t tile = 0; tile < tiles; ++tile)
-        for (int64_t i = rows * strip / strips; i < rows * (strip + 1) / strips; ++i)
-          for (int64_t k = 0; k < count; ++k) {
-            const Class& own = classes[k];
-            const TapConvolution& g = own.g;
-            const int64_t j = g.out_w * tile / tiles, j_end = g.out_w * (tile + 1) / tiles;
-            if (i >= g.out_h || j == j_end) continue;
-            int64_t source;
-            const int64_t row = locate_lane_tile(g, n, i, j, t, source);
-            t.x = x + source;
-            t.mask = mask ? mask + source : nullptr;
-            t.filter = packed + own.packed + row * own.filter_row;
-            t.filter_vector = own.filter_vector;
-            t.filter_row_step = own.filter_row;
-            t.y = y + own.first + n * g.y_image + i * g.y_row + j * g.y_column;
-            t.y_column = g.y_column;
-            own.tiles[j_end - j - 1](t);
-          }
+      const int64_t rows = classes[0].g.out_h, strip_end = rows * (strip + 1) / strips;
+      for (int64_t begin = rows * strip / strips; begin < strip_end; begin += plan.rows) {
+        const int64_t end = min64(strip_end, begin + plan.rows);
+        for (int64_t tile = 0; tile < tiles; ++tile)
+          for (int64_t i = begin; i < end; ++i)
+            for (int64_t k = 0; k < count; ++k) {
+              const Class& own = classes[k];
+              const TapConvolution& g = own.g;
+              const int64_t j = g.out_w * tile / tiles, j_end = g.out_w * (tile + 1) / tiles;
+              if (i >= g.out_h || j == j_end) continue;
+              int64_t source;
+              const int64_t row = locate_lane_tile(g, n, i, j, t, source);
+              t.x = x + source;
+              t.mask = mask ? mask + source : nullptr;
+              t.filter = packed + own.packed + row * own.filter_row;
+              t.filter_vector = own.filter_vector;
+              t.filter_row_step = own.filter_row;
+              t.y = y + own.first + n * g.y_image + i * g.y_row + j * g.y_column;
+              t.y_column = g.y_column;
+              own.tiles.run(t, j_end - j);
+            }
+      }
     });
   }
 
@@ -547,26 +568,38 @@ struct LaneConvolution {
             float* packed) const {
     const TapConvolution& g = own.g;
     for (int64_t v = begin; v < end; ++v) {
-      int64_t lanes[V::kWidth];
+      int64_t lanes[V::kWidth] = {};
       const int64_t valid = min64(V::kWidth, plan.channels - v * V::kWidth);
+      int64_t group = v * V::kWidth / g.columns, column = v * V::kWidth % g.columns;
       for (int64_t lane = 0; lane < valid; ++lane) {
-        const int64_t channel = v * V::kWidth + lane;
-        lanes[lane] =
-            channel / g.columns * g.filter_group + channel % g.columns * g.filter_column;
+        lanes[lane] = group * g.filter_group + column * g.filter_column;
+        if (++column == g.columns) {
+          column = 0;
+          ++group;
+        }
       }
       float* out = packed + v * own.filter_vector;
-      for (int64_t r = 0; r < g.vertical.count; ++r)
-        for (int64_t c = 0; c < g.reduce; ++c)
-          for (int64_t s = 0; s < g.horizontal.count; ++s, out += V::kWidth) {
-            const float* in =
-                filter + c * g.filter_reduce +
-                (g.vertical.filter_first + r * g.vertical.filter_stride) * g.filter_tap_row +
-                (g.horizontal.filter_first + s * g.horizontal.filter_stride) *
-                    g.filter_tap_column;
-            for (int64_t lane = 0; lane < V::kWidth; ++lane) {
-              out[lane] = lane < valid ? in[lanes[lane]] : 0.0f;
-            }
+      const int64_t out_c = g.horizontal.count * V::kWidth;  // from source channel to channel
+      for (int64_t r = 0; r < g.vertical.count; ++r, out += own.filter_row)
+        for (int64_t s = 0; s < g.horizontal.count; ++s) {
+          const float* in =
+              filter +
+              (g.vertical.filter_first + r * g.vertical.filter_stride) * g.filter_tap_row +
+              (g.horizontal.filter_first + s * g.horizontal.filter_stride) * g.filter_tap_column;
+          float* to = out + s * V::kWidth;
+          if (g.filter_reduce == 1 && g.reduce > 1) {
+            // dgrad: the filter's lines run along c.
+            for (int64_t lane = 0; lane < V::kWidth; ++lane)
+              for (int64_t c = 0; c < g.reduce; ++c) {
+                to[c * out_c + lane] = lane < valid ? in[lanes[lane] + c] : 0.0f;
+              }
+            continue;
           }
+          for (int64_t c = 0; c < g.reduce; ++c)
+            for (int64_t lane = 0; lane < V::kWidth; ++lane) {
+              to[c * out_c + lane] = lane < valid ? in[lanes[lane] + c * g.filter_reduce] : 0.0f;
+            }
+        }
     }
   }
 };
@@ -609,7 +642,7 @@ struct LaneWgrad {
     common.filter_vector = vector_floats;
     common.filter_row_step = row_floats;
     common.y_column = g.y_column;
-    const LaneTileFunction* functions = lane_tiles_for<V, true>(plan.lanes, g.horizontal);
+    const LaneTiles functions = lane_tiles_for<V, true>(plan.lanes, g.horizontal);
     parallel_for(parts * plan.blocks, [&](int64_t task) {
       const int64_t block = task % plan.blocks, part = task / plan.blocks;
       LaneTile t = common;
@@ -626,10 +659,9 @@ struct LaneWgrad {
       }
       // A few rows at a time under each column of tiles: their source rows meet again in the
       // first-level cache, the neighbouring column of tiles in the second.
-      constexpr int64_t kLines = 8;
       const int64_t part_end = lines * (part + 1) / parts;
-      for (int64_t begin = lines * part / parts; begin < part_end; begin += kLines) {
-        const int64_t end = min64(part_end, begin + kLines);
+      for (int64_t begin = lines * part / parts; begin < part_end; begin += plan.rows) {
+        const int64_t end = min64(part_end, begin + plan.rows);
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t j = g.out_w * tile / tiles, j_end = g.out_w * (tile + 1) / tiles;
           for (int64_t line = begin; line < end; ++line) {
@@ -641,7 +673,7 @@ struct LaneWgrad {
             t.filter = own + row * row_floats;
             t.y = const_cast<float*>(dy) + at;
             t.y_mask = y ? y + at : nullptr;
-            functions[j_end - j - 1](t);
+            functions.run(t, j_end - j);
           }
         }
       }
@@ -694,14 +726,14 @@ void run_lanes(const Conv2dProblem& p, Direction direction, const Conv2dOperands
   convolution.execute(dz.floats(), nullptr, t.filter, nullptr, t.out);
 }
 
-// Cycles of a multiply-add of a whole vector with its share of loads and permutations, and those
-// around a vector of results; in multiply-adds.
+// What a multiply-add takes with its share of loads and permutations, on the scale of Direct's
+// estimates.
 inline double lane_cost(Lanes lanes, const AxisTaps& h) {
   const bool slides = (h.count == 3 || lanes == Lanes::plain) && h.stride == 1 && h.step <= 2;
   switch (lanes) {
     case Lanes::plain:
     case Lanes::masked: return slides ? 1.2 : 1.6;
-    case Lanes::broadcast: return slides ? 1.15 : 1.5;
+    case Lanes::broadcast: return slides ? 1.0 : 1.5;
     case Lanes::permute: return slides ? 1.25 : 2;
     case Lanes::permute2: return slides ? 1.6 : 3;
     case Lanes::gather: return 16;
@@ -711,6 +743,7 @@ inline double lane_cost(Lanes lanes, const AxisTaps& h) {
 
 template <class V>
 Estimate estimate_lanes(const Conv2dProblem& p, Direction direction) {
+  constexpr double kAroundAFilterFloat = 8;  // to bring it into the order of lanes, and back
   Estimate out;
   const auto add = [&](const TapConvolution& g, const LanePlan<V>& plan, double pixels) {
     const double lanes = static_cast<double>(plan.vectors * V::kWidth) * pixels;
@@ -721,6 +754,7 @@ Estimate estimate_lanes(const Conv2dProblem& p, Direction direction) {
   if (direction == Direction::wgrad) {
     const LaneWgrad<V> wgrad(p, true);
     add(wgrad.g, wgrad.plan, static_cast<double>(p.n * p.oh * p.ow));
+    out.multiply_adds += kAroundAFilterFloat * static_cast<double>(wgrad.part_floats);
     out.workspace_bytes = wgrad.workspace_bytes();
     return out;
   }
@@ -729,6 +763,7 @@ Estimate estimate_lanes(const Conv2dProblem& p, Direction direction) {
     const TapConvolution& g = convolution.classes[k].g;
     add(g, convolution.plan, static_cast<double>(g.images * g.out_h * g.out_w));
   }
+  out.multiply_adds += kAroundAFilterFloat * static_cast<double>(convolution.packed_floats);
   out.workspace_bytes = convolution.workspace_bytes();
   return out;
 }
