@@ -186,7 +186,7 @@ def _cases(texts, suite_names, paths, directions, batch):
         wanted = [problems.parse_direction(name) for name in directions.split(",")]
     if not texts and not suite_names and not paths:
         suite_names = DEFAULT_SUITES
-    listed = [(problems.parse(text), None, None) for text in texts]
+    listed = [(problems.parse(text), None, "problems") for text in texts]
     for path in paths:
         lines = path.read_text().splitlines()
         listed += [(*line, path.stem) for line in problems.parse_lines(lines)]

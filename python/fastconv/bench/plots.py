@@ -78,7 +78,7 @@ def _figures(run):
         yield "roofline", _roofline(with_flops, run["conditions"])
     suites = {}
     for result in run["results"]:
-        suites.setdefault(result.get("suite") or "problems", []).append(result)
+        suites.setdefault(result["suite"], []).append(result)
     for suite, results in suites.items():
         yield f"layers-{suite.replace(':', '-')}", _layers(suite, results, run["conditions"])
     if any(r["ratio"] for r in run["results"]):

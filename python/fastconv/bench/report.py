@@ -131,7 +131,7 @@ def _ratios(run, direction, key):
     groups = {}
     for result in run["results"]:
         if result["direction"] == direction and result["ratio"]:
-            groups.setdefault(result[key] or "", []).append(result["ratio"]["median"])
+            groups.setdefault(result[key], []).append(result["ratio"]["median"])
     together = [value for values in groups.values() for value in values]
     return groups | ({"**all**": together} if together else {})
 
