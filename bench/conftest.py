@@ -5,6 +5,14 @@ import pytest
 import fastconv
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--suites",
+        default="mnist,pooling",
+        help="suites of `fastconv bench` for test_suites_bench.py, with commas",
+    )
+
+
 @pytest.fixture(scope="session")
 def tensorflow():
     tf = pytest.importorskip("tensorflow", reason="stock TensorFlow is what we compare with")

@@ -46,8 +46,8 @@ def run_python(*arguments):
 def test_help_names_the_commands():
     result = invoke("--help")
     assert result.exit_code == 0
-    assert "info" in result.output
-    assert "mnist" in result.output
+    for name in ("bench", "info", "mnist"):
+        assert name in result.output
 
 
 def test_module_does_what_the_command_does():
@@ -76,7 +76,9 @@ def test_info_fits_a_terminal():
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["info"], ["info", "--json"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["bench", "--help"], ["info"], ["info", "--json"]]
+)
 def test_works_without_tensorflow(arguments):
     result = run_python("-c", WITHOUT_TENSORFLOW, *arguments)
     assert result.returncode == 0, result.stderr

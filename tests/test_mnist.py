@@ -4,6 +4,7 @@ import io
 import re
 import runpy
 import socket
+import sys
 import threading
 import time
 import zipfile
@@ -334,6 +335,31 @@ def test_both_prints_the_comparison(tensorflow):
     for name in ("forward pass", *arrays):
         (row,) = [line for line in tables if line.strip().startswith(name)]
         assert float(row.split()[-1]) <= 1e-5, row
+
+
+@pytest.mark.parametrize("layers", ["fast", "both"])
+def test_plots_are_drawn_from_the_trained_models(tensorflow, tmp_path, layers):
+    pytest.importorskip("matplotlib")
+    path = saved(tmp_path / "small.npz")
+    directory = tmp_path / "plots"
+    arguments = ["--data", path, "--layers", layers, "--epochs", 2, "--plot", directory]
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    models = [""] if layers == "fast" else ["-stock", "-fast"]
+    names = ["training"]
+    names += [f"{kind}{m}" for m in models for kind in ("confusion", "filters", "features")]
+    expected = {f"{name}.{ending}" for name in names for ending in ("svg", "png")}
+    assert {drawn.name for drawn in directory.iterdir()} == expected
+    for name in expected:
+        assert f"drawn: {directory / name}" in result.output
+        assert (directory / name).stat().st_size > 3000
+
+
+def test_plots_without_matplotlib_say_what_to_install(tensorflow, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = invoke("--plot", "nowhere")
+    assert result.exit_code == 1
+    assert "pip install 'fastconv[plot]'" in result.output
 
 
 def test_single_step_has_no_rate(tensorflow):

@@ -133,24 +133,31 @@ def _filters(convolutions):
 def _features(digit, maps):
     """What each filter of each convolution makes of one image, after ReLU."""
     per_row = 16
-    rows = [-(-m.shape[-1] // per_row) for m in maps]
-    figure = Figure((7, 0.5 * sum(rows) + 1.2), layout="constrained")
-    parts = figure.subfigures(
-        1 + len(maps), 1, height_ratios=[1.6, *(0.55 + count for count in rows)]
-    )
-    axes = parts[0].subplots()
-    axes.imshow(digit, cmap="gray_r")
-    axes.set_anchor("W")
-    axes.set_axis_off()
-    parts[0].suptitle("the image", x=0.01, ha="left", fontsize=9, fontweight="bold")
-    for number, (part, features, count) in enumerate(zip(parts[1:], maps, rows, strict=True), 1):
+    pictures = [_mosaic(features, per_row) for features in maps]
+    width = 6.8
+    heights = [width * picture.shape[0] / picture.shape[1] for picture in pictures]
+    figure = Figure((width, sum(heights) + 1.7), layout="constrained")
+    panels = figure.subplots(1 + len(maps), 1, height_ratios=(0.8, *heights))
+    panels[0].imshow(digit, cmap="gray_r", interpolation="none")
+    panels[0].set_title("the image")
+    for number, (axes, features, picture) in enumerate(
+        zip(panels[1:], maps, pictures, strict=True), 1
+    ):
         height, width, channels = features.shape
-        part.suptitle(f"convolution {number}: {channels} maps of {height} x {width}",
-                      x=0.01, ha="left", fontsize=9, fontweight="bold")  # fmt: skip
-        panels = part.subplots(count, per_row, squeeze=False)
-        limit = float(features.max()) or 1.0
-        for index, panel in enumerate(panels.flat):
-            panel.set_axis_off()
-            if index < channels:
-                panel.imshow(features[:, :, index], cmap="magma", vmin=0, vmax=limit)
+        axes.imshow(picture, cmap="magma", vmin=0, interpolation="none")
+        axes.set_title(f"convolution {number}: {channels} maps of {height} x {width}")
+    for axes in panels:
+        axes.set_anchor("W")
+        axes.set_axis_off()
     return figure
+
+
+def _mosaic(features, per_row):
+    """Maps (row, column, channel) side by side in one picture, a gap of NaN between them."""
+    height, width, channels = features.shape
+    rows = -(-channels // per_row)
+    gap = max(1, width // 12)
+    tiles = np.full((rows * per_row, height + gap, width + gap), np.nan, np.float32)
+    tiles[:channels, :height, :width] = features.transpose(2, 0, 1)
+    picture = tiles.reshape(rows, per_row, height + gap, width + gap).transpose(0, 2, 1, 3)
+    return picture.reshape(rows * (height + gap), -1)[:-gap, :-gap]
