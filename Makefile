@@ -22,13 +22,15 @@ ifneq ($(VENV_STATE),sound)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test bench clean
+.PHONY: help mnist test bench performance clean
 
 help:
 	@echo "make mnist   train the article's MNIST network on the fast layers;"
 	@echo "             ARGS passes options: make mnist ARGS='--layers both --epochs 2'"
 	@echo "make test    run the tests; ARGS passes options to pytest"
 	@echo "make bench   run the benchmarks; ARGS passes options to pytest"
+	@echo "make performance   measure every suite beside other libraries (large downloads)"
+	@echo "             and write docs/performance.md"
 	@echo "make clean   remove .venv and everything that was built"
 	@echo
 	@echo "Needs Python 3.10 or newer (one other than python3: make PYTHON=...) and a"
@@ -42,6 +44,10 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(VENV_PYTHON) -m pytest bench $(ARGS)
+
+performance: $(INSTALLED)
+	@set -- $(WHEELS)/*.whl && $(VENV_PYTHON) -m pip install --quiet "$$1[bench]"
+	$(VENV_PYTHON) -m fastconv bench --report docs/performance.md $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .benchmarks .ruff_cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -226,7 +227,7 @@ def _measure(cases, names, options):
         seconds=options["seconds"],
         seed=options["seed"],
     )
-    run = {"complete": False, "planned": len(cases), "results": []}
+    run = {"command": _command(), "complete": False, "planned": len(cases), "results": []}
     start = time.monotonic()
     with _progress(len(cases)) as progress:
         progress.say("starting " + ", ".join(names))
@@ -243,6 +244,18 @@ def _measure(cases, names, options):
             run["conditions"] = session.describe()
     run["seconds"] = time.monotonic() - start
     return run
+
+
+def _command():
+    """The command line, without what changes no figure."""
+    words = ["fastconv"]
+    arguments = iter(sys.argv[1:])
+    for word in arguments:
+        if word in ("--json", "--csv", "--plot"):
+            next(arguments, None)
+        elif word != "--brief" and not word.startswith(("--json=", "--csv=", "--plot=")):
+            words.append(word)
+    return shlex.join(words)
 
 
 class _Lines:
@@ -329,5 +342,5 @@ def _show(run, options, report_path):
     if report_path and run["results"]:
         from fastconv.bench import plots, report
 
-        report.write(run, report_path, f"fastconv bench --report {report_path}", plots.draw)
+        report.write(run, report_path, plots.draw)
         click.echo(f"written: {report_path}")

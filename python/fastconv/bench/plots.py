@@ -55,14 +55,14 @@ _SETTINGS = {
 }
 
 
-def draw(run, directory):
+def draw(run, directory, endings=("svg", "png")):
     """Draws all that the run has data for, and returns the paths."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     with mpl.rc_context(_SETTINGS):
         for name, figure in _figures(run):
-            for ending in ("svg", "png"):
+            for ending in endings:
                 path = directory / f"{name}.{ending}"
                 # Without a date a figure of the same data is the same file.
                 metadata = {"Date": None} if ending == "svg" else None
@@ -132,21 +132,33 @@ def _roofline(results, conditions):
         axes.set(xscale="log", yscale="log", title=direction)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_yticks(
-            [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if t < 2 * peak]
-        )
         axes.set_xlabel("operations per byte moved once")
         axes.text(0.97, 0.03, f"{peak:.0f} GFLOP/s, {bandwidth:.0f} GB/s", fontsize=7,
                   ha="right", va="bottom", color="#444444", transform=axes.transAxes)  # fmt: skip
+    rates = [
+        r["flops"] / record["kernel"]["median"]
+        for r in results
+        for record in (r["implementations"][OURS], *_best_peer(r))
+    ]
+    low, high = min(rates) / 1.5, max(*rates, peak) * 1.5
+    ticks = [tick * 10**power for power in range(-1, 5) for tick in (1, 2, 5)]
+    panels[0][0].set_yticks([tick for tick in ticks if low <= tick <= high])
+    panels[0][0].set_ylim(low, high)
     panels[0][0].set_ylabel("GFLOP/s (direct form)")
     handles = [
         Line2D([], [], ls="", marker="o", ms=4, color=_style(OURS)[0], label=_label(OURS)),
         Line2D([], [], ls="", marker="o", ms=4, mfc="white", mec="#555555", label="best peer"),
-        Line2D([], [], color="#444444", lw=1, label="measured limits of memory and FMA"),
+        Line2D([], [], color="#444444", lw=1, label="measured limits, FMA's for direct forms"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     figure.suptitle(_where(conditions), fontsize=7, color="#555555", x=0.99, ha="right")
     return figure
+
+
+def _best_peer(result):
+    """The record of the fastest other one, in a list, which is empty where there is none."""
+    peers = [record for name, record in result["implementations"].items() if name != OURS]
+    return sorted(peers, key=lambda record: record["kernel"]["median"])[:1]
 
 
 def _layers(suite, results, conditions):
@@ -185,11 +197,7 @@ def _layers(suite, results, conditions):
                 highest = max(highest, rate)
         limit = limits and (limits["flops"] if is_rate else limits["read"]) / 1e9
         if limit:
-            axes.axhline(limit, color="#444444", lw=0.8, ls="--", zorder=1)
-            axes.annotate("FMA peak" if is_rate else "memory, reading", (1, limit), (-1, 1),
-                          xycoords=("axes fraction", "data"), textcoords="offset points",
-                          ha="right", va="bottom", fontsize=6.5, color="#444444",
-                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
+            axes.axhline(limit, color="#444444", lw=0.8, ls="--", zorder=4)
             highest = max(highest, limit) if is_rate else highest
         axes.set_ylim(0, 1.12 * highest)
         axes.set_title(direction)
@@ -206,6 +214,9 @@ def _layers(suite, results, conditions):
                         label=_label(name))
         for name in _ordered(shown)
     ]  # fmt: skip
+    if limits:
+        label = "FMA peak" if is_rate else "memory, reading"
+        handles.append(Line2D([], [], color="#444444", lw=0.8, ls="--", label=label))
     columns = min(len(handles), int(1.4 * figure.get_figwidth()))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=7.5)
     figure.suptitle(

@@ -41,7 +41,8 @@ _METHOD = """\
 - Each library runs in a process of its own. For each case there are {rounds} rounds, in each of
   which every library has a turn, in random order, while the others stand still: libraries' threads
   spin after their work and would slow the next one down. Ratios are taken within a round.
-- The same threads, CPUs and malloc settings for all. Results go to memory allocated before, for
+- The same threads, CPUs and malloc settings for all; OpenMP's threads are bound to CPUs, without
+  which some turns take ten times as long. Results go to memory allocated before, for
   fastconv, oneDNN, ONNX Runtime and OpenVINO; TensorFlow, PyTorch and JAX allocate theirs in a call,
   from memory that malloc keeps.
 - *Kernel time* is taken inside fastconv and oneDNN. Of the others only whole calls can be timed: the
@@ -57,15 +58,15 @@ _METHOD = """\
 """
 
 
-def write(run, path, command, plot):
-    """Writes the page and, beside it, its figures, drawn by ``plot(run, directory)``."""
+def write(run, path, plot):
+    """Writes the page and, beside it, its figures, drawn by ``plot``."""
     path = Path(path)
     figures = path.parent / path.stem
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawn = {p.stem: p.name for p in plot(run, figures) if p.suffix == ".svg"}
+    drawn = {drawn.stem: drawn.name for drawn in plot(run, figures, endings=("svg",))}
     sections = [
         _INTRODUCTION.format(
-            command=command,
+            command=run["command"],
             repeat=run["results"][0]["repeat"],
             conditions=_conditions(run),
         ),

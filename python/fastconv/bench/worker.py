@@ -29,6 +29,10 @@ import traceback
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 _KEEP = 2**31 - 1
 
+# Nanoseconds: how long threads are given to wake, and calls that need no warm-up.
+_WARM_UP = 2_000_000
+_SLOW = 20_000_000
+
 
 def keep_memory():
     """Makes malloc keep what is freed; says how, or None where it cannot be done."""
@@ -59,28 +63,29 @@ class Sweeper:
         import numpy as np
 
         self._memory = np.ones(2 * cache_bytes // 8, np.int64)
+        # Now, before an OpenMP binds this thread to one of them.
+        self._cpus = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else ()
 
     def __call__(self):
-        if not hasattr(os, "sched_setaffinity"):
+        if not self._cpus:
             self._memory.sum()
             return
-        cpus = os.sched_getaffinity(0)
+        before = os.sched_getaffinity(0)
         try:
-            for cpu in cpus:
+            for cpu in self._cpus:
                 os.sched_setaffinity(0, {cpu})
                 self._memory.sum()
         finally:
-            os.sched_setaffinity(0, cpus)
+            os.sched_setaffinity(0, before)
 
 
 class Worker:
     def __init__(self, name, conditions):
         from fastconv.bench import adapters
 
-        self._conditions = conditions
-        self._implementation = adapters.find(name).Implementation(conditions)
         self._case = None
         self._sweep = Sweeper(conditions["cache_bytes"]) if conditions["cold"] else None
+        self._implementation = adapters.find(name).Implementation(conditions)
 
     def limits(self, **_):
         return {"limits": self._implementation.limits()}
@@ -109,32 +114,41 @@ class Worker:
         }
 
     def time(self, seconds):
-        """Calls for about ``seconds``, at least one of each kind, after an untimed one.
+        """Calls for about ``seconds``, at least one of each kind, after untimed ones.
 
-        The untimed one brings the data back into the caches and wakes the threads; where a call
-        takes so long that this does not show, it is left out.
+        Those bring the data back into the caches and wake the threads; where a call takes so long
+        that this does not show, its first one counts.
         """
-        case = self._case
-        sources = {"kernel": case.kernel_times, "call": case.call_times}
         found = {}
-        for kind, measure in sources.items():
-            once = measure(1)
-            if once is None:
+        for kind, measure in (
+            ("kernel", self._case.kernel_times),
+            ("call", self._case.call_times),
+        ):
+            last = self._warm_up(measure)
+            if last is None:
                 continue
-            slow = once[0] > 2e7
-            count = max(1, min(2000, int(seconds * 1e9 / max(once[0], 1))))
+            times = last if last[0] > _SLOW else []
             if self._sweep is not None:
                 times = []
                 begin = time.perf_counter()
                 while not times or time.perf_counter() - begin < seconds:
                     self._sweep()
                     times += measure(1)
-            elif slow:
-                times = once + measure(count - 1) if count > 1 else once
             else:
-                times = measure(count)
+                left = seconds * 1e9 - sum(times)
+                count = min(2000, int(left / max(last[0], 1)))
+                if count > 0 or not times:
+                    times = times + measure(max(1, count))
             found[kind] = times
         return {"times": found}
+
+    @staticmethod
+    def _warm_up(measure):
+        """The last of some milliseconds of untimed calls."""
+        begin = time.perf_counter_ns()
+        while (last := measure(1)) is not None and time.perf_counter_ns() - begin < _WARM_UP:
+            pass
+        return last
 
     def release(self):
         self._case = None
