@@ -24,6 +24,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from fastconv.keras import FastConv2D, FastMaxPooling2D
+from fastconv.mnist import data
+
 BATCH = 32  # of all replicas together
 STEPS = 4
 EPOCHS = 2
@@ -31,8 +34,6 @@ EPOCHS = 2
 
 def make_model(fast=True):
     """The tutorial's network, the same weights in every process."""
-    from fastconv.keras import FastConv2D, FastMaxPooling2D
-
     keras.utils.set_random_seed(7)
     conv = FastConv2D if fast else keras.layers.Conv2D
     pool = FastMaxPooling2D if fast else keras.layers.MaxPooling2D
@@ -51,8 +52,6 @@ def make_model(fast=True):
 
 
 def make_dataset():
-    from fastconv.mnist import data
-
     mnist = data.read_npz(data.SUBSET, source="the packaged subset").limit(BATCH * STEPS)
     images = mnist.x_train[..., None].astype("float32") / 255
     labels = mnist.y_train.astype("int64")

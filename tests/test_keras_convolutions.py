@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from fastconv.adapters import tensorflow as ops
+from fastconv.adapters import xla
 from fastconv.keras import (
     FastConv1D,
     FastConv2D,
@@ -276,8 +278,6 @@ def test_functions_called_by_a_compiled_one(draw, executed_in_xla):
 
 
 def test_errors_inside_xla():
-    from fastconv.adapters import tensorflow as ops
-
     @tf.function(jit_compile=True, input_signature=[tf.TensorSpec((None, None, None, 3))])
     def channels_that_do_not_divide(x):
         return ops.conv2d(x, tf.ones((3, 3, 2, 4)))
@@ -291,6 +291,18 @@ def test_errors_inside_xla():
 
     with pytest.raises(ValueError, match=r"rank of every tensor must be known. Received"):
         unknown_ranks(tf.ones((1, 6, 6, 3)), tf.ones((3, 3, 3, 4)))
+
+
+def test_the_self_test_tells_what_goes_wrong(monkeypatch):
+    assert xla.available(), xla.reason_unavailable()
+
+    def fail(*arguments):
+        raise RuntimeError("no such op")
+
+    monkeypatch.setattr(xla, "call", fail)
+    assert xla._self_test_failure() == "RuntimeError: no such op"
+    monkeypatch.setattr(xla, "call", lambda *arguments: [tf.zeros((3, 1, 1, 1))])
+    assert "the self-test gave [[[[0.0]]]" in xla._self_test_failure()
 
 
 # --- standing in for the stock layers -------------------------------------------------------------
