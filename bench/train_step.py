@@ -1,10 +1,11 @@
 """One training step of the article's MNIST model, stock and fast, interleaved in one run.
 
-    python bench/train_step.py [--steps 200] [--batch-size 32] [--steps-per-execution 1]
+    python bench/train_step.py [--steps 200] [--batch-size 32] [--steps-per-execution 1] [--jit]
 
 Times the compiled train function on one batch that stays in memory: no input pipeline and no
 progress bar, which are the same on both sides. XLA is off, the faster mode of the stock layers on a
-CPU. Prints the median, the quartiles and the ratio of each pair of steps.
+CPU; --jit turns it on for both sides. Prints the median, the quartiles and the ratio of each pair
+of steps.
 """
 
 import statistics
@@ -14,7 +15,7 @@ import click
 import numpy as np
 
 
-def build(layers, batch_size, steps_per_execution):
+def build(layers, jit, steps_per_execution):
     import keras
 
     keras.utils.set_random_seed(0)
@@ -34,7 +35,7 @@ def build(layers, batch_size, steps_per_execution):
         "adam",
         "categorical_crossentropy",
         metrics=["accuracy"],
-        jit_compile=False,
+        jit_compile=jit,
         steps_per_execution=steps_per_execution,
     )
     return model
@@ -60,7 +61,8 @@ def stepper(model, data):
 @click.option("--steps", default=200, show_default=True, help="Timed calls of each side.")
 @click.option("--batch-size", default=32, show_default=True)
 @click.option("--steps-per-execution", default=1, show_default=True)
-def main(steps, batch_size, steps_per_execution):
+@click.option("--jit", is_flag=True, help="Compile both sides with XLA.")
+def main(steps, batch_size, steps_per_execution, jit):
     """Time stock and fast training steps in turn."""
     import fastconv
     import keras
@@ -77,7 +79,7 @@ def main(steps, batch_size, steps_per_execution):
         "fast": (FastConv2D, FastMaxPooling2D),
     }
     runs = {
-        name: stepper(build(layers, batch_size, steps_per_execution), data)
+        name: stepper(build(layers, jit, steps_per_execution), data)
         for name, layers in sides.items()
     }
     for _ in range(30):
@@ -94,7 +96,7 @@ def main(steps, batch_size, steps_per_execution):
     print(
         f"TensorFlow {tf.__version__}, Keras {keras.__version__}, fastconv {info['version']} on "
         f"{info['isa']}, {info['num_threads']} threads, batch {batch_size}, steps_per_execution "
-        f"{steps_per_execution}, jit off, {steps} interleaved calls a side"
+        f"{steps_per_execution}, jit {'on' if jit else 'off'}, {steps} interleaved calls a side"
     )
     for name, values in seconds.items():
         low, median, high = (1e3 * q for q in statistics.quantiles(values, n=4))
