@@ -13,16 +13,17 @@ from fastconv.keras._stand_in import STAND_INS
 
 sweep = pytest.mark.sweep
 
-# The network, a size that it takes, and how far apart two float32 computations of its outputs may
-# be, relative to their norm. EfficientNet multiplies activations with each other.
+# The network, a size that it takes, and how far its outputs may be from stock's, relative to their
+# norm: Winograd's rounding errors add up over the layers. With FASTCONV_ACCURACY=strict all but
+# EfficientNet, which multiplies activations with each other, are within 1e-4.
 NETWORKS = [
-    pytest.param("MobileNetV2", 32, 3e-5),
-    pytest.param("ResNet50", 32, 1e-4),
-    pytest.param("Xception", 71, 3e-5),
-    pytest.param("VGG16", 32, 3e-5, marks=sweep),
+    pytest.param("MobileNetV2", 32, 5e-4),
+    pytest.param("ResNet50", 32, 5e-4),
+    pytest.param("Xception", 71, 5e-4),
+    pytest.param("VGG16", 32, 5e-4, marks=sweep),
     pytest.param("EfficientNetB0", 32, 3e-3, marks=sweep),
-    pytest.param("DenseNet121", 32, 3e-5, marks=sweep),
-    pytest.param("InceptionV3", 75, 3e-5, marks=sweep),
+    pytest.param("DenseNet121", 32, 5e-4, marks=sweep),
+    pytest.param("InceptionV3", 75, 5e-4, marks=sweep),
 ]
 # Among a million ReLUs there is one whose input is zero but for rounding, and whose slope is either
 # 0 or 1: gradients are compared as a whole, for what a wrong kernel would do to them.
