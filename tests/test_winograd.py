@@ -63,6 +63,28 @@ def test_error_is_what_the_documentation_says(algorithm, rms, channels, rng):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("height", [14, 90], ids=["few_tiles", "many_tiles"])
+def test_blank_parts_are_exactly_the_bias(algorithm, height, isa, rng):
+    """ReLU's gradient depends on whether a result is exactly 0."""
+    shape = 2, height, 45, 20
+    x = rng.standard_normal(shape).astype(np.float32)
+    x[:, 3:11, 5:31] = 0
+    x[1, :, 40:] = 0
+    w = rng.standard_normal((3, 3, 20, 24)).astype(np.float32)
+    bias = rng.standard_normal(24).astype(np.float32)
+    options = {"padding": "same", "algorithm": algorithm}
+    y = fastconv.conv2d(x, w, bias, **options)
+    for blank in (y[:, 4:10, 6:30], y[1, :, 41:]):
+        np.testing.assert_array_equal(blank, np.broadcast_to(bias, blank.shape))
+    # dgrad too, where dy is zero or ReLU has stopped it.
+    dy, output = rng.standard_normal((2, *y.shape)).astype(np.float32)
+    output[:, 3:11, 5:31] = -1
+    dx = fastconv.conv2d_grad_input(dy, w, shape, activation="relu", output=output, **options)
+    assert not dx[:, 4:10, 6:30].any()
+    assert dx[:, 0, 10].any()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_same_bits_for_any_number_of_threads(algorithm, isa, rng):
     for shape, filters in [((1, 30, 31, 40), 72), ((3, 9, 9, 16), 160), ((1, 130, 50, 8), 8)]:
         x = rng.standard_normal(shape).astype(np.float32)

@@ -15,6 +15,10 @@
 //
 // dgrad is the same with the filter turned and transposed; the ReLU mask is part of the input
 // transform.
+//
+// Where the source under the filter is zero throughout, as in blank parts of an image, the result is
+// exactly the bias: such outputs are marked when their tile is transformed. Rounding errors of the
+// tile's other pixels there would pass for activity that ReLU lets gradients through for.
 #pragma once
 
 #include "cpu/implicit_gemm.hpp"
@@ -155,7 +159,7 @@ struct Winograd {
     int64_t padded_c, panels, panel_groups, tasks;
     bool two_phases;
     int workers;
-    int64_t zeros_bytes, filter_bytes, input_bytes, product_bytes;
+    int64_t zeros_bytes, filter_bytes, input_bytes, product_bytes, blanks_bytes;
 
     Plan(const Conv2dProblem& p, Direction direction) {
       turned = direction == Direction::dgrad;
@@ -190,11 +194,12 @@ struct Winograd {
       filter_bytes = kPoints * c * round_up(k, V::kWidth) * 4;
       input_bytes = kPoints * (two_phases ? blocks : workers) * block_tiles * padded_c * 4;
       product_bytes = workers * kPoints * block_tiles * kPanel * 4;
+      blanks_bytes = (two_phases ? blocks : workers) * block_tiles * 4;
     }
 
     int64_t workspace_bytes() const {
       return round_up(zeros_bytes, 64) + round_up(filter_bytes, 64) + round_up(input_bytes, 64) +
-             product_bytes;
+             round_up(product_bytes, 64) + blanks_bytes;
     }
     int vectors_of(int64_t panel) const {
       return static_cast<int>(
@@ -218,6 +223,7 @@ struct Winograd {
     float* u = take(plan.filter_bytes);
     float* v = take(plan.input_bytes);
     float* products = take(plan.product_bytes);
+    std::uint32_t* blanks = reinterpret_cast<std::uint32_t*>(take(plan.blanks_bytes));
     std::memset(zeros, 0, static_cast<std::size_t>(plan.zeros_bytes));
 
     // Sixteen channels of one panel a task.
@@ -231,18 +237,22 @@ struct Winograd {
     if (plan.two_phases) {
       parallel_for(plan.tiles, [&](int64_t tile) {
         const int64_t block = tile / plan.block_tiles;
-        transform_input(plan, x, mask, zeros, tile,
-                        v + block * block_floats + tile % plan.block_tiles * plan.padded_c);
+        blanks[tile] = transform_input(plan, x, mask, zeros, tile,
+                                       v + block * block_floats +
+                                           tile % plan.block_tiles * plan.padded_c);
       });
     }
     parallel_for(plan.tasks, plan.workers, [&](int64_t task, int worker) {
       const int64_t block = task % plan.blocks, group = task / plan.blocks;
       const int64_t begin = block * plan.block_tiles;
       const int64_t end = min64(plan.tiles, begin + plan.block_tiles);
-      float* own = v + (plan.two_phases ? block : worker) * block_floats;
+      const int64_t slot = plan.two_phases ? block : worker;
+      float* own = v + slot * block_floats;
+      std::uint32_t* own_blanks = blanks + slot * plan.block_tiles;
       if (!plan.two_phases) {
         for (int64_t tile = begin; tile < end; ++tile) {
-          transform_input(plan, x, mask, zeros, tile, own + (tile - begin) * plan.padded_c);
+          own_blanks[tile - begin] = transform_input(plan, x, mask, zeros, tile,
+                                                     own + (tile - begin) * plan.padded_c);
         }
       }
       float* product = products + worker * kPoints * plan.block_tiles * kPanel;
@@ -252,7 +262,8 @@ struct Winograd {
                  product);
         const float* panel_bias = bias ? bias + panel * kPanel : nullptr;
         for (int64_t tile = begin; tile < end; ++tile) {
-          transform_output(plan, product + (tile - begin) * kPanel, panel, panel_bias, tile, y);
+          transform_output(plan, product + (tile - begin) * kPanel, panel, panel_bias,
+                           own_blanks[tile - begin], tile, y);
         }
       }
     });
@@ -314,15 +325,16 @@ struct Winograd {
     }
   }
 
-  // B^T d B of one tile, all channels; the points lie block_tiles * padded_c floats apart.
-  static void transform_input(const Plan& plan, const float* x, const float* mask,
+  // B^T d B of one tile, all channels; the points lie block_tiles * padded_c floats apart. Returns a
+  // bit for each output, M * row + column, whose source is zero throughout.
+  static std::uint32_t transform_input(const Plan& plan, const float* x, const float* mask,
                               const float* zeros, int64_t tile, float* out) {
     const int64_t n = tile / (plan.tiles_h * plan.tiles_w);
     const int64_t top = tile / plan.tiles_w % plan.tiles_h * M - plan.pad_top;
     const int64_t left = tile % plan.tiles_w * M - plan.pad_left;
-    // Steps of 1 or, where a row or column meets padding, 0: zeros are everywhere the same.
     const float* pixels[kPoints];
     const float* masks[kPoints];
+    std::uint64_t live = 0;  // a bit a pixel
     for (int i = 0; i < kTile; ++i)
       for (int j = 0; j < kTile; ++j) {
         const int64_t row = top + i, column = left + j;
@@ -330,6 +342,9 @@ struct Winograd {
         const int64_t at = ((n * plan.h + row) * plan.w + column) * plan.c;
         pixels[i * kTile + j] = inside ? x + at : zeros;
         masks[i * kTile + j] = inside && mask ? mask + at : zeros;
+        if (inside && !is_zero(plan, x + at, mask ? mask + at : nullptr)) {
+          live |= std::uint64_t{1} << (i * kTile + j);
+        }
       }
     const int64_t whole = plan.c / V::kWidth * V::kWidth;
     const auto transform = [&](int64_t c, const auto&... tail) {
@@ -360,6 +375,25 @@ struct Winograd {
     };
     for (int64_t c = 0; c < whole; c += V::kWidth) transform(c);
     if (whole < plan.c) transform(whole, V::tail(static_cast<int>(plan.c - whole)));
+
+    constexpr std::uint64_t kWindow = 7 | 7 << kTile | 7 << 2 * kTile;
+    std::uint32_t blank = 0;
+    for (int i = 0; i < M; ++i)
+      for (int j = 0; j < M; ++j) {
+        if ((live >> (i * kTile + j) & kWindow) == 0) blank |= 1u << (i * M + j);
+      }
+    return blank;
+  }
+
+  // Whether a pixel is zero in all channels. A live one mostly shows in its first vector.
+  static bool is_zero(const Plan& plan, const float* x, const float* mask) {
+    for (int64_t c = 0; c < plan.c; c += V::kWidth) {
+      const auto tail = V::tail(static_cast<int>(min64(V::kWidth, plan.c - c)));
+      Reg value = V::load(x + c, tail);
+      if (mask) value = V::where_positive(V::load(mask + c, tail), value);
+      if (V::any_nonzero(value)) return false;
+    }
+    return true;
   }
 
   // product[point][tile][0 .. kPanel) = sum over c of v[point][tile][c] * u[point][c][...].
@@ -395,7 +429,7 @@ struct Winograd {
 
   // A^T m A of one tile and panel, bias and ReLU.
   static void transform_output(const Plan& plan, const float* product, int64_t panel,
-                               const float* bias, int64_t tile, float* y) {
+                               const float* bias, std::uint32_t blank, int64_t tile, float* y) {
     const int64_t n = tile / (plan.tiles_h * plan.tiles_w);
     const int64_t top = tile / plan.tiles_w % plan.tiles_h * M, left = tile % plan.tiles_w * M;
     const int64_t height = min64(M, plan.out_h - top), width = min64(M, plan.out_w - left);
@@ -428,7 +462,7 @@ struct Winograd {
 #pragma GCC unroll 4
         for (int j = 0; j < M; ++j) {
           if (j >= width) break;
-          Reg result = V::add(out[j], start);
+          Reg result = blank >> (i * M + j) & 1 ? start : V::add(out[j], start);
           if (plan.relu) result = V::relu(result);
           if (valid == V::kWidth) {
             V::store(row + j * plan.k, result);

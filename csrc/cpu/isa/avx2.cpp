@@ -67,6 +67,9 @@ struct Avx2 {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
+  static bool any_nonzero(Reg v) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(v, zero(), _CMP_NEQ_UQ)) != 0;
+  }
   static Reg where_positive(Reg y, Reg v) {
     return _mm256_and_ps(_mm256_cmp_ps(y, zero(), _CMP_GT_OQ), v);
   }

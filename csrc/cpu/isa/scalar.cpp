@@ -32,6 +32,7 @@ struct Scalar {
   static Reg relu(Reg v) { return v < 0 ? 0 : v; }
   static void transpose(Reg (&)[1]) {}
   static float sum(Reg v) { return v; }
+  static bool any_nonzero(Reg v) { return v != 0; }
   static Reg where_positive(Reg y, Reg v) { return y > 0 ? v : 0; }
   static Mask greater_or_first_nan(Reg a, Reg best) { return a > best || (a != a && best == best); }
   static Reg select(Mask m, Reg a, Reg b) { return m ? a : b; }
