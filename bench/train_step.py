@@ -64,9 +64,10 @@ def stepper(model, data):
 @click.option("--jit", is_flag=True, help="Compile both sides with XLA.")
 def main(steps, batch_size, steps_per_execution, jit):
     """Time stock and fast training steps in turn."""
-    import fastconv
     import keras
     import tensorflow as tf
+
+    import fastconv
     from fastconv.keras import FastConv2D, FastMaxPooling2D
 
     rng = np.random.default_rng(0)

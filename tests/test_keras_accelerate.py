@@ -290,6 +290,7 @@ def test_summary():
 
 def test_explain_layer(draw):
     layer = FastConv2D(3, 3, name="layer")
+    assert fastconv.explain(layer) == explain_layer(layer)
     assert str(explain_layer(layer)) == (
         "FastConv2D 'layer' is computed by fastconv: float32 on the CPU; bias in the kernel"
     )

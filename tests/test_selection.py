@@ -77,6 +77,7 @@ WRONG = [
     (lambda: fastconv.explain(X, W, direction="up"), ValueError, "direction"),
     (lambda: fastconv.explain(X, W, direction=None), TypeError, "direction"),
     (lambda: fastconv.explain(X, (3, 3, 7, 8)), ValueError, "channels"),
+    (lambda: fastconv.explain(X), TypeError, "filter_shape"),
     (
         lambda: fastconv.conv2d(np.ones(X, "f"), np.ones(W, "f"), algorithm="fft"),
         ValueError,

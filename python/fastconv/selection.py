@@ -60,8 +60,8 @@ def get_accuracy() -> str:
 
 
 def explain(
-    input_shape: Shape,
-    filter_shape: Shape,
+    input_shape: Any,
+    filter_shape: Shape | None = None,
     *,
     direction: str = "fprop",
     strides: IntegerOrPair = 1,
@@ -70,15 +70,16 @@ def explain(
     groups: SupportsIndex = 1,
     activation: str | None = None,
     data_format: str = "channels_last",
-) -> dict[str, Any]:
-    """What a convolution of these shapes would do now, without doing it.
+) -> Any:
+    """What a convolution of these shapes would do now, without doing it; or who serves a layer.
 
     Parameters
     ----------
     input_shape
-        Shape of the input ``x`` of :func:`conv2d`.
+        Shape of the input ``x`` of :func:`conv2d`. Or a Keras layer, alone: then the result is that
+        of ``fastconv.keras.explain_layer``, which says whether our kernels compute it, and why.
     filter_shape
-        Shape of its filters ``w``.
+        Shape of the filters ``w``.
     direction
         ``"fprop"`` (:func:`conv2d`), ``"dgrad"`` (:func:`conv2d_grad_input`) or ``"wgrad"``
         (:func:`conv2d_grad_filter`).
@@ -99,11 +100,19 @@ def explain(
     Raises
     ------
     TypeError
-        If an option is not of the kind ``conv2d`` takes.
+        If an option is not of the kind ``conv2d`` takes, or a lone argument is no Keras layer.
     ValueError
         If the shapes or options do not make a convolution, or an environment variable of fastconv
         has a wrong value.
     """
+    if filter_shape is None:
+        if isinstance(input_shape, (tuple, list)):
+            raise TypeError(
+                "`filter_shape` must be given with an input shape. Received: filter_shape=None"
+            )
+        import fastconv  # its `keras` says what is missing where TensorFlow is
+
+        return fastconv.keras.explain_layer(input_shape)
     return _core.explain(
         normalize_shape(input_shape, "input_shape"),
         normalize_shape(filter_shape, "filter_shape"),

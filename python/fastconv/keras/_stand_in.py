@@ -38,7 +38,7 @@ def stand_in_for(stock):
     return decorate
 
 
-class OutsideXla:
+class JitWhereXlaServes:
     """Mixin: where our kernels cannot run inside XLA, has Keras run models with the layer outside.
 
     A property and not an attribute set in ``__init__``, so that the stock layer's ``__init__``

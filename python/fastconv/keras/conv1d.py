@@ -3,11 +3,11 @@
 import keras
 
 from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
-from fastconv.keras._stand_in import OutsideXla, adapter, stand_in_for, tf
+from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for, tf
 
 
 @stand_in_for(keras.layers.Conv1D)
-class FastConv1D(OutsideXla, keras.layers.Conv1D):
+class FastConv1D(JitWhereXlaServes, keras.layers.Conv1D):
     """A 1-D convolution layer: ``keras.layers.Conv1D``, computed by fastconv's kernels.
 
     A sequence is an image of height 1 to them; causal padding is part of the op. Arguments,

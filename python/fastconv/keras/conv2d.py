@@ -3,11 +3,11 @@
 import keras
 
 from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
-from fastconv.keras._stand_in import OutsideXla, adapter, stand_in_for
+from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
 
 
 @stand_in_for(keras.layers.Conv2D)
-class FastConv2D(OutsideXla, keras.layers.Conv2D):
+class FastConv2D(JitWhereXlaServes, keras.layers.Conv2D):
     """A 2-D convolution layer: ``keras.layers.Conv2D``, computed by fastconv's kernels.
 
     Arguments, defaults, names, weights, errors and files are those of ``keras.layers.Conv2D``.

@@ -2,11 +2,18 @@
 
 import keras
 
-from fastconv.keras._stand_in import OutsideXla, adapter, reason_for_stock, stand_in_for, tell, tf
+from fastconv.keras._stand_in import (
+    JitWhereXlaServes,
+    adapter,
+    reason_for_stock,
+    stand_in_for,
+    tell,
+    tf,
+)
 
 
 @stand_in_for(keras.layers.Conv2DTranspose)
-class FastConv2DTranspose(OutsideXla, keras.layers.Conv2DTranspose):
+class FastConv2DTranspose(JitWhereXlaServes, keras.layers.Conv2DTranspose):
     """A transposed 2-D convolution layer: ``keras.layers.Conv2DTranspose`` on fastconv's kernels.
 
     It is the input's gradient of a convolution, and its own gradients are that convolution and its

@@ -3,11 +3,11 @@
 import keras
 
 from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
-from fastconv.keras._stand_in import OutsideXla, adapter, stand_in_for, tf
+from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for, tf
 
 
 @stand_in_for(keras.layers.DepthwiseConv2D)
-class FastDepthwiseConv2D(OutsideXla, keras.layers.DepthwiseConv2D):
+class FastDepthwiseConv2D(JitWhereXlaServes, keras.layers.DepthwiseConv2D):
     """A depthwise 2-D convolution layer: ``keras.layers.DepthwiseConv2D`` on fastconv's kernels.
 
     To them it is a convolution with as many groups as channels. Arguments, defaults, names,

@@ -3,7 +3,7 @@
 import keras
 
 from fastconv.keras._stand_in import (
-    OutsideXla,
+    JitWhereXlaServes,
     adapter,
     has_empty_output,
     reason_for_stock,
@@ -13,7 +13,7 @@ from fastconv.keras._stand_in import (
 
 
 @stand_in_for(keras.layers.MaxPooling2D)
-class FastMaxPooling2D(OutsideXla, keras.layers.MaxPooling2D):
+class FastMaxPooling2D(JitWhereXlaServes, keras.layers.MaxPooling2D):
     """A 2-D max-pooling layer: ``keras.layers.MaxPooling2D``, computed by fastconv's kernels.
 
     Arguments, defaults, names, errors and files are those of ``keras.layers.MaxPooling2D``. In

@@ -3,12 +3,12 @@
 import keras
 
 from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
-from fastconv.keras._stand_in import OutsideXla, adapter, stand_in_for
+from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
 from fastconv.keras.depthwise_conv2d import depthwise_convolution
 
 
 @stand_in_for(keras.layers.SeparableConv2D)
-class FastSeparableConv2D(OutsideXla, keras.layers.SeparableConv2D):
+class FastSeparableConv2D(JitWhereXlaServes, keras.layers.SeparableConv2D):
     """A separable 2-D convolution layer: ``keras.layers.SeparableConv2D`` on fastconv's kernels.
 
     They run twice: a depthwise convolution, then one of 1 x 1 taps with the bias and, where it is
