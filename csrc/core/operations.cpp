@@ -19,13 +19,12 @@ std::size_t bytes(int64_t elements) {
 }
 
 // out[n][j][i] = in[n][i][j], by squares that keep both sides' cache lines.
-template <class T>
-void transpose(int64_t n, int64_t rows, int64_t columns, const T* in, T* out) {
+void transpose(int64_t n, int64_t rows, int64_t columns, const float* in, float* out) {
   constexpr int64_t kSquare = 16;
   const int64_t strips = (rows + kSquare - 1) / kSquare;
   parallel_for(n * strips, [&](int64_t task) {
-    const T* from = in + task / strips * rows * columns;
-    T* to = out + task / strips * rows * columns;
+    const float* from = in + task / strips * rows * columns;
+    float* to = out + task / strips * rows * columns;
     const int64_t i0 = task % strips * kSquare, i1 = std::min(rows, i0 + kSquare);
     for (int64_t j0 = 0; j0 < columns; j0 += kSquare) {
       const int64_t j1 = std::min(columns, j0 + kSquare);
@@ -35,11 +34,10 @@ void transpose(int64_t n, int64_t rows, int64_t columns, const T* in, T* out) {
   });
 }
 
-// The kernels speak NHWC. An NCHW tensor is brought to it and back through scratch memory.
+// The convolutions speak NHWC. An NCHW tensor is brought to it and back through scratch memory.
 class NhwcInput {
  public:
-  template <class Problem>
-  NhwcInput(const Problem& p, const float* data, int64_t pixels, int64_t channels)
+  NhwcInput(const Conv2dProblem& p, const float* data, int64_t pixels, int64_t channels)
       : scratch_(needs_copy(p, data) ? bytes(p.n * pixels * channels) : 0), data_(data) {
     if (!needs_copy(p, data)) return;
     transpose(p.n, channels, pixels, data, scratch_.floats());
@@ -48,8 +46,7 @@ class NhwcInput {
   const float* data() const { return data_; }
 
  private:
-  template <class Problem>
-  static bool needs_copy(const Problem& p, const float* data) {
+  static bool needs_copy(const Conv2dProblem& p, const float* data) {
     return data && p.layout == Layout::nchw;
   }
   Workspace scratch_;
@@ -58,8 +55,7 @@ class NhwcInput {
 
 class NhwcOutput {
  public:
-  template <class Problem>
-  NhwcOutput(const Problem& p, float* data, int64_t pixels, int64_t channels)
+  NhwcOutput(const Conv2dProblem& p, float* data, int64_t pixels, int64_t channels)
       : scratch_(p.layout == Layout::nchw ? bytes(p.n * pixels * channels) : 0),
         data_(data), n_(p.n), pixels_(pixels), channels_(channels),
         copied_(p.layout == Layout::nchw) {}
@@ -75,22 +71,9 @@ class NhwcOutput {
   bool copied_;
 };
 
-template <class Problem>
-Problem as_nhwc(Problem p) {
+Conv2dProblem as_nhwc(Conv2dProblem p) {
   p.layout = Layout::nhwc;
   return p;
-}
-
-// argmax of an NCHW problem, to or from NHWC.
-void transpose_argmax(const Pool2dProblem& p, int64_t rows, int64_t columns, const void* in,
-                      void* out) {
-  if (p.argmax_fits_byte()) {
-    transpose(p.n, rows, columns, static_cast<const std::uint8_t*>(in),
-              static_cast<std::uint8_t*>(out));
-  } else {
-    transpose(p.n, rows, columns, static_cast<const std::int32_t*>(in),
-              static_cast<std::int32_t*>(out));
-  }
 }
 
 }  // namespace
@@ -157,27 +140,19 @@ void conv2d_wgrad(const Conv2dProblem& p, const float* x, const float* dy, const
 }
 
 void max_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y, void* argmax) {
-  if (p.n == 0) return;
-  const NhwcInput x_nhwc(p, x, p.h * p.w, p.c);
-  const NhwcOutput y_nhwc(p, y, p.oh * p.ow, p.c);
-  const bool copied = argmax && p.layout == Layout::nchw;
-  const Workspace argmax_nhwc(copied ? bytes(p.y_size()) : 0);
-  kernels().max_pool2d_fprop(as_nhwc(p), x_nhwc.data(), y_nhwc.data(),
-                             copied ? argmax_nhwc.floats() : argmax);
-  y_nhwc.finish();
-  if (copied) transpose_argmax(p, p.oh * p.ow, p.c, argmax_nhwc.floats(), argmax);
+  if (p.n > 0) kernels().max_pool2d_fprop(p, x, y, argmax);
 }
 
 void max_pool2d_bprop(const Pool2dProblem& p, const float* dy, const void* argmax, float* dx) {
-  if (p.n == 0) return;
-  const NhwcInput dy_nhwc(p, dy, p.oh * p.ow, p.c);
-  const NhwcOutput dx_nhwc(p, dx, p.h * p.w, p.c);
-  const bool copied = p.layout == Layout::nchw;
-  const Workspace argmax_nhwc(copied ? bytes(p.y_size()) : 0);
-  if (copied) transpose_argmax(p, p.c, p.oh * p.ow, argmax, argmax_nhwc.floats());
-  kernels().max_pool2d_bprop(as_nhwc(p), dy_nhwc.data(), copied ? argmax_nhwc.floats() : argmax,
-                             dx_nhwc.data());
-  dx_nhwc.finish();
+  if (p.n > 0) kernels().max_pool2d_bprop(p, dy, argmax, dx);
+}
+
+void avg_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y) {
+  if (p.n > 0) kernels().avg_pool2d_fprop(p, x, y);
+}
+
+void avg_pool2d_bprop(const Pool2dProblem& p, const float* dy, float* dx) {
+  if (p.n > 0) kernels().avg_pool2d_bprop(p, dy, dx);
 }
 
 }  // namespace fastconv

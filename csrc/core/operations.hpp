@@ -37,4 +37,10 @@ FASTCONV_API void max_pool2d_fprop(const Pool2dProblem& problem, const float* x,
 FASTCONV_API void max_pool2d_bprop(const Pool2dProblem& problem, const float* dy,
                                    const void* argmax, float* dx);
 
+// y = the sum of each window's pixels inside x over their number: padding is not counted.
+FASTCONV_API void avg_pool2d_fprop(const Pool2dProblem& problem, const float* x, float* y);
+
+// dx = dy over the number of its window's pixels inside x, summed over the windows of a pixel.
+FASTCONV_API void avg_pool2d_bprop(const Pool2dProblem& problem, const float* dy, float* dx);
+
 }  // namespace fastconv

@@ -54,6 +54,8 @@ struct Kernels {
                           const float* y, float* dz, float* dbias);
   void (*max_pool2d_fprop)(const Pool2dProblem&, const float* x, float* y, void* argmax);
   void (*max_pool2d_bprop)(const Pool2dProblem&, const float* dy, const void* argmax, float* dx);
+  void (*avg_pool2d_fprop)(const Pool2dProblem&, const float* x, float* y);
+  void (*avg_pool2d_bprop)(const Pool2dProblem&, const float* dy, float* dx);
 };
 
 extern const Kernels kScalarKernels;

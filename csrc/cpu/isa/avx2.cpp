@@ -6,7 +6,7 @@
 #include "cpu/direct.hpp"
 #include "cpu/grouped.hpp"
 #include "cpu/kernels.hpp"
-#include "cpu/max_pool.hpp"
+#include "cpu/pool.hpp"
 #include "cpu/small_channel.hpp"
 #include "cpu/winograd.hpp"
 
@@ -38,6 +38,9 @@ struct Avx2 {
   static Reg set(float v) { return _mm256_set1_ps(v); }
   static Reg subtract(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   static Reg multiply(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static Reg divide(Reg a, Reg b) { return _mm256_div_ps(a, b); }
+  // b where one is NaN or they are equal.
+  static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
   // MAXPS returns its second operand where one is NaN: relu(NaN) is NaN, as stock.
   static Reg relu(Reg v) { return _mm256_max_ps(zero(), v); }
   // Lane j of register i and lane i of register j change places.
@@ -77,6 +80,20 @@ struct Avx2 {
     return _mm256_and_ps(_mm256_cmp_ps(a, best, _CMP_NLE_UQ),
                          _mm256_cmp_ps(best, best, _CMP_ORD_Q));
   }
+  static Mask unordered(Reg a, Reg b) { return _mm256_cmp_ps(a, b, _CMP_UNORD_Q); }
+  static Mask mask_or(Mask a, Mask b) { return _mm256_or_ps(a, b); }
+  // p[0], p[2] .. p[14]; p[15] is not read.
+  static Reg load_even(const float* p) {
+    const Reg parts = _mm256_shuffle_ps(load(p), _mm256_permute_ps(load(p + 7), 0b11'01'11'01),
+                                        0b01'00'10'00);
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(parts), 0b11'01'10'00));
+  }
+  // a[0], b[0], a[1], b[1] ...
+  static void store_interleaved(float* p, Reg a, Reg b) {
+    const Reg lower = _mm256_unpacklo_ps(a, b), upper = _mm256_unpackhi_ps(a, b);
+    store(p, _mm256_permute2f128_ps(lower, upper, 0x20));
+    store(p + 8, _mm256_permute2f128_ps(lower, upper, 0x31));
+  }
   static Reg select(Mask m, Reg a, Reg b) { return _mm256_blendv_ps(b, a, m); }
   static Int int_add(Int a, Int b) { return _mm256_add_epi32(a, b); }
   // Lane i of the result is lane index[i] of v, or of lo and hi one after the other.
@@ -93,6 +110,16 @@ struct Avx2 {
   static Mask int_equal(Int a, Int b) {
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b));
   }
+  static Int load_index(const std::int32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static Int load_index(const std::uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static void store_index(std::int32_t* p, Int v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+  }
+  static void store_index(std::uint8_t* p, Int v) { store_index(p, v, tail(kWidth)); }
   static Int load_index(const std::int32_t* p, Tail t) { return _mm256_maskload_epi32(p, t.mask); }
   static Int load_index(const std::uint8_t* p, Tail t) {
     long long bytes = 0;
@@ -124,6 +151,8 @@ const Kernels kAvx2Kernels = {
     .activation_grad = activation_grad<Avx2>,
     .max_pool2d_fprop = max_pool2d_fprop<Avx2>,
     .max_pool2d_bprop = max_pool2d_bprop<Avx2>,
+    .avg_pool2d_fprop = avg_pool2d_fprop<Avx2>,
+    .avg_pool2d_bprop = avg_pool2d_bprop<Avx2>,
 };
 
 }  // namespace fastconv::cpu

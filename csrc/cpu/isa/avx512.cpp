@@ -7,7 +7,7 @@
 #include "cpu/direct.hpp"
 #include "cpu/grouped.hpp"
 #include "cpu/kernels.hpp"
-#include "cpu/max_pool.hpp"
+#include "cpu/pool.hpp"
 #include "cpu/small_channel.hpp"
 #include "cpu/winograd.hpp"
 
@@ -33,6 +33,9 @@ struct Avx512 {
   static Reg set(float v) { return _mm512_set1_ps(v); }
   static Reg subtract(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   static Reg multiply(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  static Reg divide(Reg a, Reg b) { return _mm512_div_ps(a, b); }
+  // b where one is NaN or they are equal.
+  static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   // MAXPS returns its second operand where one is NaN: relu(NaN) is NaN, as stock.
   static Reg relu(Reg v) { return _mm512_max_ps(zero(), v); }
   // Lane j of register i and lane i of register j change places.
@@ -83,6 +86,20 @@ struct Avx512 {
     return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(best, best, _CMP_ORD_Q), a, best,
                                    _CMP_NLE_UQ);
   }
+  static Mask unordered(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
+  static Mask mask_or(Mask a, Mask b) { return static_cast<Mask>(a | b); }
+  // p[0], p[2] .. p[30]; p[31] is not read.
+  static Reg load_even(const float* p) {
+    const Int even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
+    return _mm512_permutex2var_ps(load(p), even, load(p + 15));
+  }
+  // a[0], b[0], a[1], b[1] ...
+  static void store_interleaved(float* p, Reg a, Reg b) {
+    const Int lower = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const Int upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
+    store(p, _mm512_permutex2var_ps(a, lower, b));
+    store(p + 16, _mm512_permutex2var_ps(a, upper, b));
+  }
   static Reg select(Mask m, Reg a, Reg b) { return _mm512_mask_mov_ps(b, m, a); }
   static Int int_add(Int a, Int b) { return _mm512_add_epi32(a, b); }
   // Lane i of the result is lane index[i] of v, or of lo and hi one after the other.
@@ -92,6 +109,14 @@ struct Avx512 {
   static Int int_broadcast(int v) { return _mm512_set1_epi32(v); }
   static Int int_select(Mask m, Int a, Int b) { return _mm512_mask_mov_epi32(b, m, a); }
   static Mask int_equal(Int a, Int b) { return _mm512_cmpeq_epi32_mask(a, b); }
+  static Int load_index(const std::int32_t* p) { return _mm512_loadu_si512(p); }
+  static Int load_index(const std::uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static void store_index(std::int32_t* p, Int v) { _mm512_storeu_si512(p, v); }
+  static void store_index(std::uint8_t* p, Int v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+  }
   static Int load_index(const std::int32_t* p, Tail t) { return _mm512_maskz_loadu_epi32(t, p); }
   static Int load_index(const std::uint8_t* p, Tail t) {
     return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(t, p));
@@ -118,6 +143,8 @@ const Kernels kAvx512Kernels = {
     .activation_grad = activation_grad<Avx512>,
     .max_pool2d_fprop = max_pool2d_fprop<Avx512>,
     .max_pool2d_bprop = max_pool2d_bprop<Avx512>,
+    .avg_pool2d_fprop = avg_pool2d_fprop<Avx512>,
+    .avg_pool2d_bprop = avg_pool2d_bprop<Avx512>,
 };
 
 }  // namespace fastconv::cpu

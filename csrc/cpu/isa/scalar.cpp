@@ -3,7 +3,7 @@
 #include "cpu/direct.hpp"
 #include "cpu/grouped.hpp"
 #include "cpu/kernels.hpp"
-#include "cpu/max_pool.hpp"
+#include "cpu/pool.hpp"
 #include "cpu/small_channel.hpp"
 #include "cpu/winograd.hpp"
 
@@ -29,6 +29,16 @@ struct Scalar {
   static Reg set(float v) { return v; }
   static Reg subtract(Reg a, Reg b) { return a - b; }
   static Reg multiply(Reg a, Reg b) { return a * b; }
+  static Reg divide(Reg a, Reg b) { return a / b; }
+  // b where one is NaN or they are equal.
+  static Reg max(Reg a, Reg b) { return a > b ? a : b; }
+  static Mask unordered(Reg a, Reg b) { return a != a || b != b; }
+  static Mask mask_or(Mask a, Mask b) { return a || b; }
+  static Reg load_even(const float* p) { return *p; }
+  static void store_interleaved(float* p, Reg a, Reg b) {
+    p[0] = a;
+    p[1] = b;
+  }
   static Reg relu(Reg v) { return v < 0 ? 0 : v; }
   static void transpose(Reg (&)[1]) {}
   static float sum(Reg v) { return v; }
@@ -40,6 +50,10 @@ struct Scalar {
   static Int int_broadcast(int v) { return v; }
   static Int int_select(Mask m, Int a, Int b) { return m ? a : b; }
   static Mask int_equal(Int a, Int b) { return a == b; }
+  template <class Index>
+  static Int load_index(const Index* p) { return *p; }
+  template <class Index>
+  static void store_index(Index* p, Int v) { *p = static_cast<Index>(v); }
   template <class Index>
   static Int load_index(const Index* p, Tail) { return *p; }
   template <class Index>
@@ -62,6 +76,8 @@ const Kernels kScalarKernels = {
     .activation_grad = activation_grad<Scalar>,
     .max_pool2d_fprop = max_pool2d_fprop<Scalar>,
     .max_pool2d_bprop = max_pool2d_bprop<Scalar>,
+    .avg_pool2d_fprop = avg_pool2d_fprop<Scalar>,
+    .avg_pool2d_bprop = avg_pool2d_bprop<Scalar>,
 };
 
 }  // namespace fastconv::cpu
