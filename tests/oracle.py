@@ -1,4 +1,4 @@
-"""Convolution and max-pooling in float64 NumPy, written from their definitions.
+"""Convolution and pooling in float64 NumPy, written from their definitions.
 
 Shares nothing with fastconv: not its C++, not its rules for shapes. Arrays are (batch, height,
 width, channels) unless ``data_format`` says otherwise; padding is "valid", "same" or ((top,
@@ -83,6 +83,27 @@ def max_pool2d_grad(
     for tap, pixel, inside in _pool_taps(at, pool_size, strides, padding):
         chosen = inside & (argmax == tap)
         np.add.at(dx, pixel[chosen].astype(np.int64), dy[chosen])
+    return _from_channels_last(dx.reshape(shape), data_format)
+
+
+def avg_pool2d(x, pool_size, *, strides, padding, data_format="channels_last"):
+    """Padding is not counted."""
+    x = _channels_last(x, data_format)
+    total = count = 0
+    for _, value, inside in _pool_taps(x, pool_size, strides, padding):
+        total, count = total + np.where(inside, value, 0), count + inside
+    return _from_channels_last(total / count, data_format)
+
+
+def avg_pool2d_grad(dy, input_shape, pool_size, *, strides, padding, data_format="channels_last"):
+    dy = _channels_last(dy, data_format)
+    shape = _shape_channels_last(input_shape, data_format)
+    at = np.arange(np.prod(shape, dtype=np.int64), dtype=np.float64).reshape(shape)
+    taps = list(_pool_taps(at, pool_size, strides, padding))
+    share = dy / sum(inside for _, _, inside in taps)
+    dx = np.zeros(at.size)
+    for _, pixel, inside in taps:
+        np.add.at(dx, pixel[inside].astype(np.int64), share[inside])
     return _from_channels_last(dx.reshape(shape), data_format)
 
 

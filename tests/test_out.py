@@ -27,6 +27,11 @@ CALLS = {
         fastconv.max_pool2d_grad,
         {"dy": POOLED, "argmax": ARGMAX, "input_shape": X.shape, "pool_size": 2},
     ),
+    "avg_pool2d": (fastconv.avg_pool2d, {"x": X, "pool_size": 2}),
+    "avg_pool2d_grad": (
+        fastconv.avg_pool2d_grad,
+        {"dy": POOLED, "input_shape": X.shape, "pool_size": 2},
+    ),
 }
 
 

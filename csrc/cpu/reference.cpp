@@ -157,4 +157,28 @@ void max_pool2d_bprop(const Pool2dProblem& p, const float* dy, const void* argma
   store(sums, dx);
 }
 
+void avg_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y) {
+  for_each_window(p, [&](int64_t n, int64_t i, int64_t j, int64_t c, int64_t at_y) {
+    double sum = 0;
+    int64_t taps = 0;
+    for_each_tap(p, n, i, j, c, [&](int64_t, int64_t at_x) {
+      sum += x[at_x];
+      ++taps;
+    });
+    y[at_y] = static_cast<float>(sum / static_cast<double>(taps));
+  });
+}
+
+void avg_pool2d_bprop(const Pool2dProblem& p, const float* dy, float* dx) {
+  std::vector<double> sums(p.x_size());
+  for_each_window(p, [&](int64_t n, int64_t i, int64_t j, int64_t c, int64_t at_y) {
+    int64_t taps = 0;
+    for_each_tap(p, n, i, j, c, [&](int64_t, int64_t) { ++taps; });
+    for_each_tap(p, n, i, j, c, [&](int64_t, int64_t at_x) {
+      sums[at_x] += static_cast<double>(dy[at_y]) / static_cast<double>(taps);
+    });
+  });
+  store(sums, dx);
+}
+
 }  // namespace fastconv::reference

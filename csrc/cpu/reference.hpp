@@ -17,5 +17,7 @@ FASTCONV_API void max_pool2d_fprop(const Pool2dProblem& problem, const float* x,
                                    void* argmax);
 FASTCONV_API void max_pool2d_bprop(const Pool2dProblem& problem, const float* dy,
                                    const void* argmax, float* dx);
+FASTCONV_API void avg_pool2d_fprop(const Pool2dProblem& problem, const float* x, float* y);
+FASTCONV_API void avg_pool2d_bprop(const Pool2dProblem& problem, const float* dy, float* dx);
 
 }  // namespace fastconv::reference

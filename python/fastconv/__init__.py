@@ -11,6 +11,8 @@ from typing import Any
 
 from fastconv._core import __version__
 from fastconv.functional import (
+    avg_pool2d,
+    avg_pool2d_grad,
     conv2d,
     conv2d_grad_filter,
     conv2d_grad_input,
@@ -24,6 +26,8 @@ from fastconv.selection import explain, get_accuracy, set_accuracy
 
 __all__ = [
     "__version__",
+    "avg_pool2d",
+    "avg_pool2d_grad",
     "conv2d",
     "conv2d_grad_filter",
     "conv2d_grad_input",

@@ -75,6 +75,23 @@ def max_pool2d_grad(
     data_format: str,
     out: _Floats | None = None,
 ) -> _Floats: ...
+def avg_pool2d(
+    x: _Floats,
+    pool_size: _Pair,
+    strides: _Pair,
+    padding: _Padding,
+    data_format: str,
+    out: _Floats | None = None,
+) -> _Floats: ...
+def avg_pool2d_grad(
+    dy: _Floats,
+    input_shape: _Shape,
+    pool_size: _Pair,
+    strides: _Pair,
+    padding: _Padding,
+    data_format: str,
+    out: _Floats | None = None,
+) -> _Floats: ...
 def set_num_threads(num_threads: int) -> None: ...
 def get_num_threads() -> int: ...
 def isa() -> str: ...
@@ -164,6 +181,25 @@ class reference:
         data_format: str,
         out: _Floats | None = None,
     ) -> _Floats: ...
+    @staticmethod
+    def avg_pool2d(
+        x: _Floats,
+        pool_size: _Pair,
+        strides: _Pair,
+        padding: _Padding,
+        data_format: str,
+        out: _Floats | None = None,
+    ) -> _Floats: ...
+    @staticmethod
+    def avg_pool2d_grad(
+        dy: _Floats,
+        input_shape: _Shape,
+        pool_size: _Pair,
+        strides: _Pair,
+        padding: _Padding,
+        data_format: str,
+        out: _Floats | None = None,
+    ) -> _Floats: ...
 
 # A submodule: the kernels again, with the signatures above, each run `calls` times in one call; and
 # the machine's limits.
@@ -173,6 +209,8 @@ class timed:
     conv2d_grad_filter: Any
     max_pool2d: Any
     max_pool2d_grad: Any
+    avg_pool2d: Any
+    avg_pool2d_grad: Any
     @staticmethod
     def set_calls(calls: int) -> None: ...
     @staticmethod

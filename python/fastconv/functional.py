@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     Shape = Sequence[SupportsIndex]
 
 __all__ = [
+    "avg_pool2d",
+    "avg_pool2d_grad",
     "conv2d",
     "conv2d_grad_filter",
     "conv2d_grad_input",
@@ -421,6 +423,93 @@ def max_pool2d_grad(
     return _core.max_pool2d_grad(
         dy,
         argmax,
+        normalize_shape(input_shape, "input_shape"),
+        **_pool2d_options(pool_size, strides, padding, data_format),
+        out=out,
+    )
+
+
+def avg_pool2d(
+    x: FloatArray,
+    pool_size: IntegerOrPair,
+    *,
+    strides: IntegerOrPair | None = None,
+    padding: Padding = "valid",
+    data_format: str = "channels_last",
+    out: FloatArray | None = None,
+) -> FloatArray:
+    """Average of each window; as in TensorFlow, padding is not counted.
+
+    The rows of a window are summed first, then their sums. With ``pool_size`` the height and width
+    of ``x`` it is global average pooling.
+
+    Parameters
+    ----------
+    x
+        float32 array of shape (batch, height, width, channels), or (batch, channels, height,
+        width) with ``data_format="channels_first"``. The batch may be 0.
+    pool_size, strides, padding, data_format
+        As for :func:`max_pool2d`.
+    out
+        Array to write ``y`` to, as for :func:`conv2d`; None for a new one.
+
+    Returns
+    -------
+    y
+        float32 array of shape (batch, new_height, new_width, channels), or (batch, channels,
+        new_height, new_width) with ``data_format="channels_first"``: the sum of a window's pixels
+        that lie inside ``x`` over their number.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` is no array or not of float32, or an option is not of the kind stated above.
+    ValueError
+        If a shape or the value of an option is not one of those stated above, or the window is
+        larger than the padded input.
+    """
+    return _core.avg_pool2d(x, **_pool2d_options(pool_size, strides, padding, data_format), out=out)
+
+
+def avg_pool2d_grad(
+    dy: FloatArray,
+    input_shape: Shape,
+    pool_size: IntegerOrPair,
+    *,
+    strides: IntegerOrPair | None = None,
+    padding: Padding = "valid",
+    data_format: str = "channels_last",
+    out: FloatArray | None = None,
+) -> FloatArray:
+    """Gradient of :func:`avg_pool2d` by its input: each ``dy`` is shared out among its window.
+
+    Parameters
+    ----------
+    dy
+        Gradient of the result: float32 array of the shape that ``avg_pool2d`` returned.
+    input_shape
+        Shape of the input ``x`` that ``avg_pool2d`` was given.
+    pool_size, strides, padding, data_format
+        As ``avg_pool2d`` was given.
+    out
+        Array to write ``dx`` to, as for :func:`conv2d`; None for a new one.
+
+    Returns
+    -------
+    dx
+        float32 array of shape ``input_shape``; where windows overlap, the sum of their shares.
+
+    Raises
+    ------
+    TypeError
+        If ``dy`` is no array or not of float32, or an option is not of the kind ``avg_pool2d``
+        takes.
+    ValueError
+        If the shapes do not belong to one pooling, or an option has a value that ``avg_pool2d``
+        refuses.
+    """
+    return _core.avg_pool2d_grad(
+        dy,
         normalize_shape(input_shape, "input_shape"),
         **_pool2d_options(pool_size, strides, padding, data_format),
         out=out,

@@ -268,11 +268,14 @@ struct Operations {
   decltype(&fastconv::conv2d_wgrad) conv2d_wgrad;
   decltype(&fastconv::max_pool2d_fprop) max_pool2d_fprop;
   decltype(&fastconv::max_pool2d_bprop) max_pool2d_bprop;
+  decltype(&fastconv::avg_pool2d_fprop) avg_pool2d_fprop;
+  decltype(&fastconv::avg_pool2d_bprop) avg_pool2d_bprop;
 };
 
 constexpr Operations kKernels{fastconv::conv2d_fprop, fastconv::conv2d_dgrad,
                               fastconv::conv2d_wgrad, fastconv::max_pool2d_fprop,
-                              fastconv::max_pool2d_bprop};
+                              fastconv::max_pool2d_bprop, fastconv::avg_pool2d_fprop,
+                              fastconv::avg_pool2d_bprop};
 
 // The reference is one algorithm: a name that the caller gives is not looked at.
 template <auto function>
@@ -286,7 +289,8 @@ constexpr Operations kReference{
     WithoutAlgorithm<fastconv::reference::conv2d_fprop>::call,
     WithoutAlgorithm<fastconv::reference::conv2d_dgrad>::call,
     WithoutAlgorithm<fastconv::reference::conv2d_wgrad>::call,
-    fastconv::reference::max_pool2d_fprop, fastconv::reference::max_pool2d_bprop};
+    fastconv::reference::max_pool2d_fprop, fastconv::reference::max_pool2d_bprop,
+    fastconv::reference::avg_pool2d_fprop, fastconv::reference::avg_pool2d_bprop};
 
 // For benchmarks: one call from Python runs the kernel `calls` times and notes what each run took,
 // so that neither Python nor the checks of this file are in the time.
@@ -315,7 +319,8 @@ struct Timed<operation> {
 constexpr Operations kTimed{
     Timed<fastconv::conv2d_fprop>::run, Timed<fastconv::conv2d_dgrad>::run,
     Timed<fastconv::conv2d_wgrad>::run, Timed<fastconv::max_pool2d_fprop>::run,
-    Timed<fastconv::max_pool2d_bprop>::run};
+    Timed<fastconv::max_pool2d_bprop>::run, Timed<fastconv::avg_pool2d_fprop>::run,
+    Timed<fastconv::avg_pool2d_bprop>::run};
 
 template <const Operations& operations>
 py::array_t<float> conv2d(const py::object& x_object, const py::object& w_object,
@@ -455,6 +460,32 @@ py::array_t<float> max_pool2d_grad(const py::object& dy_object, const py::object
                  : scatter<operations, std::int32_t>(problem, dy, argmax, out);
 }
 
+template <const Operations& operations>
+py::array_t<float> avg_pool2d(const py::object& x_object, const Pool2dOptions& options,
+                              const py::object& out) {
+  const py::array x_array = require_floats(x_object, "x");
+  const auto problem = options.problem(shape_of(x_array, "x"));
+  py::array_t<float> y = result_array(out, problem.y_shape(), x_array);
+  const Dense<float> x(x_array);
+  float* const y_data = y.mutable_data();
+  const GilReleased unlocked;
+  operations.avg_pool2d_fprop(problem, x.data(), y_data);
+  return y;
+}
+
+template <const Operations& operations>
+py::array_t<float> avg_pool2d_grad(const py::object& dy_object, const Shape& input_shape,
+                                   const Pool2dOptions& options, const py::object& out) {
+  const auto problem = options.problem(input_shape);
+  const py::array dy_array = require_floats(dy_object, "dy", problem.y_shape());
+  py::array_t<float> dx = result_array(out, problem.x_shape(), dy_array);
+  const Dense<float> dy(dy_array);
+  float* const dx_data = dx.mutable_data();
+  const GilReleased unlocked;
+  operations.avg_pool2d_bprop(problem, dy.data(), dx_data);
+  return dx;
+}
+
 // --- module ---------------------------------------------------------------------------------------
 
 template <const Operations& operations>
@@ -531,6 +562,25 @@ void define_operations(py::module_& m) {
       py::arg("dy"), py::arg("argmax"), py::arg("input_shape"), py::arg("pool_size"),
       py::arg("strides"), py::arg("padding"), py::arg("data_format"),
       py::arg("out") = py::none());
+  m.def(
+      "avg_pool2d",
+      [](const py::object& x, Pair pool_size, Pair strides, PaddingOption padding,
+         std::string data_format, const py::object& out) {
+        return avg_pool2d<operations>(
+            x, {pool_size, strides, std::move(padding), std::move(data_format)}, out);
+      },
+      py::arg("x"), py::arg("pool_size"), py::arg("strides"), py::arg("padding"),
+      py::arg("data_format"), py::arg("out") = py::none());
+  m.def(
+      "avg_pool2d_grad",
+      [](const py::object& dy, const Shape& input_shape, Pair pool_size, Pair strides,
+         PaddingOption padding, std::string data_format, const py::object& out) {
+        return avg_pool2d_grad<operations>(
+            dy, input_shape, {pool_size, strides, std::move(padding), std::move(data_format)},
+            out);
+      },
+      py::arg("dy"), py::arg("input_shape"), py::arg("pool_size"), py::arg("strides"),
+      py::arg("padding"), py::arg("data_format"), py::arg("out") = py::none());
 }
 
 std::vector<std::string> available_isas() {
