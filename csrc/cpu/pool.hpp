@@ -1,8 +1,9 @@
-// Max- and average-pooling, forward and backward, in both layouts without a transposition.
+// Max- and average-pooling, forward and backward, in both layouts; no tensor is transposed as a whole.
 //
-// NHWC: vectors run along channels; a window's taps are registers of their own. NCHW: vectors run
-// along output columns; with stride 2 two loads and a permutation make one. Windows that meet
-// padding are clipped, which NCHW does an output at a time.
+// Vectors run along channels: a window's taps are registers of their own, whatever the stride. Of
+// NCHW, a task takes a strip of as many planes as a vector has lanes (of one image or several), turns
+// it in registers so that the lanes are the planes, does the same to it, and turns the results back.
+// Windows that meet padding are clipped.
 //
 // Max: the first maximum in row-major order wins, a NaN in the window is the result. Average: the
 // sum of the window's rows, each summed by itself, over the number of taps inside the input.
@@ -100,6 +101,62 @@ struct RowTasks {
   }
 };
 
+// --- strips of planes ------------------------------------------------------------------------------
+
+// planes[k][0 .. pixels) to strip[pixel][k], k below `count`; spare lanes get zeros.
+template <class V>
+void to_strip(const float* planes, int64_t plane_floats, int64_t count, int64_t pixels,
+              float* strip) {
+  for (int64_t at = 0; at < pixels; at += V::kWidth) {
+    const int64_t here = min64(V::kWidth, pixels - at);
+    const auto tail = V::tail(static_cast<int>(here));
+    typename V::Reg square[V::kWidth];
+#pragma GCC unroll 16
+    for (int k = 0; k < V::kWidth; ++k) {
+      square[k] = k < count ? V::load(planes + k * plane_floats + at, tail) : V::zero();
+    }
+    V::transpose(square);
+    for (int64_t i = 0; i < here; ++i) V::store(strip + (at + i) * V::kWidth, square[i]);
+  }
+}
+
+template <class V>
+void from_strip(const float* strip, int64_t count, int64_t pixels, float* planes,
+                int64_t plane_floats) {
+  for (int64_t at = 0; at < pixels; at += V::kWidth) {
+    const int64_t here = min64(V::kWidth, pixels - at);
+    typename V::Reg square[V::kWidth];
+    for (int64_t i = 0; i < here; ++i) square[i] = V::load(strip + (at + i) * V::kWidth);
+    for (int64_t i = here; i < V::kWidth; ++i) square[i] = V::zero();
+    V::transpose(square);
+    if (here == V::kWidth) {
+      for (int64_t k = 0; k < count; ++k) V::store(planes + k * plane_floats + at, square[k]);
+    } else {
+      const auto tail = V::tail(static_cast<int>(here));
+      for (int64_t k = 0; k < count; ++k) V::store(planes + k * plane_floats + at, square[k], tail);
+    }
+  }
+}
+
+template <class V, class Index>
+void to_strip(const Index* planes, int64_t plane_floats, int64_t count, int64_t pixels,
+              Index* strip) {
+  for (int64_t k = 0; k < V::kWidth; ++k) {
+    for (int64_t at = 0; at < pixels; ++at) {
+      strip[at * V::kWidth + k] = k < count ? planes[k * plane_floats + at] : Index{0};
+    }
+  }
+}
+
+template <class V, class Index>
+void from_strip(const Index* strip, int64_t count, int64_t pixels, Index* planes,
+                int64_t plane_floats) {
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t at = 0; at < pixels; ++at) {
+      planes[k * plane_floats + at] = strip[at * V::kWidth + k];
+    }
+}
+
 // --- what a window makes of its taps ------------------------------------------------------------
 //
 // A forward policy has vector<R, S>(load(r, s), rows, columns, at, lanes), which computes the
@@ -160,53 +217,17 @@ struct MaxForward {
     }
   }
 
-  template <class Load>
-  void single(const Load& load, Span rows, Span columns, int64_t at) const {
-    float best = load(rows.begin, columns.begin);
-    int64_t tap = rows.begin * window_columns + columns.begin;
-    for (int64_t r = rows.begin; r < rows.end; ++r)
-      for (int64_t s = columns.begin; s < columns.end; ++s) {
-        const float value = load(r, s);
-        if (value > best || (value != value && best == best)) {
-          best = value;
-          tap = r * window_columns + s;
-        }
-      }
-    y[at] = best;
-    if constexpr (!std::is_void_v<Index>) argmax[at] = static_cast<Index>(tap);
+  MaxForward with_results(float* strip, float* index_strip) const {
+    return {strip, reinterpret_cast<Index*>(index_strip), window_columns};
   }
-
-  // Of `count` contiguous floats, which are one window.
-  void whole(const float* x, int64_t count, int64_t at) const {
-    typename V::Reg best = V::set(x[0]);
-    typename V::Mask nan = V::unordered(best, best);
-    int64_t i = 0;
-    for (; i + V::kWidth <= count; i += V::kWidth) {
-      const typename V::Reg value = V::load(x + i);
-      best = V::max(value, best);
-      nan = V::mask_or(nan, V::unordered(value, value));
+  // Strips' results to the planes from `at` on.
+  template <class W>
+  void take_results(const MaxForward& strip, int64_t planes, int64_t pixels, int64_t at,
+                    int64_t plane_floats) const {
+    from_strip<W>(strip.y, planes, pixels, y + at, plane_floats);
+    if constexpr (!std::is_void_v<Index>) {
+      from_strip<W>(strip.argmax, planes, pixels, argmax + at, plane_floats);
     }
-    float lanes[V::kWidth], nans[V::kWidth];
-    V::store(lanes, best);
-    V::store(nans, V::select(nan, V::set(1), V::zero()));
-    float largest = x[0];
-    bool any_nan = false;
-    for (int lane = 0; lane < V::kWidth; ++lane) {
-      if (lanes[lane] > largest) largest = lanes[lane];
-      any_nan = any_nan || nans[lane] != 0;
-    }
-    for (; i < count; ++i) {
-      if (x[i] > largest) largest = x[i];
-      any_nan = any_nan || x[i] != x[i];
-    }
-    int64_t first = 0;
-    if (any_nan) {
-      while (x[first] == x[first]) ++first;
-    } else {
-      while (x[first] != largest) ++first;
-    }
-    y[at] = x[first];
-    if constexpr (!std::is_void_v<Index>) argmax[at] = static_cast<Index>(first);
   }
 };
 
@@ -233,27 +254,11 @@ struct AverageForward {
     lanes.store(y + at, V::divide(sum, V::set(taps(rows, columns))));
   }
 
-  template <class Load>
-  void single(const Load& load, Span rows, Span columns, int64_t at) const {
-    float sum = 0;
-    for (int64_t r = rows.begin; r < rows.end; ++r) {
-      float row_sum = load(r, columns.begin);
-      for (int64_t s = columns.begin + 1; s < columns.end; ++s) row_sum += load(r, s);
-      sum = r == rows.begin ? row_sum : sum + row_sum;
-    }
-    y[at] = sum / taps(rows, columns);
-  }
-
-  void whole(const float* x, int64_t count, int64_t at) const {
-    typename V::Reg sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-    int64_t i = 0;
-    for (; i + 4 * V::kWidth <= count; i += 4 * V::kWidth)
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) sum[v] = V::add(sum[v], V::load(x + i + v * V::kWidth));
-    for (; i + V::kWidth <= count; i += V::kWidth) sum[0] = V::add(sum[0], V::load(x + i));
-    float total = V::sum(V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3])));
-    for (; i < count; ++i) total += x[i];
-    y[at] = total / static_cast<float>(count);
+  AverageForward with_results(float* strip, float*) const { return {strip}; }
+  template <class W>
+  void take_results(const AverageForward& strip, int64_t planes, int64_t pixels, int64_t at,
+                    int64_t plane_floats) const {
+    from_strip<W>(strip.y, planes, pixels, y + at, plane_floats);
   }
 
   static float taps(Span rows, Span columns) {
@@ -282,8 +287,15 @@ struct MaxBackward {
   Loaded<Lanes> load(int64_t at, const Lanes& lanes) const {
     return {lanes.load(dy + at), lanes.load_index(argmax + at)};
   }
-  float single(int64_t at, int64_t tap, float) const {
-    return static_cast<int64_t>(argmax[at]) == tap ? dy[at] : 0.0f;
+
+  // The policy of a strip: dy and argmax of some planes from `at` on.
+  template <class W>
+  MaxBackward turned(int64_t at, int64_t plane_floats, int64_t planes, int64_t pixels,
+                     float* strip, float* index_strip) const {
+    Index* const indices = reinterpret_cast<Index*>(index_strip);
+    to_strip<W>(dy + at, plane_floats, planes, pixels, strip);
+    to_strip<W>(argmax + at, plane_floats, planes, pixels, indices);
+    return {strip, indices};
   }
 };
 
@@ -301,124 +313,117 @@ struct AverageBackward {
   Loaded<Lanes> load(int64_t at, const Lanes& lanes) const {
     return {lanes.load(dy + at)};
   }
-  float single(int64_t at, int64_t, float scale) const { return dy[at] * scale; }
+
+  template <class W>
+  AverageBackward turned(int64_t at, int64_t plane_floats, int64_t planes, int64_t pixels,
+                         float* strip, float*) const {
+    to_strip<W>(dy + at, plane_floats, planes, pixels, strip);
+    return {strip};
+  }
 };
 
-inline float one_over(Span rows, Span columns) {
-  return 1.0f / static_cast<float>(rows.size() * columns.size());
-}
+// --- rows -----------------------------------------------------------------------------------------
 
-// --- NHWC -----------------------------------------------------------------------------------------
-
-template <class V, class Policy, int R, int S>
-void pool_rows_nhwc(const Pool2dProblem& p, const float* x, const Policy& policy) {
-  const int64_t row_floats = p.w * p.c, c = p.c;
-  const int64_t most_parts = ceil_div(c, V::kWidth);
-  const RowTasks tasks(p.n * p.oh, min64(p.r, p.h) * min64(p.w, p.ow * p.s) * c, most_parts);
-  const Span inside = windows_inside(p.pad_left, p.s, p.stride_w, p.w, p.ow);
-  parallel_for(tasks.count(), [&](int64_t task) {
-    tasks.run(task, [&](int64_t row, int64_t part) {
-      const int64_t n = row / p.oh, i = row % p.oh;
-      const int64_t c_begin = most_parts * part / tasks.parts * V::kWidth;
-      const int64_t c_end = min64(c, most_parts * (part + 1) / tasks.parts * V::kWidth);
-      const int64_t top = i * p.stride_h - p.pad_top;
-      const Span rows = taps_inside(top, p.r, p.h);
-      const float* image = x + n * p.h * row_floats;
-      const auto clipped = [&](int64_t j_begin, int64_t j_end) {
-        for (int64_t j = j_begin; j < j_end; ++j) {
-          const int64_t left = j * p.stride_w - p.pad_left;
-          const Span columns = taps_inside(left, p.s, p.w);
-          const int64_t at = (row * p.ow + j) * c;
-          for_each_vector<V>(c_begin, c_end, [&](int64_t channel, const auto& lanes) {
-            const auto load = [&](int64_t r, int64_t s) {
-              return lanes.load(image + (top + r) * row_floats + (left + s) * c + channel);
-            };
-            policy.template vector<0, 0>(load, rows, columns, at + channel, lanes);
-          });
-        }
-      };
-      if (R == 0 || rows.size() < p.r) {
-        clipped(0, p.ow);
-        return;
-      }
-      clipped(0, inside.begin);
-      for (int64_t j = inside.begin; j < inside.end; ++j) {
-        const float* corner = image + top * row_floats + (j * p.stride_w - p.pad_left) * c;
-        const int64_t at = (row * p.ow + j) * c;
-        for_each_vector<V>(c_begin, c_end, [&](int64_t channel, const auto& lanes) {
-          const float* first = corner + channel;
-          const auto load = [&](int64_t r, int64_t s) {
-            return lanes.load(first + r * row_floats + s * c);
-          };
-          policy.template vector<R, S>(load, {}, {}, at + channel, lanes);
-        });
-      }
-      clipped(inside.end, p.ow);
-    });
-  });
-}
+// Where the channels of pixel (i, j) of an image begin, from a tensor's or a strip's start.
+struct Pixels {
+  int64_t base, row, pixel;
+  int64_t at(int64_t i, int64_t j) const { return base + i * row + j * pixel; }
+};
 
 inline void clear(float* at, int64_t floats) {
   std::memset(at, 0, static_cast<std::size_t>(floats) * 4);
 }
 
-// Windows that do not overlap: each window writes the pixels below it, from one load of its dy. A
-// task owns the input rows from a window's to the next one's.
+inline float one_over(Span rows, Span columns) {
+  return 1.0f / static_cast<float>(rows.size() * columns.size());
+}
+
+// Output row i, channels `channels`, of one image.
 template <class V, class Policy, int R, int S>
-void pool_grad_apart_nhwc(const Pool2dProblem& p, const Policy& policy, float* dx) {
-  const int64_t row_floats = p.w * p.c, c = p.c;
-  const RowTasks tasks(p.n * p.oh, max64(p.h / p.oh, 1) * row_floats, 1);
-  parallel_for(tasks.count(), [&](int64_t task) {
-    tasks.run(task, [&](int64_t row, int64_t) {
-      const int64_t n = row / p.oh, i = row % p.oh;
-      const int64_t top = i * p.stride_h - p.pad_top;
-      const Span rows = taps_inside(top, p.r, p.h);
-      float* image = dx + n * p.h * row_floats;
-      const int64_t band_end = i + 1 == p.oh ? p.h : max64(0, top + p.stride_h);
-      float* first = image + (top + rows.begin) * row_floats;
-      float* behind = image + (top + rows.end) * row_floats;
-      if (i == 0) clear(image, (top + rows.begin) * row_floats);
-      clear(behind, image + band_end * row_floats - behind);
-      int64_t done = 0;  // columns written
-      const auto clear_columns = [&](int64_t end) {
-        if (end == done) return;
-        for (int64_t r = 0; r < rows.size(); ++r) {
-          clear(first + r * row_floats + done * c, (end - done) * c);
-        }
+void pool_row(const Pool2dProblem& p, int64_t i, const float* x, const Pixels& in,
+              const Pixels& out, Span channels, const Policy& policy) {
+  const int64_t top = i * p.stride_h - p.pad_top;
+  const Span rows = taps_inside(top, p.r, p.h);
+  const auto clipped = [&](int64_t j_begin, int64_t j_end) {
+    for (int64_t j = j_begin; j < j_end; ++j) {
+      const int64_t left = j * p.stride_w - p.pad_left;
+      const Span columns = taps_inside(left, p.s, p.w);
+      const int64_t at = out.at(i, j);
+      for_each_vector<V>(channels.begin, channels.end, [&](int64_t channel, const auto& lanes) {
+        const auto load = [&](int64_t r, int64_t s) {
+          return lanes.load(x + in.at(top + r, left + s) + channel);
+        };
+        policy.template vector<0, 0>(load, rows, columns, at + channel, lanes);
+      });
+    }
+  };
+  if (R == 0 || rows.size() < p.r) return clipped(0, p.ow);
+  const Span inside = windows_inside(p.pad_left, p.s, p.stride_w, p.w, p.ow);
+  clipped(0, inside.begin);
+  for (int64_t j = inside.begin; j < inside.end; ++j) {
+    const float* const corner = x + in.at(top, j * p.stride_w - p.pad_left);
+    const int64_t at = out.at(i, j);
+    for_each_vector<V>(channels.begin, channels.end, [&](int64_t channel, const auto& lanes) {
+      const float* const first = corner + channel;
+      const auto load = [&](int64_t r, int64_t s) {
+        return lanes.load(first + r * in.row + s * in.pixel);
       };
-      for (int64_t j = 0; j < p.ow; ++j) {
-        const int64_t left = j * p.stride_w - p.pad_left;
-        const Span columns = taps_inside(left, p.s, p.w);
-        clear_columns(left + columns.begin);
-        done = left + columns.end;
-        const float scale = Policy::kScales ? one_over(rows, columns) : 0;
-        const int64_t at = (row * p.ow + j) * c;
-        if (R > 0 && rows.size() == R && columns.size() == S) {
-          float* const corner = first + left * c;
-          for_each_vector<V>(0, c, [&](int64_t channel, const auto& lanes) {
-            const auto window = policy.load(at + channel, lanes);
-#pragma GCC unroll 3
-            for (int r = 0; r < R; ++r)
-#pragma GCC unroll 3
-              for (int s = 0; s < S; ++s) {
-                lanes.store(corner + channel + r * row_floats + s * c,
-                            window.at_tap(r * S + s, scale));
-              }
-          });
-          continue;
-        }
-        for_each_vector<V>(0, c, [&](int64_t channel, const auto& lanes) {
-          const auto window = policy.load(at + channel, lanes);
-          for (int64_t r = rows.begin; r < rows.end; ++r)
-            for (int64_t s = columns.begin; s < columns.end; ++s) {
-              lanes.store(image + (top + r) * row_floats + (left + s) * c + channel,
-                          window.at_tap(static_cast<int>(r * p.s + s), scale));
-            }
-        });
-      }
-      clear_columns(p.w);
+      policy.template vector<R, S>(load, {}, {}, at + channel, lanes);
     });
-  });
+  }
+  clipped(inside.end, p.ow);
+}
+
+// Windows that do not overlap: row i of them writes the input rows from its own to the next one's,
+// each window's from one load of its dy. `in` has no gaps between pixels.
+template <class V, class Policy, int R, int S>
+void pool_grad_apart(const Pool2dProblem& p, int64_t i, const Pixels& out, const Policy& policy,
+                     float* dx, const Pixels& in) {
+  const int64_t c = in.pixel;
+  const int64_t top = i * p.stride_h - p.pad_top;
+  const Span rows = taps_inside(top, p.r, p.h);
+  const auto clear_rows = [&](int64_t begin, int64_t end) {
+    if (begin < end) clear(dx + in.at(begin, 0), (end - begin) * in.row);
+  };
+  if (i == 0) clear_rows(0, top + rows.begin);
+  clear_rows(top + rows.end, i + 1 == p.oh ? p.h : top + p.stride_h);
+  int64_t done = 0;  // columns written
+  const auto clear_columns = [&](int64_t end) {
+    if (end <= done) return;
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      clear(dx + in.at(top + r, done), (end - done) * c);
+    }
+  };
+  for (int64_t j = 0; j < p.ow; ++j) {
+    const int64_t left = j * p.stride_w - p.pad_left;
+    const Span columns = taps_inside(left, p.s, p.w);
+    clear_columns(left + columns.begin);
+    done = left + columns.end;
+    const float scale = Policy::kScales ? one_over(rows, columns) : 0;
+    const int64_t at = out.at(i, j);
+    if (R > 0 && rows.size() == R && columns.size() == S) {
+      float* const corner = dx + in.at(top, left);
+      for_each_vector<V>(0, c, [&](int64_t channel, const auto& lanes) {
+        const auto window = policy.load(at + channel, lanes);
+#pragma GCC unroll 3
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+          for (int s = 0; s < S; ++s) {
+            lanes.store(corner + channel + r * in.row + s * c, window.at_tap(r * S + s, scale));
+          }
+      });
+      continue;
+    }
+    for_each_vector<V>(0, c, [&](int64_t channel, const auto& lanes) {
+      const auto window = policy.load(at + channel, lanes);
+      for (int64_t r = rows.begin; r < rows.end; ++r)
+        for (int64_t s = columns.begin; s < columns.end; ++s) {
+          lanes.store(dx + in.at(top + r, left + s) + channel,
+                      window.at_tap(static_cast<int>(r * p.s + s), scale));
+        }
+    });
+  }
+  clear_columns(p.w);
 }
 
 // A window over an input pixel, and the tap that the pixel is to it.
@@ -442,50 +447,91 @@ void add_shares(const Policy& policy, const Share* shares, int64_t c, float* out
   });
 }
 
-// Windows that overlap: every input pixel asks those above it.
+// Windows that overlap: every pixel of input row h asks those above it.
 template <class V, class Policy>
-void pool_grad_overlapping_nhwc(const Pool2dProblem& p, const Policy& policy, float* dx) {
-  const RowTasks tasks(p.n * p.h, p.w * p.c, 1);
+void pool_grad_overlapping(const Pool2dProblem& p, int64_t h, const Pixels& out,
+                           const Policy& policy, float* dx, const Pixels& in) {
+  const Span is = windows_over(h + p.pad_top, p.r, p.stride_h, p.oh);
+  const auto share = [&](int64_t i, int64_t j, int64_t w) {
+    const int64_t top = i * p.stride_h - p.pad_top, left = j * p.stride_w - p.pad_left;
+    const float scale =
+        Policy::kScales ? one_over(taps_inside(top, p.r, p.h), taps_inside(left, p.s, p.w)) : 0;
+    return Share{out.at(i, j), static_cast<int>((h - top) * p.s + w - left), scale};
+  };
+  const int64_t c = in.pixel;
+  for (int64_t w = 0; w < p.w; ++w) {
+    const Span js = windows_over(w + p.pad_left, p.s, p.stride_w, p.ow);
+    float* const to = dx + in.at(h, w);
+    const int64_t count = max64(0, is.size()) * max64(0, js.size());
+    if (count == 0) {
+      clear(to, c);
+      continue;
+    }
+    if (is.size() <= 2 && js.size() <= 2) {
+      Share shares[4];
+      int found = 0;
+      for (int64_t i = is.begin; i < is.end; ++i)
+        for (int64_t j = js.begin; j < js.end; ++j) shares[found++] = share(i, j, w);
+      if (count == 1) add_shares<V, 1>(policy, shares, c, to);
+      if (count == 2) add_shares<V, 2>(policy, shares, c, to);
+      if (count == 4) add_shares<V, 4>(policy, shares, c, to);
+      continue;
+    }
+    for_each_vector<V>(0, c, [&](int64_t channel, const auto& lanes) {
+      typename V::Reg sum = V::zero();
+      for (int64_t i = is.begin; i < is.end; ++i)
+        for (int64_t j = js.begin; j < js.end; ++j) {
+          const Share from = share(i, j, w);
+          const auto window = policy.load(from.at + channel, lanes);
+          sum = V::add(sum, window.at_tap(from.tap, from.scale));
+        }
+      lanes.store(to + channel, sum);
+    });
+  }
+}
+
+inline bool windows_overlap(const Pool2dProblem& p) {
+  return p.stride_h < p.r || p.stride_w < p.s;
+}
+
+// What the rows of a strip write to: input rows [begin, end) of a gradient belong to window rows
+// [windows.begin, windows.end) where windows lie apart.
+inline int64_t first_row_of(const Pool2dProblem& p, int64_t i) {
+  if (i <= 0) return 0;
+  return i >= p.oh ? p.h : i * p.stride_h - p.pad_top;
+}
+
+// --- NHWC -----------------------------------------------------------------------------------------
+
+template <class V, class Policy, int R, int S>
+void pool_fprop_nhwc(const Pool2dProblem& p, const float* x, const Policy& policy) {
+  const int64_t vectors = ceil_div(p.c, V::kWidth);
+  const RowTasks tasks(p.n * p.oh, min64(p.r, p.h) * min64(p.w, p.ow * p.s) * p.c, vectors);
+  parallel_for(tasks.count(), [&](int64_t task) {
+    tasks.run(task, [&](int64_t row, int64_t part) {
+      const int64_t n = row / p.oh;
+      const Span channels{vectors * part / tasks.parts * V::kWidth,
+                          min64(p.c, vectors * (part + 1) / tasks.parts * V::kWidth)};
+      pool_row<V, Policy, R, S>(p, row % p.oh, x, {n * p.h * p.w * p.c, p.w * p.c, p.c},
+                                {n * p.oh * p.ow * p.c, p.ow * p.c, p.c}, channels, policy);
+    });
+  });
+}
+
+template <class V, class Policy, int R, int S>
+void pool_bprop_nhwc(const Pool2dProblem& p, const Policy& policy, float* dx) {
+  const bool overlap = windows_overlap(p);
+  const int64_t rows = overlap ? p.h : p.oh;
+  const RowTasks tasks(p.n * rows, ceil_div(p.h, rows) * p.w * p.c, 1);
   parallel_for(tasks.count(), [&](int64_t task) {
     tasks.run(task, [&](int64_t row, int64_t) {
-      const int64_t n = row / p.h, h = row % p.h;
-      const Span is = windows_over(h + p.pad_top, p.r, p.stride_h, p.oh);
-      const auto share = [&](int64_t i, int64_t j, int64_t w) {
-        const int64_t top = i * p.stride_h - p.pad_top, left = j * p.stride_w - p.pad_left;
-        const float scale = Policy::kScales ? one_over(taps_inside(top, p.r, p.h),
-                                                       taps_inside(left, p.s, p.w))
-                                            : 0;
-        return Share{((n * p.oh + i) * p.ow + j) * p.c,
-                     static_cast<int>((h - top) * p.s + w - left), scale};
-      };
-      for (int64_t w = 0; w < p.w; ++w) {
-        const Span js = windows_over(w + p.pad_left, p.s, p.stride_w, p.ow);
-        float* const out = dx + (row * p.w + w) * p.c;
-        const int64_t count = max64(0, is.size()) * max64(0, js.size());
-        if (count == 0) {
-          clear(out, p.c);
-          continue;
-        }
-        if (is.size() <= 2 && js.size() <= 2) {
-          Share shares[4];
-          int found = 0;
-          for (int64_t i = is.begin; i < is.end; ++i)
-            for (int64_t j = js.begin; j < js.end; ++j) shares[found++] = share(i, j, w);
-          if (count == 1) add_shares<V, 1>(policy, shares, p.c, out);
-          if (count == 2) add_shares<V, 2>(policy, shares, p.c, out);
-          if (count == 4) add_shares<V, 4>(policy, shares, p.c, out);
-          continue;
-        }
-        for_each_vector<V>(0, p.c, [&](int64_t channel, const auto& lanes) {
-          typename V::Reg sum = V::zero();
-          for (int64_t i = is.begin; i < is.end; ++i)
-            for (int64_t j = js.begin; j < js.end; ++j) {
-              const Share from = share(i, j, w);
-              const auto window = policy.load(from.at + channel, lanes);
-              sum = V::add(sum, window.at_tap(from.tap, from.scale));
-            }
-          lanes.store(out + channel, sum);
-        });
+      const int64_t n = row / rows;
+      const Pixels in{n * p.h * p.w * p.c, p.w * p.c, p.c};
+      const Pixels out{n * p.oh * p.ow * p.c, p.ow * p.c, p.c};
+      if (overlap) {
+        pool_grad_overlapping<V>(p, row % rows, out, policy, dx, in);
+      } else {
+        pool_grad_apart<V, Policy, R, S>(p, row % rows, out, policy, dx, in);
       }
     });
   });
@@ -493,197 +539,152 @@ void pool_grad_overlapping_nhwc(const Pool2dProblem& p, const Policy& policy, fl
 
 // --- NCHW -----------------------------------------------------------------------------------------
 
-// The floats p[0], p[Stride], p[2 * Stride] ... of `count` lanes; nothing behind the last is read.
-// Stride 0: `stride`.
-template <class V, int Stride>
-typename V::Reg load_strided(const float* p, int64_t stride, int64_t count) {
-  if constexpr (Stride == 1) {
-    if (count == V::kWidth) return V::load(p);
-    return V::load(p, V::tail(static_cast<int>(count)));
+// The strips of an NCHW problem: V::kWidth planes, and rows of them such that scratch memory stays in
+// the caches next to the core.
+template <class V>
+struct PlaneStrips {
+  int64_t planes, blocks;      // blocks of planes
+  int64_t rows, rows_a_strip;  // of what a strip is counted in; strips a block
+  int64_t strips;
+
+  PlaneStrips(const Pool2dProblem& p, int64_t rows_given, int64_t floats_a_row)
+      : planes(p.n * p.c), blocks(ceil_div(planes, V::kWidth)), rows(rows_given) {
+    constexpr int64_t kFloatsAStrip = 16384;
+    rows_a_strip = max64(1, min64(rows, kFloatsAStrip / max64(floats_a_row * V::kWidth, 1)));
+    const int64_t enough = 4 * int64_t{num_threads()};
+    if (blocks * ceil_div(rows, rows_a_strip) < enough) {
+      rows_a_strip = max64(1, min64(rows_a_strip, rows * blocks / enough));
+    }
+    strips = ceil_div(rows, rows_a_strip);
   }
-  if constexpr (Stride == 2) {
-    if (count == V::kWidth) return V::load_even(p);
+  int64_t tasks() const { return blocks * strips; }
+  int64_t first_plane(int64_t task) const { return task / strips * V::kWidth; }
+  int64_t planes_of(int64_t task) const { return min64(V::kWidth, planes - first_plane(task)); }
+  Span rows_of(int64_t task) const {
+    const int64_t begin = task % strips * rows_a_strip;
+    return {begin, min64(rows, begin + rows_a_strip)};
   }
-  float lanes[V::kWidth] = {};
-  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i * stride];
-  return V::load(lanes);
+};
+
+// A pointer that the strip's row `first` would have row 0 at: rows are counted as in the image.
+inline Pixels strip_pixels(int64_t first_row, int64_t columns, int64_t width) {
+  return {-first_row * columns * width, columns * width, width};
 }
 
-// One window a plane.
-inline bool is_global(const Pool2dProblem& p) {
-  return p.r == p.h && p.s == p.w && p.oh == 1 && p.ow == 1 && p.pad_top == 0 && p.pad_left == 0;
-}
-
-template <class V, class Policy, int R, int S, int Stride>
-void pool_rows_nchw(const Pool2dProblem& p, const float* x, const Policy& policy) {
-  const int64_t planes = p.n * p.c;
-  if (is_global(p)) {
-    const RowTasks tasks(planes, p.h * p.w, 1);
-    parallel_for(tasks.count(), [&](int64_t task) {
-      tasks.run(task, [&](int64_t plane, int64_t) {
-        policy.whole(x + plane * p.h * p.w, p.h * p.w, plane);
-      });
-    });
-    return;
-  }
-  const RowTasks tasks(planes * p.oh, min64(p.r, p.h) * min64(p.w, p.ow * p.s), 1);
-  const Span inside = windows_inside(p.pad_left, p.s, p.stride_w, p.w, p.ow);
-  parallel_for(tasks.count(), [&](int64_t task) {
-    tasks.run(task, [&](int64_t row, int64_t) {
-      const int64_t plane = row / p.oh, i = row % p.oh;
-      const int64_t top = i * p.stride_h - p.pad_top;
-      const Span rows = taps_inside(top, p.r, p.h);
-      const float* const image = x + plane * p.h * p.w;
-      const auto clipped = [&](int64_t j_begin, int64_t j_end) {
-        for (int64_t j = j_begin; j < j_end; ++j) {
-          const int64_t left = j * p.stride_w - p.pad_left;
-          const auto load = [&](int64_t r, int64_t s) {
-            return image[(top + r) * p.w + left + s];
-          };
-          policy.single(load, rows, taps_inside(left, p.s, p.w), row * p.ow + j);
-        }
-      };
-      clipped(0, inside.begin);
-      for_each_vector<V>(inside.begin, inside.end, [&](int64_t j, const auto& lanes) {
-        const float* const corner = image + top * p.w + j * p.stride_w - p.pad_left;
-        const int64_t count = min64(V::kWidth, inside.end - j);
-        const auto load = [&](int64_t r, int64_t s) {
-          if constexpr (std::is_same_v<std::decay_t<decltype(lanes)>, AllLanes<V>>) {
-            return load_strided<V, Stride>(corner + r * p.w + s, p.stride_w, V::kWidth);
-          } else {
-            return load_strided<V, Stride>(corner + r * p.w + s, p.stride_w, count);
-          }
-        };
-        if (R > 0 && rows.size() == R) {
-          policy.template vector<R, S>(load, {}, {}, row * p.ow + j, lanes);
-        } else {
-          policy.template vector<0, 0>(load, rows, {0, p.s}, row * p.ow + j, lanes);
-        }
-      });
-      clipped(inside.end, p.ow);
-    });
+template <class V, class Policy, int R, int S>
+void pool_fprop_nchw(const Pool2dProblem& p, const float* x, const Policy& policy) {
+  constexpr int64_t kWidth = V::kWidth;
+  const PlaneStrips<V> strips(p, p.oh, min64(p.stride_h, p.r) * p.w);
+  const int64_t in_rows = min64(p.h, (strips.rows_a_strip - 1) * p.stride_h + p.r);
+  const int64_t in_floats = in_rows * p.w * kWidth;
+  const int64_t out_floats = strips.rows_a_strip * p.ow * kWidth;
+  // Of the argmax too, of four bytes at most.
+  const int64_t scratch_floats = round_up(in_floats + 2 * out_floats, 16);
+  const int workers = workers_for(strips.tasks());
+  const Workspace workspace(static_cast<std::size_t>(workers * scratch_floats * 4));
+  parallel_for(strips.tasks(), workers, [&](int64_t task, int worker) {
+    float* const in = workspace.floats() + worker * scratch_floats;
+    const int64_t plane = strips.first_plane(task), count = strips.planes_of(task);
+    const Span rows = strips.rows_of(task);
+    const int64_t first = max64(0, rows.begin * p.stride_h - p.pad_top);
+    const int64_t end = min64(p.h, (rows.end - 1) * p.stride_h - p.pad_top + p.r);
+    to_strip<V>(x + (plane * p.h + first) * p.w, p.h * p.w, count, (end - first) * p.w, in);
+    const Policy own = policy.with_results(in + in_floats, in + in_floats + out_floats);
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      pool_row<V, Policy, R, S>(p, i, in, strip_pixels(first, p.w, kWidth),
+                                strip_pixels(rows.begin, p.ow, kWidth), {0, kWidth}, own);
+    }
+    policy.template take_results<V>(own, count, rows.size() * p.ow,
+                                    (plane * p.oh + rows.begin) * p.ow, p.oh * p.ow);
   });
 }
 
-// An input row gathers from the windows above it. Columns of one residue (column + pad) % stride
-// meet the taps s of that residue, and then neighbouring columns neighbouring windows: sums are
-// kept a residue apart, [residue][column / stride], and interleaved at the end.
-template <class V, class Policy>
-void pool_grad_nchw(const Pool2dProblem& p, const Policy& policy, float* dx) {
-  const int64_t planes = p.n * p.c;
-  if (is_global(p)) {
-    const RowTasks tasks(planes, p.h * p.w, 1);
-    parallel_for(tasks.count(), [&](int64_t task) {
-      tasks.run(task, [&](int64_t plane, int64_t) {
-        float* const out = dx + plane * p.h * p.w;
-        if constexpr (Policy::kScales) {
-          const float value = policy.single(plane, 0, one_over({0, p.h}, {0, p.w}));
-          for_each_vector<V>(0, p.h * p.w, [&](int64_t at, const auto& lanes) {
-            lanes.store(out + at, V::set(value));
-          });
-        } else {
-          clear(out, p.h * p.w);
-          const int64_t tap = static_cast<int64_t>(policy.argmax[plane]);
-          if (tap >= 0 && tap < p.h * p.w) out[tap] = policy.dy[plane];
-        }
-      });
-    });
-    return;
-  }
-  const int64_t residues = min64(p.stride_w, p.s);
-  const int64_t length = round_up(p.ow + p.s / p.stride_w + 2, 16);
-  const int64_t scratch_floats = residues * length + (Policy::kScales ? round_up(p.ow, 16) : 0);
-  const RowTasks tasks(planes * p.h, p.w, 1);
-  const int workers = workers_for(tasks.count());
+template <class V, class Policy, int R, int S>
+void pool_bprop_nchw(const Pool2dProblem& p, const Policy& policy, float* dx) {
+  constexpr int64_t kWidth = V::kWidth;
+  const bool overlap = windows_overlap(p);
+  const PlaneStrips<V> strips(p, overlap ? p.h : p.oh,
+                              (overlap ? 1 : ceil_div(p.h, p.oh)) * p.w);
+  // Rows of windows over a strip's input rows, and input rows of a strip.
+  const int64_t most_windows =
+      overlap ? min64(p.oh, (strips.rows_a_strip + p.r - 2) / p.stride_h + 2)
+              : strips.rows_a_strip;
+  const int64_t most_rows =
+      overlap ? strips.rows_a_strip
+              : min64(p.h, strips.rows_a_strip * p.stride_h + p.stride_h + p.r);
+  const int64_t in_floats = most_windows * p.ow * kWidth;
+  const int64_t scratch_floats = round_up(2 * in_floats + most_rows * p.w * kWidth, 16);
+  const int workers = workers_for(strips.tasks());
   const Workspace workspace(static_cast<std::size_t>(workers * scratch_floats * 4));
-  parallel_for(tasks.count(), workers, [&](int64_t task, int worker) {
-    float* const sums = workspace.floats() + worker * scratch_floats;
-    float* const scales = sums + residues * length;
-    tasks.run(task, [&](int64_t row, int64_t) {
-      const int64_t plane = row / p.h, h = row % p.h;
-      clear(sums, residues * length);
-      const Span is = windows_over(h + p.pad_top, p.r, p.stride_h, p.oh);
-      for (int64_t i = is.begin; i < is.end; ++i) {
-        const int64_t top = i * p.stride_h - p.pad_top;
-        if constexpr (Policy::kScales) {
-          const Span rows = taps_inside(top, p.r, p.h);
-          for (int64_t j = 0; j < p.ow; ++j) {
-            scales[j] =
-                one_over(rows, taps_inside(j * p.stride_w - p.pad_left, p.s, p.w));
-          }
-        }
-        const int64_t at = (plane * p.oh + i) * p.ow;
-        for_each_vector<V>(0, p.ow, [&](int64_t j, const auto& lanes) {
-          const auto window = policy.load(at + j, lanes);
-          for (int64_t s = 0; s < p.s; ++s) {
-            float* const sum = sums + s % p.stride_w * length + s / p.stride_w + j;
-            typename V::Reg share;
-            if constexpr (Policy::kScales) {
-              share = V::multiply(window.dy, lanes.load(scales + j));
-            } else {
-              share = window.at_tap(static_cast<int>((h - top) * p.s + s), 0);
-            }
-            lanes.store(sum, V::add(lanes.load(sum), share));
-          }
-        });
+  parallel_for(strips.tasks(), workers, [&](int64_t task, int worker) {
+    float* const scratch = workspace.floats() + worker * scratch_floats;
+    float* const to = scratch + 2 * in_floats;
+    const int64_t plane = strips.first_plane(task), count = strips.planes_of(task);
+    const Span at = strips.rows_of(task);
+    const Span rows =
+        overlap ? at : Span{first_row_of(p, at.begin), first_row_of(p, at.end)};
+    const Span windows =
+        overlap ? Span{windows_over(at.begin + p.pad_top, p.r, p.stride_h, p.oh).begin,
+                       windows_over(at.end - 1 + p.pad_top, p.r, p.stride_h, p.oh).end}
+                : at;
+    const Policy own = policy.template turned<V>(
+        (plane * p.oh + windows.begin) * p.ow, p.oh * p.ow, count,
+        max64(0, windows.size()) * p.ow, scratch, scratch + in_floats);
+    const Pixels out = strip_pixels(windows.begin, p.ow, kWidth);
+    const Pixels in = strip_pixels(rows.begin, p.w, kWidth);
+    for (int64_t row = at.begin; row < at.end; ++row) {
+      if (overlap) {
+        pool_grad_overlapping<V>(p, row, out, own, to, in);
+      } else {
+        pool_grad_apart<V, Policy, R, S>(p, row, out, own, to, in);
       }
-      float* const out = dx + row * p.w;
-      if (p.stride_w == 1) {
-        std::memcpy(out, sums + p.pad_left, static_cast<std::size_t>(p.w) * 4);
-        return;
-      }
-      if (p.stride_w == 2 && residues == 2 && p.pad_left == 0) {
-        const int64_t pairs = p.w / 2;
-        int64_t q = 0;
-        for (; q + V::kWidth <= pairs; q += V::kWidth) {
-          V::store_interleaved(out + 2 * q, V::load(sums + q), V::load(sums + length + q));
-        }
-        for (; q < pairs; ++q) {
-          out[2 * q] = sums[q];
-          out[2 * q + 1] = sums[length + q];
-        }
-        if (p.w % 2) out[p.w - 1] = sums[pairs];
-        return;
-      }
-      int64_t residue = p.pad_left % p.stride_w, q = p.pad_left / p.stride_w;
-      for (int64_t w = 0; w < p.w; ++w) {
-        out[w] = residue < residues ? sums[residue * length + q] : 0.0f;
-        if (++residue == p.stride_w) {
-          residue = 0;
-          ++q;
-        }
-      }
-    });
+    }
+    from_strip<V>(to, count, rows.size() * p.w, dx + (plane * p.h + rows.begin) * p.w,
+                  p.h * p.w);
   });
 }
 
 // --- which of them --------------------------------------------------------------------------------
 
+// An NCHW problem whose vectors have one lane: its planes are NHWC images of one channel.
+inline Pool2dProblem as_single_channels(Pool2dProblem p) {
+  p.n *= p.c;
+  p.c = 1;
+  p.layout = Layout::nhwc;
+  return p;
+}
+
+template <class V, class Policy, int R, int S>
+void pool_fprop(const Pool2dProblem& p, const float* x, const Policy& policy) {
+  if (p.layout == Layout::nhwc) return pool_fprop_nhwc<V, Policy, R, S>(p, x, policy);
+  if constexpr (V::kWidth == 1) {
+    pool_fprop_nhwc<V, Policy, R, S>(as_single_channels(p), x, policy);
+  } else {
+    pool_fprop_nchw<V, Policy, R, S>(p, x, policy);
+  }
+}
+
 template <class V, class Policy>
 void pool_fprop(const Pool2dProblem& p, const float* x, const Policy& policy) {
-  const bool two = p.r == 2 && p.s == 2, three = p.r == 3 && p.s == 3;
-  if (p.layout == Layout::nhwc) {
-    if (two) return pool_rows_nhwc<V, Policy, 2, 2>(p, x, policy);
-    if (three) return pool_rows_nhwc<V, Policy, 3, 3>(p, x, policy);
-    return pool_rows_nhwc<V, Policy, 0, 0>(p, x, policy);
+  if (p.r == 2 && p.s == 2) return pool_fprop<V, Policy, 2, 2>(p, x, policy);
+  if (p.r == 3 && p.s == 3) return pool_fprop<V, Policy, 3, 3>(p, x, policy);
+  pool_fprop<V, Policy, 0, 0>(p, x, policy);
+}
+
+template <class V, class Policy, int R, int S>
+void pool_bprop(const Pool2dProblem& p, const Policy& policy, float* dx) {
+  if (p.layout == Layout::nhwc) return pool_bprop_nhwc<V, Policy, R, S>(p, policy, dx);
+  if constexpr (V::kWidth == 1) {
+    pool_bprop_nhwc<V, Policy, R, S>(as_single_channels(p), policy, dx);
+  } else {
+    pool_bprop_nchw<V, Policy, R, S>(p, policy, dx);
   }
-  if (p.stride_w == 2) {
-    if (two) return pool_rows_nchw<V, Policy, 2, 2, 2>(p, x, policy);
-    if (three) return pool_rows_nchw<V, Policy, 3, 3, 2>(p, x, policy);
-    return pool_rows_nchw<V, Policy, 0, 0, 2>(p, x, policy);
-  }
-  if (p.stride_w == 1) return pool_rows_nchw<V, Policy, 0, 0, 1>(p, x, policy);
-  pool_rows_nchw<V, Policy, 0, 0, 0>(p, x, policy);
 }
 
 template <class V, class Policy>
 void pool_bprop(const Pool2dProblem& p, const Policy& policy, float* dx) {
-  if (p.layout == Layout::nchw) return pool_grad_nchw<V, Policy>(p, policy, dx);
-  if (p.stride_h < p.r || p.stride_w < p.s) {
-    return pool_grad_overlapping_nhwc<V, Policy>(p, policy, dx);
-  }
-  if (p.r == 2 && p.s == 2) return pool_grad_apart_nhwc<V, Policy, 2, 2>(p, policy, dx);
-  pool_grad_apart_nhwc<V, Policy, 0, 0>(p, policy, dx);
+  if (p.r == 2 && p.s == 2) return pool_bprop<V, Policy, 2, 2>(p, policy, dx);
+  pool_bprop<V, Policy, 0, 0>(p, policy, dx);
 }
 
 // Calls body(a pointer of argmax's type).

@@ -82,18 +82,6 @@ struct Avx2 {
   }
   static Mask unordered(Reg a, Reg b) { return _mm256_cmp_ps(a, b, _CMP_UNORD_Q); }
   static Mask mask_or(Mask a, Mask b) { return _mm256_or_ps(a, b); }
-  // p[0], p[2] .. p[14]; p[15] is not read.
-  static Reg load_even(const float* p) {
-    const Reg parts = _mm256_shuffle_ps(load(p), _mm256_permute_ps(load(p + 7), 0b11'01'11'01),
-                                        0b01'00'10'00);
-    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(parts), 0b11'01'10'00));
-  }
-  // a[0], b[0], a[1], b[1] ...
-  static void store_interleaved(float* p, Reg a, Reg b) {
-    const Reg lower = _mm256_unpacklo_ps(a, b), upper = _mm256_unpackhi_ps(a, b);
-    store(p, _mm256_permute2f128_ps(lower, upper, 0x20));
-    store(p + 8, _mm256_permute2f128_ps(lower, upper, 0x31));
-  }
   static Reg select(Mask m, Reg a, Reg b) { return _mm256_blendv_ps(b, a, m); }
   static Int int_add(Int a, Int b) { return _mm256_add_epi32(a, b); }
   // Lane i of the result is lane index[i] of v, or of lo and hi one after the other.

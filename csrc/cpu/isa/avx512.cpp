@@ -88,18 +88,6 @@ struct Avx512 {
   }
   static Mask unordered(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
   static Mask mask_or(Mask a, Mask b) { return static_cast<Mask>(a | b); }
-  // p[0], p[2] .. p[30]; p[31] is not read.
-  static Reg load_even(const float* p) {
-    const Int even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
-    return _mm512_permutex2var_ps(load(p), even, load(p + 15));
-  }
-  // a[0], b[0], a[1], b[1] ...
-  static void store_interleaved(float* p, Reg a, Reg b) {
-    const Int lower = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const Int upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
-    store(p, _mm512_permutex2var_ps(a, lower, b));
-    store(p + 16, _mm512_permutex2var_ps(a, upper, b));
-  }
   static Reg select(Mask m, Reg a, Reg b) { return _mm512_mask_mov_ps(b, m, a); }
   static Int int_add(Int a, Int b) { return _mm512_add_epi32(a, b); }
   // Lane i of the result is lane index[i] of v, or of lo and hi one after the other.

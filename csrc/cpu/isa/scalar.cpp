@@ -34,11 +34,6 @@ struct Scalar {
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }
   static Mask unordered(Reg a, Reg b) { return a != a || b != b; }
   static Mask mask_or(Mask a, Mask b) { return a || b; }
-  static Reg load_even(const float* p) { return *p; }
-  static void store_interleaved(float* p, Reg a, Reg b) {
-    p[0] = a;
-    p[1] = b;
-  }
   static Reg relu(Reg v) { return v < 0 ? 0 : v; }
   static void transpose(Reg (&)[1]) {}
   static float sum(Reg v) { return v; }
