@@ -138,12 +138,22 @@ void from_strip(const float* strip, int64_t count, int64_t pixels, float* planes
   }
 }
 
+// The same of an argmax, whose elements travel as integers of a float's size.
 template <class V, class Index>
 void to_strip(const Index* planes, int64_t plane_floats, int64_t count, int64_t pixels,
               Index* strip) {
-  for (int64_t k = 0; k < V::kWidth; ++k) {
-    for (int64_t at = 0; at < pixels; ++at) {
-      strip[at * V::kWidth + k] = k < count ? planes[k * plane_floats + at] : Index{0};
+  for (int64_t at = 0; at < pixels; at += V::kWidth) {
+    const int64_t here = min64(V::kWidth, pixels - at);
+    const auto tail = V::tail(static_cast<int>(here));
+    typename V::Reg square[V::kWidth];
+#pragma GCC unroll 16
+    for (int k = 0; k < V::kWidth; ++k) {
+      square[k] = k < count ? V::bits(V::load_index(planes + k * plane_floats + at, tail))
+                            : V::zero();
+    }
+    V::transpose(square);
+    for (int64_t i = 0; i < here; ++i) {
+      V::store_index(strip + (at + i) * V::kWidth, V::int_bits(square[i]));
     }
   }
 }
@@ -151,10 +161,24 @@ void to_strip(const Index* planes, int64_t plane_floats, int64_t count, int64_t 
 template <class V, class Index>
 void from_strip(const Index* strip, int64_t count, int64_t pixels, Index* planes,
                 int64_t plane_floats) {
-  for (int64_t k = 0; k < count; ++k)
-    for (int64_t at = 0; at < pixels; ++at) {
-      planes[k * plane_floats + at] = strip[at * V::kWidth + k];
+  for (int64_t at = 0; at < pixels; at += V::kWidth) {
+    const int64_t here = min64(V::kWidth, pixels - at);
+    const auto tail = V::tail(static_cast<int>(here));
+    typename V::Reg square[V::kWidth];
+    for (int64_t i = 0; i < here; ++i) {
+      square[i] = V::bits(V::load_index(strip + (at + i) * V::kWidth));
     }
+    for (int64_t i = here; i < V::kWidth; ++i) square[i] = V::zero();
+    V::transpose(square);
+    for (int64_t k = 0; k < count; ++k) {
+      Index* const to = planes + k * plane_floats + at;
+      if (here == V::kWidth) {
+        V::store_index(to, V::int_bits(square[k]));
+      } else {
+        V::store_index(to, V::int_bits(square[k]), tail);
+      }
+    }
+  }
 }
 
 // --- what a window makes of its taps ------------------------------------------------------------
@@ -447,55 +471,118 @@ void add_shares(const Policy& policy, const Share* shares, int64_t c, float* out
   });
 }
 
-// Windows that overlap: every pixel of input row h asks those above it.
+// Windows that overlap: every input pixel asks those above it.
 template <class V, class Policy>
-void pool_grad_overlapping(const Pool2dProblem& p, int64_t h, const Pixels& out,
-                           const Policy& policy, float* dx, const Pixels& in) {
-  const Span is = windows_over(h + p.pad_top, p.r, p.stride_h, p.oh);
-  const auto share = [&](int64_t i, int64_t j, int64_t w) {
-    const int64_t top = i * p.stride_h - p.pad_top, left = j * p.stride_w - p.pad_left;
-    const float scale =
-        Policy::kScales ? one_over(taps_inside(top, p.r, p.h), taps_inside(left, p.s, p.w)) : 0;
-    return Share{out.at(i, j), static_cast<int>((h - top) * p.s + w - left), scale};
-  };
-  const int64_t c = in.pixel;
-  for (int64_t w = 0; w < p.w; ++w) {
+struct OverlappingGrad {
+  const Pool2dProblem& p;
+  const Policy& policy;
+  float* dx;
+  Pixels in, out;
+
+  // Input rows are taken by the stride: row i of them begins with the first row of window row i.
+  static int64_t count_rows(const Pool2dProblem& p) {
+    return ceil_div(p.h + p.pad_top, p.stride_h);
+  }
+  static Span input_rows(const Pool2dProblem& p, int64_t i) {
+    const int64_t top = i * p.stride_h - p.pad_top;
+    return {max64(0, top), min64(p.h, top + p.stride_h)};
+  }
+
+  void row(int64_t i) const {
+    const Span rows = input_rows(p, i);
+    if (p.r == 3 && p.s == 3 && p.stride_h == 2 && p.stride_w == 2 && rows.size() == 2 &&
+        usable(i - 1, p.pad_top, p.r, p.stride_h, p.h, p.oh) &&
+        usable(i, p.pad_top, p.r, p.stride_h, p.h, p.oh)) {
+      return cells(i, rows);
+    }
+    for (int64_t h = rows.begin; h < rows.end; ++h)
+      for (int64_t w = 0; w < p.w; ++w) pixel(h, w);
+  }
+
+ private:
+  // Whether there is a window i, and, where its share depends on it, all of it inside.
+  static bool usable(int64_t i, int64_t pad, int64_t window, int64_t stride, int64_t extent,
+                     int64_t windows) {
+    if (i < 0 || i >= windows) return false;
+    return !Policy::kScales || taps_inside(i * stride - pad, window, extent).size() == window;
+  }
+
+  void pixel(int64_t h, int64_t w) const {
+    const Span is = windows_over(h + p.pad_top, p.r, p.stride_h, p.oh);
     const Span js = windows_over(w + p.pad_left, p.s, p.stride_w, p.ow);
+    const auto share = [&](int64_t i, int64_t j) {
+      const int64_t top = i * p.stride_h - p.pad_top, left = j * p.stride_w - p.pad_left;
+      const float scale =
+          Policy::kScales ? one_over(taps_inside(top, p.r, p.h), taps_inside(left, p.s, p.w)) : 0;
+      return Share{out.at(i, j), static_cast<int>((h - top) * p.s + w - left), scale};
+    };
+    const int64_t c = in.pixel;
     float* const to = dx + in.at(h, w);
     const int64_t count = max64(0, is.size()) * max64(0, js.size());
-    if (count == 0) {
-      clear(to, c);
-      continue;
-    }
+    if (count == 0) return clear(to, c);
     if (is.size() <= 2 && js.size() <= 2) {
       Share shares[4];
       int found = 0;
       for (int64_t i = is.begin; i < is.end; ++i)
-        for (int64_t j = js.begin; j < js.end; ++j) shares[found++] = share(i, j, w);
+        for (int64_t j = js.begin; j < js.end; ++j) shares[found++] = share(i, j);
       if (count == 1) add_shares<V, 1>(policy, shares, c, to);
       if (count == 2) add_shares<V, 2>(policy, shares, c, to);
       if (count == 4) add_shares<V, 4>(policy, shares, c, to);
-      continue;
+      return;
     }
     for_each_vector<V>(0, c, [&](int64_t channel, const auto& lanes) {
       typename V::Reg sum = V::zero();
       for (int64_t i = is.begin; i < is.end; ++i)
         for (int64_t j = js.begin; j < js.end; ++j) {
-          const Share from = share(i, j, w);
+          const Share from = share(i, j);
           const auto window = policy.load(from.at + channel, lanes);
           sum = V::add(sum, window.at_tap(from.tap, from.scale));
         }
       lanes.store(to + channel, sum);
     });
   }
-}
+
+  // 3 x 3 windows of stride 2: two by two pixels have four windows above them, each loaded once.
+  void cells(int64_t i, Span rows) const {
+    int64_t done = 0;  // columns written
+    for (int64_t j = 1; j < p.ow; ++j) {
+      const int64_t left = j * 2 - p.pad_left;
+      if (left < 0 || left + 2 > p.w || !usable(j - 1, p.pad_left, 3, 2, p.w, p.ow) ||
+          !usable(j, p.pad_left, 3, 2, p.w, p.ow)) {
+        continue;
+      }
+      for (; done < left; ++done) {
+        for (int64_t h = rows.begin; h < rows.end; ++h) pixel(h, done);
+      }
+      done = left + 2;
+      const int64_t windows = out.at(i - 1, j - 1);
+      float* const to = dx + in.at(rows.begin, left);
+      constexpr float kNinth = 1.0f / 9;
+      for_each_vector<V>(0, in.pixel, [&](int64_t channel, const auto& lanes) {
+        const auto nw = policy.load(windows + channel, lanes);
+        const auto ne = policy.load(windows + out.pixel + channel, lanes);
+        const auto sw = policy.load(windows + out.row + channel, lanes);
+        const auto se = policy.load(windows + out.row + out.pixel + channel, lanes);
+        float* const at = to + channel;
+        const typename V::Reg north = V::add(nw.at_tap(8, kNinth), ne.at_tap(6, kNinth));
+        lanes.store(at, V::add(V::add(north, sw.at_tap(2, kNinth)), se.at_tap(0, kNinth)));
+        lanes.store(at + in.pixel, V::add(ne.at_tap(7, kNinth), se.at_tap(1, kNinth)));
+        lanes.store(at + in.row, V::add(sw.at_tap(5, kNinth), se.at_tap(3, kNinth)));
+        lanes.store(at + in.row + in.pixel, se.at_tap(4, kNinth));
+      });
+    }
+    for (; done < p.w; ++done) {
+      for (int64_t h = rows.begin; h < rows.end; ++h) pixel(h, done);
+    }
+  }
+};
 
 inline bool windows_overlap(const Pool2dProblem& p) {
   return p.stride_h < p.r || p.stride_w < p.s;
 }
 
-// What the rows of a strip write to: input rows [begin, end) of a gradient belong to window rows
-// [windows.begin, windows.end) where windows lie apart.
+// The first input row of window row i, of windows that do not overlap; rows above the first window
+// and below the last one are theirs too.
 inline int64_t first_row_of(const Pool2dProblem& p, int64_t i) {
   if (i <= 0) return 0;
   return i >= p.oh ? p.h : i * p.stride_h - p.pad_top;
@@ -521,7 +608,7 @@ void pool_fprop_nhwc(const Pool2dProblem& p, const float* x, const Policy& polic
 template <class V, class Policy, int R, int S>
 void pool_bprop_nhwc(const Pool2dProblem& p, const Policy& policy, float* dx) {
   const bool overlap = windows_overlap(p);
-  const int64_t rows = overlap ? p.h : p.oh;
+  const int64_t rows = overlap ? OverlappingGrad<V, Policy>::count_rows(p) : p.oh;
   const RowTasks tasks(p.n * rows, ceil_div(p.h, rows) * p.w * p.c, 1);
   parallel_for(tasks.count(), [&](int64_t task) {
     tasks.run(task, [&](int64_t row, int64_t) {
@@ -529,7 +616,7 @@ void pool_bprop_nhwc(const Pool2dProblem& p, const Policy& policy, float* dx) {
       const Pixels in{n * p.h * p.w * p.c, p.w * p.c, p.c};
       const Pixels out{n * p.oh * p.ow * p.c, p.ow * p.c, p.c};
       if (overlap) {
-        pool_grad_overlapping<V>(p, row % rows, out, policy, dx, in);
+        OverlappingGrad<V, Policy>{p, policy, dx, in, out}.row(row % rows);
       } else {
         pool_grad_apart<V, Policy, R, S>(p, row % rows, out, policy, dx, in);
       }
@@ -601,42 +688,43 @@ void pool_fprop_nchw(const Pool2dProblem& p, const float* x, const Policy& polic
 
 template <class V, class Policy, int R, int S>
 void pool_bprop_nchw(const Pool2dProblem& p, const Policy& policy, float* dx) {
+  using Overlapping = OverlappingGrad<V, Policy>;
   constexpr int64_t kWidth = V::kWidth;
   const bool overlap = windows_overlap(p);
-  const PlaneStrips<V> strips(p, overlap ? p.h : p.oh,
-                              (overlap ? 1 : ceil_div(p.h, p.oh)) * p.w);
-  // Rows of windows over a strip's input rows, and input rows of a strip.
+  const PlaneStrips<V> strips(p, overlap ? Overlapping::count_rows(p) : p.oh,
+                              min64(p.h, p.stride_h) * p.w);
+  // Rows of windows over a strip, and its input rows; the last rows of an image, below all windows,
+  // belong to the last window row.
   const int64_t most_windows =
-      overlap ? min64(p.oh, (strips.rows_a_strip + p.r - 2) / p.stride_h + 2)
-              : strips.rows_a_strip;
-  const int64_t most_rows =
-      overlap ? strips.rows_a_strip
-              : min64(p.h, strips.rows_a_strip * p.stride_h + p.stride_h + p.r);
-  const int64_t in_floats = most_windows * p.ow * kWidth;
-  const int64_t scratch_floats = round_up(2 * in_floats + most_rows * p.w * kWidth, 16);
+      overlap ? min64(p.oh, strips.rows_a_strip + ceil_div(p.r, p.stride_h)) : strips.rows_a_strip;
+  const int64_t most_rows = min64(p.h, (strips.rows_a_strip + 1) * p.stride_h + p.r);
+  const int64_t windows_floats = most_windows * p.ow * kWidth;
+  const int64_t scratch_floats = round_up(2 * windows_floats + most_rows * p.w * kWidth, 16);
   const int workers = workers_for(strips.tasks());
   const Workspace workspace(static_cast<std::size_t>(workers * scratch_floats * 4));
   parallel_for(strips.tasks(), workers, [&](int64_t task, int worker) {
     float* const scratch = workspace.floats() + worker * scratch_floats;
-    float* const to = scratch + 2 * in_floats;
+    float* const to = scratch + 2 * windows_floats;
     const int64_t plane = strips.first_plane(task), count = strips.planes_of(task);
     const Span at = strips.rows_of(task);
-    const Span rows =
-        overlap ? at : Span{first_row_of(p, at.begin), first_row_of(p, at.end)};
-    const Span windows =
-        overlap ? Span{windows_over(at.begin + p.pad_top, p.r, p.stride_h, p.oh).begin,
-                       windows_over(at.end - 1 + p.pad_top, p.r, p.stride_h, p.oh).end}
-                : at;
+    Span rows{first_row_of(p, at.begin), first_row_of(p, at.end)};
+    Span windows = at;
+    if (overlap) {
+      rows = {Overlapping::input_rows(p, at.begin).begin,
+              Overlapping::input_rows(p, at.end - 1).end};
+      windows = {windows_over(rows.begin + p.pad_top, p.r, p.stride_h, p.oh).begin,
+                 windows_over(rows.end - 1 + p.pad_top, p.r, p.stride_h, p.oh).end};
+    }
     const Policy own = policy.template turned<V>(
         (plane * p.oh + windows.begin) * p.ow, p.oh * p.ow, count,
-        max64(0, windows.size()) * p.ow, scratch, scratch + in_floats);
+        max64(0, windows.size()) * p.ow, scratch, scratch + windows_floats);
     const Pixels out = strip_pixels(windows.begin, p.ow, kWidth);
     const Pixels in = strip_pixels(rows.begin, p.w, kWidth);
-    for (int64_t row = at.begin; row < at.end; ++row) {
+    for (int64_t i = at.begin; i < at.end; ++i) {
       if (overlap) {
-        pool_grad_overlapping<V>(p, row, out, own, to, in);
+        Overlapping{p, own, to, in, out}.row(i);
       } else {
-        pool_grad_apart<V, Policy, R, S>(p, row, out, own, to, in);
+        pool_grad_apart<V, Policy, R, S>(p, i, out, own, to, in);
       }
     }
     from_strip<V>(to, count, rows.size() * p.w, dx + (plane * p.h + rows.begin) * p.w,

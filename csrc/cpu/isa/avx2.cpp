@@ -91,6 +91,8 @@ struct Avx2 {
     return _mm256_blendv_ps(permute(lo, index), permute(hi, index), _mm256_castsi256_ps(of_hi));
   }
   static Reg gather(const float* p, Int index) { return _mm256_i32gather_ps(p, index, 4); }
+  static Reg bits(Int v) { return _mm256_castsi256_ps(v); }
+  static Int int_bits(Reg v) { return _mm256_castps_si256(v); }
   static Int int_broadcast(int v) { return _mm256_set1_epi32(v); }
   static Int int_select(Mask m, Int a, Int b) {
     return _mm256_blendv_epi8(b, a, _mm256_castps_si256(m));

@@ -94,6 +94,8 @@ struct Avx512 {
   static Reg permute(Reg v, Int index) { return _mm512_permutexvar_ps(index, v); }
   static Reg permute(Reg lo, Reg hi, Int index) { return _mm512_permutex2var_ps(lo, index, hi); }
   static Reg gather(const float* p, Int index) { return _mm512_i32gather_ps(index, p, 4); }
+  static Reg bits(Int v) { return _mm512_castsi512_ps(v); }
+  static Int int_bits(Reg v) { return _mm512_castps_si512(v); }
   static Int int_broadcast(int v) { return _mm512_set1_epi32(v); }
   static Int int_select(Mask m, Int a, Int b) { return _mm512_mask_mov_epi32(b, m, a); }
   static Mask int_equal(Int a, Int b) { return _mm512_cmpeq_epi32_mask(a, b); }
