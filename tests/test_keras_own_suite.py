@@ -18,6 +18,9 @@ SUITES = {  # file: the ops that its tests must run
     "convolutional/depthwise_conv_test.py": ["FastconvConv2D"],
     "convolutional/separable_conv_test.py": ["FastconvConv2D", "FastconvConv2DGradFilter"],
     "pooling/max_pooling_test.py": ["FastconvMaxPool2D"],
+    "pooling/average_pooling_test.py": ["FastconvAveragePool2D"],
+    "pooling/global_average_pooling_test.py": ["FastconvAveragePool2D"],
+    "pooling/global_max_pooling_test.py": ["FastconvMaxPool2D"],
 }
 
 

@@ -11,6 +11,7 @@
 // the ReLU mask of the layer below, reads it).
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -274,24 +275,31 @@ class Conv2dTranspose : public Conv2dKernel {
   int channel_axis_;
 };
 
-// --- max-pooling ------------------------------------------------------------------------------
+// --- pooling ----------------------------------------------------------------------------------
 
-class MaxPool2dKernel {
+class Pool2dKernel {
  public:
   template <class Attributes>
-  explicit MaxPool2dKernel(const Attributes& attributes) {
+  explicit Pool2dKernel(const Attributes& attributes) {
     arguments_.pool_size = attributes.template integers<2>("pool_size");
     arguments_.strides = attributes.template integers<2>("strides");
     arguments_.padding = padding_attribute(attributes);
     arguments_.layout = layout_attribute(attributes);
   }
 
+  // 0, 0: the height and width of the input, whatever they are.
   static constexpr std::array kAttributes{"pool_size: list(int)"};
 
  protected:
   Pool2dProblem problem(const auto& x) const {
     Pool2dArguments arguments = arguments_;
     arguments.x_shape = rank4_shape(x, "x");
+    if (arguments.pool_size == kWholeImage) {
+      const int first = arguments.layout == Layout::nchw ? 2 : 1;
+      for (int axis : {0, 1}) {
+        arguments.pool_size[axis] = std::max<int64_t>(1, arguments.x_shape[first + axis]);
+      }
+    }
     return make_pool2d_problem(arguments);
   }
 
@@ -306,14 +314,15 @@ class MaxPool2dKernel {
   }
 
  private:
+  static constexpr std::array<int64_t, 2> kWholeImage{0, 0};
   Pool2dArguments arguments_;
 };
 
 inline constexpr std::array kArgmaxAttributes{"Targmax: {uint8, int32} = DT_UINT8"};
 
-class MaxPool2d : public MaxPool2dKernel {
+class MaxPool2d : public Pool2dKernel {
  public:
-  using MaxPool2dKernel::MaxPool2dKernel;
+  using Pool2dKernel::Pool2dKernel;
   static constexpr const char* kName = "FastconvMaxPool2D";
   static constexpr std::array<const char*, 0> kOwnAttributes{};
   static constexpr std::array kInputs{"x: T"};
@@ -330,9 +339,9 @@ class MaxPool2d : public MaxPool2dKernel {
 };
 
 // argmax: each window's maximum as its place row * S + column in the window.
-class MaxPool2dWithArgmax : public MaxPool2dKernel {
+class MaxPool2dWithArgmax : public Pool2dKernel {
  public:
-  using MaxPool2dKernel::MaxPool2dKernel;
+  using Pool2dKernel::Pool2dKernel;
   static constexpr const char* kName = "FastconvMaxPool2DWithArgmax";
   static constexpr std::array kOwnAttributes = kArgmaxAttributes;
   static constexpr std::array kInputs{"x: T"};
@@ -350,9 +359,9 @@ class MaxPool2dWithArgmax : public MaxPool2dKernel {
   }
 };
 
-class MaxPool2dGrad : public MaxPool2dKernel {
+class MaxPool2dGrad : public Pool2dKernel {
  public:
-  using MaxPool2dKernel::MaxPool2dKernel;
+  using Pool2dKernel::Pool2dKernel;
   static constexpr const char* kName = "FastconvMaxPool2DGrad";
   static constexpr std::array kOwnAttributes = kArgmaxAttributes;
   static constexpr std::array kInputs{"x: T", "argmax: Targmax", "dy: T"};
@@ -399,9 +408,9 @@ void gather_at_argmax(const Pool2dProblem& p, const float* x, const Tap* argmax,
   }
 }
 
-class MaxPool2dGradGrad : public MaxPool2dKernel {
+class MaxPool2dGradGrad : public Pool2dKernel {
  public:
-  using MaxPool2dKernel::MaxPool2dKernel;
+  using Pool2dKernel::Pool2dKernel;
   static constexpr const char* kName = "FastconvMaxPool2DGradGrad";
   static constexpr std::array kOwnAttributes = kArgmaxAttributes;
   static constexpr std::array kInputs{"ddx: T", "argmax: Targmax"};
@@ -425,6 +434,43 @@ class MaxPool2dGradGrad : public MaxPool2dKernel {
   }
 };
 
+class AveragePool2d : public Pool2dKernel {
+ public:
+  using Pool2dKernel::Pool2dKernel;
+  static constexpr const char* kName = "FastconvAveragePool2D";
+  static constexpr std::array<const char*, 0> kOwnAttributes{};
+  static constexpr std::array kInputs{"x: T"};
+  static constexpr std::array kOutputs{"y: T"};
+  static constexpr int kOutputLikeInput = -1;
+
+  template <class Context>
+  void operator()(const Context& context) const {
+    const auto x = context.input(0);
+    const Pool2dProblem p = problem(x);
+    const auto y = context.output(0, p.y_shape());
+    avg_pool2d_fprop(p, x.floats(), y.floats());
+  }
+};
+
+class AveragePool2dGrad : public Pool2dKernel {
+ public:
+  using Pool2dKernel::Pool2dKernel;
+  static constexpr const char* kName = "FastconvAveragePool2DGrad";
+  static constexpr std::array<const char*, 0> kOwnAttributes{};
+  static constexpr std::array kInputs{"x: T", "dy: T"};
+  static constexpr std::array kOutputs{"dx: T"};
+  static constexpr int kOutputLikeInput = 0;
+
+  template <class Context>
+  void operator()(const Context& context) const {
+    const auto x = context.input(0), dy = context.input(1);
+    const Pool2dProblem p = problem(x);
+    check_shape(dy, "dy", p.y_shape());
+    const auto dx = context.output(0, p.x_shape());
+    avg_pool2d_bprop(p, dy.floats(), dx.floats());
+  }
+};
+
 // --- all of them ------------------------------------------------------------------------------
 
 template <class Kernel>
@@ -443,6 +489,7 @@ struct OpList {
 };
 
 using Ops = OpList<Conv2d, Conv2dGradInput, Conv2dGradFilter, Conv2dTranspose, MaxPool2d,
-                   MaxPool2dWithArgmax, MaxPool2dGrad, MaxPool2dGradGrad>;
+                   MaxPool2dWithArgmax, MaxPool2dGrad, MaxPool2dGradGrad, AveragePool2d,
+                   AveragePool2dGrad>;
 
 }  // namespace fastconv::framework

@@ -30,11 +30,21 @@ from fastconv._arguments import (
 from fastconv.adapters import xla
 from fastconv.adapters._extents import Extent, like, static_extents
 
-__all__ = ["conv2d", "conv2d_transpose", "inside_xla", "max_pool2d", "ops_executed"]
+__all__ = [
+    "avg_pool2d",
+    "conv2d",
+    "conv2d_transpose",
+    "global_avg_pool2d",
+    "global_max_pool2d",
+    "inside_xla",
+    "max_pool2d",
+    "ops_executed",
+]
 
 _LIBRARY = Path(__file__).parent.parent / (
     "libfastconv_tensorflow.so" if sys.platform != "darwin" else "libfastconv_tensorflow.dylib"
 )
+_WHOLE_IMAGE = (0, 0)  # the window of global pooling
 _LARGEST_BYTE_WINDOW = 256  # taps; the argmax of a larger window does not fit uint8
 
 
@@ -157,15 +167,68 @@ def max_pool2d(
         tf.errors.InvalidArgumentError: where the window does not fit the input. In a graph it is
             raised when the graph runs.
     """
-    _follow_tensorflow_threads()
-    attributes = {
-        "pool_size": normalize_pair(pool_size, "pool_size"),
-        "strides": normalize_pair(pool_size if strides is None else strides, "strides"),
-        "data_format": _layout(data_format),
-        **_padding_attributes(padding),
-    }
+    attributes = _pool_options(pool_size, strides, padding, data_format)
     x = tf.convert_to_tensor(x)
     return _max_pool2d_with_argmax(x, attributes)[0] if keep_argmax else _max_pool2d(x, attributes)
+
+
+def avg_pool2d(x, pool_size, *, strides=None, padding="valid", data_format="channels_last"):
+    """2-D average-pooling, in which padding is not counted, differentiable to any order.
+
+    Args:
+        x: float32 tensor of shape (batch, height, width, channels), or (batch, channels, height,
+            width) with ``data_format="channels_first"``. Any dimension may be unknown in a graph.
+        pool_size, strides, padding, data_format: as for ``max_pool2d``.
+
+    Returns:
+        A float32 tensor of shape (batch, new_height, new_width, channels), or (batch, channels,
+        new_height, new_width) with ``data_format="channels_first"``.
+
+    Raises:
+        TypeError, ValueError: where an option is none of those above.
+        tf.errors.InvalidArgumentError: where the window does not fit the input. In a graph it is
+            raised when the graph runs.
+    """
+    attributes = _pool_options(pool_size, strides, padding, data_format)
+    return _avg_pool2d(tf.convert_to_tensor(x), attributes)
+
+
+def global_avg_pool2d(x, *, data_format="channels_last"):
+    """The average of each channel of each image, differentiable to any order.
+
+    Args:
+        x: float32 tensor of shape (batch, height, width, channels), or (batch, channels, height,
+            width) with ``data_format="channels_first"``. Any dimension may be unknown in a graph.
+        data_format: ``"channels_last"`` or ``"channels_first"``, of ``x`` and of the result.
+
+    Returns:
+        A float32 tensor of shape (batch, 1, 1, channels), or (batch, channels, 1, 1) with
+        ``data_format="channels_first"``.
+
+    Raises:
+        TypeError, ValueError: where ``data_format`` is none of those above.
+        tf.errors.InvalidArgumentError: where ``x`` has no such shape.
+    """
+    return _avg_pool2d(tf.convert_to_tensor(x), _global_pool_options(data_format))
+
+
+def global_max_pool2d(x, *, data_format="channels_last"):
+    """The maximum of each channel of each image, differentiable to any order.
+
+    Args:
+        x: float32 tensor of shape (batch, height, width, channels), or (batch, channels, height,
+            width) with ``data_format="channels_first"``. Any dimension may be unknown in a graph.
+        data_format: ``"channels_last"`` or ``"channels_first"``, of ``x`` and of the result.
+
+    Returns:
+        A float32 tensor of shape (batch, 1, 1, channels), or (batch, channels, 1, 1) with
+        ``data_format="channels_first"``. Equal maxima share the gradient, as in ``tf.reduce_max``.
+
+    Raises:
+        TypeError, ValueError: where ``data_format`` is none of those above.
+        tf.errors.InvalidArgumentError: where ``x`` has no such shape.
+    """
+    return _max_pool2d(tf.convert_to_tensor(x), _global_pool_options(data_format))
 
 
 def conv2d_transpose(
@@ -250,6 +313,27 @@ def _layout(data_format):
 def _padding_attributes(padding):
     kind, sides = normalize_padding(padding)
     return {"padding": kind.upper(), "explicit_paddings": sides}
+
+
+def _pool_options(pool_size, strides, padding, data_format):
+    _follow_tensorflow_threads()
+    return {
+        "pool_size": normalize_pair(pool_size, "pool_size"),
+        "strides": normalize_pair(pool_size if strides is None else strides, "strides"),
+        "data_format": _layout(data_format),
+        **_padding_attributes(padding),
+    }
+
+
+def _global_pool_options(data_format):
+    """The window (0, 0) is all of the image."""
+    _follow_tensorflow_threads()
+    return {
+        "pool_size": _WHOLE_IMAGE,
+        "strides": (1, 1),
+        "data_format": _layout(data_format),
+        **_padding_attributes("valid"),
+    }
 
 
 @functools.cache
@@ -339,6 +423,8 @@ def _transpose_extents(attributes):
 
 def _pool_extents(attributes):
     channels = Extent(0, _channel_axis(attributes))
+    if tuple(attributes["pool_size"]) == _WHOLE_IMAGE:
+        return _arranged(Extent(0, 0), channels, (1, 1), attributes)
     return _windows_of(attributes["pool_size"], channels, attributes)
 
 
@@ -497,7 +583,7 @@ def _conv2d_transpose_gradient(op, dy):
     return [_conv2d(dy, w, [], attributes), dw]
 
 
-# --- max-pooling and its gradients ----------------------------------------------------------------
+# --- pooling and its gradients --------------------------------------------------------------------
 
 
 def _max_pool2d(x, attributes):
@@ -531,6 +617,8 @@ def _pool_attributes(op):
 def _max_pool2d_gradient(op, dy):
     x = op.inputs[0]
     attributes = _pool_attributes(op)
+    if tuple(attributes["pool_size"]) == _WHOLE_IMAGE:
+        return _global_max_pool2d_grad(x, op.outputs[0], dy, attributes)
     _, argmax = _max_pool2d_with_argmax(x, attributes)
     return _max_pool2d_grad(x, argmax, dy, attributes)
 
@@ -551,3 +639,31 @@ def _max_pool2d_grad_gradient(op, ddx):
 def _max_pool2d_grad_grad_gradient(op, dddy):
     ddx, argmax = op.inputs
     return [_max_pool2d_grad(ddx, argmax, dddy, _pool_attributes(op)), None]
+
+
+def _global_max_pool2d_grad(x, y, dy, attributes):
+    """As tf.reduce_max, the stock layer's op, has it: equal maxima get equal shares."""
+    chosen = tf.cast(tf.equal(x, y), x.dtype)
+    number = tf.reduce_sum(chosen, axis=_spatial_axes(attributes), keepdims=True)
+    return chosen / number * dy
+
+
+def _avg_pool2d(x, attributes):
+    outputs = [(tf.float32, _pool_extents(attributes))]
+    return _run("FastconvAveragePool2D", (x,), attributes, outputs)[0]
+
+
+def _avg_pool2d_grad(x, dy, attributes):
+    outputs = [(tf.float32, like(0))]
+    return _run("FastconvAveragePool2DGrad", (x, dy), attributes, outputs)[0]
+
+
+@_gradient_of("FastconvAveragePool2D")
+def _avg_pool2d_gradient(op, dy):
+    return _avg_pool2d_grad(op.inputs[0], dy, _pool_attributes(op))
+
+
+@_gradient_of("FastconvAveragePool2DGrad")
+def _avg_pool2d_grad_gradient(op, ddx):
+    # dx is linear in dy; of x only the shape matters.
+    return [None, _avg_pool2d(ddx, _pool_attributes(op))]

@@ -12,19 +12,25 @@ and ``explain_layer()`` tell who computes what, and why; ``patch()`` is for code
 
 from fastconv.keras._accelerate import accelerate, patch, restore, summary
 from fastconv.keras._explain import Explanation, explain_layer
+from fastconv.keras.average_pooling2d import FastAveragePooling2D
 from fastconv.keras.conv1d import FastConv1D
 from fastconv.keras.conv2d import FastConv2D
 from fastconv.keras.conv2d_transpose import FastConv2DTranspose
 from fastconv.keras.depthwise_conv2d import FastDepthwiseConv2D
+from fastconv.keras.global_average_pooling2d import FastGlobalAveragePooling2D
+from fastconv.keras.global_max_pooling2d import FastGlobalMaxPooling2D
 from fastconv.keras.max_pooling2d import FastMaxPooling2D
 from fastconv.keras.separable_conv2d import FastSeparableConv2D
 
 __all__ = [
     "Explanation",
+    "FastAveragePooling2D",
     "FastConv1D",
     "FastConv2D",
     "FastConv2DTranspose",
     "FastDepthwiseConv2D",
+    "FastGlobalAveragePooling2D",
+    "FastGlobalMaxPooling2D",
     "FastMaxPooling2D",
     "FastSeparableConv2D",
     "accelerate",

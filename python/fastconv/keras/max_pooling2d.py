@@ -2,14 +2,8 @@
 
 import keras
 
-from fastconv.keras._stand_in import (
-    JitWhereXlaServes,
-    adapter,
-    has_empty_output,
-    reason_for_stock,
-    stand_in_for,
-    tell,
-)
+from fastconv.keras._pooling import reason_against_window, window
+from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for, tell
 
 
 @stand_in_for(keras.layers.MaxPooling2D)
@@ -29,29 +23,9 @@ class FastMaxPooling2D(JitWhereXlaServes, keras.layers.MaxPooling2D):
     """
 
     def call(self, inputs, training=None):
-        reason = self._reason_for_stock(inputs)
+        reason = reason_against_window(self, inputs)
         if reason is not None:
             tell(self, reason)
             return super().call(inputs)
-        return adapter.max_pool2d(
-            inputs,
-            self.pool_size,
-            strides=self.strides,
-            padding=self.padding.lower(),
-            data_format=self.data_format,
-            # `training` may be a tensor, whose value is not known yet.
-            keep_argmax=training is True,
-        )
-
-    def _reason_for_stock(self, inputs):
-        reason = reason_for_stock(inputs, self.compute_dtype)
-        if reason is not None:
-            return reason
-        if not all(self.strides):
-            return f"the strides contain 0: {self.strides}"
-        padding = self.padding.lower()
-        if padding not in ("valid", "same"):
-            return f"the padding is none of Keras's: {self.padding!r}"
-        if has_empty_output(inputs, self.pool_size, padding, self.data_format):
-            return f"the output would be empty: input of shape {inputs.shape}"
-        return None
+        # `training` may be a tensor, whose value is not known yet.
+        return adapter.max_pool2d(inputs, **window(self), keep_argmax=training is True)
