@@ -16,7 +16,14 @@ import tensorflow as tf
 
 import tensorflow_oracle as oracle
 from fastconv.adapters import xla
-from fastconv.keras import FastConv2D, FastMaxPooling2D, _stand_in
+from fastconv.keras import (
+    FastAveragePooling2D,
+    FastConv2D,
+    FastGlobalAveragePooling2D,
+    FastGlobalMaxPooling2D,
+    FastMaxPooling2D,
+    _stand_in,
+)
 from keras_support import equal_layers, outputs_and_gradients
 from tensorflow_oracle import assert_all_close
 
@@ -25,6 +32,16 @@ DOCS = Path(__file__).parents[1] / "docs" / "keras.md"
 PAIRS = [
     pytest.param(FastConv2D, keras.layers.Conv2D, {"filters": 3, "kernel_size": 2}, id="conv"),
     pytest.param(FastMaxPooling2D, keras.layers.MaxPooling2D, {}, id="pool"),
+    pytest.param(
+        FastAveragePooling2D, keras.layers.AveragePooling2D, {"pool_size": 2}, id="average"
+    ),
+    pytest.param(
+        FastGlobalAveragePooling2D,
+        keras.layers.GlobalAveragePooling2D,
+        {"keepdims": True},
+        id="global average",
+    ),
+    pytest.param(FastGlobalMaxPooling2D, keras.layers.GlobalMaxPooling2D, {}, id="global max"),
 ]
 
 

@@ -1,0 +1,158 @@
+"""Average and global pooling layers beside stock Keras; ties and NaN of all pooling layers."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers as L
+
+from fastconv.keras import (
+    FastAveragePooling2D,
+    FastGlobalAveragePooling2D,
+    FastGlobalMaxPooling2D,
+    FastMaxPooling2D,
+    accelerate,
+)
+from keras_support import outputs_and_gradients
+from tensorflow_oracle import assert_all_close
+
+WINDOWS = [
+    {"pool_size": 2},
+    {"pool_size": 3, "strides": 2},
+    {"pool_size": 3, "strides": (1, 2), "padding": "same"},
+    {"pool_size": (1, 4), "padding": "valid"},
+    {"pool_size": 2, "strides": 3},
+]
+CASES = [
+    *[(FastAveragePooling2D, L.AveragePooling2D, options) for options in WINDOWS],
+    (FastGlobalAveragePooling2D, L.GlobalAveragePooling2D, {}),
+    (FastGlobalAveragePooling2D, L.GlobalAveragePooling2D, {"keepdims": True}),
+    (FastGlobalMaxPooling2D, L.GlobalMaxPooling2D, {}),
+    (FastGlobalMaxPooling2D, L.GlobalMaxPooling2D, {"keepdims": True}),
+]
+OPS = {  # forward, gradient
+    FastAveragePooling2D: {"FastconvAveragePool2D", "FastconvAveragePool2DGrad"},
+    FastGlobalAveragePooling2D: {"FastconvAveragePool2D", "FastconvAveragePool2DGrad"},
+    FastGlobalMaxPooling2D: {"FastconvMaxPool2D"},
+}
+
+over = pytest.mark.parametrize(
+    "fast_class, stock_class, options",
+    CASES,
+    ids=lambda value: getattr(value, "__qualname__", None),
+)
+
+
+def two_orders(function):
+    def orders(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y, dx = outputs_and_gradients(function, [x])
+            penalty = tf.reduce_sum(tf.sin(dx))
+        return [y, dx, tape.gradient(penalty, x)]
+
+    return orders
+
+
+def image(draw, data_format):
+    return tf.constant(draw(2, 3, 9, 10) if data_format == "channels_first" else draw(2, 9, 10, 3))
+
+
+@over
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_beside_stock(fast_class, stock_class, options, data_format, draw, executed):
+    fast = fast_class(data_format=data_format, **options)
+    stock = stock_class(data_format=data_format, **options)
+    x = image(draw, data_format)
+    actual = two_orders(fast)(x)
+    assert set(executed()) == OPS[fast_class]
+    assert actual[0].shape == fast.compute_output_shape(x.shape)
+    assert_all_close(actual, two_orders(stock)(x), 2e-6)
+
+
+@over
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_unknown_shapes(
+    fast_class, stock_class, options, data_format, jit_compile, draw, executed_in_xla
+):
+    x = image(draw, data_format)
+    channel_axis = 1 if data_format == "channels_first" else 3
+    unknown = [x.shape[axis] if axis == channel_axis else None for axis in range(4)]
+    function = tf.function(
+        two_orders(fast_class(data_format=data_format, **options)),
+        input_signature=[tf.TensorSpec(unknown)],
+        jit_compile=jit_compile,
+    )
+    actual = function(x)
+    assert bool(executed_in_xla()) == jit_compile
+    stock = stock_class(data_format=data_format, **options)
+    assert_all_close(actual, two_orders(stock)(x), 2e-6)
+
+
+@pytest.mark.parametrize("fast_class", [FastGlobalAveragePooling2D, FastGlobalMaxPooling2D])
+def test_empty_batches(fast_class):
+    assert fast_class()(tf.zeros((0, 4, 5, 3))).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("fast", "stock"),
+    [
+        (FastMaxPooling2D(), L.MaxPooling2D()),
+        (FastGlobalMaxPooling2D(), L.GlobalMaxPooling2D()),
+    ],
+    ids=["windows", "global"],
+)
+def test_ties(fast, stock):
+    """Of a window, the first maximum gets the gradient; of a whole image, all share it: as stock."""
+    x = tf.constant(np.random.default_rng(0).integers(0, 3, (2, 6, 8, 5)).astype(np.float32))
+    dy = tf.constant(np.random.default_rng(1).standard_normal(fast(x).shape).astype(np.float32))
+    gradients = []
+    for layer in (fast, stock):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True) if layer is fast else layer(x)
+        gradients.append(tape.gradient(y, x, dy))
+    assert_all_close([fast(x), gradients[0]], [stock(x), gradients[1]], 1e-6)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        FastMaxPooling2D(),
+        FastAveragePooling2D(2),
+        FastGlobalAveragePooling2D(),
+        FastGlobalMaxPooling2D(),
+    ],
+    ids=lambda layer: type(layer).__qualname__,
+)
+def test_nan_is_not_lost(layer):
+    """Stock MaxPooling2D may lose it on a CPU: there a comparison with NaN is simply false."""
+    for place in np.ndindex(2, 2):
+        x = np.ones((1, 2, 2, 17), np.float32)
+        x[(0, *place, 5)] = np.nan
+        y = np.reshape(layer(x), -1)
+        assert np.isnan(y[5])
+        assert (np.delete(y, 5) == 1).all()
+
+
+def test_windows_of_infinities():
+    x = np.full((1, 4, 4, 3), -np.inf, np.float32)
+    for layer in (FastMaxPooling2D(), FastGlobalMaxPooling2D()):
+        assert (np.asarray(layer(x)) == -np.inf).all()
+
+
+def test_accelerated_models_pool_with_the_kernels(draw, executed):
+    def build():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((None, None, 3))
+        x = L.Conv2D(6, 3, activation="relu")(inputs)
+        x = L.AveragePooling2D(2, padding="same")(x)
+        both = L.Concatenate()([L.GlobalAveragePooling2D()(x), L.GlobalMaxPooling2D()(x)])
+        return keras.Model(inputs, L.Dense(2)(both))
+
+    x = draw(2, 9, 10, 3)
+    fast, stock = accelerate(build()), build()
+    assert_all_close(outputs_and_gradients(fast, [x]), outputs_and_gradients(stock, [x]), 1e-5)
+    assert executed()["FastconvAveragePool2D"] == 2
+    assert executed()["FastconvMaxPool2D"] == 1
