@@ -76,6 +76,9 @@ class Problem:
         )
         return self._activation_shape(*one_channel.shape[:3], self.filters)
 
+    def seed(self):
+        return np.random.default_rng(zlib.crc32(str(self).encode()))
+
     def _activation_shape(self, n, h, w, c):
         return (n, h, w, c) if self.data_format == "channels_last" else (n, c, h, w)
 
@@ -107,7 +110,7 @@ class Data:
             problem.y_shape,
             problem.y_shape,
         )
-        rng = np.random.default_rng(zlib.crc32(str(problem).encode()))
+        rng = problem.seed()
         return cls(*(sample(rng, shape).astype(np.float32) for shape in shapes))
 
     def absolute(self):

@@ -19,12 +19,13 @@ std::size_t bytes(int64_t elements) {
 }
 
 // out[n][j][i] = in[n][i][j], by squares that keep both sides' cache lines.
-void transpose(int64_t n, int64_t rows, int64_t columns, const float* in, float* out) {
+template <class T>
+void transpose(int64_t n, int64_t rows, int64_t columns, const T* in, T* out) {
   constexpr int64_t kSquare = 16;
   const int64_t strips = (rows + kSquare - 1) / kSquare;
   parallel_for(n * strips, [&](int64_t task) {
-    const float* from = in + task / strips * rows * columns;
-    float* to = out + task / strips * rows * columns;
+    const T* from = in + task / strips * rows * columns;
+    T* to = out + task / strips * rows * columns;
     const int64_t i0 = task % strips * kSquare, i1 = std::min(rows, i0 + kSquare);
     for (int64_t j0 = 0; j0 < columns; j0 += kSquare) {
       const int64_t j1 = std::min(columns, j0 + kSquare);
@@ -144,7 +145,7 @@ void max_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y, void* ar
 }
 
 void max_pool2d_bprop(const Pool2dProblem& p, const float* dy, const void* argmax, float* dx) {
-  if (p.n > 0) kernels().max_pool2d_bprop(p, dy, argmax, dx);
+  if (p.n > 0) kernels().max_pool2d_bprop(p, dy, nullptr, argmax, dx);
 }
 
 void avg_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y) {
@@ -153,6 +154,143 @@ void avg_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y) {
 
 void avg_pool2d_bprop(const Pool2dProblem& p, const float* dy, float* dx) {
   if (p.n > 0) kernels().avg_pool2d_bprop(p, dy, dx);
+}
+
+namespace {
+
+// Rows of the convolution's output that are computed at a time where an algorithm does not pool: whole
+// images, or a part of one.
+struct PoolStrips {
+  int64_t images, rows;
+
+  explicit PoolStrips(const Conv2dProblem& p) {
+    constexpr int64_t kBytes = int64_t{2} << 20;  // what stays in the caches of a few cores
+    const int64_t row_bytes = std::max<int64_t>(4 * p.ow * p.k, 1);
+    images = std::clamp<int64_t>(kBytes / (row_bytes * p.oh), 1, p.n);
+    rows = images > 1 ? p.oh : std::clamp<int64_t>(kBytes / row_bytes / 2 * 2, 2, p.oh);
+  }
+};
+
+// The convolution that computes output rows begin .. end - 1 of `images` images. `first_row` is the
+// first input row it reads.
+Conv2dProblem rows_of(const Conv2dProblem& p, int64_t images, int64_t begin, int64_t end,
+                      int64_t& first_row) {
+  Conv2dProblem part = p;
+  part.n = images;
+  first_row = 0;
+  if (begin == 0 && end == p.oh) return part;  // of several images, none may be cut
+  const int64_t top = begin * p.stride_h - p.pad_top;
+  const int64_t bottom = (end - 1) * p.stride_h - p.pad_top + (p.r - 1) * p.dilation_h + 1;
+  first_row = std::clamp<int64_t>(top, 0, p.h - 1);
+  part.h = std::max<int64_t>(1, std::min(p.h, bottom) - first_row);
+  part.oh = end - begin;
+  part.pad_top = first_row - top;
+  part.pad_bottom = std::max<int64_t>(0, bottom - (first_row + part.h));
+  return part;
+}
+
+// NHWC, of which the output's height and width are even.
+void pool_by_strips(const Conv2dProblem& p, const cpu::Conv2dAlgorithm& chosen, const float* x,
+                    const float* filter, const float* bias, float* y, std::uint8_t* argmax) {
+  const PoolStrips strips(p);
+  const Workspace scratch(bytes(strips.images * strips.rows * p.ow * p.k));
+  for (int64_t n = 0; n < p.n; n += strips.images) {
+    const int64_t images = std::min(strips.images, p.n - n);
+    for (int64_t row = 0; row < p.oh; row += strips.rows) {
+      const int64_t end = std::min(p.oh, row + strips.rows);
+      int64_t first_row = 0;
+      const Conv2dProblem part = rows_of(p, images, row, end, first_row);
+      chosen.run(part, Direction::fprop,
+                 {.x = x + (n * p.h + first_row) * p.w * p.c,
+                  .filter = filter,
+                  .bias = bias,
+                  .out = scratch.floats()});
+      const int64_t at = (n * p.oh + row) / 2 * (p.ow / 2) * p.k;
+      kernels().max_pool2d_fprop(pool_behind(part), scratch.floats(), y + at,
+                                 argmax ? argmax + at : nullptr);
+    }
+  }
+}
+
+// The convolution without the last row or column that no window sees.
+Conv2dProblem seen_by_windows(const Conv2dProblem& p) {
+  Conv2dProblem seen = as_nhwc(p);
+  seen.oh -= seen.oh % 2;
+  seen.ow -= seen.ow % 2;
+  return seen;
+}
+
+}  // namespace
+
+void conv2d_pool_fprop(const Conv2dProblem& p, const float* x, const float* filter,
+                       const float* bias, float* y, std::uint8_t* argmax, const char* algorithm) {
+  const Pool2dProblem pool = pool_behind(p);
+  const Conv2dProblem seen = seen_by_windows(p);
+  const cpu::Conv2dAlgorithm& chosen = cpu::choose(seen, Direction::fprop, algorithm);
+  if (p.n == 0) return;
+  const bool turned = p.layout == Layout::nchw;
+  const NhwcInput x_nhwc(p, x, p.h * p.w, p.c);
+  const int64_t pixels = pool.oh * pool.ow;
+  const NhwcOutput y_nhwc(p, y, pixels, p.k);
+  const Workspace argmax_nhwc(turned && argmax ? static_cast<std::size_t>(pool.y_size()) : 0);
+  std::uint8_t* const taps =
+      turned && argmax ? reinterpret_cast<std::uint8_t*>(argmax_nhwc.floats()) : argmax;
+  if (chosen.fuses_pool(seen, Direction::fprop)) {
+    chosen.run(seen, Direction::fprop,
+               {.x = x_nhwc.data(),
+                .filter = filter,
+                .bias = bias,
+                .out = y_nhwc.data(),
+                .pooled = true,
+                .argmax = taps});
+  } else {
+    pool_by_strips(seen, chosen, x_nhwc.data(), filter, bias, y_nhwc.data(), taps);
+  }
+  y_nhwc.finish();
+  if (turned && argmax) transpose(p.n, pixels, p.k, taps, argmax);
+}
+
+void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filter,
+                       const float* dy, const float* y, const std::uint8_t* argmax, float* dx,
+                       float* dfilter, float* dbias, const char* algorithm) {
+  const Pool2dProblem pool = pool_behind(p);
+  const Conv2dProblem seen = seen_by_windows(p);
+  const bool relu = p.activation == Activation::relu;
+  if (p.n == 0) return conv2d_wgrad(p, x, dy, y, dfilter, dbias, algorithm);
+  if (!dx && !dfilter) {
+    // Of the pooled gradient, all of which goes through.
+    const NhwcInput dy_nhwc(p, dy, pool.oh * pool.ow, p.k);
+    const NhwcInput y_nhwc(p, relu ? y : nullptr, pool.oh * pool.ow, p.k);
+    const Workspace dz(relu ? bytes(pool.y_size()) : 0);
+    if (dbias) {
+      kernels().activation_grad(p.n * pool.oh * pool.ow, p.k, dy_nhwc.data(), y_nhwc.data(),
+                                dz.floats(), dbias);
+    }
+    return;
+  }
+  if (!dx && p.layout == Layout::nhwc) {
+    const cpu::Conv2dAlgorithm& chosen = cpu::choose(seen, Direction::wgrad, algorithm);
+    if (chosen.fuses_pool(seen, Direction::wgrad)) {
+      chosen.run(seen, Direction::wgrad,
+                 {.x = x,
+                  .dy = dy,
+                  .y = relu ? y : nullptr,
+                  .out = dfilter,
+                  .dbias = dbias,
+                  .pooled = true,
+                  .argmax_of_y = argmax});
+      return;
+    }
+  }
+  // The gradient of the convolution's output, once for both directions.
+  const Workspace dz(bytes(p.y_size()));
+  kernels().max_pool2d_bprop(pool, dy, relu ? y : nullptr, argmax, dz.floats());
+  Conv2dProblem linear = p;
+  linear.activation = Activation::linear;
+  if (dx) conv2d_dgrad(linear, dz.floats(), filter, nullptr, dx, algorithm);
+  if (dfilter || dbias) {
+    conv2d_wgrad(linear, x, dz.floats(), nullptr, dfilter, dbias, dx ? nullptr : algorithm);
+  }
 }
 
 }  // namespace fastconv

@@ -43,4 +43,17 @@ FASTCONV_API void avg_pool2d_fprop(const Pool2dProblem& problem, const float* x,
 // dx = dy over the number of its window's pixels inside x, summed over the windows of a pixel.
 FASTCONV_API void avg_pool2d_bprop(const Pool2dProblem& problem, const float* dy, float* dx);
 
+// y = 2 x 2 max-pooling (pool_behind) of what conv2d_fprop computes, which is not kept. `argmax`, one
+// byte a result as of max_pool2d_fprop, may be null.
+FASTCONV_API void conv2d_pool_fprop(const Conv2dProblem& problem, const float* x,
+                                    const float* filter, const float* bias, float* y,
+                                    std::uint8_t* argmax, const char* algorithm = nullptr);
+
+// Its gradients by x, the filter and the bias, each of which may be null. With activation relu, `y`
+// is conv2d_pool_fprop's output; with linear, it is not read.
+FASTCONV_API void conv2d_pool_bprop(const Conv2dProblem& problem, const float* x,
+                                    const float* filter, const float* dy, const float* y,
+                                    const std::uint8_t* argmax, float* dx, float* dfilter,
+                                    float* dbias, const char* algorithm = nullptr);
+
 }  // namespace fastconv

@@ -245,4 +245,21 @@ Pool2dProblem make_pool2d_problem(const Pool2dArguments& a) {
   return p;
 }
 
+Pool2dProblem pool_behind(const Conv2dProblem& p) {
+  if (p.oh < 2 || p.ow < 2) {
+    fail("The convolution's output must be at least 2 x 2 to be pooled by 2 x 2 windows. Received: "
+         "an output of ", p.oh, " x ", p.ow);
+  }
+  Pool2dProblem pool;
+  pool.n = p.n;
+  pool.h = p.oh;
+  pool.w = p.ow;
+  pool.c = p.k;
+  pool.r = pool.s = pool.stride_h = pool.stride_w = 2;
+  pool.oh = p.oh / 2;
+  pool.ow = p.ow / 2;
+  pool.layout = p.layout;
+  return pool;
+}
+
 }  // namespace fastconv

@@ -88,4 +88,8 @@ struct Pool2dArguments {
 FASTCONV_API Conv2dProblem make_conv2d_problem(const Conv2dArguments& arguments);
 FASTCONV_API Pool2dProblem make_pool2d_problem(const Pool2dArguments& arguments);
 
+// The 2 x 2 max-pooling of stride 2 behind a convolution, an odd last row or column left out. Throws
+// InvalidArgument where its output has no such window.
+FASTCONV_API Pool2dProblem pool_behind(const Conv2dProblem& problem);
+
 }  // namespace fastconv

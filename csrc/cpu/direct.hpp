@@ -17,8 +17,13 @@ struct Direct {
     switch (direction) {
       case Direction::fprop: return implicit_gemm_fprop<V>(p, t.x, t.filter, t.bias, t.out);
       case Direction::dgrad: return implicit_gemm_dgrad<V>(p, t.dy, t.filter, t.out);
-      case Direction::wgrad: return implicit_gemm_wgrad<V>(p, t.x, t.dy, t.y, t.out, t.dbias);
+      case Direction::wgrad: return implicit_gemm_wgrad<V>(p, t);
     }
+  }
+
+  // wgrad of few channels: its tiles span taps, so that the order of pixels does not matter to them.
+  static bool fuses_pool(const Conv2dProblem& p, Direction direction) {
+    return direction == Direction::wgrad && !WgradPlan<V>(p, true).by_taps;
   }
 
   static Estimate estimate(const Conv2dProblem& p, Direction direction) {
@@ -60,7 +65,8 @@ struct Direct {
                                               .serves = serves,
                                               .estimate = estimate,
                                               .blocking = blocking,
-                                              .run = run};
+                                              .run = run,
+                                              .fuses_pool = fuses_pool};
 
  private:
   // Vector lanes that hold no channel cost as much as those that do.

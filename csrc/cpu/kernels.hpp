@@ -23,6 +23,12 @@ struct Conv2dOperands {
   const float* y = nullptr;       // dgrad, wgrad that mask: dy counts where y > 0; may be null
   float* out = nullptr;           // y, dx or dfilter
   float* dbias = nullptr;         // wgrad that masks: also the sum of the masked dy; may be null
+  // With a 2 x 2 max-pooling behind the convolution, of an algorithm that fuses it. The problem's
+  // output has even height and width. fprop: `out` is pooled, argmax is written unless null. wgrad:
+  // dy and y are pooled.
+  bool pooled = false;
+  std::uint8_t* argmax = nullptr;              // fprop
+  const std::uint8_t* argmax_of_y = nullptr;   // wgrad
 };
 
 struct Estimate {
@@ -43,6 +49,10 @@ struct Conv2dAlgorithm {
   Estimate (*estimate)(const Conv2dProblem&, Direction);
   std::string (*blocking)(const Conv2dProblem&, Direction);
   void (*run)(const Conv2dProblem&, Direction, const Conv2dOperands&);
+  // Whether it takes operands with `pooled` set.
+  bool (*fuses_pool)(const Conv2dProblem&, Direction) = [](const Conv2dProblem&, Direction) {
+    return false;
+  };
 };
 
 struct Kernels {
@@ -53,7 +63,9 @@ struct Kernels {
   void (*activation_grad)(std::int64_t pixels, std::int64_t channels, const float* dy,
                           const float* y, float* dz, float* dbias);
   void (*max_pool2d_fprop)(const Pool2dProblem&, const float* x, float* y, void* argmax);
-  void (*max_pool2d_bprop)(const Pool2dProblem&, const float* dy, const void* argmax, float* dx);
+  // dy counts only where y > 0, unless y is null.
+  void (*max_pool2d_bprop)(const Pool2dProblem&, const float* dy, const float* y,
+                           const void* argmax, float* dx);
   void (*avg_pool2d_fprop)(const Pool2dProblem&, const float* x, float* y);
   void (*avg_pool2d_bprop)(const Pool2dProblem&, const float* dy, float* dx);
 };

@@ -293,10 +293,11 @@ struct AverageForward {
 // A backward policy has share(at, tap, scale, lanes): what the windows at `at` give to the input
 // pixels below their tap `tap`; `scale` is 1 over the number of a window's taps inside the input.
 
-template <class V, class Index>
+template <class V, class Index, bool Masked>
 struct MaxBackward {
   static constexpr bool kScales = false;
   const float* dy;
+  const float* y;  // where it is positive dy goes through; null: everywhere
   const Index* argmax;
 
   template <class Lanes>
@@ -309,7 +310,9 @@ struct MaxBackward {
   };
   template <class Lanes>
   Loaded<Lanes> load(int64_t at, const Lanes& lanes) const {
-    return {lanes.load(dy + at), lanes.load_index(argmax + at)};
+    typename V::Reg value = lanes.load(dy + at);
+    if constexpr (Masked) value = V::where_positive(lanes.load(y + at), value);
+    return {value, lanes.load_index(argmax + at)};
   }
 
   // The policy of a strip: dy and argmax of some planes from `at` on.
@@ -319,7 +322,9 @@ struct MaxBackward {
     Index* const indices = reinterpret_cast<Index*>(index_strip);
     to_strip<W>(dy + at, plane_floats, planes, pixels, strip);
     to_strip<W>(argmax + at, plane_floats, planes, pixels, indices);
-    return {strip, indices};
+    float* const mask = index_strip + pixels * W::kWidth;
+    if constexpr (Masked) to_strip<W>(y + at, plane_floats, planes, pixels, mask);
+    return {strip, mask, indices};
   }
 };
 
@@ -699,12 +704,13 @@ void pool_bprop_nchw(const Pool2dProblem& p, const Policy& policy, float* dx) {
       overlap ? min64(p.oh, strips.rows_a_strip + ceil_div(p.r, p.stride_h)) : strips.rows_a_strip;
   const int64_t most_rows = min64(p.h, (strips.rows_a_strip + 1) * p.stride_h + p.r);
   const int64_t windows_floats = most_windows * p.ow * kWidth;
-  const int64_t scratch_floats = round_up(2 * windows_floats + most_rows * p.w * kWidth, 16);
+  // dy, its argmax and, of a fused ReLU, y.
+  const int64_t scratch_floats = round_up(3 * windows_floats + most_rows * p.w * kWidth, 16);
   const int workers = workers_for(strips.tasks());
   const Workspace workspace(static_cast<std::size_t>(workers * scratch_floats * 4));
   parallel_for(strips.tasks(), workers, [&](int64_t task, int worker) {
     float* const scratch = workspace.floats() + worker * scratch_floats;
-    float* const to = scratch + 2 * windows_floats;
+    float* const to = scratch + 3 * windows_floats;
     const int64_t plane = strips.first_plane(task), count = strips.planes_of(task);
     const Span at = strips.rows_of(task);
     Span rows{first_row_of(p, at.begin), first_row_of(p, at.end)};
@@ -796,9 +802,14 @@ void max_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y, void* ar
 }
 
 template <class V>
-void max_pool2d_bprop(const Pool2dProblem& p, const float* dy, const void* argmax, float* dx) {
+void max_pool2d_bprop(const Pool2dProblem& p, const float* dy, const float* y, const void* argmax,
+                      float* dx) {
   with_argmax_type(p, argmax, [&]<class Index>(const Index* index) {
-    pool_bprop<V>(p, MaxBackward<V, Index>{dy, index}, dx);
+    if (y) {
+      pool_bprop<V>(p, MaxBackward<V, Index, true>{dy, y, index}, dx);
+    } else {
+      pool_bprop<V>(p, MaxBackward<V, Index, false>{dy, nullptr, index}, dx);
+    }
   });
 }
 

@@ -181,4 +181,26 @@ void avg_pool2d_bprop(const Pool2dProblem& p, const float* dy, float* dx) {
   store(sums, dx);
 }
 
+void conv2d_pool_fprop(const Conv2dProblem& p, const float* x, const float* filter,
+                       const float* bias, float* y, std::uint8_t* argmax) {
+  std::vector<float> whole(p.y_size());
+  conv2d_fprop(p, x, filter, bias, whole.data());
+  max_pool2d_fprop(pool_behind(p), whole.data(), y, argmax);
+}
+
+void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filter,
+                       const float* dy, const float* y, const std::uint8_t* argmax, float* dx,
+                       float* dfilter, float* dbias) {
+  const Pool2dProblem pool = pool_behind(p);
+  std::vector<float> through(pool.y_size()), dz(p.y_size());
+  for (int64_t at = 0; at < pool.y_size(); ++at) {
+    through[at] = static_cast<float>(through_activation(p, y, dy, at));
+  }
+  max_pool2d_bprop(pool, through.data(), argmax, dz.data());
+  Conv2dProblem linear = p;
+  linear.activation = Activation::linear;
+  if (dx) conv2d_dgrad(linear, dz.data(), filter, nullptr, dx);
+  conv2d_wgrad(linear, x, dz.data(), nullptr, dfilter, dbias);
+}
+
 }  // namespace fastconv::reference

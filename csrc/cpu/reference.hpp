@@ -19,5 +19,12 @@ FASTCONV_API void max_pool2d_bprop(const Pool2dProblem& problem, const float* dy
                                    const void* argmax, float* dx);
 FASTCONV_API void avg_pool2d_fprop(const Pool2dProblem& problem, const float* x, float* y);
 FASTCONV_API void avg_pool2d_bprop(const Pool2dProblem& problem, const float* dy, float* dx);
+FASTCONV_API void conv2d_pool_fprop(const Conv2dProblem& problem, const float* x,
+                                    const float* filter, const float* bias, float* y,
+                                    std::uint8_t* argmax);
+FASTCONV_API void conv2d_pool_bprop(const Conv2dProblem& problem, const float* x,
+                                    const float* filter, const float* dy, const float* y,
+                                    const std::uint8_t* argmax, float* dx, float* dfilter,
+                                    float* dbias);
 
 }  // namespace fastconv::reference

@@ -13,6 +13,7 @@
 
 #include "cpu/implicit_gemm.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/pool.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -153,8 +154,7 @@ struct SmallChannel {
 
   static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
     if (direction == Direction::fprop) {
-      fprop(p, t.x, t.filter, t.bias, t.out);
-      return;
+      return fprop(p, t);
     }
     switch (p.c) {
       case 1: return dgrad<1>(p, t.dy, t.filter, t.out);
@@ -164,11 +164,15 @@ struct SmallChannel {
     }
   }
 
+  static bool fuses_pool(const Conv2dProblem&, Direction direction) {
+    return direction == Direction::fprop;
+  }
+
   static Estimate estimate(const Conv2dProblem& p, Direction direction) {
     const double pixels = static_cast<double>(p.n);
     const double taps = static_cast<double>(p.r * p.s * p.c);
     if (direction == Direction::fprop) {
-      const Strip strip(p);
+      const Strip strip(p, false);
       const double lanes = static_cast<double>(ceil_div(p.k, V::kWidth) * V::kWidth);
       return {pixels * static_cast<double>(p.oh * p.ow) * lanes * (1.1 * taps + 3),
               strip.workspace_bytes(workers_for(strip.tasks(p))), 0};
@@ -183,7 +187,7 @@ struct SmallChannel {
     if (direction == Direction::dgrad) {
       return "sums along K, " + std::to_string(dot_pixels(p.c)) + " pixels at a time";
     }
-    const Strip strip(p);
+    const Strip strip(p, false);
     return std::to_string(kTileRows) + " x " + std::to_string(V::kVectors * V::kWidth) +
            " tile of pixels x channels, strips of " + std::to_string(strip.rows) + " rows" +
            (strip.copied ? ", copied" : "");
@@ -195,7 +199,8 @@ struct SmallChannel {
                                               .serves = serves,
                                               .estimate = estimate,
                                               .blocking = blocking,
-                                              .run = run};
+                                              .run = run,
+                                              .fuses_pool = fuses_pool};
 
  private:
   // Output rows a task, and the input rows below them.
@@ -203,10 +208,11 @@ struct SmallChannel {
     int64_t rows, strips;                   // output rows of a strip; strips of an image
     int64_t source_rows, source_w, floats;  // of the copy
     int64_t taps, run;
+    int64_t pooled_floats;                  // two output rows, where they are pooled
     int64_t packed_bytes, offsets_bytes;
     bool copied;
 
-    explicit Strip(const Conv2dProblem& p) {
+    Strip(const Conv2dProblem& p, bool pooled) {
       copied = p.pad_top || p.pad_bottom || p.pad_left || p.pad_right;
       source_w = copied ? max64((p.ow - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1, 1) : p.w;
       // Some 1 MFLOP a task, and a copy that stays in the first-level cache's neighbourhood.
@@ -215,7 +221,9 @@ struct SmallChannel {
       while (rows > 1 && source_rows_of(p, rows) * source_w * p.c * 4 > (int64_t{128} << 10)) {
         rows = (rows + 1) / 2;
       }
+      if (pooled) rows += rows % 2;
       strips = ceil_div(p.oh, rows);
+      pooled_floats = pooled ? round_up(2 * p.ow * p.k, 16) : 0;
       source_rows = source_rows_of(p, rows);
       floats = copied ? ceil_div(source_rows * source_w * p.c, 16) * 16 : 0;
       const bool merged = p.dilation_w == 1;
@@ -227,19 +235,26 @@ struct SmallChannel {
 
     int64_t tasks(const Conv2dProblem& p) const { return p.n * strips; }
     int64_t workspace_bytes(int workers) const {
-      return packed_bytes + offsets_bytes + workers * floats * 4;
+      return packed_bytes + offsets_bytes + workers * (floats + pooled_floats) * 4;
+    }
+    // Strip number i: output rows begin .. end - 1. A strip of rows that are pooled has pairs of them.
+    Span rows_of(const Conv2dProblem& p, int64_t i) const {
+      if (pooled_floats == 0) return {p.oh * i / strips, p.oh * (i + 1) / strips};
+      return {p.oh / 2 * i / strips * 2, p.oh / 2 * (i + 1) / strips * 2};
     }
     static int64_t source_rows_of(const Conv2dProblem& p, int64_t rows) {
       return (rows - 1) * p.stride_h + (p.r - 1) * p.dilation_h + 1;
     }
   };
 
-  static void fprop(const Conv2dProblem& p, const float* x, const float* filter,
-                    const float* bias, float* y) {
+  static void fprop(const Conv2dProblem& p, const Conv2dOperands& operands) {
     if (p.y_size() == 0) return;
+    const float* const bias = operands.bias;
+    const Pool2dProblem pool{.n = p.n, .h = p.oh, .w = p.ow, .c = p.k, .r = 2, .s = 2,
+                             .oh = p.oh / 2, .ow = p.ow / 2, .stride_h = 2, .stride_w = 2};
     const TapConvolution g = fprop_taps(p);
     const FilterPanels<V> panels(g);
-    const Strip strip(p);
+    const Strip strip(p, operands.pooled);
     const int workers = workers_for(strip.tasks(p));
     const Workspace workspace(static_cast<std::size_t>(strip.workspace_bytes(workers)));
     float* packed = workspace.floats();
@@ -250,7 +265,7 @@ struct SmallChannel {
       const int64_t r = merged ? tap : tap / p.s, s = merged ? 0 : tap % p.s;
       tap_offsets[tap] = (r * p.dilation_h * strip.source_w + s * p.dilation_w) * p.c;
     }
-    panels.pack_all(filter, packed);
+    panels.pack_all(operands.filter, packed);
     // Panels that stay in the first-level cache take turns at a tile: whole pixels are written at once.
     const int64_t panels_a_pass = max64(
         1, (int64_t{16} << 10) / max64(panels.reduce * FilterPanels<V>::kPanel * 4, 1));
@@ -259,13 +274,13 @@ struct SmallChannel {
 
     parallel_for(strip.tasks(p), workers, [&](int64_t task, int worker) {
       const int64_t n = task / strip.strips;
-      const int64_t begin = p.oh * (task % strip.strips) / strip.strips;
-      const int64_t end = p.oh * (task % strip.strips + 1) / strip.strips;
-      const float* source = x + (n * p.h + begin * p.stride_h) * p.w * p.c;
+      const Span strip_rows = strip.rows_of(p, task % strip.strips);
+      const int64_t begin = strip_rows.begin, end = strip_rows.end;
+      float* const own = copies + worker * (strip.floats + strip.pooled_floats);
+      const float* source = operands.x + (n * p.h + begin * p.stride_h) * p.w * p.c;
       if (strip.copied) {
-        float* copy = copies + worker * strip.floats;
-        copy_strip(p, strip, x + n * p.h * p.w * p.c, begin, end, copy);
-        source = copy;
+        copy_strip(p, strip, operands.x + n * p.h * p.w * p.c, begin, end, own);
+        source = own;
       }
       StridedTile t{};
       t.step = p.stride_w * p.c;
@@ -276,24 +291,44 @@ struct SmallChannel {
       t.relu = g.relu;
       const int64_t tiles = ceil_div(p.ow, kTileRows);
       const int64_t pixels_a_tile = p.ow / tiles, larger_tiles = p.ow % tiles;
-      for (int64_t first = 0; first < panels.panels; first += panels_a_pass) {
-        const int64_t last = min64(panels.panels, first + panels_a_pass);
-        for (int64_t i = begin; i < end; ++i) {
-          t.x = source + (i - begin) * p.stride_h * strip.source_w * p.c;
-          float* out = y + (n * p.oh + i) * p.ow * p.k;
-          for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int count = static_cast<int>(pixels_a_tile + (tile < larger_tiles));
-            for (int64_t panel = first; panel < last; ++panel) {
-              const int64_t column = panel * FilterPanels<V>::kPanel;
-              t.filter = packed + panels.offset(0, panel);
-              t.bias = bias ? bias + column : nullptr;
-              t.columns = panels.last_columns(panel);
-              t.y = out + column;
-              strided_tile_function<V>(count, panels.vectors_of(panel))(t);
+      // Output rows i .. i_end - 1 to `rows`.
+      const auto compute = [&](int64_t i, int64_t i_end, float* rows) {
+        for (int64_t first = 0; first < panels.panels; first += panels_a_pass) {
+          const int64_t last = min64(panels.panels, first + panels_a_pass);
+          for (int64_t row = i; row < i_end; ++row) {
+            t.x = source + (row - begin) * p.stride_h * strip.source_w * p.c;
+            float* out = rows + (row - i) * p.ow * p.k;
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+              const int count = static_cast<int>(pixels_a_tile + (tile < larger_tiles));
+              for (int64_t panel = first; panel < last; ++panel) {
+                const int64_t column = panel * FilterPanels<V>::kPanel;
+                t.filter = packed + panels.offset(0, panel);
+                t.bias = bias ? bias + column : nullptr;
+                t.columns = panels.last_columns(panel);
+                t.y = out + column;
+                strided_tile_function<V>(count, panels.vectors_of(panel))(t);
+              }
+              t.x += count * t.step;
+              out += count * p.k;
             }
-            t.x += count * t.step;
-            out += count * p.k;
           }
+        }
+      };
+      if (!operands.pooled) {
+        compute(begin, end, operands.out + (n * p.oh + begin) * p.ow * p.k);
+        return;
+      }
+      float* const pair = own + strip.floats;
+      const Pixels pooled{n * pool.oh * pool.ow * p.k, pool.ow * p.k, p.k};
+      for (int64_t i = begin; i < end; i += 2) {
+        compute(i, i + 2, pair);
+        const Pixels in = strip_pixels(i, p.ow, p.k);
+        if (operands.argmax) {
+          pool_row<V, MaxForward<V, std::uint8_t>, 2, 2>(
+              pool, i / 2, pair, in, pooled, {0, p.k}, {operands.out, operands.argmax, 2});
+        } else {
+          pool_row<V, MaxForward<V, void>, 2, 2>(pool, i / 2, pair, in, pooled, {0, p.k},
+                                                 {operands.out, nullptr, 2});
         }
       }
     });

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "cpu/implicit_gemm.hpp"
+#include "cpu/kernels.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -149,6 +150,10 @@ struct WgradPlan {
     lists_bytes = by_taps ? round_up(2 * pixels_a_block * 8, 64) : 0;
   }
 
+  void make_blocks_of_windows() {
+    pixels_a_block = round_up(pixels_a_block, 4);
+    block_bytes = pixels_a_block * kPanel * 4;
+  }
   int64_t tasks(const Conv2dProblem& p) const { return parts * p.groups * panels * q_groups; }
   int64_t worker_bytes() const { return block_bytes + lists_bytes; }
   int64_t workspace_bytes(int workers) const {
@@ -217,6 +222,38 @@ void pack_dy(const float* dy, const float* y, int64_t count, int64_t channels, i
   }
 }
 
+// The same of dy behind a 2 x 2 max-pooling: `windows` of them, four pixels each, of which dy goes to
+// the one that `argmax` names.
+template <class V>
+void pack_pooled_dy(const float* dy, const float* y, const std::uint8_t* argmax, int64_t windows,
+                    int64_t channels, int vectors, int valid, float* out, float* sums) {
+  const auto pack = [&](int v, const auto&... tail) {
+    typename V::Reg sum = V::zero();
+    for (int64_t j = 0; j < windows; ++j) {
+      const int64_t at = j * channels + v * V::kWidth;
+      typename V::Reg value = V::load(dy + at, tail...);
+      if (y) value = V::where_positive(V::load(y + at, tail...), value);
+      const typename V::Int chosen = V::load_index(argmax + at, tail...);
+      sum = V::add(sum, value);
+#pragma GCC unroll 4
+      for (int tap = 0; tap < 4; ++tap) {
+        V::store(out + ((4 * j + tap) * vectors + v) * V::kWidth,
+                 V::select(V::int_equal(chosen, V::int_broadcast(tap)), value, V::zero()));
+      }
+    }
+    if (!sums) return;
+    float* const at = sums + v * V::kWidth;
+    V::store(at, V::add(V::load(at, tail...), sum), tail...);
+  };
+  for (int v = 0; v < vectors; ++v) {
+    if (v + 1 < vectors || valid == V::kWidth) {
+      pack(v);
+    } else {
+      pack(v, V::tail(valid));
+    }
+  }
+}
+
 // The pixels of a block that meet the source with tap (r, s): where x and the packed dy have them.
 // Returns how many.
 inline int64_t list_pixels(const Conv2dProblem& p, int64_t r, int64_t s, int64_t begin, int64_t end,
@@ -245,14 +282,22 @@ inline int64_t list_pixels(const Conv2dProblem& p, int64_t r, int64_t s, int64_t
 }
 
 template <class V>
-void implicit_gemm_wgrad(const Conv2dProblem& p, const float* x, const float* dy, const float* y,
-                         float* dfilter, float* dbias) {
+void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands) {
+  const float* const x = operands.x;
+  const float* const dy = operands.dy;
+  const float* const y = operands.y;
+  float* const dfilter = operands.out;
+  float* const dbias = operands.dbias;
+  // Behind a pooling, pixels are counted window by window; windows have four.
+  const std::uint8_t* const argmax = operands.argmax_of_y;
+  const int64_t unit = argmax ? 4 : 1;
   if (p.n * p.oh * p.ow == 0) {
     std::memset(dfilter, 0, static_cast<std::size_t>(p.filter_size()) * 4);
     if (dbias) std::memset(dbias, 0, static_cast<std::size_t>(p.k) * 4);
     return;
   }
-  const WgradPlan<V> plan(p, dbias != nullptr);
+  WgradPlan<V> plan(p, dbias != nullptr);
+  if (argmax) plan.make_blocks_of_windows();
   constexpr int64_t kPanel = WgradPlan<V>::kPanel;
   const int64_t cg = p.c_per_group(), kg = p.k_per_group();
   const int workers = workers_for(plan.tasks(p));
@@ -281,8 +326,9 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const float* x, const float* dy
   int64_t* const image_pixels = offsets + p.r * p.s * cg;
   for (int64_t i = 0; !plan.by_taps && i < p.oh; ++i)
     for (int64_t j = 0; j < p.ow; ++j) {
-      image_pixels[i * p.ow + j] =
-          (i * p.stride_h * plan.source_w + j * p.stride_w) * p.c;
+      const int64_t number =
+          argmax ? (i / 2 * (p.ow / 2) + j / 2) * 4 + i % 2 * 2 + j % 2 : i * p.ow + j;
+      image_pixels[number] = (i * p.stride_h * plan.source_w + j * p.stride_w) * p.c;
     }
 
   for (int64_t image = 0; image < p.n; image += plan.chunk) {
@@ -292,7 +338,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const float* x, const float* dy
       copy_padded(p, source, images, plan.source_h, plan.source_w, copy);
       source = copy;
     }
-    const int64_t skipped = image * p.oh * p.ow * p.k;
+    const int64_t skipped = image * p.oh * p.ow / unit * p.k;
     const int64_t chunk_pixels = images * p.oh * p.ow;
     parallel_for(plan.tasks(p), workers, [&](int64_t task, int worker) {
       const int64_t q_group = task % plan.q_groups;
@@ -301,8 +347,8 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const float* x, const float* dy
       const int64_t part = task / plan.q_groups / plan.panels / p.groups;
       const int64_t tile_begin = plan.q_tiles * q_group / plan.q_groups;
       const int64_t tile_end = plan.q_tiles * (q_group + 1) / plan.q_groups;
-      const int64_t part_begin = chunk_pixels * part / plan.parts;
-      const int64_t part_end = chunk_pixels * (part + 1) / plan.parts;
+      const int64_t part_begin = chunk_pixels / unit * part / plan.parts * unit;
+      const int64_t part_end = chunk_pixels / unit * (part + 1) / plan.parts * unit;
       const int64_t column = group * kg + panel * kPanel;
       const int64_t width = min64(kg - panel * kPanel, kPanel);
       const int vectors = static_cast<int>(ceil_div(width, V::kWidth));
@@ -321,13 +367,17 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const float* x, const float* dy
         end = min64(begin + plan.pixels_a_block, part_end);
         const int64_t image_at = begin / (p.oh * p.ow);
         if (!plan.by_taps) end = min64(end, (image_at + 1) * p.oh * p.ow);
-        const int64_t from = skipped + begin * p.k + column;
+        const int64_t from = skipped + begin / unit * p.k + column;
         float* own_bias = dbias && q_group == 0 ? bias_sums + part * p.k + column : nullptr;
         // A copy for a few tiles would cost more than it saves.
-        const bool in_place = tile_end - tile_begin <= 4 && !y && !own_bias && t.valid == V::kWidth;
+        const bool in_place =
+            tile_end - tile_begin <= 4 && !y && !own_bias && !argmax && t.valid == V::kWidth;
         const int64_t dy_pixel = in_place ? p.k : int64_t{vectors} * V::kWidth;
         t.dy = in_place ? dy + from : packed;
-        if (!in_place) {
+        if (argmax) {
+          pack_pooled_dy<V>(dy + from, y ? y + from : nullptr, argmax + from, (end - begin) / 4,
+                            p.k, vectors, t.valid, packed, own_bias);
+        } else if (!in_place) {
           pack_dy<V>(dy + from, y ? y + from : nullptr, end - begin, p.k, vectors, t.valid, packed,
                      own_bias);
         }

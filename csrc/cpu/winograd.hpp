@@ -109,10 +109,14 @@ struct Winograd {
   static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
     const Plan plan(p, direction);
     if (direction == Direction::fprop) {
-      execute(plan, t.x, nullptr, t.filter, t.bias, t.out);
+      execute(plan, t.x, nullptr, t.filter, t.bias, {t.out, t.argmax, t.pooled});
     } else {
-      execute(plan, t.dy, t.y, t.filter, nullptr, t.out);
+      execute(plan, t.dy, t.y, t.filter, nullptr, {t.out});
     }
+  }
+
+  static bool fuses_pool(const Conv2dProblem&, Direction direction) {
+    return direction == Direction::fprop;
   }
 
   static Estimate estimate(const Conv2dProblem& p, Direction direction) {
@@ -148,7 +152,8 @@ struct Winograd {
                                               .serves = serves,
                                               .estimate = estimate,
                                               .blocking = blocking,
-                                              .run = run};
+                                              .run = run,
+                                              .fuses_pool = fuses_pool};
 
  private:
   // The convolution that is computed (dgrad's has the roles of C and K changed) and its blocking.
@@ -209,8 +214,15 @@ struct Winograd {
     int64_t filter_offset(int64_t panel) const { return kPoints * c * panel * kPanel; }
   };
 
+  // Where results go: the convolution's output, or what 2 x 2 max-pooling makes of it.
+  struct Results {
+    float* y;
+    std::uint8_t* argmax = nullptr;  // of the pooling; may be null
+    bool pooled = false;
+  };
+
   static void execute(const Plan& plan, const float* x, const float* mask, const float* filter,
-                      const float* bias, float* y) {
+                      const float* bias, const Results& results) {
     if (plan.tiles == 0) return;
     const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes()));
     float* at = workspace.floats();
@@ -263,7 +275,7 @@ struct Winograd {
         const float* panel_bias = bias ? bias + panel * kPanel : nullptr;
         for (int64_t tile = begin; tile < end; ++tile) {
           transform_output(plan, product + (tile - begin) * kPanel, panel, panel_bias,
-                           own_blanks[tile - begin], tile, y);
+                           own_blanks[tile - begin], tile, results);
         }
       }
     });
@@ -427,14 +439,19 @@ struct Winograd {
     }
   }
 
-  // A^T m A of one tile and panel, bias and ReLU.
+  // A^T m A of one tile and panel, bias, ReLU and pooling.
   static void transform_output(const Plan& plan, const float* product, int64_t panel,
-                               const float* bias, std::uint32_t blank, int64_t tile, float* y) {
+                               const float* bias, std::uint32_t blank, int64_t tile,
+                               const Results& results) {
     const int64_t n = tile / (plan.tiles_h * plan.tiles_w);
     const int64_t top = tile / plan.tiles_w % plan.tiles_h * M, left = tile % plan.tiles_w * M;
     const int64_t height = min64(M, plan.out_h - top), width = min64(M, plan.out_w - left);
     const int64_t column = panel * kPanel;
-    float* corner = y + ((n * plan.out_h + top) * plan.out_w + left) * plan.k + column;
+    // Of the output, or of the pooled one, a pixel of which is two by two of these.
+    const int64_t shift = results.pooled ? 1 : 0;
+    const int64_t row_floats = (plan.out_w >> shift) * plan.k;
+    const int64_t corner = (n * (plan.out_h >> shift) + (top >> shift)) * row_floats +
+                           (left >> shift) * plan.k + column;
     const int64_t point_floats = plan.block_tiles * kPanel;
     for (int v = 0; v < plan.vectors_of(panel); ++v) {
       const int64_t at = int64_t{v} * V::kWidth;
@@ -453,21 +470,56 @@ struct Winograd {
 #pragma GCC unroll 4
         for (int i = 0; i < M; ++i) rows[i][j] = out[i];
       }
+      const auto finish = [&](int i, int j, Reg out) {
+        const Reg result = blank >> (i * M + j) & 1 ? start : V::add(out, start);
+        return plan.relu ? V::relu(result) : result;
+      };
+      if (!results.pooled) {
 #pragma GCC unroll 4
-      for (int i = 0; i < M; ++i) {
+        for (int i = 0; i < M; ++i) {
+          if (i >= height) break;
+          Reg out[M];
+          Transform::output(rows[i], out);
+          float* row = results.y + corner + i * row_floats + at;
+#pragma GCC unroll 4
+          for (int j = 0; j < M; ++j) {
+            if (j >= width) break;
+            const Reg result = finish(i, j, out[j]);
+            if (valid == V::kWidth) {
+              V::store(row + j * plan.k, result);
+            } else {
+              V::store(row + j * plan.k, result, tail);
+            }
+          }
+        }
+        continue;
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < M; i += 2) {
         if (i >= height) break;
-        Reg out[M];
-        Transform::output(rows[i], out);
-        float* row = corner + i * plan.out_w * plan.k + at;
-#pragma GCC unroll 4
-        for (int j = 0; j < M; ++j) {
+        Reg upper[M], lower[M];
+        Transform::output(rows[i], upper);
+        Transform::output(rows[i + 1], lower);
+#pragma GCC unroll 2
+        for (int j = 0; j < M; j += 2) {
           if (j >= width) break;
-          Reg result = blank >> (i * M + j) & 1 ? start : V::add(out[j], start);
-          if (plan.relu) result = V::relu(result);
+          const int64_t to = corner + i / 2 * row_floats + j / 2 * plan.k + at;
+          Reg best = finish(i, j, upper[j]);
+          typename V::Int tap = V::int_broadcast(0);
+          const auto challenge = [&](Reg value, int number) {
+            const auto better = V::greater_or_first_nan(value, best);
+            best = V::select(better, value, best);
+            tap = V::int_select(better, V::int_broadcast(number), tap);
+          };
+          challenge(finish(i, j + 1, upper[j + 1]), 1);
+          challenge(finish(i + 1, j, lower[j]), 2);
+          challenge(finish(i + 1, j + 1, lower[j + 1]), 3);
           if (valid == V::kWidth) {
-            V::store(row + j * plan.k, result);
+            V::store(results.y + to, best);
+            if (results.argmax) V::store_index(results.argmax + to, tap);
           } else {
-            V::store(row + j * plan.k, result, tail);
+            V::store(results.y + to, best, tail);
+            if (results.argmax) V::store_index(results.argmax + to, tap, tail);
           }
         }
       }

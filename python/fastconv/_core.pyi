@@ -92,6 +92,39 @@ def avg_pool2d_grad(
     data_format: str,
     out: _Floats | None = None,
 ) -> _Floats: ...
+
+# A pair of arrays with return_argmax, one array without.
+def conv2d_max_pool2d(
+    x: _Floats,
+    w: _Floats,
+    bias: _Floats | None,
+    return_argmax: bool,
+    strides: _Pair,
+    padding: _Padding,
+    dilation_rate: _Pair,
+    groups: int,
+    activation: str,
+    data_format: str,
+    algorithm: str | None = None,
+    out: _Floats | None = None,
+) -> _Floats | tuple[_Floats, NDArray[np.uint8]]: ...
+
+# (dx or None, dw, dbias)
+def conv2d_max_pool2d_grad(
+    x: _Floats,
+    w: _Floats,
+    dy: _Floats,
+    output: _Floats,
+    argmax: NDArray[np.uint8],
+    with_input_grad: bool,
+    strides: _Pair,
+    padding: _Padding,
+    dilation_rate: _Pair,
+    groups: int,
+    activation: str,
+    data_format: str,
+    algorithm: str | None = None,
+) -> tuple[_Floats | None, _Floats, _Floats]: ...
 def set_num_threads(num_threads: int) -> None: ...
 def get_num_threads() -> int: ...
 def isa() -> str: ...
@@ -200,6 +233,37 @@ class reference:
         data_format: str,
         out: _Floats | None = None,
     ) -> _Floats: ...
+    @staticmethod
+    def conv2d_max_pool2d(
+        x: _Floats,
+        w: _Floats,
+        bias: _Floats | None,
+        return_argmax: bool,
+        strides: _Pair,
+        padding: _Padding,
+        dilation_rate: _Pair,
+        groups: int,
+        activation: str,
+        data_format: str,
+        algorithm: str | None = None,
+        out: _Floats | None = None,
+    ) -> _Floats | tuple[_Floats, NDArray[np.uint8]]: ...
+    @staticmethod
+    def conv2d_max_pool2d_grad(
+        x: _Floats,
+        w: _Floats,
+        dy: _Floats,
+        output: _Floats,
+        argmax: NDArray[np.uint8],
+        with_input_grad: bool,
+        strides: _Pair,
+        padding: _Padding,
+        dilation_rate: _Pair,
+        groups: int,
+        activation: str,
+        data_format: str,
+        algorithm: str | None = None,
+    ) -> tuple[_Floats | None, _Floats, _Floats]: ...
 
 # A submodule: the kernels again, with the signatures above, each run `calls` times in one call; and
 # the machine's limits.
@@ -211,6 +275,8 @@ class timed:
     max_pool2d_grad: Any
     avg_pool2d: Any
     avg_pool2d_grad: Any
+    conv2d_max_pool2d: Any
+    conv2d_max_pool2d_grad: Any
     @staticmethod
     def set_calls(calls: int) -> None: ...
     @staticmethod

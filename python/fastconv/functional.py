@@ -49,6 +49,8 @@ __all__ = [
     "conv2d",
     "conv2d_grad_filter",
     "conv2d_grad_input",
+    "conv2d_max_pool2d",
+    "conv2d_max_pool2d_grad",
     "get_num_threads",
     "info",
     "max_pool2d",
@@ -513,6 +515,156 @@ def avg_pool2d_grad(
         normalize_shape(input_shape, "input_shape"),
         **_pool2d_options(pool_size, strides, padding, data_format),
         out=out,
+    )
+
+
+@overload
+def conv2d_max_pool2d(
+    x: FloatArray,
+    w: FloatArray,
+    bias: FloatArray | None = ...,
+    *,
+    strides: IntegerOrPair = ...,
+    padding: Padding = ...,
+    dilation_rate: IntegerOrPair = ...,
+    groups: SupportsIndex = ...,
+    activation: str | None = ...,
+    data_format: str = ...,
+    return_argmax: Literal[False] = ...,
+    out: FloatArray | None = ...,
+    algorithm: str | None = ...,
+) -> FloatArray: ...
+@overload
+def conv2d_max_pool2d(
+    x: FloatArray,
+    w: FloatArray,
+    bias: FloatArray | None = ...,
+    *,
+    strides: IntegerOrPair = ...,
+    padding: Padding = ...,
+    dilation_rate: IntegerOrPair = ...,
+    groups: SupportsIndex = ...,
+    activation: str | None = ...,
+    data_format: str = ...,
+    return_argmax: Literal[True],
+    out: FloatArray | None = ...,
+    algorithm: str | None = ...,
+) -> tuple[FloatArray, NDArray[np.uint8]]: ...
+def conv2d_max_pool2d(
+    x: FloatArray,
+    w: FloatArray,
+    bias: FloatArray | None = None,
+    *,
+    strides: IntegerOrPair = 1,
+    padding: Padding = "valid",
+    dilation_rate: IntegerOrPair = 1,
+    groups: SupportsIndex = 1,
+    activation: str | None = None,
+    data_format: str = "channels_last",
+    return_argmax: bool = False,
+    out: FloatArray | None = None,
+    algorithm: str | None = None,
+) -> FloatArray | tuple[FloatArray, NDArray[np.uint8]]:
+    """:func:`conv2d` and 2 x 2 max-pooling of stride 2 behind it, in one pass.
+
+    ``max_pool2d(conv2d(...), 2)``, of which the convolution's output is never in memory as a whole:
+    it is pooled where it is computed.
+
+    Parameters
+    ----------
+    x, w, bias, strides, padding, dilation_rate, groups, activation, data_format, algorithm
+        As for :func:`conv2d`, whose output must be 2 x 2 pixels or larger.
+    return_argmax
+        Whether to return where each maximum was, which :func:`conv2d_max_pool2d_grad` needs.
+    out
+        Array to write ``y`` to, as for :func:`conv2d`; None for a new one.
+
+    Returns
+    -------
+    y
+        float32 array of shape (batch, new_height // 2, new_width // 2, filters), or (batch,
+        filters, new_height // 2, new_width // 2) with ``data_format="channels_first"``, of which
+        new_height and new_width are those of the convolution.
+    argmax
+        With ``return_argmax=True`` only: a uint8 array of the shape of ``y``, as of
+        :func:`max_pool2d`.
+
+    Raises
+    ------
+    TypeError
+        If an array is none or not of float32, or an option is not of the kind stated above.
+    ValueError
+        If ``conv2d`` refuses the arguments, or its output is smaller than the window.
+    """
+    return _core.conv2d_max_pool2d(
+        x,
+        w,
+        bias,
+        bool(return_argmax),
+        **conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
+        algorithm=normalize_algorithm(algorithm),
+        out=out,
+    )
+
+
+def conv2d_max_pool2d_grad(
+    x: FloatArray,
+    w: FloatArray,
+    dy: FloatArray,
+    output: FloatArray,
+    argmax: NDArray[np.uint8],
+    *,
+    strides: IntegerOrPair = 1,
+    padding: Padding = "valid",
+    dilation_rate: IntegerOrPair = 1,
+    groups: SupportsIndex = 1,
+    activation: str | None = None,
+    data_format: str = "channels_last",
+    with_input_grad: bool = True,
+    algorithm: str | None = None,
+) -> tuple[FloatArray | None, FloatArray, FloatArray]:
+    """Gradients of :func:`conv2d_max_pool2d`; all that it needs of the forward pass is pooled.
+
+    Parameters
+    ----------
+    x, w, strides, padding, dilation_rate, groups, activation, data_format
+        As ``conv2d_max_pool2d`` was given.
+    dy
+        Gradient of the result: float32 array of the shape that ``conv2d_max_pool2d`` returned.
+    output, argmax
+        What ``conv2d_max_pool2d`` returned.
+    with_input_grad
+        Whether to compute the gradient by ``x``, which the first layer of a network need not.
+    algorithm
+        As for :func:`conv2d`, of the gradient by ``x``; without that, of the one by ``w``.
+
+    Returns
+    -------
+    dx
+        float32 array of the shape of ``x``; None with ``with_input_grad=False``.
+    dw
+        float32 array of the shape of ``w``.
+    dbias
+        float32 array of shape (filters,).
+
+    Raises
+    ------
+    TypeError
+        If an array is none or not of the dtype stated, or an option is not of the kind ``conv2d``
+        takes.
+    ValueError
+        If the shapes do not belong to one another, or an option has a value that ``conv2d``
+        refuses, or ``argmax`` holds a value above 3.
+    """
+    return _core.conv2d_max_pool2d_grad(
+        x,
+        w,
+        dy,
+        output,
+        argmax,
+        bool(with_input_grad),
+        **conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
+        algorithm=normalize_algorithm(algorithm),
     )
 
 

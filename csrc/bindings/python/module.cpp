@@ -270,12 +270,15 @@ struct Operations {
   decltype(&fastconv::max_pool2d_bprop) max_pool2d_bprop;
   decltype(&fastconv::avg_pool2d_fprop) avg_pool2d_fprop;
   decltype(&fastconv::avg_pool2d_bprop) avg_pool2d_bprop;
+  decltype(&fastconv::conv2d_pool_fprop) conv2d_pool_fprop;
+  decltype(&fastconv::conv2d_pool_bprop) conv2d_pool_bprop;
 };
 
 constexpr Operations kKernels{fastconv::conv2d_fprop, fastconv::conv2d_dgrad,
                               fastconv::conv2d_wgrad, fastconv::max_pool2d_fprop,
                               fastconv::max_pool2d_bprop, fastconv::avg_pool2d_fprop,
-                              fastconv::avg_pool2d_bprop};
+                              fastconv::avg_pool2d_bprop, fastconv::conv2d_pool_fprop,
+                              fastconv::conv2d_pool_bprop};
 
 // The reference is one algorithm: a name that the caller gives is not looked at.
 template <auto function>
@@ -290,7 +293,9 @@ constexpr Operations kReference{
     WithoutAlgorithm<fastconv::reference::conv2d_dgrad>::call,
     WithoutAlgorithm<fastconv::reference::conv2d_wgrad>::call,
     fastconv::reference::max_pool2d_fprop, fastconv::reference::max_pool2d_bprop,
-    fastconv::reference::avg_pool2d_fprop, fastconv::reference::avg_pool2d_bprop};
+    fastconv::reference::avg_pool2d_fprop, fastconv::reference::avg_pool2d_bprop,
+    WithoutAlgorithm<fastconv::reference::conv2d_pool_fprop>::call,
+    WithoutAlgorithm<fastconv::reference::conv2d_pool_bprop>::call};
 
 // For benchmarks: one call from Python runs the kernel `calls` times and notes what each run took,
 // so that neither Python nor the checks of this file are in the time.
@@ -320,7 +325,8 @@ constexpr Operations kTimed{
     Timed<fastconv::conv2d_fprop>::run, Timed<fastconv::conv2d_dgrad>::run,
     Timed<fastconv::conv2d_wgrad>::run, Timed<fastconv::max_pool2d_fprop>::run,
     Timed<fastconv::max_pool2d_bprop>::run, Timed<fastconv::avg_pool2d_fprop>::run,
-    Timed<fastconv::avg_pool2d_bprop>::run};
+    Timed<fastconv::avg_pool2d_bprop>::run, Timed<fastconv::conv2d_pool_fprop>::run,
+    Timed<fastconv::conv2d_pool_bprop>::run};
 
 template <const Operations& operations>
 py::array_t<float> conv2d(const py::object& x_object, const py::object& w_object,
@@ -486,6 +492,70 @@ py::array_t<float> avg_pool2d_grad(const py::object& dy_object, const Shape& inp
   return dx;
 }
 
+// --- convolution and pooling in one ---------------------------------------------------------------
+
+template <const Operations& operations>
+py::object conv2d_max_pool2d(const py::object& x_object, const py::object& w_object,
+                             const py::object& bias_object, bool return_argmax,
+                             const Conv2dOptions& options, const py::object& out) {
+  const py::array x_array = require_floats(x_object, "x");
+  const py::array w_array = require_floats(w_object, "w");
+  const auto problem = options.problem(shape_of(x_array, "x"), shape_of(w_array, "w"));
+  const auto pool = fastconv::pool_behind(problem);
+  const OptionalFloats bias(bias_object, "bias", std::array{problem.k});
+
+  py::array_t<float> y = result_array(out, pool.y_shape(), x_array, w_array, bias.array());
+  std::optional<py::array_t<std::uint8_t>> argmax;
+  if (return_argmax) argmax.emplace(pool.y_shape());
+  const Dense<float> x(x_array), w(w_array);
+  float* const y_data = y.mutable_data();
+  std::uint8_t* const argmax_data = argmax ? argmax->mutable_data() : nullptr;
+  {
+    const GilReleased unlocked;
+    operations.conv2d_pool_fprop(problem, x.data(), w.data(), bias.data(), y_data, argmax_data,
+                                 options.algorithm_name());
+  }
+  if (!argmax) return y;
+  return py::make_tuple(y, *argmax);
+}
+
+template <const Operations& operations>
+py::tuple conv2d_max_pool2d_grad(const py::object& x_object, const py::object& w_object,
+                                 const py::object& dy_object, const py::object& output_object,
+                                 const py::object& argmax_object, bool with_input_grad,
+                                 const Conv2dOptions& options) {
+  const py::array x_array = require_floats(x_object, "x");
+  const py::array w_array = require_floats(w_object, "w");
+  const auto problem = options.problem(shape_of(x_array, "x"), shape_of(w_array, "w"));
+  const auto pool = fastconv::pool_behind(problem);
+  const py::array dy_array = require_floats(dy_object, "dy", pool.y_shape());
+  const Dense<float> output(require_floats(output_object, "output", pool.y_shape()));
+  const py::array argmax_array = require_array(argmax_object, "argmax");
+  if (!py::isinstance<py::array_t<std::uint8_t>>(argmax_array)) {
+    throw py::type_error(text("`argmax` must have dtype uint8. Received: argmax.dtype=",
+                              python_text(argmax_array.dtype())));
+  }
+  require_shape(argmax_array, "argmax", pool.y_shape());
+
+  std::optional<py::array_t<float>> dx;
+  if (with_input_grad) dx.emplace(problem.x_shape());
+  py::array_t<float> dw(problem.filter_shape());
+  py::array_t<float> dbias(std::array{problem.k});
+  const Dense<float> x(x_array), w(w_array), dy(dy_array);
+  const Dense<std::uint8_t> argmax(argmax_array);
+  float* const dx_data = dx ? dx->mutable_data() : nullptr;
+  float* const dw_data = dw.mutable_data();
+  float* const dbias_data = dbias.mutable_data();
+  {
+    const GilReleased unlocked;
+    require_taps(argmax.data(), pool.y_size(), pool);
+    operations.conv2d_pool_bprop(problem, x.data(), w.data(), dy.data(), output.data(),
+                                 argmax.data(), dx_data, dw_data, dbias_data,
+                                 options.algorithm_name());
+  }
+  return py::make_tuple(dx ? py::object(*dx) : py::object(py::none()), dw, dbias);
+}
+
 // --- module ---------------------------------------------------------------------------------------
 
 template <const Operations& operations>
@@ -583,6 +653,40 @@ void define_operations(py::module_& m) {
       py::arg("padding"), py::arg("data_format"), py::arg("out") = py::none());
 }
 
+template <const Operations& operations>
+void define_fused_operations(py::module_& m) {
+  m.def(
+      "conv2d_max_pool2d",
+      [](const py::object& x, const py::object& w, const py::object& bias, bool return_argmax,
+         Pair strides, PaddingOption padding, Pair dilation_rate, int64_t groups,
+         std::string activation, std::string data_format, std::optional<std::string> algorithm,
+         const py::object& out) {
+        return conv2d_max_pool2d<operations>(
+            x, w, bias, return_argmax,
+            {strides, std::move(padding), dilation_rate, groups, std::move(activation),
+             std::move(data_format), std::move(algorithm)},
+            out);
+      },
+      py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("return_argmax"), py::arg("strides"),
+      py::arg("padding"), py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"),
+      py::arg("data_format"), py::arg("algorithm") = py::none(), py::arg("out") = py::none());
+  m.def(
+      "conv2d_max_pool2d_grad",
+      [](const py::object& x, const py::object& w, const py::object& dy, const py::object& output,
+         const py::object& argmax, bool with_input_grad, Pair strides, PaddingOption padding,
+         Pair dilation_rate, int64_t groups, std::string activation, std::string data_format,
+         std::optional<std::string> algorithm) {
+        return conv2d_max_pool2d_grad<operations>(
+            x, w, dy, output, argmax, with_input_grad,
+            {strides, std::move(padding), dilation_rate, groups, std::move(activation),
+             std::move(data_format), std::move(algorithm)});
+      },
+      py::arg("x"), py::arg("w"), py::arg("dy"), py::arg("output"), py::arg("argmax"),
+      py::arg("with_input_grad"), py::arg("strides"), py::arg("padding"),
+      py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"), py::arg("data_format"),
+      py::arg("algorithm") = py::none());
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (fastconv::Isa isa : fastconv::available_isas()) names.emplace_back(isa_name(isa));
@@ -651,12 +755,15 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The compiled part of fastconv; use it through fastconv's own functions.";
   m.attr("__version__") = FASTCONV_VERSION;
   define_operations<kKernels>(m);
+  define_fused_operations<kKernels>(m);
   py::module_ reference = m.def_submodule(
       "reference", "The same operations, slow and obvious: what tests compare the kernels with.");
   define_operations<kReference>(reference);
+  define_fused_operations<kReference>(reference);
   py::module_ timed = m.def_submodule(
       "timed", "The kernels again, each run `calls` times in one call; for benchmarks.");
   define_operations<kTimed>(timed);
+  define_fused_operations<kTimed>(timed);
   timed.def("set_calls", &set_timed_calls, py::arg("calls"));
   timed.def("nanoseconds", [] { return t_stopwatch.nanoseconds; });
   timed.def("flops", &measured_flops, py::arg("seconds"));

@@ -1,0 +1,191 @@
+"""Convolution with max-pooling behind it in one operation, beside the two and the reference."""
+
+import functools
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import fastconv
+from conv2d_problems import Problem, both_layouts, integers, normals
+from fastconv import _core, functional
+from running import running_on
+
+PROBLEMS = both_layouts(
+    [
+        Problem((2, 8, 9, channels), filters)
+        for channels, filters in ((1, 32), (1, 5), (2, 33), (3, 16), (4, 17), (5, 40), (17, 15))
+    ]
+    + [
+        Problem((2, 9, 11, 3), 20, padding="same"),
+        Problem((1, 9, 12, 24), 33, padding="same"),
+        Problem((3, 7, 7, 16), 16, kernel=(1, 1)),
+        Problem((2, 13, 11, 6), 18, kernel=(2, 3), strides=(2, 1), padding="same"),
+        Problem((2, 17, 15, 3), 18, kernel=(3, 2), strides=(2, 3), padding=((2, 1), (0, 1))),
+        Problem((2, 15, 14, 8), 9, dilation_rate=(2, 3), padding=((1, 2), (3, 0))),
+        Problem((2, 9, 10, 16), 16, groups=16, padding="same"),
+        Problem((2, 9, 10, 16), 24, groups=4, padding="same"),
+        Problem((0, 6, 6, 3), 8),
+        Problem((1, 4, 4, 9), 7),  # one window
+        Problem((1, 4, 70, 1), 3),  # one row of windows
+    ]
+)
+# Several strips and tasks.
+LARGE = [
+    Problem((32, 28, 28, 1), 32),
+    Problem((32, 13, 13, 32), 64),
+    Problem((1, 96, 95, 24), 64, padding="same"),
+    Problem((1, 224, 224, 3), 64, padding="same"),
+]
+over = functools.partial(pytest.mark.parametrize, "problem", ids=str)
+
+
+def fused(problem, data, activation, **options):
+    return fastconv.conv2d_max_pool2d(
+        data.x, data.w, data.bias, activation=activation, **problem.geometry, **options
+    )
+
+
+def apart(problem, data, activation):
+    y = fastconv.conv2d(data.x, data.w, data.bias, activation=activation, **problem.geometry)
+    data_format = problem.geometry["data_format"]
+    pooled, argmax = fastconv.max_pool2d(y, 2, return_argmax=True, data_format=data_format)
+    return y, pooled, argmax
+
+
+def gradient(problem, data, dy, output, argmax, activation, **options):
+    return fastconv.conv2d_max_pool2d_grad(
+        data.x, data.w, dy, output, argmax, activation=activation, **problem.geometry, **options
+    )
+
+
+def by_reference():
+    return mock.patch.object(functional, "_core", _core.reference)
+
+
+def exact_algorithms(problem, data):
+    """Those that make the sums of products themselves: exact for small integers."""
+    names = ["direct", "small_channel", "depthwise", "grouped"]
+    return [name for name in names if serves(problem, data, name)]
+
+
+def serves(problem, data, algorithm):
+    try:
+        fused(problem, data, "linear", algorithm=algorithm)
+    except ValueError:
+        return algorithm == "direct"  # which serves everything
+    return True
+
+
+@over(PROBLEMS)
+@pytest.mark.parametrize("activation", ["linear", "relu"])
+def test_exact(problem, activation, isa, threads):
+    data = integers(problem)  # windows are full of ties
+    with by_reference():
+        expected, expected_argmax = fused(problem, data, activation, return_argmax=True)
+    for algorithm in exact_algorithms(problem, data):
+        out = np.full(expected.shape, np.nan, np.float32)
+        options = {"algorithm": algorithm}
+        y, argmax = fused(problem, data, activation, return_argmax=True, out=out, **options)
+        assert y is out
+        np.testing.assert_array_equal(y, expected)
+        np.testing.assert_array_equal(argmax, expected_argmax)
+        np.testing.assert_array_equal(fused(problem, data, activation, **options), expected)
+
+
+@over(PROBLEMS)
+@pytest.mark.parametrize("activation", ["linear", "relu"])
+@pytest.mark.parametrize("with_input_grad", [True, False], ids=["dx", "no dx"])
+def test_exact_gradients(problem, activation, with_input_grad, isa, threads):
+    data = integers(problem)
+    _, output, argmax = apart(problem, data, activation)
+    dy = problem.seed().integers(-3, 4, output.shape).astype(np.float32)
+    options = {"with_input_grad": with_input_grad, "algorithm": "direct"}
+    actual = gradient(problem, data, dy, output, argmax, activation, **options)
+    with by_reference():
+        expected = gradient(problem, data, dy, output, argmax, activation, **options)
+    assert (actual[0] is None) == (not with_input_grad)
+    for one, other in zip(actual, expected, strict=True):
+        if other is not None:
+            np.testing.assert_array_equal(one, other)
+
+
+@over([*PROBLEMS, *LARGE])
+def test_beside_the_two_operations(problem, isa, threads):
+    """With the algorithms that the selector chooses, Winograd's roundings included."""
+    data = normals(problem)
+    whole, expected, _ = apart(problem, data, "relu")
+    y, argmax = fused(problem, data, "relu", return_argmax=True)
+    scale = abs(whole).max(initial=1)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * scale)
+    assert fused(problem, data, "relu").tobytes() == y.tobytes()
+
+    dy = problem.seed().standard_normal(y.shape).astype(np.float32)
+    data_format = problem.geometry["data_format"]
+    dz = fastconv.max_pool2d_grad(dy * (y > 0), argmax, whole.shape, 2, data_format=data_format)
+    dw, dbias = fastconv.conv2d_grad_filter(
+        data.x, dz, problem.w_shape, return_bias_grad=True, **problem.geometry
+    )
+    dx = fastconv.conv2d_grad_input(dz, data.w, problem.x_shape, **problem.geometry)
+    for with_input_grad in (True, False):
+        actual = gradient(problem, data, dy, y, argmax, "relu", with_input_grad=with_input_grad)
+        for one, other in zip(actual, (dx, dw, dbias), strict=True):
+            if one is not None:
+                atol = 1e-5 * abs(other).max(initial=1)
+                np.testing.assert_allclose(one, other, rtol=0, atol=atol)
+
+
+def test_parts_of_an_image(isa):
+    """An algorithm that does not pool itself does a few rows at a time of an image this large."""
+    for problem in (
+        Problem((1, 101, 127, 7), 61, padding="same"),
+        Problem((1, 203, 100, 2), 64, (4, 3), (2, 1), ((3, 2), (1, 1)), (3, 1)),
+    ):
+        data = normals(problem)
+        y, argmax = fused(problem, data, "relu", return_argmax=True, algorithm="direct")
+        whole = fastconv.conv2d(
+            data.x, data.w, data.bias, activation="relu", algorithm="direct", **problem.geometry
+        )
+        expected, expected_argmax = fastconv.max_pool2d(whole, 2, return_argmax=True)
+        np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
+        assert np.mean(argmax == expected_argmax) > 0.999  # roundings may decide near ties
+
+
+@over(PROBLEMS[:8] + LARGE[:3])
+def test_thread_counts_agree_bit_for_bit(problem, isa):
+    data = normals(problem)
+    results = set()
+    for threads in (1, 2, 3, 5):
+        with running_on(threads=threads):
+            y, argmax = fused(problem, data, "relu", return_argmax=True)
+            gradients = gradient(problem, data, y, y, argmax, "relu")
+            first_layer = gradient(problem, data, y, y, argmax, "relu", with_input_grad=False)[1:]
+            arrays = (y, argmax, *gradients, *first_layer)
+            results.add(tuple(array.tobytes() for array in arrays))
+    assert len(results) == 1
+
+
+def test_nan_comes_through(isa):
+    x = np.zeros((1, 8, 8, 1), np.float32)
+    x[0, 3, 3, 0] = np.nan
+    y = fastconv.conv2d_max_pool2d(x, np.ones((1, 1, 1, 20), np.float32), activation="relu")
+    assert np.isnan(y[0, 1, 1]).all()
+    y[0, 1, 1] = 0
+    assert (y == 0).all()
+
+
+def test_outputs_without_a_window_are_refused():
+    x, w = np.ones((1, 3, 8, 2), np.float32), np.ones((2, 3, 2, 4), np.float32)
+    assert fastconv.conv2d_max_pool2d(x, w).shape == (1, 1, 3, 4)
+    with pytest.raises(ValueError, match="at least 2 x 2.*Received: an output of 1 x 6"):
+        fastconv.conv2d_max_pool2d(x[:, :2], w)
+
+
+def test_foreign_argmax_is_refused():
+    x, w = np.ones((1, 4, 4, 2), np.float32), np.ones((1, 1, 2, 4), np.float32)
+    y, argmax = fastconv.conv2d_max_pool2d(x, w, return_argmax=True)
+    argmax[0, 1, 1, 2] = 4
+    with pytest.raises(ValueError, match="from 0 to 3.*with value 4"):
+        fastconv.conv2d_max_pool2d_grad(x, w, y, y, argmax)
+    with pytest.raises(TypeError, match="uint8"):
+        fastconv.conv2d_max_pool2d_grad(x, w, y, y, argmax.astype(np.int32))
