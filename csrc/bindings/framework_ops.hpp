@@ -471,6 +471,89 @@ class AveragePool2dGrad : public Pool2dKernel {
   }
 };
 
+// --- convolution and pooling in one -----------------------------------------------------------
+
+// argmax as of MaxPool2dWithArgmax, where it is asked for.
+class Conv2dMaxPool2d : public Conv2dKernel {
+ public:
+  using Conv2dKernel::Conv2dKernel;
+  static constexpr const char* kName = "FastconvConv2DMaxPool2D";
+  static constexpr std::array kOwnAttributes{"num_bias: int >= 0 = 0", "num_argmax: int >= 0 = 0"};
+  static constexpr std::array kInputs{"x: T", "filter: T", "bias: num_bias * T"};
+  static constexpr std::array kOutputs{"y: T", "argmax: num_argmax * uint8"};
+  static constexpr int kOutputLikeInput = -1;
+
+  template <class Context>
+  void operator()(const Context& context) const {
+    const auto x = context.input(0), filter = context.input(1);
+    const std::optional bias = optional_input(context, 2);
+    const Conv2dProblem p = problem(rank4_shape(x, "x"), filter);
+    const Pool2dProblem pool = pool_behind(p);
+    if (bias) check_shape(*bias, "bias", std::array{p.k});
+    if (context.num_outputs() > 2) {
+      throw InvalidArgument("`num_argmax` must be 0 or 1. Received: num_argmax=" +
+                            std::to_string(context.num_outputs() - 1));
+    }
+    const auto y = context.output(0, pool.y_shape());
+    const float* const bias_data = bias ? bias->floats() : nullptr;
+    if (context.num_outputs() == 1) {
+      conv2d_pool_fprop(p, x.floats(), filter.floats(), bias_data, y.floats(), nullptr);
+      return;
+    }
+    const auto argmax = context.output(1, pool.y_shape());
+    conv2d_pool_fprop(p, x.floats(), filter.floats(), bias_data, y.floats(),
+                      static_cast<std::uint8_t*>(argmax.data()));
+  }
+};
+
+class Conv2dMaxPool2dGrad : public Conv2dKernel {
+ public:
+  template <class Attributes>
+  explicit Conv2dMaxPool2dGrad(const Attributes& attributes)
+      : Conv2dKernel(attributes), wanted_(attributes.template integers<2>("wanted")) {}
+  static constexpr const char* kName = "FastconvConv2DMaxPool2DGrad";
+  // wanted: the gradients of how many inputs x and biases, 0 or 1 each.
+  static constexpr std::array kOwnAttributes{"wanted: list(int)", "num_dx: int >= 0 = 0",
+                                             "num_bias: int >= 0 = 0"};
+  static constexpr std::array kInputs{"x: T", "filter: T", "dy: T", "y: T", "argmax: uint8"};
+  static constexpr std::array kOutputs{"dfilter: T", "dx: num_dx * T", "dbias: num_bias * T"};
+  static constexpr int kOutputLikeInput = 1;
+
+  template <class Context>
+  void operator()(const Context& context) const {
+    const auto x = context.input(0), filter = context.input(1), dy = context.input(2);
+    const auto y = context.input(3), argmax = context.input(4);
+    const Conv2dProblem p = problem(rank4_shape(x, "x"), filter);
+    const Pool2dProblem pool = pool_behind(p);
+    check_shape(dy, "dy", pool.y_shape());
+    check_shape(y, "y", pool.y_shape());
+    check_shape(argmax, "argmax", pool.y_shape());
+    if (argmax.type() != ElementType::uint8) {
+      throw InvalidArgument("`argmax` must be uint8. Received: another data type");
+    }
+    const auto [num_dx, num_bias] = wanted_;
+    if (num_dx < 0 || num_dx > 1 || num_bias < 0 || num_bias > 1 ||
+        context.num_outputs() != 1 + num_dx + num_bias) {
+      throw InvalidArgument("`wanted` must hold numbers of 0 or 1, as many outputs as there are. "
+                            "Received: wanted=[" + std::to_string(num_dx) + ", " +
+                            std::to_string(num_bias) + "] for " +
+                            std::to_string(context.num_outputs()) + " outputs");
+    }
+    using Tensor = typename Context::Tensor;
+    const auto dfilter = context.output(0, p.filter_shape());
+    std::optional<Tensor> dx, dbias;
+    if (num_dx) dx.emplace(context.output(1, p.x_shape()));
+    if (num_bias) dbias.emplace(context.output(static_cast<int>(1 + num_dx), std::array{p.k}));
+    conv2d_pool_bprop(p, x.floats(), filter.floats(), dy.floats(), y.floats(),
+                      static_cast<const std::uint8_t*>(argmax.data()),
+                      dx ? dx->floats() : nullptr, dfilter.floats(),
+                      dbias ? dbias->floats() : nullptr);
+  }
+
+ private:
+  std::array<int64_t, 2> wanted_;
+};
+
 // --- all of them ------------------------------------------------------------------------------
 
 template <class Kernel>
@@ -490,6 +573,6 @@ struct OpList {
 
 using Ops = OpList<Conv2d, Conv2dGradInput, Conv2dGradFilter, Conv2dTranspose, MaxPool2d,
                    MaxPool2dWithArgmax, MaxPool2dGrad, MaxPool2dGradGrad, AveragePool2d,
-                   AveragePool2dGrad>;
+                   AveragePool2dGrad, Conv2dMaxPool2d, Conv2dMaxPool2dGrad>;
 
 }  // namespace fastconv::framework

@@ -33,6 +33,7 @@ from fastconv.adapters._extents import Extent, like, static_extents
 __all__ = [
     "avg_pool2d",
     "conv2d",
+    "conv2d_max_pool2d",
     "conv2d_transpose",
     "global_avg_pool2d",
     "global_max_pool2d",
@@ -123,17 +124,60 @@ def conv2d(
         tf.errors.InvalidArgumentError: where the shapes do not fit each other. In a graph it is
             raised when the graph runs.
     """
-    _follow_tensorflow_threads()
-    attributes = {
-        "strides": normalize_pair(strides, "strides"),
-        "dilations": normalize_pair(dilation_rate, "dilation_rate"),
-        "activation": normalize_activation(activation).upper(),
-        "data_format": _layout(data_format),
-        **_padding_attributes(padding),
-    }
-    x = tf.convert_to_tensor(x)
-    w = tf.convert_to_tensor(w)
-    return _conv2d(x, w, [] if bias is None else [tf.convert_to_tensor(bias)], attributes)
+    attributes = _conv2d_options(strides, padding, dilation_rate, activation, data_format)
+    return _conv2d(*_tensors(x, w, bias), attributes)
+
+
+def conv2d_max_pool2d(
+    x,
+    w,
+    bias=None,
+    *,
+    strides=1,
+    padding="valid",
+    dilation_rate=1,
+    activation=None,
+    data_format="channels_last",
+    keep_argmax=False,
+):
+    """``max_pool2d(conv2d(...), 2)`` in one op, which keeps no more than is pooled.
+
+    Differentiable to any order.
+
+    Args:
+        x, w, bias, strides, padding, dilation_rate, activation, data_format: as for ``conv2d``,
+            whose output must be 2 x 2 pixels or larger.
+        keep_argmax: as for ``max_pool2d``.
+
+    Returns:
+        A float32 tensor of shape (batch, new_height // 2, new_width // 2, filters), or (batch,
+        filters, new_height // 2, new_width // 2) with ``data_format="channels_first"``, of which
+        new_height and new_width are those of the convolution.
+
+    Raises:
+        TypeError, ValueError: where an option is none of those above.
+        tf.errors.InvalidArgumentError: where the shapes do not fit each other. In a graph it is
+            raised when the graph runs.
+    """
+    attributes = _conv2d_options(strides, padding, dilation_rate, activation, data_format)
+    return _conv2d_max_pool2d(*_tensors(x, w, bias), attributes, int(keep_argmax))[0]
+
+
+def pooled_in_one(y, *, keep_argmax=False):
+    """What ``max_pool2d(y, 2)`` gives, by ``conv2d_max_pool2d``, where that can take y's place.
+
+    Args:
+        y: a tensor. Only of a result of ``conv2d`` in a graph under construction can the convolution
+            still be replaced: it is left out of the graph's execution if nothing else reads it.
+        keep_argmax: as for ``max_pool2d``.
+
+    Returns:
+        A tensor as ``conv2d_max_pool2d`` returns it, or None.
+    """
+    call = None if tf.executing_eagerly() else getattr(y, _CALL, None)
+    if call is None or call.graph is not tf.compat.v1.get_default_graph():
+        return None
+    return _conv2d_max_pool2d(call.x, call.w, call.bias, call.attributes, int(keep_argmax))[0]
 
 
 def max_pool2d(
@@ -315,6 +359,22 @@ def _padding_attributes(padding):
     return {"padding": kind.upper(), "explicit_paddings": sides}
 
 
+def _conv2d_options(strides, padding, dilation_rate, activation, data_format):
+    _follow_tensorflow_threads()
+    return {
+        "strides": normalize_pair(strides, "strides"),
+        "dilations": normalize_pair(dilation_rate, "dilation_rate"),
+        "activation": normalize_activation(activation).upper(),
+        "data_format": _layout(data_format),
+        **_padding_attributes(padding),
+    }
+
+
+def _tensors(x, w, bias):
+    x, w = tf.convert_to_tensor(x), tf.convert_to_tensor(w)
+    return x, w, [] if bias is None else [tf.convert_to_tensor(bias)]
+
+
 def _pool_options(pool_size, strides, padding, data_format):
     _follow_tensorflow_threads()
     return {
@@ -489,9 +549,25 @@ def _gradient_of(name):
 # --- convolution and its gradients ----------------------------------------------------------------
 
 
+_CALL = "_fastconv_call"  # attribute of a tensor in a graph: the _Conv2dCall that made it
+
+
+@dataclass(frozen=True)
+class _Conv2dCall:
+    graph: Any
+    x: tf.Tensor
+    w: tf.Tensor
+    bias: list
+    attributes: dict[str, Any]
+
+
 def _conv2d(x, w, bias, attributes):
     outputs = [(tf.float32, _conv2d_extents(w, attributes))]
-    return _run("FastconvConv2D", (x, w, bias), attributes, outputs)[0]
+    y = _run("FastconvConv2D", (x, w, bias), attributes, outputs)[0]
+    if not tf.executing_eagerly():
+        graph = tf.compat.v1.get_default_graph()
+        setattr(y, _CALL, _Conv2dCall(graph, x, w, bias, attributes))
+    return y
 
 
 def _conv2d_grad_input(x, w, dy, mask, attributes):
@@ -667,3 +743,89 @@ def _avg_pool2d_gradient(op, dy):
 def _avg_pool2d_grad_gradient(op, ddx):
     # dx is linear in dy; of x only the shape matters.
     return [None, _avg_pool2d(ddx, _pool_attributes(op))]
+
+
+# --- convolution and pooling in one ---------------------------------------------------------------
+
+
+def _halved(extent):
+    if isinstance(extent, Extent):
+        # (a // over + then) // 2 is (a + then * over) // (2 * over)
+        return extent._replace(
+            plus=extent.plus + extent.then * extent.over, over=2 * extent.over, then=0
+        )
+    return None if extent is None else extent // 2
+
+
+def _conv2d_pool_extents(w, attributes):
+    extents = _conv2d_extents(w, attributes)
+    if extents is None:
+        return None
+    spatial = _spatial_axes(attributes)
+    return [_halved(e) if axis in spatial else e for axis, e in enumerate(extents)]
+
+
+def _conv2d_max_pool2d(x, w, bias, attributes, num_argmax):
+    """[y], or [y, argmax]."""
+    extents = _conv2d_pool_extents(w, attributes)
+    outputs = [(tf.float32, extents), *[(tf.uint8, extents)] * num_argmax]
+    return _run("FastconvConv2DMaxPool2D", (x, w, bias), attributes, outputs, num_argmax=num_argmax)
+
+
+def _conv2d_max_pool2d_grad(x, w, dy, y, argmax, attributes, num_dx, num_bias):
+    """([dx], dw, [dbias])"""
+    outputs = [
+        (tf.float32, like(1)),
+        *[(tf.float32, like(0))] * num_dx,
+        *[(tf.float32, [Extent(1, 3)])] * num_bias,
+    ]
+    dw, *others = _run(
+        "FastconvConv2DMaxPool2DGrad",
+        (x, w, dy, y, argmax),
+        {**attributes, "wanted": (num_dx, num_bias)},
+        outputs,
+        num_dx=num_dx,
+        num_bias=num_bias,
+    )
+    return others[:num_dx], dw, others[num_dx:]
+
+
+@_gradient_of("FastconvConv2DMaxPool2D")
+def _conv2d_max_pool2d_gradient(op, dy, *_):
+    x, w, *bias = op.inputs
+    attributes = _conv2d_attributes(op)
+    y, *argmax = op.outputs
+    if not argmax:
+        y, *argmax = _conv2d_max_pool2d(x, w, bias, attributes, 1)
+    dx, dw, dbias = _conv2d_max_pool2d_grad(
+        x, w, dy, y, argmax[0], attributes, int(0 not in _skipped(op)), len(bias)
+    )
+    return [*(dx or [None]), dw, *dbias]
+
+
+@_gradient_of("FastconvConv2DMaxPool2DGrad")
+def _conv2d_max_pool2d_grad_gradient(op, *upstream):
+    # Once more by the ops that it is made of, each of which knows its own gradient.
+    x, w, dy, y, argmax = op.inputs
+    attributes = _conv2d_attributes(op)
+    num_dx, num_bias = op.get_attr("wanted")
+    window = {
+        **{name: attributes[name] for name in ("data_format",)},
+        **_padding_attributes("valid"),
+        "pool_size": (2, 2),
+        "strides": (2, 2),
+    }
+    with tf.GradientTape() as tape:
+        tape.watch([x, w, dy])
+        through = _masked(dy, [y] if _is_relu(attributes) else [])
+        # Of the convolution's output the pooling's gradient takes the shape alone.
+        whole = tf.stop_gradient(_conv2d(x, w, [], _linear(attributes)))
+        dz = _max_pool2d_grad(whole, argmax, through, window)
+        linear = _linear(attributes)
+        dw, *dbias = _conv2d_grad_filter(x, w, dz, [], linear, num_bias=num_bias)
+        dx = [_conv2d_grad_input(x, w, dz, [], linear)] * num_dx
+    outputs = [dw, *dx, *dbias]
+    gradients = tape.gradient(
+        outputs, [x, w, dy], list(upstream), unconnected_gradients=tf.UnconnectedGradients.ZERO
+    )
+    return [*gradients, None, None]

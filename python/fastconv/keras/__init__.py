@@ -16,6 +16,7 @@ from fastconv.keras.average_pooling2d import FastAveragePooling2D
 from fastconv.keras.conv1d import FastConv1D
 from fastconv.keras.conv2d import FastConv2D
 from fastconv.keras.conv2d_transpose import FastConv2DTranspose
+from fastconv.keras.conv_pool2d import FastConvPool2D
 from fastconv.keras.depthwise_conv2d import FastDepthwiseConv2D
 from fastconv.keras.global_average_pooling2d import FastGlobalAveragePooling2D
 from fastconv.keras.global_max_pooling2d import FastGlobalMaxPooling2D
@@ -28,6 +29,7 @@ __all__ = [
     "FastConv1D",
     "FastConv2D",
     "FastConv2DTranspose",
+    "FastConvPool2D",
     "FastDepthwiseConv2D",
     "FastGlobalAveragePooling2D",
     "FastGlobalMaxPooling2D",

@@ -1,6 +1,7 @@
 """What the fast pooling layers share."""
 
 from fastconv.keras._stand_in import has_empty_output, reason_for_stock, tf
+from fastconv.keras.conv2d import FastConv2D
 
 
 def reason_against_window(layer, inputs):
@@ -26,6 +27,33 @@ def window(layer):
         "padding": layer.padding.lower(),
         "data_format": layer.data_format,
     }
+
+
+def window_behind(data_format):
+    """The arguments, as of ``window()``, of the pooling that is one op with a convolution."""
+    return {
+        "pool_size": (2, 2),
+        "strides": (2, 2),
+        "padding": "valid",
+        "data_format": data_format,
+    }
+
+
+def follows_one_convolution(layer):
+    """Whether Keras's graph says that a FastConv2D's output is read by ``layer``, once, alone.
+
+    Nothing else may need that output: computed in one op with the pooling, it does not exist.
+    """
+    nodes = layer._inbound_nodes
+    if len(nodes) != 1 or len(nodes[0].parent_nodes) != 1:
+        return False
+    before = nodes[0].parent_nodes[0].operation
+    return (
+        isinstance(before, FastConv2D)
+        and len(before._inbound_nodes) == len(before._outbound_nodes) == 1
+        and before.activity_regularizer is None
+        and before.data_format == layer.data_format
+    )
 
 
 def reason_against_global(layer, inputs):

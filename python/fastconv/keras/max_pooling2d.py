@@ -2,7 +2,12 @@
 
 import keras
 
-from fastconv.keras._pooling import reason_against_window, window
+from fastconv.keras._pooling import (
+    follows_one_convolution,
+    reason_against_window,
+    window,
+    window_behind,
+)
 from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for, tell
 
 
@@ -14,6 +19,9 @@ class FastMaxPooling2D(JitWhereXlaServes, keras.layers.MaxPooling2D):
     training the place of each maximum is kept, one byte each, for the gradient; gradients are right
     without ``training=True`` as well, but have to search the maxima again. Inputs the kernels do
     not serve go to the stock layer's code, and the logger ``fastconv`` tells why at level DEBUG.
+
+    In a graph (``fit()``, ``predict()``, ``tf.function``) a 2 x 2 pooling that alone reads the output
+    of a ``FastConv2D`` becomes one op with it, as ``FastConvPool2D`` is everywhere.
 
     Input shape: float32 of (batch, height, width, channels), or (batch, channels, height, width)
     with ``data_format="channels_first"``.
@@ -28,4 +36,9 @@ class FastMaxPooling2D(JitWhereXlaServes, keras.layers.MaxPooling2D):
             tell(self, reason)
             return super().call(inputs)
         # `training` may be a tensor, whose value is not known yet.
-        return adapter.max_pool2d(inputs, **window(self), keep_argmax=training is True)
+        keep_argmax = training is True
+        if window(self) == window_behind(self.data_format) and follows_one_convolution(self):
+            pooled = adapter.pooled_in_one(inputs, keep_argmax=keep_argmax)
+            if pooled is not None:
+                return pooled
+        return adapter.max_pool2d(inputs, **window(self), keep_argmax=keep_argmax)
