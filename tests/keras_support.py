@@ -22,3 +22,26 @@ def equal_layers(fast_class, stock_class, shape, **options):
     fast.set_weights([generator.standard_normal(w.shape) for w in fast.get_weights()])
     stock.set_weights(fast.get_weights())
     return fast, stock
+
+
+def two_orders(function):
+    """function(*inputs), and its gradients by every input of first and second order."""
+
+    def orders(*inputs):
+        with tf.GradientTape() as outer:
+            outer.watch(inputs)
+            with tf.GradientTape() as inner:
+                inner.watch(inputs)
+                y = function(*inputs)
+                loss = bounded(y)
+            gradients = inner.gradient(loss, inputs)
+            penalty = tf.add_n([bounded(gradient) for gradient in gradients])
+        return [y, *gradients, *outer.gradient(penalty, inputs)]
+
+    return orders
+
+
+def bounded(tensor):
+    """A sum of sines of at most 3: of large numbers, they would magnify rounding errors."""
+    scale = tf.stop_gradient(3.0 / tf.reduce_max(tf.abs(tensor)))
+    return tf.reduce_sum(tf.sin(scale * tensor))

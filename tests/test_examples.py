@@ -72,7 +72,7 @@ def test_remedies_against_overfitting_train_as_with_stock_layers(strict, execute
         losses.append(history["loss"])
         outputs.append(model.predict(x, verbose=0))
         if not stock:
-            assert executed()["FastconvConv2D"] == 2 * (3 * 3 + 3)
+            assert executed()["FastconvConv2DMaxPool2D"] == 2 * (3 * 3 + 3)
             after_fast = executed()
     assert executed() == after_fast
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)

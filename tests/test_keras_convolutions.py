@@ -18,7 +18,7 @@ from fastconv.keras import (
     FastMaxPooling2D,
     FastSeparableConv2D,
 )
-from keras_support import equal_layers
+from keras_support import equal_layers, two_orders
 from tensorflow_oracle import assert_all_close
 
 L = keras.layers
@@ -140,29 +140,6 @@ def inputs_of(layer, shape, draw):
 def through(layer, **call_options):
     """The layer as a function of its input and its weights."""
     return lambda x, *weights: layer.stateless_call(weights, [], x, **call_options)[0]
-
-
-def two_orders(function):
-    """function(*inputs), and its gradients by every input of first and second order."""
-
-    def orders(*inputs):
-        with tf.GradientTape() as outer:
-            outer.watch(inputs)
-            with tf.GradientTape() as inner:
-                inner.watch(inputs)
-                y = function(*inputs)
-                loss = bounded(y)
-            gradients = inner.gradient(loss, inputs)
-            penalty = tf.add_n([bounded(gradient) for gradient in gradients])
-        return [y, *gradients, *outer.gradient(penalty, inputs)]
-
-    return orders
-
-
-def bounded(tensor):
-    """A sum of sines of at most 3: of large numbers, they would magnify rounding errors."""
-    scale = tf.stop_gradient(3.0 / tf.reduce_max(tf.abs(tensor)))
-    return tf.reduce_sum(tf.sin(scale * tensor))
 
 
 @pytest.mark.parametrize("case", CASES, ids=identify)

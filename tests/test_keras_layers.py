@@ -468,7 +468,9 @@ def predictions(model, data):
 
 
 STEPS = 3 * 4  # of train()
-OPS_OF_A_STEP = {
+# In a graph the poolings and the convolutions before them are one op each.
+OPS_OF_A_STEP = {"FastconvConv2DMaxPool2D": 2, "FastconvConv2DMaxPool2DGrad": 2}
+OPS_OF_AN_EAGER_STEP = {
     "FastconvConv2D": 2,
     "FastconvMaxPool2DWithArgmax": 2,
     "FastconvMaxPool2DGrad": 2,
@@ -488,7 +490,8 @@ def test_training_follows_stock(options, data, executed, executed_in_xla):
     here, elsewhere = executed, executed_in_xla
     if options.get("jit_compile"):
         here, elsewhere = elsewhere, here
-    assert here() == {op: STEPS * count for op, count in OPS_OF_A_STEP.items()}
+    ops = OPS_OF_AN_EAGER_STEP if options.get("run_eagerly") else OPS_OF_A_STEP
+    assert here() == {op: STEPS * count for op, count in ops.items()}
     assert elsewhere() == {}
     np.testing.assert_allclose(losses, train(stock, data), rtol=1e-4)
     assert_all_close([predictions(fast, data)], [predictions(stock, data)], 1e-3)
@@ -511,7 +514,7 @@ def test_inference_keeps_no_argmax(data, executed):
     model = fast_model()
     model.predict(data[0], batch_size=32, verbose=0)
     model.evaluate(*data, batch_size=32, verbose=0)
-    assert executed() == {"FastconvConv2D": 8, "FastconvMaxPool2D": 8}
+    assert executed() == {"FastconvConv2DMaxPool2D": 8}
 
 
 def test_keras_decides_on_xla_as_for_stock_layers():
@@ -614,7 +617,8 @@ def test_exported_models(data, tmp_path):
     model = fast_model()
     model.export(tmp_path / "exported", verbose=False)
     served = tf.saved_model.load(tmp_path / "exported")
-    np.testing.assert_array_equal(served.serve(data[0]), predictions(model, data))
+    # The batches are different ones, and so may be the algorithms.
+    assert_all_close([served.serve(data[0])], [predictions(model, data)], 1e-6)
     x = tf.constant(data[0])
     assert_all_close(outputs_and_gradients(served.serve, [x]), outputs_and_gradients(model, [x]))
 

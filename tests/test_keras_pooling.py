@@ -13,7 +13,7 @@ from fastconv.keras import (
     FastMaxPooling2D,
     accelerate,
 )
-from keras_support import outputs_and_gradients
+from keras_support import outputs_and_gradients, two_orders
 from tensorflow_oracle import assert_all_close
 
 WINDOWS = [
@@ -41,17 +41,6 @@ over = pytest.mark.parametrize(
     CASES,
     ids=lambda value: getattr(value, "__qualname__", None),
 )
-
-
-def two_orders(function):
-    def orders(x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y, dx = outputs_and_gradients(function, [x])
-            penalty = tf.reduce_sum(tf.sin(dx))
-        return [y, dx, tape.gradient(penalty, x)]
-
-    return orders
 
 
 def image(draw, data_format):
