@@ -1,0 +1,170 @@
+"""Max-pooling beside TensorFlow and torch, in turns in one run: forward and backward.
+
+    python bench/pooling.py [--threads 2] [--seconds 0.5]
+
+All libraries write outputs of their own making; glibc is told to keep freed memory (mallopt), so
+that nobody pays for fresh pages. TensorFlow's gradient is timed as its plain op and, with oneDNN's
+rewrite of the graph, as what forward and gradient take together less what forward takes. torch
+gets channels_last tensors; it is left out where it is not installed. The last line of each shape
+tells the bandwidth of ours and of a copy of the same size.
+"""
+
+import ctypes
+import statistics
+import time
+
+import click
+import numpy as np
+
+SHAPES = [  # x, window, stride, padding
+    ((32, 26, 26, 32), 2, 2, 0),
+    ((32, 11, 11, 64), 2, 2, 0),
+    ((16, 112, 112, 64), 3, 2, 1),
+    ((16, 112, 112, 64), 2, 2, 0),
+]
+
+
+def keep_freed_memory():
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def of_fastconv(x, dy, window, stride, padding):
+    import fastconv
+
+    sides = ((padding, padding), (padding, padding))
+    options = {"strides": stride, "padding": sides if padding else "valid"}
+    _, argmax = fastconv.max_pool2d(x, window, return_argmax=True, **options)
+    return {
+        "forward": lambda: fastconv.max_pool2d(x, window, **options),
+        "backward": lambda: fastconv.max_pool2d_grad(dy, argmax, x.shape, window, **options),
+    }
+
+
+def of_tensorflow(x, dy, window, stride, padding):
+    import tensorflow as tf
+
+    sides = [[0, 0], [padding] * 2, [padding] * 2, [0, 0]] if padding else "VALID"
+    x, dy = tf.constant(x), tf.constant(dy)
+
+    def forward(x):
+        return tf.nn.max_pool2d(x, window, stride, sides)
+
+    def both(x, dy):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = forward(x)
+        return y, tape.gradient(y, x, dy)
+
+    y = forward(x)
+    options = {"ksize": [1, window, window, 1], "strides": [1, stride, stride, 1]}
+    if padding:
+        options |= {"padding": "EXPLICIT", "explicit_paddings": np.ravel(sides).tolist()}
+    else:
+        options["padding"] = "VALID"
+    plain = lambda: tf.raw_ops.MaxPoolGrad(orig_input=x, orig_output=y, grad=dy, **options)
+    in_graph, both_in_graph = tf.function(forward), tf.function(both)
+    return {
+        "forward": lambda: in_graph(x),
+        "backward, plain op": plain,
+        "both": lambda: both_in_graph(x, dy),
+    }
+
+
+def of_torch(x, dy, window, stride, padding):
+    import torch
+
+    x, dy = (torch.from_numpy(a).permute(0, 3, 1, 2) for a in (x, dy))
+    arguments = ([window] * 2, [stride] * 2, [padding] * 2, [1, 1], False)
+    _, indices = torch.ops.aten.max_pool2d_with_indices(x, *arguments)
+    backward = torch.ops.aten.max_pool2d_with_indices_backward
+    return {
+        "forward": lambda: torch.nn.functional.max_pool2d(x, *arguments),
+        "backward": lambda: backward(dy, x, *arguments, indices),
+    }
+
+
+def set_threads(threads):
+    """Returns the makers of functions, of the libraries that are there."""
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    import fastconv
+
+    fastconv.set_num_threads(threads)
+    makers = {"fastconv": of_fastconv, "TensorFlow": of_tensorflow}
+    try:
+        import torch
+    except ModuleNotFoundError:
+        print("torch is not installed")
+    else:
+        torch.set_num_threads(threads)
+        makers["torch"] = of_torch
+    return makers
+
+
+def medians(functions, seconds, rounds=7):
+    """The median time of each, in microseconds; they take turns of some milliseconds.
+
+    Not of single calls: the threads of one library still spin when the next one begins.
+    """
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            for _ in range(3):
+                function()
+            time.sleep(0.002)
+            function()
+            end = time.perf_counter() + seconds / rounds
+            turn = []
+            while time.perf_counter() < end or len(turn) < 3:
+                start = time.perf_counter()
+                function()
+                turn.append(time.perf_counter() - start)
+            times[name].append(statistics.median(turn))
+    return {name: statistics.median(turns) * 1e6 for name, turns in times.items()}
+
+
+@click.command(help=__doc__.split("\n\n")[0])
+@click.option("--threads", default=2, show_default=True)
+@click.option("--seconds", default=0.5, show_default=True, help="for each function")
+def main(threads, seconds):
+    keep_freed_memory()
+    makers = set_threads(threads)
+    rng = np.random.default_rng(0)
+    for shape, window, stride, padding in SHAPES:
+        x = rng.standard_normal(shape).astype(np.float32)
+        out = [(extent + 2 * padding - window) // stride + 1 for extent in shape[1:3]]
+        dy = rng.standard_normal((shape[0], *out, shape[3])).astype(np.float32)
+        copied = np.empty_like(x)
+        functions = {"copy": lambda x=x, copied=copied: np.copyto(copied, x)}
+        for library, make in makers.items():
+            made = make(x, dy, window, stride, padding)
+            functions |= {f"{library}: {name}": function for name, function in made.items()}
+        found = medians(functions, seconds)
+        found["TensorFlow: backward, in a graph"] = (
+            found.pop("TensorFlow: both") - found["TensorFlow: forward"]
+        )
+        print(f"{shape}, {window} x {window}, stride {stride}, {threads} threads: microseconds")
+        for name, microseconds in found.items():
+            direction = "backward" if "backward" in name else "forward"
+            ratio = microseconds / found[f"fastconv: {direction}"]
+            print(f"  {name:34s}{microseconds:10.0f}" + (f"{ratio:8.2f}" if ":" in name else ""))
+        moved = x.nbytes + dy.nbytes
+        rates = [
+            size / found[name] / 1e3
+            for size, name in (
+                (moved, "fastconv: forward"),
+                (moved + dy.size, "fastconv: backward"),
+                (2 * x.nbytes, "copy"),
+            )
+        ]
+        print("  GB/s: forward {:.1f}, backward {:.1f}, copy (one thread) {:.1f}".format(*rates))
+
+
+if __name__ == "__main__":
+    main()
