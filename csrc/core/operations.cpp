@@ -18,20 +18,13 @@ std::size_t bytes(int64_t elements) {
   return static_cast<std::size_t>(elements) * sizeof(float);
 }
 
-// out[n][j][i] = in[n][i][j], by squares that keep both sides' cache lines.
-template <class T>
-void transpose(int64_t n, int64_t rows, int64_t columns, const T* in, T* out) {
-  constexpr int64_t kSquare = 16;
-  const int64_t strips = (rows + kSquare - 1) / kSquare;
-  parallel_for(n * strips, [&](int64_t task) {
-    const T* from = in + task / strips * rows * columns;
-    T* to = out + task / strips * rows * columns;
-    const int64_t i0 = task % strips * kSquare, i1 = std::min(rows, i0 + kSquare);
-    for (int64_t j0 = 0; j0 < columns; j0 += kSquare) {
-      const int64_t j1 = std::min(columns, j0 + kSquare);
-      for (int64_t i = i0; i < i1; ++i)
-        for (int64_t j = j0; j < j1; ++j) to[j * rows + i] = from[i * columns + j];
-    }
+// out[n][j][i] = in[n][i][j], of an argmax.
+void transpose_bytes(int64_t n, int64_t rows, int64_t columns, const std::uint8_t* in,
+                     std::uint8_t* out) {
+  parallel_for(n * columns, [&](int64_t task) {
+    const std::uint8_t* const from = in + task / columns * rows * columns + task % columns;
+    std::uint8_t* const to = out + task * rows;
+    for (int64_t i = 0; i < rows; ++i) to[i] = from[i * columns];
   });
 }
 
@@ -41,7 +34,7 @@ class NhwcInput {
   NhwcInput(const Conv2dProblem& p, const float* data, int64_t pixels, int64_t channels)
       : scratch_(needs_copy(p, data) ? bytes(p.n * pixels * channels) : 0), data_(data) {
     if (!needs_copy(p, data)) return;
-    transpose(p.n, channels, pixels, data, scratch_.floats());
+    kernels().transpose(p.n, channels, pixels, data, scratch_.floats());
     data_ = scratch_.floats();
   }
   const float* data() const { return data_; }
@@ -62,7 +55,7 @@ class NhwcOutput {
         copied_(p.layout == Layout::nchw) {}
   float* data() const { return copied_ ? scratch_.floats() : data_; }
   void finish() const {
-    if (copied_) transpose(n_, pixels_, channels_, scratch_.floats(), data_);
+    if (copied_) kernels().transpose(n_, pixels_, channels_, scratch_.floats(), data_);
   }
 
  private:
@@ -247,7 +240,7 @@ void conv2d_pool_fprop(const Conv2dProblem& p, const float* x, const float* filt
     pool_by_strips(seen, chosen, x_nhwc.data(), filter, bias, y_nhwc.data(), taps);
   }
   y_nhwc.finish();
-  if (turned && argmax) transpose(p.n, pixels, p.k, taps, argmax);
+  if (turned && argmax) transpose_bytes(p.n, pixels, p.k, taps, argmax);
 }
 
 void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filter,

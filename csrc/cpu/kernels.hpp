@@ -62,6 +62,9 @@ struct Kernels {
   // summed over pixels in a fixed order (dbias may be null).
   void (*activation_grad)(std::int64_t pixels, std::int64_t channels, const float* dy,
                           const float* y, float* dz, float* dbias);
+  // out[n][j][i] = in[n][i][j] for `matrices` of rows x columns.
+  void (*transpose)(std::int64_t matrices, std::int64_t rows, std::int64_t columns,
+                    const float* in, float* out);
   void (*max_pool2d_fprop)(const Pool2dProblem&, const float* x, float* y, void* argmax);
   // dy counts only where y > 0, unless y is null.
   void (*max_pool2d_bprop)(const Pool2dProblem&, const float* dy, const float* y,

@@ -8,6 +8,7 @@
 #include "cpu/kernels.hpp"
 #include "cpu/pool.hpp"
 #include "cpu/small_channel.hpp"
+#include "cpu/transpose.hpp"
 #include "cpu/winograd.hpp"
 
 namespace fastconv::cpu {
@@ -139,6 +140,7 @@ constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
 const Kernels kAvx2Kernels = {
     .conv2d = kConv2dAlgorithms,
     .activation_grad = activation_grad<Avx2>,
+    .transpose = transpose<Avx2>,
     .max_pool2d_fprop = max_pool2d_fprop<Avx2>,
     .max_pool2d_bprop = max_pool2d_bprop<Avx2>,
     .avg_pool2d_fprop = avg_pool2d_fprop<Avx2>,

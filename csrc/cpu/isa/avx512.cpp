@@ -9,6 +9,7 @@
 #include "cpu/kernels.hpp"
 #include "cpu/pool.hpp"
 #include "cpu/small_channel.hpp"
+#include "cpu/transpose.hpp"
 #include "cpu/winograd.hpp"
 
 namespace fastconv::cpu {
@@ -131,6 +132,7 @@ constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
 const Kernels kAvx512Kernels = {
     .conv2d = kConv2dAlgorithms,
     .activation_grad = activation_grad<Avx512>,
+    .transpose = transpose<Avx512>,
     .max_pool2d_fprop = max_pool2d_fprop<Avx512>,
     .max_pool2d_bprop = max_pool2d_bprop<Avx512>,
     .avg_pool2d_fprop = avg_pool2d_fprop<Avx512>,

@@ -5,6 +5,7 @@
 #include "cpu/kernels.hpp"
 #include "cpu/pool.hpp"
 #include "cpu/small_channel.hpp"
+#include "cpu/transpose.hpp"
 #include "cpu/winograd.hpp"
 
 namespace fastconv::cpu {
@@ -69,6 +70,7 @@ constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
 const Kernels kScalarKernels = {
     .conv2d = kConv2dAlgorithms,
     .activation_grad = activation_grad<Scalar>,
+    .transpose = transpose<Scalar>,
     .max_pool2d_fprop = max_pool2d_fprop<Scalar>,
     .max_pool2d_bprop = max_pool2d_bprop<Scalar>,
     .avg_pool2d_fprop = avg_pool2d_fprop<Scalar>,
