@@ -70,49 +70,30 @@ Conv2dProblem as_nhwc(Conv2dProblem p) {
   return p;
 }
 
-}  // namespace
-
-void conv2d_fprop(const Conv2dProblem& p, const float* x, const float* filter, const float* bias,
-                  float* y, const char* algorithm) {
-  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_nhwc(p), Direction::fprop, algorithm);
-  if (p.n == 0) return;
-  const NhwcInput x_nhwc(p, x, p.h * p.w, p.c);
-  const NhwcOutput y_nhwc(p, y, p.oh * p.ow, p.k);
-  chosen.run(as_nhwc(p), Direction::fprop,
-             {.x = x_nhwc.data(), .filter = filter, .bias = bias, .out = y_nhwc.data()});
-  y_nhwc.finish();
+// NCHW images are turned so many at a time that they stay in the caches between that and the kernels;
+// of NHWC, all are taken at once. `fixed_bytes` is what each part costs besides.
+int64_t images_a_part(const Conv2dProblem& p, int64_t fixed_bytes) {
+  if (p.layout == Layout::nhwc) return p.n;
+  const int64_t image_bytes = 4 * (p.h * p.w * p.c + p.oh * p.ow * p.k);
+  const int64_t budget = std::max(int64_t{6} << 20, 4 * fixed_bytes);
+  const int64_t most = std::clamp<int64_t>(budget / image_bytes, 1, p.n);
+  const int64_t parts = (p.n + most - 1) / most;
+  return (p.n + parts - 1) / parts;
 }
 
-void conv2d_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, const float* y,
-                  float* dx, const char* algorithm) {
-  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_nhwc(p), Direction::dgrad, algorithm);
-  if (p.n == 0) return;
-  const bool relu = p.activation == Activation::relu;
-  const bool apart = relu && !chosen.masks_dgrad;  // the mask is a pass of its own
-  const NhwcInput dy_nhwc(p, dy, p.oh * p.ow, p.k);
-  const NhwcInput y_nhwc(p, relu ? y : nullptr, p.oh * p.ow, p.k);
-  const NhwcOutput dx_nhwc(p, dx, p.h * p.w, p.c);
-  const Workspace dz(apart ? bytes(p.y_size()) : 0);
-  if (apart) {
-    kernels().activation_grad(p.n * p.oh * p.ow, p.k, dy_nhwc.data(), y_nhwc.data(), dz.floats(),
-                              nullptr);
+// Calls body(part of the problem, its first image).
+template <class Body>
+void for_each_part(const Conv2dProblem& p, int64_t images, const Body& body) {
+  Conv2dProblem part = p;
+  for (int64_t n = 0; n < p.n; n += images) {
+    part.n = std::min(images, p.n - n);
+    body(part, n);
   }
-  chosen.run(as_nhwc(p), Direction::dgrad,
-             {.filter = filter,
-              .dy = apart ? dz.floats() : dy_nhwc.data(),
-              .y = relu && !apart ? y_nhwc.data() : nullptr,
-              .out = dx_nhwc.data()});
-  dx_nhwc.finish();
 }
 
-void conv2d_wgrad(const Conv2dProblem& p, const float* x, const float* dy, const float* y,
-                  float* dfilter, float* dbias, const char* algorithm) {
-  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_nhwc(p), Direction::wgrad, algorithm);
-  if (p.n == 0) {
-    if (dfilter) std::memset(dfilter, 0, bytes(p.filter_size()));
-    if (dbias) std::memset(dbias, 0, bytes(p.k));
-    return;
-  }
+// The gradient of some images by the filter and the bias.
+void wgrad_of_images(const Conv2dProblem& p, const cpu::Conv2dAlgorithm& chosen, const float* x,
+                     const float* dy, const float* y, float* dfilter, float* dbias) {
   const bool relu = p.activation == Activation::relu;
   const bool fused = chosen.masks_wgrad && dfilter;
   const bool apart = relu && !fused;
@@ -131,6 +112,78 @@ void conv2d_wgrad(const Conv2dProblem& p, const float* x, const float* dy, const
               .y = relu && fused ? y_nhwc.data() : nullptr,
               .out = dfilter,
               .dbias = fused ? dbias : nullptr});
+}
+
+void add(const float* from, int64_t count, float* to) {
+  constexpr int64_t kATask = 16384;
+  parallel_for((count + kATask - 1) / kATask, [&](int64_t task) {
+    for (int64_t i = task * kATask; i < std::min(count, (task + 1) * kATask); ++i) to[i] += from[i];
+  });
+}
+
+}  // namespace
+
+void conv2d_fprop(const Conv2dProblem& p, const float* x, const float* filter, const float* bias,
+                  float* y, const char* algorithm) {
+  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_nhwc(p), Direction::fprop, algorithm);
+  if (p.n == 0) return;
+  for_each_part(p, images_a_part(p, bytes(p.filter_size())),
+                [&](const Conv2dProblem& part, int64_t n) {
+    const NhwcInput x_nhwc(part, x + n * p.h * p.w * p.c, p.h * p.w, p.c);
+    const NhwcOutput y_nhwc(part, y + n * p.oh * p.ow * p.k, p.oh * p.ow, p.k);
+    chosen.run(as_nhwc(part), Direction::fprop,
+               {.x = x_nhwc.data(), .filter = filter, .bias = bias, .out = y_nhwc.data()});
+    y_nhwc.finish();
+  });
+}
+
+void conv2d_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, const float* y,
+                  float* dx, const char* algorithm) {
+  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_nhwc(p), Direction::dgrad, algorithm);
+  if (p.n == 0) return;
+  const bool relu = p.activation == Activation::relu;
+  const bool apart = relu && !chosen.masks_dgrad;  // the mask is a pass of its own
+  for_each_part(p, images_a_part(p, bytes(p.filter_size())),
+                [&](const Conv2dProblem& part, int64_t n) {
+    const int64_t at_y = n * p.oh * p.ow * p.k;
+    const NhwcInput dy_nhwc(part, dy + at_y, p.oh * p.ow, p.k);
+    const NhwcInput y_nhwc(part, relu ? y + at_y : nullptr, p.oh * p.ow, p.k);
+    const NhwcOutput dx_nhwc(part, dx + n * p.h * p.w * p.c, p.h * p.w, p.c);
+    const Workspace dz(apart ? bytes(part.y_size()) : 0);
+    if (apart) {
+      kernels().activation_grad(part.n * p.oh * p.ow, p.k, dy_nhwc.data(), y_nhwc.data(),
+                                dz.floats(), nullptr);
+    }
+    chosen.run(as_nhwc(part), Direction::dgrad,
+               {.filter = filter,
+                .dy = apart ? dz.floats() : dy_nhwc.data(),
+                .y = relu && !apart ? y_nhwc.data() : nullptr,
+                .out = dx_nhwc.data()});
+    dx_nhwc.finish();
+  });
+}
+
+void conv2d_wgrad(const Conv2dProblem& p, const float* x, const float* dy, const float* y,
+                  float* dfilter, float* dbias, const char* algorithm) {
+  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_nhwc(p), Direction::wgrad, algorithm);
+  if (p.n == 0) {
+    if (dfilter) std::memset(dfilter, 0, bytes(p.filter_size()));
+    if (dbias) std::memset(dbias, 0, bytes(p.k));
+    return;
+  }
+  const int64_t images = images_a_part(p, 2 * bytes(p.filter_size()));
+  const bool in_parts = images < p.n;  // whose gradients are added up in order
+  const Workspace sums(in_parts ? bytes(p.filter_size()) + bytes(p.k) : 0);
+  for_each_part(p, images, [&](const Conv2dProblem& part, int64_t n) {
+    float* const own_dfilter = n > 0 && dfilter ? sums.floats(bytes(p.k)) : dfilter;
+    float* const own_dbias = n > 0 && dbias ? sums.floats() : dbias;
+    const int64_t at_y = n * p.oh * p.ow * p.k;
+    wgrad_of_images(part, chosen, x ? x + n * p.h * p.w * p.c : nullptr, dy + at_y,
+                    y ? y + at_y : nullptr, own_dfilter, own_dbias);
+    if (n == 0) return;
+    if (dfilter) add(own_dfilter, p.filter_size(), dfilter);
+    if (dbias) add(own_dbias, p.k, dbias);
+  });
 }
 
 void max_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y, void* argmax) {
