@@ -99,6 +99,93 @@ StridedTileFunction strided_tile_function(int rows, int vectors) {
   return kTable[static_cast<std::size_t>(2 * (rows - 1) + vectors - 1)];
 }
 
+// The same with 2 x 2 max-pooling behind it: `Pixels` windows beside one another, whose pixels stay in
+// registers. y_step is from window to window; `below` floats lie between a pixel and the one below.
+template <class V, int Pixels, int Vectors>
+void pooled_tile(const StridedTile& t, int64_t below, std::uint8_t* argmax) {
+  const auto tail = V::tail(t.columns);
+  typename V::Reg sum[2][2 * Pixels][Vectors];  // upper and lower row
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v) {
+    typename V::Reg first = V::zero();
+    if (t.bias) {
+      const float* bias = t.bias + v * V::kWidth;
+      first = v == Vectors - 1 ? V::load(bias, tail) : V::load(bias);
+    }
+#pragma GCC unroll 2
+    for (int row = 0; row < 2; ++row)
+#pragma GCC unroll 8
+      for (int i = 0; i < 2 * Pixels; ++i) sum[row][i][v] = first;
+  }
+  constexpr int kBases = (2 * Pixels + 2) / 3;
+  const int64_t step = t.step;
+  const float* filter = t.filter;
+  for (int64_t tap = 0; tap < t.taps; ++tap) {
+    const float* a[2][kBases];
+#pragma GCC unroll 4
+    for (int b = 0; b < kBases; ++b) {
+      a[0][b] = t.x + t.tap_offsets[tap] + 3 * b * step;
+      a[1][b] = a[0][b] + below;
+    }
+    for (int64_t c = 0; c < t.run; ++c, filter += Vectors * V::kWidth) {
+      typename V::Reg b[Vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) b[v] = V::load(filter + v * V::kWidth);
+#pragma GCC unroll 2
+      for (int row = 0; row < 2; ++row)
+#pragma GCC unroll 8
+        for (int i = 0; i < 2 * Pixels; ++i) {
+          const typename V::Reg x = V::broadcast(a[row][i / 3] + i % 3 * step + c);
+#pragma GCC unroll 4
+          for (int v = 0; v < Vectors; ++v) sum[row][i][v] = V::fma(x, b[v], sum[row][i][v]);
+        }
+    }
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < Pixels; ++p)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      const auto load = [&](int64_t r, int64_t s) {
+        const typename V::Reg value = sum[r][2 * p + s][v];
+        return t.relu ? V::relu(value) : value;
+      };
+      const auto pool = [&](const auto& lanes) {
+        const int64_t at = p * t.y_step + v * V::kWidth;
+        if (argmax) {
+          const MaxForward<V, std::uint8_t> policy{t.y, argmax, 2};
+          policy.template vector<2, 2>(load, {}, {}, at, lanes);
+        } else {
+          const MaxForward<V, void> policy{t.y, nullptr, 2};
+          policy.template vector<2, 2>(load, {}, {}, at, lanes);
+        }
+      };
+      if (v < Vectors - 1 || t.columns == V::kWidth) {
+        pool(AllLanes<V>{});
+      } else {
+        pool(SomeLanes<V>(t.columns));
+      }
+    }
+}
+
+using PooledTileFunction = void (*)(const StridedTile&, int64_t below, std::uint8_t* argmax);
+
+// Windows of a tile.
+template <class V>
+constexpr int kPooledPixels = V::kRows / 4;
+
+// By pixels - 1 and vectors - 1.
+template <class V, std::size_t... I>
+constexpr auto make_pooled_tile_table(std::index_sequence<I...>) {
+  return std::array<PooledTileFunction, sizeof...(I)>{pooled_tile<V, I / 2 + 1, I % 2 + 1>...};
+}
+
+template <class V>
+PooledTileFunction pooled_tile_function(int pixels, int vectors) {
+  static constexpr auto kTable =
+      make_pooled_tile_table<V>(std::make_index_sequence<2 * std::size_t{kPooledPixels<V>}>{});
+  return kTable[static_cast<std::size_t>(2 * (pixels - 1) + vectors - 1)];
+}
+
 // out[p][c] = sum over taps, k of dy[p * step + offset(tap) + k] * filter[offset(tap) + c * K + k].
 struct DotTile {
   const float* dy;
@@ -208,11 +295,11 @@ struct SmallChannel {
     int64_t rows, strips;                   // output rows of a strip; strips of an image
     int64_t source_rows, source_w, floats;  // of the copy
     int64_t taps, run;
-    int64_t pooled_floats;                  // two output rows, where they are pooled
     int64_t packed_bytes, offsets_bytes;
-    bool copied;
+    bool copied, pooled;
 
-    Strip(const Conv2dProblem& p, bool pooled) {
+    Strip(const Conv2dProblem& p, bool pooled_given) {
+      pooled = pooled_given;
       copied = p.pad_top || p.pad_bottom || p.pad_left || p.pad_right;
       source_w = copied ? max64((p.ow - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1, 1) : p.w;
       // Some 1 MFLOP a task, and a copy that stays in the first-level cache's neighbourhood.
@@ -223,7 +310,6 @@ struct SmallChannel {
       }
       if (pooled) rows += rows % 2;
       strips = ceil_div(p.oh, rows);
-      pooled_floats = pooled ? round_up(2 * p.ow * p.k, 16) : 0;
       source_rows = source_rows_of(p, rows);
       floats = copied ? ceil_div(source_rows * source_w * p.c, 16) * 16 : 0;
       const bool merged = p.dilation_w == 1;
@@ -235,11 +321,11 @@ struct SmallChannel {
 
     int64_t tasks(const Conv2dProblem& p) const { return p.n * strips; }
     int64_t workspace_bytes(int workers) const {
-      return packed_bytes + offsets_bytes + workers * (floats + pooled_floats) * 4;
+      return packed_bytes + offsets_bytes + workers * floats * 4;
     }
     // Strip number i: output rows begin .. end - 1. A strip of rows that are pooled has pairs of them.
     Span rows_of(const Conv2dProblem& p, int64_t i) const {
-      if (pooled_floats == 0) return {p.oh * i / strips, p.oh * (i + 1) / strips};
+      if (!pooled) return {p.oh * i / strips, p.oh * (i + 1) / strips};
       return {p.oh / 2 * i / strips * 2, p.oh / 2 * (i + 1) / strips * 2};
     }
     static int64_t source_rows_of(const Conv2dProblem& p, int64_t rows) {
@@ -250,8 +336,6 @@ struct SmallChannel {
   static void fprop(const Conv2dProblem& p, const Conv2dOperands& operands) {
     if (p.y_size() == 0) return;
     const float* const bias = operands.bias;
-    const Pool2dProblem pool{.n = p.n, .h = p.oh, .w = p.ow, .c = p.k, .r = 2, .s = 2,
-                             .oh = p.oh / 2, .ow = p.ow / 2, .stride_h = 2, .stride_w = 2};
     const TapConvolution g = fprop_taps(p);
     const FilterPanels<V> panels(g);
     const Strip strip(p, operands.pooled);
@@ -276,7 +360,7 @@ struct SmallChannel {
       const int64_t n = task / strip.strips;
       const Span strip_rows = strip.rows_of(p, task % strip.strips);
       const int64_t begin = strip_rows.begin, end = strip_rows.end;
-      float* const own = copies + worker * (strip.floats + strip.pooled_floats);
+      float* const own = copies + worker * strip.floats;
       const float* source = operands.x + (n * p.h + begin * p.stride_h) * p.w * p.c;
       if (strip.copied) {
         copy_strip(p, strip, operands.x + n * p.h * p.w * p.c, begin, end, own);
@@ -289,46 +373,37 @@ struct SmallChannel {
       t.run = strip.run;
       t.y_step = p.k;
       t.relu = g.relu;
-      const int64_t tiles = ceil_div(p.ow, kTileRows);
-      const int64_t pixels_a_tile = p.ow / tiles, larger_tiles = p.ow % tiles;
-      // Output rows i .. i_end - 1 to `rows`.
-      const auto compute = [&](int64_t i, int64_t i_end, float* rows) {
-        for (int64_t first = 0; first < panels.panels; first += panels_a_pass) {
-          const int64_t last = min64(panels.panels, first + panels_a_pass);
-          for (int64_t row = i; row < i_end; ++row) {
-            t.x = source + (row - begin) * p.stride_h * strip.source_w * p.c;
-            float* out = rows + (row - i) * p.ow * p.k;
-            for (int64_t tile = 0; tile < tiles; ++tile) {
-              const int count = static_cast<int>(pixels_a_tile + (tile < larger_tiles));
-              for (int64_t panel = first; panel < last; ++panel) {
-                const int64_t column = panel * FilterPanels<V>::kPanel;
-                t.filter = packed + panels.offset(0, panel);
-                t.bias = bias ? bias + column : nullptr;
-                t.columns = panels.last_columns(panel);
-                t.y = out + column;
-                strided_tile_function<V>(count, panels.vectors_of(panel))(t);
+      // Pixels of a row, or windows of two rows.
+      const int64_t unit = operands.pooled ? 2 : 1;
+      const int64_t columns = p.ow / unit;
+      const int64_t tiles = ceil_div(columns, operands.pooled ? kPooledPixels<V> : kTileRows);
+      const int64_t columns_a_tile = columns / tiles, larger_tiles = columns % tiles;
+      const int64_t below = p.stride_h * strip.source_w * p.c;
+      for (int64_t first = 0; first < panels.panels; first += panels_a_pass) {
+        const int64_t last = min64(panels.panels, first + panels_a_pass);
+        for (int64_t i = begin; i < end; i += unit) {
+          t.x = source + (i - begin) * below;
+          int64_t at = (n * p.oh + i) / unit * columns * p.k;
+          for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int count = static_cast<int>(columns_a_tile + (tile < larger_tiles));
+            for (int64_t panel = first; panel < last; ++panel) {
+              const int64_t column = panel * FilterPanels<V>::kPanel;
+              const int vectors = panels.vectors_of(panel);
+              t.filter = packed + panels.offset(0, panel);
+              t.bias = bias ? bias + column : nullptr;
+              t.columns = panels.last_columns(panel);
+              t.y = operands.out + at + column;
+              if (operands.pooled) {
+                std::uint8_t* const argmax =
+                    operands.argmax ? operands.argmax + at + column : nullptr;
+                pooled_tile_function<V>(count, vectors)(t, below, argmax);
+              } else {
+                strided_tile_function<V>(count, vectors)(t);
               }
-              t.x += count * t.step;
-              out += count * p.k;
             }
+            t.x += unit * count * t.step;
+            at += count * p.k;
           }
-        }
-      };
-      if (!operands.pooled) {
-        compute(begin, end, operands.out + (n * p.oh + begin) * p.ow * p.k);
-        return;
-      }
-      float* const pair = own + strip.floats;
-      const Pixels pooled{n * pool.oh * pool.ow * p.k, pool.ow * p.k, p.k};
-      for (int64_t i = begin; i < end; i += 2) {
-        compute(i, i + 2, pair);
-        const Pixels in = strip_pixels(i, p.ow, p.k);
-        if (operands.argmax) {
-          pool_row<V, MaxForward<V, std::uint8_t>, 2, 2>(
-              pool, i / 2, pair, in, pooled, {0, p.k}, {operands.out, operands.argmax, 2});
-        } else {
-          pool_row<V, MaxForward<V, void>, 2, 2>(pool, i / 2, pair, in, pooled, {0, p.k},
-                                                 {operands.out, nullptr, 2});
         }
       }
     });
