@@ -185,13 +185,19 @@ struct Winograd {
       padded_c = round_up(c, V::kWidth);
       panels = ceil_div(k, kPanel);
       // Transformed inputs of a block in half of a 1 MiB second-level cache, but tiles enough that
-      // what is read of the filter is used twice: rows of the register tile, twice.
+      // what is read of the filter is used twice: rows of the register tile, twice. Each thread
+      // should have some blocks. (Their number changes no result.)
+      const int64_t threads = num_threads();
       const int64_t fitting = (int64_t{400} << 10) / max64(kPoints * padded_c * 4, 1);
-      const int64_t most = max64(2 * V::kRows, min64(fitting, 4 * V::kRows));
-      blocks = max64(1, ceil_div(tiles, most));
+      const int64_t least = 2 * V::kRows;
+      const int64_t most = max64(least, min64(fitting, 4 * V::kRows));
+      blocks = max64(1, max64(ceil_div(tiles, most), min64(4 * threads, tiles / least)));
       block_tiles = max64(1, ceil_div(tiles, blocks));
+      blocks = max64(1, ceil_div(tiles, block_tiles));
+      // With fewer blocks than that, threads share them by panels. What one core transforms, another
+      // multiplies then, which costs as much as it saves where there are blocks for all.
+      two_phases = threads > 1 && blocks < 4 * threads;
       constexpr int64_t kEnoughTasks = 16;
-      two_phases = blocks < kEnoughTasks;
       panel_groups = two_phases ? min64(panels, ceil_div(kEnoughTasks, blocks)) : 1;
       tasks = blocks * panel_groups;
       workers = workers_for(tasks);
