@@ -474,21 +474,23 @@ class Expected:
             results = self._solve(
                 direction, data.x, data.w, data.dy, data.bias, activation=activation
             )
-        sizes = [_finite(array) for array in (data.x, data.w, data.dy, data.bias)]
-        magnitudes = self._solve(direction, *sizes)
+        names = ("x", "w", "dy", "bias")
+        sizes = {name: _finite(getattr(data, name)) for name in names}
+        magnitudes = self._solve(direction, **sizes)
         flushed = dict.fromkeys(results, 0.0)
         if case.values in ("denormals", "tiny", "mixed"):
             # A denormal factor counts as 0, and a product or a sum that is one may too.
-            lost = [np.where(size < LEAST_NORMAL, size, 0) for size in sizes]
-            for x, w, dy, bias in (
-                (lost[0], sizes[1], lost[2] if direction == "wgrad" else lost[2], lost[3]),
-                (sizes[0], lost[1], sizes[2], sizes[3] * 0),
-                (sizes[0], sizes[1], lost[2], sizes[3] * 0),
-            ):
-                for name, value in self._solve(direction, x, w, dy, bias).items():
-                    flushed[name] = flushed[name] + value
-            for name in flushed:
-                flushed[name] = flushed[name] + (2 * self._terms(direction) + 2) * LEAST_NORMAL
+            lost = {name: np.where(sizes[name] < LEAST_NORMAL, sizes[name], 0) for name in names}
+            for factor in {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}[
+                direction
+            ]:
+                bias = lost["bias"] if factor == "x" else 0 * sizes["bias"]
+                costs = self._solve(direction, **{**sizes, "bias": bias, factor: lost[factor]})
+                for name, cost in costs.items():
+                    if name != "dbias" or factor == "dy":
+                        flushed[name] = flushed[name] + cost
+            least = (2 * self._terms(direction) + 2) * LEAST_NORMAL
+            flushed = {name: cost + least for name, cost in flushed.items()}
         return results, magnitudes, flushed
 
     def _terms(self, direction):
