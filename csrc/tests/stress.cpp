@@ -1,0 +1,441 @@
+// Random problems through every algorithm and instruction set, compared with the reference: what
+// the sanitizers run. No Python, so that they need no preloading. Data are small integers, whose
+// sums of products are exact in any order.
+//
+//   stress [--problems N] [--seed S] [--callers C] [--fail-allocations]
+//
+// With --callers, C threads run problems at once while the number of threads changes. With
+// --fail-allocations, every call is repeated with its first, second, ... allocation refused until
+// it goes through: each must throw std::bad_alloc and leave all as it was.
+//
+// Tensors lie against a page that cannot be touched, behind or before them by turns; under
+// AddressSanitizer in memory of their exact size.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "core/cpu_features.hpp"
+#include "core/operations.hpp"
+#include "core/problem.hpp"
+#include "core/selection.hpp"
+#include "core/thread_pool.hpp"
+#include "cpu/reference.hpp"
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define FASTCONV_SANITIZED 1
+#else
+#define FASTCONV_SANITIZED 0
+#endif
+
+using namespace fastconv;
+using std::int64_t;
+
+// --- refused allocations --------------------------------------------------------------------------
+
+namespace {
+
+// The calls left until one is refused; negative: none is. Of the thread that set it alone.
+thread_local int64_t t_refuse = -1;
+thread_local bool t_refused = false;
+std::atomic<int64_t> g_blocks{0};
+
+bool refuse() {
+  if (t_refuse < 0) return false;
+  if (t_refuse-- > 0) return false;
+  t_refused = true;
+  return true;
+}
+
+}  // namespace
+
+#if !FASTCONV_SANITIZED
+// The library's own calls come here too.
+void* operator new(std::size_t bytes) {
+  if (!refuse()) {
+    if (void* block = std::malloc(bytes ? bytes : 1)) {
+      ++g_blocks;
+      return block;
+    }
+  }
+  throw std::bad_alloc();
+}
+void operator delete(void* block) noexcept {
+  if (block) --g_blocks;
+  std::free(block);
+}
+void operator delete(void* block, std::size_t) noexcept { operator delete(block); }
+
+extern "C" void* aligned_alloc(std::size_t alignment, std::size_t bytes) {
+  void* block = nullptr;
+  return refuse() || posix_memalign(&block, alignment, bytes) != 0 ? nullptr : block;
+}
+#endif
+
+namespace {
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "stress: %s\n", what.c_str());
+  std::fflush(stderr);
+  std::_Exit(1);
+}
+
+// --- memory ---------------------------------------------------------------------------------------
+
+template <class T>
+class Tensor {
+ public:
+  Tensor(int64_t count, bool against_end) : count_(count) {
+    const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
+#if FASTCONV_SANITIZED
+    (void)against_end;
+    map_ = std::malloc(bytes);
+    data_ = static_cast<T*>(map_);
+#else
+    const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    const std::size_t inner = (bytes + page - 1) / page * page;
+    map_bytes_ = inner + 2 * page;
+    map_ = mmap(nullptr, map_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map_ == MAP_FAILED) fail("mmap");
+    char* const first = static_cast<char*>(map_) + page;
+    if (inner && mprotect(first, inner, PROT_READ | PROT_WRITE) != 0) fail("mprotect");
+    data_ = reinterpret_cast<T*>(against_end ? first + inner - bytes : first);
+#endif
+    std::memset(static_cast<void*>(data_), 0xA5, bytes);
+  }
+  Tensor(const Tensor&) = delete;
+  ~Tensor() {
+#if FASTCONV_SANITIZED
+    std::free(map_);
+#else
+    munmap(map_, map_bytes_);
+#endif
+  }
+  T* data() { return data_; }
+  T* begin() { return data_; }
+  T* end() { return data_ + count_; }
+  int64_t size() const { return count_; }
+  T operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  int64_t count_;
+  void* map_ = nullptr;
+  std::size_t map_bytes_ = 0;
+  T* data_ = nullptr;
+};
+
+// --- problems -------------------------------------------------------------------------------------
+
+using Random = std::mt19937_64;
+
+int64_t up_to(Random& random, int64_t most, int64_t least = 1) {
+  return least + static_cast<int64_t>(random() % static_cast<std::uint64_t>(most - least + 1));
+}
+
+Conv2dProblem draw_conv(Random& random) {
+  for (;;) {
+    Conv2dArguments a;
+    static constexpr int64_t kChannels[] = {1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 48, 65};
+    int64_t c = kChannels[random() % 14], k = kChannels[random() % 14];
+    const int kind = static_cast<int>(random() % 5);
+    int64_t r = up_to(random, 5), s = up_to(random, 5);
+    a.groups = up_to(random, 3);
+    a.strides = {up_to(random, 4), up_to(random, 4)};
+    a.dilations = {up_to(random, 3), up_to(random, 3)};
+    if (kind == 0) {  // Winograd's
+      r = s = 3;
+      a.groups = 1;
+      a.strides = a.dilations = {1, 1};
+    } else if (kind == 1) {  // depthwise
+      a.groups = c;
+      k = c * up_to(random, 3);
+    } else if (kind == 2) {  // pointwise
+      r = s = 1;
+    } else if (kind == 3) {
+      a.dilations = {1, 1};
+      c = up_to(random, 4);
+    }
+    if (kind != 1) c *= a.groups, k *= a.groups;
+    const int64_t n = up_to(random, 4, 0), h = up_to(random, 12), w = up_to(random, 18);
+    a.layout = random() % 2 ? Layout::nhwc : Layout::nchw;
+    a.x_shape = a.layout == Layout::nhwc ? std::array{n, h, w, c} : std::array{n, c, h, w};
+    a.filter_shape = {r, s, c / a.groups, k};
+    a.activation = random() % 2 ? Activation::relu : Activation::linear;
+    const int64_t most = up_to(random, 9, 0);
+    a.padding = {random() % 2 ? Padding::Kind::same : Padding::Kind::explicit_sides,
+                 up_to(random, most, 0), up_to(random, most, 0), up_to(random, most, 0),
+                 up_to(random, most, 0)};
+    try {
+      const Conv2dProblem p = make_conv2d_problem(a);
+      if (p.y_size() * p.r * p.s * p.c_per_group() < 400000) return p;
+    } catch (const std::invalid_argument&) {
+    }
+  }
+}
+
+Pool2dProblem draw_pool(Random& random) {
+  for (;;) {
+    Pool2dArguments a;
+    const int64_t n = up_to(random, 3, 0), h = up_to(random, 20), w = up_to(random, 40);
+    const int64_t c = up_to(random, 40);
+    a.layout = random() % 2 ? Layout::nhwc : Layout::nchw;
+    a.x_shape = a.layout == Layout::nhwc ? std::array{n, h, w, c} : std::array{n, c, h, w};
+    a.pool_size = {up_to(random, 4), up_to(random, 4)};
+    if (random() % 8 == 0) a.pool_size = {h, w};
+    a.strides = {up_to(random, 4), up_to(random, 4)};
+    a.padding = {random() % 2 ? Padding::Kind::same : Padding::Kind::explicit_sides,
+                 up_to(random, a.pool_size[0] - 1, 0), up_to(random, a.pool_size[0] - 1, 0),
+                 up_to(random, a.pool_size[1] - 1, 0), up_to(random, a.pool_size[1] - 1, 0)};
+    try {
+      return make_pool2d_problem(a);
+    } catch (const std::invalid_argument&) {
+    }
+  }
+}
+
+std::string text(const Conv2dProblem& p) {
+  char line[320];
+  std::snprintf(line, sizeof line,
+                "mb%ldg%ldic%ldih%ldiw%ldoc%ldkh%ldkw%ldsh%ldsw%ldph%ldpb%ldpw%ldpr%lddh%lddw%ld%s%s",
+                long(p.n), long(p.groups), long(p.c), long(p.h), long(p.w), long(p.k), long(p.r),
+                long(p.s), long(p.stride_h), long(p.stride_w), long(p.pad_top), long(p.pad_bottom),
+                long(p.pad_left), long(p.pad_right), long(p.dilation_h - 1),
+                long(p.dilation_w - 1), p.layout == Layout::nchw ? " nchw" : "",
+                p.activation == Activation::relu ? " relu" : "");
+  return line;
+}
+
+std::string text(const Pool2dProblem& p) {
+  char line[320];
+  std::snprintf(line, sizeof line, "pool mb%ldic%ldih%ldiw%ldkh%ldkw%ldsh%ldsw%ldph%ldpb%ldpw%ldpr%ld%s",
+                long(p.n), long(p.c), long(p.h), long(p.w), long(p.r), long(p.s), long(p.stride_h),
+                long(p.stride_w), long(p.pad_top), long(p.pad_bottom), long(p.pad_left),
+                long(p.pad_right), p.layout == Layout::nchw ? " nchw" : "");
+  return line;
+}
+
+void fill(Tensor<float>& tensor, Random& random) {
+  for (float& value : tensor) value = static_cast<float>(up_to(random, 4, -4));
+}
+
+// --- checks ---------------------------------------------------------------------------------------
+
+bool g_fail_allocations = false;
+std::atomic<int64_t> g_calls{0}, g_refusals{0};
+
+template <class T>
+void check(const Tensor<T>& result, const Tensor<T>& expected, double tolerance,
+           const std::string& what) {
+  for (int64_t i = 0; i < result.size(); ++i) {
+    const double got = static_cast<double>(result[i]), right = static_cast<double>(expected[i]);
+    if (!(std::fabs(got - right) <= tolerance)) {
+      fail(what + ": result " + std::to_string(i) + " is " + std::to_string(got) + " instead of " +
+           std::to_string(right));
+    }
+  }
+}
+
+// Once, or with allocation after allocation refused until it goes through.
+template <class Call>
+void run(const std::string& what, const Call& call) {
+  if (g_fail_allocations) {
+    for (int64_t refused = 0;; ++refused) {
+      // What is kept between calls (scratch memory, choices) is no leak: only what a failed call
+      // leaves behind grows with every one of them.
+      const int64_t before = g_blocks.load();
+      t_refused = false;
+      t_refuse = refused;
+      bool threw = false;
+      try {
+        call();
+      } catch (const std::bad_alloc&) {
+        threw = true;
+      }
+      t_refuse = -1;
+      if (!t_refused) break;
+      ++g_refusals;
+      if (threw && g_blocks.load() > before + 2) fail(what + ": a refused allocation leaks");
+      if (refused > 1000) fail(what + ": asks for memory without end");
+    }
+  }
+  call();
+  ++g_calls;
+}
+
+double largest(const Tensor<float>& tensor) {
+  double most = 0;
+  for (int64_t i = 0; i < tensor.size(); ++i) most = std::max(most, std::fabs(double(tensor[i])));
+  return most;
+}
+
+std::vector<std::string> algorithms(const Conv2dProblem& p, Direction direction) {
+  std::vector<std::string> names;
+  for (const auto& candidate : explain(p, direction).candidates) names.push_back(candidate.algorithm);
+  return names;
+}
+
+struct ConvData {
+  Tensor<float> x, w, bias, dy, output;
+  Tensor<float> y, dx, dw, dbias;  // by the reference
+  ConvData(const Conv2dProblem& p, Random& random, bool end)
+      : x(p.x_size(), end), w(p.filter_size(), end), bias(p.k, end), dy(p.y_size(), end),
+        output(p.y_size(), end), y(p.y_size(), end), dx(p.x_size(), end),
+        dw(p.filter_size(), end), dbias(p.k, end) {
+    for (auto* tensor : {&x, &w, &bias, &dy, &output}) fill(*tensor, random);
+    reference::conv2d_fprop(p, x.data(), w.data(), bias.data(), y.data());
+    reference::conv2d_dgrad(p, dy.data(), w.data(), output.data(), dx.data());
+    reference::conv2d_wgrad(p, x.data(), dy.data(), output.data(), dw.data(), dbias.data());
+  }
+};
+
+void run_conv(const Conv2dProblem& p, ConvData& d, bool end, const std::string& label) {
+  for (Direction direction : {Direction::fprop, Direction::dgrad, Direction::wgrad}) {
+    for (const std::string& name : algorithms(p, direction)) {
+      const char* algorithm = name.c_str();
+      const std::string what =
+          text(p) + " " + label + " " + name + " " + direction_name(direction);
+      const bool exact = name.rfind("winograd", 0) != 0;
+      if (direction == Direction::fprop) {
+        Tensor<float> y(p.y_size(), end);
+        run(what, [&] {
+          conv2d_fprop(p, d.x.data(), d.w.data(), d.bias.data(), y.data(), algorithm);
+        });
+        check(y, d.y, exact ? 0 : 1e-2 + 1e-4 * largest(d.y), what);
+      } else if (direction == Direction::dgrad) {
+        Tensor<float> dx(p.x_size(), end);
+        run(what, [&] {
+          conv2d_dgrad(p, d.dy.data(), d.w.data(), d.output.data(), dx.data(), algorithm);
+        });
+        check(dx, d.dx, exact ? 0 : 1e-2 + 1e-4 * largest(d.dx), what);
+      } else {
+        Tensor<float> dw(p.filter_size(), end), dbias(p.k, end), alone(p.k, end);
+        run(what, [&] {
+          conv2d_wgrad(p, d.x.data(), d.dy.data(), d.output.data(), dw.data(), dbias.data(),
+                       algorithm);
+        });
+        check(dw, d.dw, 0, what);
+        check(dbias, d.dbias, 0, what + " dbias");
+        run(what, [&] {
+          conv2d_wgrad(p, d.x.data(), d.dy.data(), d.output.data(), nullptr, alone.data());
+        });
+        check(alone, d.dbias, 0, what + " dbias alone");
+      }
+    }
+  }
+}
+
+template <class Index>
+void run_pool(const Pool2dProblem& p, Random& random, bool end, const std::string& label) {
+  Tensor<float> x(p.x_size(), end), dy(p.y_size(), end);
+  fill(x, random);
+  fill(dy, random);
+  Tensor<float> right_y(p.y_size(), end), right_dx(p.x_size(), end);
+  Tensor<float> y(p.y_size(), end), dx(p.x_size(), end);
+  Tensor<Index> right_argmax(p.y_size(), end), argmax(p.y_size(), end);
+  const std::string what = text(p) + " " + label;
+
+  reference::max_pool2d_fprop(p, x.data(), right_y.data(), right_argmax.data());
+  run(what, [&] { max_pool2d_fprop(p, x.data(), y.data(), argmax.data()); });
+  check(y, right_y, 0, what + " max");
+  check(argmax, right_argmax, 0, what + " argmax");
+  run(what, [&] { max_pool2d_fprop(p, x.data(), y.data(), nullptr); });
+  check(y, right_y, 0, what + " max without argmax");
+  reference::max_pool2d_bprop(p, dy.data(), right_argmax.data(), right_dx.data());
+  run(what, [&] { max_pool2d_bprop(p, dy.data(), right_argmax.data(), dx.data()); });
+  check(dx, right_dx, 0, what + " max gradient");
+
+  reference::avg_pool2d_fprop(p, x.data(), right_y.data());
+  run(what, [&] { avg_pool2d_fprop(p, x.data(), y.data()); });
+  check(y, right_y, 1e-5, what + " average");
+  reference::avg_pool2d_bprop(p, dy.data(), right_dx.data());
+  run(what, [&] { avg_pool2d_bprop(p, dy.data(), dx.data()); });
+  check(dx, right_dx, 1e-4, what + " average gradient");
+}
+
+void run_problems(std::uint64_t seed, int64_t problems, const std::vector<Isa>& isas) {
+  Random random(seed);
+  for (int64_t i = 0; i < problems; ++i) {
+    const bool end = random() % 2;
+    if (random() % 4 == 0) {
+      const Pool2dProblem p = draw_pool(random);
+      for (Isa isa : isas) {
+        if (isas.size() > 1) set_isa(isa_name(isa));
+        if (p.argmax_fits_byte()) {
+          run_pool<std::uint8_t>(p, random, end, isa_name(isa));
+        } else {
+          run_pool<std::int32_t>(p, random, end, isa_name(isa));
+        }
+      }
+      continue;
+    }
+    const Conv2dProblem p = draw_conv(random);
+    ConvData data(p, random, end);
+    for (Isa isa : isas) {
+      if (isas.size() > 1) set_isa(isa_name(isa));
+      run_conv(p, data, end, isa_name(isa));
+    }
+  }
+}
+
+// Callers at once, on the instruction sets by turns: changing that one is not for many threads.
+void run_callers(std::uint64_t seed, int64_t problems, int callers) {
+  for (Isa isa : available_isas()) {
+    set_isa(isa_name(isa));
+    std::atomic<int> at_work{callers};
+    std::vector<std::thread> threads;
+    for (int caller = 0; caller < callers; ++caller) {
+      threads.emplace_back([&, caller] {
+        run_problems(seed + static_cast<std::uint64_t>(caller), problems / callers, {isa});
+        --at_work;
+      });
+    }
+    for (int count = 1; at_work > 0; count = count % 5 + 1) {
+      set_num_threads(count);
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  int64_t problems = 200;
+  std::uint64_t seed = 1;
+  int callers = 0;
+  for (int i = 1; i < count; ++i) {
+    const std::string option = arguments[i];
+    if (option == "--fail-allocations" && !FASTCONV_SANITIZED) {
+      g_fail_allocations = true;
+    } else if (option == "--problems" && i + 1 < count) {
+      problems = std::atoll(arguments[++i]);
+    } else if (option == "--seed" && i + 1 < count) {
+      seed = std::strtoull(arguments[++i], nullptr, 10);
+    } else if (option == "--callers" && i + 1 < count) {
+      callers = std::atoi(arguments[++i]);
+    } else {
+      fail("what is " + option + "?");
+    }
+  }
+  set_num_threads(2);
+  if (callers > 0) {
+    run_callers(seed, problems, callers);
+  } else {
+    run_problems(seed, problems, available_isas());
+  }
+  std::printf("stress: %ld problems, %ld calls, %ld refused allocations, none wrong\n",
+              long(problems), long(g_calls.load()), long(g_refusals.load()));
+  return 0;
+}
