@@ -15,7 +15,7 @@ bool cpu_supports(Isa isa) {
   switch (isa) {
     case Isa::scalar:
       return true;
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTCONV_SCALAR_ONLY)
     // libgcc and compiler-rt also ask XGETBV whether the system saves the registers.
     case Isa::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

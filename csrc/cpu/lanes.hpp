@@ -369,7 +369,7 @@ struct LanePlan {
     return (min64(channels, (v + 1) * V::kWidth) - 1) / g.columns;
   }
 
-  // Of the two tables below.
+  // Of the two tables below, in memory aligned to 64.
   int64_t table_bytes() const {
     return round_up(vectors * static_cast<int64_t>(sizeof(LaneVector)), 64) +
            round_up(vectors * V::kWidth * 4, 64);
@@ -484,14 +484,14 @@ struct LaneConvolution {
     }
   }
 
-  int64_t workspace_bytes() const { return packed_floats * 4 + plan.table_bytes(); }
+  int64_t workspace_bytes() const { return round_up(packed_floats * 4, 64) + plan.table_bytes(); }
 
   void execute(const float* x, const float* mask, const float* filter, const float* bias,
                float* y) {
     const Workspace workspace(static_cast<std::size_t>(workspace_bytes()));
     float* packed = workspace.floats();
     LaneTile common{};
-    plan.make_tables(classes[0].g, packed + packed_floats, common);
+    plan.make_tables(classes[0].g, packed + round_up(packed_floats, 16), common);
     const Lanes lanes = mask ? Lanes::masked : plan.lanes;
     for (int64_t k = 0; k < count; ++k) {
       classes[k].tiles = lane_tiles_for<V, false>(lanes, classes[k].g.horizontal);
@@ -629,7 +629,7 @@ struct LaneWgrad {
   }
 
   int64_t workspace_bytes() const {
-    return parts * part_floats * 4 + plan.table_bytes();
+    return round_up(parts * part_floats * 4, 64) + plan.table_bytes();
   }
 
   // `y`: dy counts where it is positive; null for everywhere. `dbias` may be null.
@@ -637,7 +637,7 @@ struct LaneWgrad {
     const Workspace workspace(static_cast<std::size_t>(workspace_bytes()));
     float* sums = workspace.floats();
     LaneTile common{};
-    plan.make_tables(g, sums + parts * part_floats, common);
+    plan.make_tables(g, sums + round_up(parts * part_floats, 16), common);
     common.reduce = g.reduce;
     common.filter_vector = vector_floats;
     common.filter_row_step = row_floats;

@@ -61,7 +61,7 @@ std::size_t slot_of(const Conv2dProblem& p, Direction direction, std::size_t slo
 }  // namespace
 
 const Kernels& kernels(Isa isa) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTCONV_SCALAR_ONLY)
   if (isa == Isa::avx512) return kAvx512Kernels;
   if (isa == Isa::avx2) return kAvx2Kernels;
 #endif

@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -52,7 +53,7 @@ thread_local int64_t t_refuse = -1;
 thread_local bool t_refused = false;
 std::atomic<int64_t> g_blocks{0};
 
-bool refuse() {
+[[maybe_unused]] bool refuse() {
   if (t_refuse < 0) return false;
   if (t_refuse-- > 0) return false;
   t_refused = true;
