@@ -22,12 +22,14 @@ ifneq ($(VENV_STATE),sound)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test bench performance clean
+.PHONY: help mnist test fuzz sanitize bench performance clean
 
 help:
 	@echo "make mnist   train the article's MNIST network on the fast layers;"
 	@echo "             ARGS passes options: make mnist ARGS='--layers both --epochs 2'"
 	@echo "make test    run the tests; ARGS passes options to pytest"
+	@echo "make fuzz    100,000 random problems against float64; ARGS passes options"
+	@echo "make sanitize   the library's stress test under ASan, UBSan and TSan (needs CMake)"
 	@echo "make bench   run the benchmarks; ARGS passes options to pytest"
 	@echo "make performance   measure every suite beside other libraries (large downloads)"
 	@echo "             and write docs/performance.md"
@@ -41,6 +43,12 @@ mnist: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV_PYTHON) -m pytest $(ARGS)
+
+fuzz: $(INSTALLED)
+	cd tests && ../$(VENV_PYTHON) fuzz.py $(ARGS)
+
+sanitize:
+	@tools/sanitize.sh $(ARGS)
 
 bench: $(INSTALLED)
 	$(VENV_PYTHON) -m pytest bench $(ARGS)

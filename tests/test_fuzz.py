@@ -1,0 +1,22 @@
+"""A slice of what ``make fuzz`` runs, other problems each time; the seed is in the output."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import fuzz
+
+
+def test_random_problems():
+    run = subprocess.run(
+        [sys.executable, Path(fuzz.__file__).name, "--problems", "500"],
+        cwd=Path(fuzz.__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    output = run.stdout + run.stderr
+    assert run.returncode == 0, output
+    assert re.search(r"500 problems, [\d,]+ calls, 0 wrong", output), output
