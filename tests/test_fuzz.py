@@ -1,4 +1,4 @@
-"""A slice of what ``make fuzz`` runs, other problems each time; the seed is in the output."""
+"""A slice of what ``make fuzz`` runs, the same problems each time."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ import fuzz
 
 def test_random_problems():
     run = subprocess.run(
-        [sys.executable, Path(fuzz.__file__).name, "--problems", "500"],
+        [sys.executable, Path(fuzz.__file__).name, "--problems", "500", "--seed", "14"],
         cwd=Path(fuzz.__file__).parent,
         capture_output=True,
         text=True,
