@@ -18,16 +18,6 @@ std::size_t bytes(int64_t elements) {
   return static_cast<std::size_t>(elements) * sizeof(float);
 }
 
-// out[n][j][i] = in[n][i][j], of an argmax.
-void transpose_bytes(int64_t n, int64_t rows, int64_t columns, const std::uint8_t* in,
-                     std::uint8_t* out) {
-  parallel_for(n * columns, [&](int64_t task) {
-    const std::uint8_t* const from = in + task / columns * rows * columns + task % columns;
-    std::uint8_t* const to = out + task * rows;
-    for (int64_t i = 0; i < rows; ++i) to[i] = from[i * columns];
-  });
-}
-
 // The convolutions speak NHWC. An NCHW tensor is brought to it and back through scratch memory.
 class NhwcInput {
  public:
@@ -274,26 +264,31 @@ void conv2d_pool_fprop(const Conv2dProblem& p, const float* x, const float* filt
   const Conv2dProblem seen = seen_by_windows(p);
   const cpu::Conv2dAlgorithm& chosen = cpu::choose(seen, Direction::fprop, algorithm);
   if (p.n == 0) return;
-  const bool turned = p.layout == Layout::nchw;
-  const NhwcInput x_nhwc(p, x, p.h * p.w, p.c);
   const int64_t pixels = pool.oh * pool.ow;
-  const NhwcOutput y_nhwc(p, y, pixels, p.k);
-  const Workspace argmax_nhwc(turned && argmax ? static_cast<std::size_t>(pool.y_size()) : 0);
-  std::uint8_t* const taps =
-      turned && argmax ? reinterpret_cast<std::uint8_t*>(argmax_nhwc.floats()) : argmax;
-  if (chosen.fuses_pool(seen, Direction::fprop)) {
-    chosen.run(seen, Direction::fprop,
-               {.x = x_nhwc.data(),
-                .filter = filter,
-                .bias = bias,
-                .out = y_nhwc.data(),
-                .pooled = true,
-                .argmax = taps});
-  } else {
-    pool_by_strips(seen, chosen, x_nhwc.data(), filter, bias, y_nhwc.data(), taps);
-  }
-  y_nhwc.finish();
-  if (turned && argmax) transpose_bytes(p.n, pixels, p.k, taps, argmax);
+  const bool turned = argmax && p.layout == Layout::nchw;
+  for_each_part(p, images_a_part(p, bytes(p.filter_size())),
+                [&](const Conv2dProblem& part, int64_t n) {
+    const Conv2dProblem seen_part = seen_by_windows(part);
+    const NhwcInput x_nhwc(part, x + n * p.h * p.w * p.c, p.h * p.w, p.c);
+    const NhwcOutput y_nhwc(part, y + n * pixels * p.k, pixels, p.k);
+    std::uint8_t* const own_argmax = argmax ? argmax + n * pixels * p.k : nullptr;
+    const Workspace scratch(turned ? static_cast<std::size_t>(part.n * pixels * p.k) : 0);
+    std::uint8_t* const taps =
+        turned ? reinterpret_cast<std::uint8_t*>(scratch.floats()) : own_argmax;
+    if (chosen.fuses_pool(seen, Direction::fprop)) {
+      chosen.run(seen_part, Direction::fprop,
+                 {.x = x_nhwc.data(),
+                  .filter = filter,
+                  .bias = bias,
+                  .out = y_nhwc.data(),
+                  .pooled = true,
+                  .argmax = taps});
+    } else {
+      pool_by_strips(seen_part, chosen, x_nhwc.data(), filter, bias, y_nhwc.data(), taps);
+    }
+    y_nhwc.finish();
+    if (turned) kernels().transpose_bytes(part.n, pixels, p.k, taps, own_argmax);
+  });
 }
 
 void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filter,
@@ -303,17 +298,6 @@ void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filt
   const Conv2dProblem seen = seen_by_windows(p);
   const bool relu = p.activation == Activation::relu;
   if (p.n == 0) return conv2d_wgrad(p, x, dy, y, dfilter, dbias, algorithm);
-  if (!dx && !dfilter) {
-    // Of the pooled gradient, all of which goes through.
-    const NhwcInput dy_nhwc(p, dy, pool.oh * pool.ow, p.k);
-    const NhwcInput y_nhwc(p, relu ? y : nullptr, pool.oh * pool.ow, p.k);
-    const Workspace dz(relu ? bytes(pool.y_size()) : 0);
-    if (dbias) {
-      kernels().activation_grad(p.n * pool.oh * pool.ow, p.k, dy_nhwc.data(), y_nhwc.data(),
-                                dz.floats(), dbias);
-    }
-    return;
-  }
   if (!dx && p.layout == Layout::nhwc) {
     const cpu::Conv2dAlgorithm& chosen = cpu::choose(seen, Direction::wgrad, algorithm);
     if (chosen.fuses_pool(seen, Direction::wgrad)) {
@@ -323,7 +307,6 @@ void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filt
                   .y = relu ? y : nullptr,
                   .out = dfilter,
                   .dbias = dbias,
-                  .pooled = true,
                   .argmax_of_y = argmax});
       return;
     }
@@ -334,9 +317,7 @@ void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filt
   Conv2dProblem linear = p;
   linear.activation = Activation::linear;
   if (dx) conv2d_dgrad(linear, dz.floats(), filter, nullptr, dx, algorithm);
-  if (dfilter || dbias) {
-    conv2d_wgrad(linear, x, dz.floats(), nullptr, dfilter, dbias, dx ? nullptr : algorithm);
-  }
+  conv2d_wgrad(linear, x, dz.floats(), nullptr, dfilter, dbias, dx ? nullptr : algorithm);
 }
 
 }  // namespace fastconv

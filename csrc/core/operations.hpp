@@ -49,7 +49,7 @@ FASTCONV_API void conv2d_pool_fprop(const Conv2dProblem& problem, const float* x
                                     const float* filter, const float* bias, float* y,
                                     std::uint8_t* argmax, const char* algorithm = nullptr);
 
-// Its gradients by x, the filter and the bias, each of which may be null. With activation relu, `y`
+// Its gradients by x, the filter and the bias; dx and dbias may be null. With activation relu, `y`
 // is conv2d_pool_fprop's output; with linear, it is not read.
 FASTCONV_API void conv2d_pool_bprop(const Conv2dProblem& problem, const float* x,
                                     const float* filter, const float* dy, const float* y,

@@ -47,6 +47,13 @@ struct TapTile {
   bool first, last;               // of the parts that a sum is made of: y holds it in between
 };
 
+// What the sums of a register tile's vector v begin with: the bias, or zero where that is null.
+template <class V, int Vectors>
+typename V::Reg start_of_sum(const float* bias, int v, const typename V::Tail& tail) {
+  if (!bias) return V::zero();
+  return v == Vectors - 1 ? V::load(bias + v * V::kWidth, tail) : V::load(bias + v * V::kWidth);
+}
+
 template <class V, int Rows, int Vectors>
 void tap_tile(const TapTile& t) {
   const auto tail = V::tail(t.columns);
@@ -54,11 +61,7 @@ void tap_tile(const TapTile& t) {
   if (t.first) {
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
-      typename V::Reg start = V::zero();
-      if (t.bias) {
-        const float* bias = t.bias + v * V::kWidth;
-        start = v == Vectors - 1 ? V::load(bias, tail) : V::load(bias);
-      }
+      const typename V::Reg start = start_of_sum<V, Vectors>(t.bias, v, tail);
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) sum[i][v] = start;
     }

@@ -24,11 +24,10 @@ struct Conv2dOperands {
   float* out = nullptr;           // y, dx or dfilter
   float* dbias = nullptr;         // wgrad that masks: also the sum of the masked dy; may be null
   // With a 2 x 2 max-pooling behind the convolution, of an algorithm that fuses it. The problem's
-  // output has even height and width. fprop: `out` is pooled, argmax is written unless null. wgrad:
-  // dy and y are pooled.
-  bool pooled = false;
-  std::uint8_t* argmax = nullptr;              // fprop
-  const std::uint8_t* argmax_of_y = nullptr;   // wgrad
+  // output has even height and width.
+  bool pooled = false;                        // fprop: `out` is pooled
+  std::uint8_t* argmax = nullptr;             // fprop, pooled; may be null
+  const std::uint8_t* argmax_of_y = nullptr;  // wgrad: not null where dy and y are pooled
 };
 
 struct Estimate {
@@ -49,7 +48,7 @@ struct Conv2dAlgorithm {
   Estimate (*estimate)(const Conv2dProblem&, Direction);
   std::string (*blocking)(const Conv2dProblem&, Direction);
   void (*run)(const Conv2dProblem&, Direction, const Conv2dOperands&);
-  // Whether it takes operands with `pooled` set.
+  // Whether it takes operands of a convolution with a pooling behind it.
   bool (*fuses_pool)(const Conv2dProblem&, Direction) = [](const Conv2dProblem&, Direction) {
     return false;
   };
@@ -65,6 +64,8 @@ struct Kernels {
   // out[n][j][i] = in[n][i][j] for `matrices` of rows x columns.
   void (*transpose)(std::int64_t matrices, std::int64_t rows, std::int64_t columns,
                     const float* in, float* out);
+  void (*transpose_bytes)(std::int64_t matrices, std::int64_t rows, std::int64_t columns,
+                          const std::uint8_t* in, std::uint8_t* out);
   void (*max_pool2d_fprop)(const Pool2dProblem&, const float* x, float* y, void* argmax);
   // dy counts only where y > 0, unless y is null.
   void (*max_pool2d_bprop)(const Pool2dProblem&, const float* dy, const float* y,

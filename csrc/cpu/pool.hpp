@@ -13,7 +13,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "cpu/implicit_gemm.hpp"
+#include "cpu/transpose.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -103,82 +103,14 @@ struct RowTasks {
 
 // --- strips of planes ------------------------------------------------------------------------------
 
-// planes[k][0 .. pixels) to strip[pixel][k], k below `count`; spare lanes get zeros.
-template <class V>
-void to_strip(const float* planes, int64_t plane_floats, int64_t count, int64_t pixels,
-              float* strip) {
-  for (int64_t at = 0; at < pixels; at += V::kWidth) {
-    const int64_t here = min64(V::kWidth, pixels - at);
-    const auto tail = V::tail(static_cast<int>(here));
-    typename V::Reg square[V::kWidth];
-#pragma GCC unroll 16
-    for (int k = 0; k < V::kWidth; ++k) {
-      square[k] = k < count ? V::load(planes + k * plane_floats + at, tail) : V::zero();
-    }
-    V::transpose(square);
-    for (int64_t i = 0; i < here; ++i) V::store(strip + (at + i) * V::kWidth, square[i]);
+// A strip holds V::kWidth planes as NHWC does channels, strip[pixel][plane]; transpose_tile takes it back
+// to the planes. planes[k][0 .. pixels) to a strip, k below `count`; spare lanes get zeros.
+template <class V, class T>
+void to_strip(const T* planes, int64_t plane_elements, int64_t count, int64_t pixels, T* strip) {
+  if (count < V::kWidth) {
+    std::memset(strip, 0, static_cast<std::size_t>(pixels * V::kWidth) * sizeof(T));
   }
-}
-
-template <class V>
-void from_strip(const float* strip, int64_t count, int64_t pixels, float* planes,
-                int64_t plane_floats) {
-  for (int64_t at = 0; at < pixels; at += V::kWidth) {
-    const int64_t here = min64(V::kWidth, pixels - at);
-    typename V::Reg square[V::kWidth];
-    for (int64_t i = 0; i < here; ++i) square[i] = V::load(strip + (at + i) * V::kWidth);
-    for (int64_t i = here; i < V::kWidth; ++i) square[i] = V::zero();
-    V::transpose(square);
-    if (here == V::kWidth) {
-      for (int64_t k = 0; k < count; ++k) V::store(planes + k * plane_floats + at, square[k]);
-    } else {
-      const auto tail = V::tail(static_cast<int>(here));
-      for (int64_t k = 0; k < count; ++k) V::store(planes + k * plane_floats + at, square[k], tail);
-    }
-  }
-}
-
-// The same of an argmax, whose elements travel as integers of a float's size.
-template <class V, class Index>
-void to_strip(const Index* planes, int64_t plane_floats, int64_t count, int64_t pixels,
-              Index* strip) {
-  for (int64_t at = 0; at < pixels; at += V::kWidth) {
-    const int64_t here = min64(V::kWidth, pixels - at);
-    const auto tail = V::tail(static_cast<int>(here));
-    typename V::Reg square[V::kWidth];
-#pragma GCC unroll 16
-    for (int k = 0; k < V::kWidth; ++k) {
-      square[k] = k < count ? V::bits(V::load_index(planes + k * plane_floats + at, tail))
-                            : V::zero();
-    }
-    V::transpose(square);
-    for (int64_t i = 0; i < here; ++i) {
-      V::store_index(strip + (at + i) * V::kWidth, V::int_bits(square[i]));
-    }
-  }
-}
-
-template <class V, class Index>
-void from_strip(const Index* strip, int64_t count, int64_t pixels, Index* planes,
-                int64_t plane_floats) {
-  for (int64_t at = 0; at < pixels; at += V::kWidth) {
-    const int64_t here = min64(V::kWidth, pixels - at);
-    const auto tail = V::tail(static_cast<int>(here));
-    typename V::Reg square[V::kWidth];
-    for (int64_t i = 0; i < here; ++i) {
-      square[i] = V::bits(V::load_index(strip + (at + i) * V::kWidth));
-    }
-    for (int64_t i = here; i < V::kWidth; ++i) square[i] = V::zero();
-    V::transpose(square);
-    for (int64_t k = 0; k < count; ++k) {
-      Index* const to = planes + k * plane_floats + at;
-      if (here == V::kWidth) {
-        V::store_index(to, V::int_bits(square[k]));
-      } else {
-        V::store_index(to, V::int_bits(square[k]), tail);
-      }
-    }
-  }
+  transpose_tile<V>(count, pixels, planes, plane_elements, strip, V::kWidth);
 }
 
 // --- what a window makes of its taps ------------------------------------------------------------
@@ -230,6 +162,7 @@ struct MaxForward {
       for (int64_t r = rows.begin; r < rows.end; ++r)
 #pragma GCC unroll 3
         for (int64_t s = columns.begin; s < columns.end; ++s) {
+          if (r == rows.begin && s == columns.begin) continue;
           const typename V::Reg value = load(r, s);
           const auto better = V::greater_or_first_nan(value, best);
           best = V::select(better, value, best);
@@ -248,12 +181,32 @@ struct MaxForward {
   template <class W>
   void take_results(const MaxForward& strip, int64_t planes, int64_t pixels, int64_t at,
                     int64_t plane_floats) const {
-    from_strip<W>(strip.y, planes, pixels, y + at, plane_floats);
+    transpose_tile<W>(pixels, planes, strip.y, W::kWidth, y + at, plane_floats);
     if constexpr (!std::is_void_v<Index>) {
-      from_strip<W>(strip.argmax, planes, pixels, argmax + at, plane_floats);
+      transpose_tile<W>(pixels, planes, strip.argmax, W::kWidth, argmax + at, plane_floats);
     }
   }
 };
+
+// y[at ..) = the maximum of load(r, s), r and s 0 or 1, for `count` channels of a vector; `argmax` may be
+// null. What a convolution with a 2 x 2 pooling behind it ends with.
+template <class V, class Load>
+void max_of_four(const Load& load, float* y, std::uint8_t* argmax, int64_t at, int count) {
+  const auto pool = [&](const auto& lanes) {
+    if (argmax) {
+      const MaxForward<V, std::uint8_t> policy{y, argmax, 2};
+      policy.template vector<2, 2>(load, {}, {}, at, lanes);
+    } else {
+      const MaxForward<V, void> policy{y, nullptr, 2};
+      policy.template vector<2, 2>(load, {}, {}, at, lanes);
+    }
+  };
+  if (count == V::kWidth) {
+    pool(AllLanes<V>{});
+  } else {
+    pool(SomeLanes<V>(count));
+  }
+}
 
 template <class V>
 struct AverageForward {
@@ -282,7 +235,7 @@ struct AverageForward {
   template <class W>
   void take_results(const AverageForward& strip, int64_t planes, int64_t pixels, int64_t at,
                     int64_t plane_floats) const {
-    from_strip<W>(strip.y, planes, pixels, y + at, plane_floats);
+    transpose_tile<W>(pixels, planes, strip.y, W::kWidth, y + at, plane_floats);
   }
 
   static float taps(Span rows, Span columns) {
@@ -290,8 +243,9 @@ struct AverageForward {
   }
 };
 
-// A backward policy has share(at, tap, scale, lanes): what the windows at `at` give to the input
-// pixels below their tap `tap`; `scale` is 1 over the number of a window's taps inside the input.
+// A backward policy has load(at, lanes), which loads what it needs of the windows at `at`. The result's
+// at_tap(tap, scale) is what they give to the input pixels below their tap `tap`; `scale` is 1 over the
+// number of a window's taps inside the input.
 
 template <class V, class Index, bool Masked>
 struct MaxBackward {
@@ -300,7 +254,6 @@ struct MaxBackward {
   const float* y;  // where it is positive dy goes through; null: everywhere
   const Index* argmax;
 
-  template <class Lanes>
   struct Loaded {
     typename V::Reg dy;
     typename V::Int chosen;
@@ -309,7 +262,7 @@ struct MaxBackward {
     }
   };
   template <class Lanes>
-  Loaded<Lanes> load(int64_t at, const Lanes& lanes) const {
+  Loaded load(int64_t at, const Lanes& lanes) const {
     typename V::Reg value = lanes.load(dy + at);
     if constexpr (Masked) value = V::where_positive(lanes.load(y + at), value);
     return {value, lanes.load_index(argmax + at)};
@@ -333,13 +286,12 @@ struct AverageBackward {
   static constexpr bool kScales = true;
   const float* dy;
 
-  template <class Lanes>
   struct Loaded {
     typename V::Reg dy;
     typename V::Reg at_tap(int, float scale) const { return V::multiply(dy, V::set(scale)); }
   };
   template <class Lanes>
-  Loaded<Lanes> load(int64_t at, const Lanes& lanes) const {
+  Loaded load(int64_t at, const Lanes& lanes) const {
     return {lanes.load(dy + at)};
   }
 
@@ -636,8 +588,8 @@ void pool_bprop_nhwc(const Pool2dProblem& p, const Policy& policy, float* dx) {
 template <class V>
 struct PlaneStrips {
   int64_t planes, blocks;      // blocks of planes
-  int64_t rows, rows_a_strip;  // of what a strip is counted in; strips a block
-  int64_t strips;
+  int64_t rows, rows_a_strip;  // of windows, or of input rows
+  int64_t strips;              // of a block
 
   PlaneStrips(const Pool2dProblem& p, int64_t rows_given, int64_t floats_a_row)
       : planes(p.n * p.c), blocks(ceil_div(planes, V::kWidth)), rows(rows_given) {
@@ -733,8 +685,8 @@ void pool_bprop_nchw(const Pool2dProblem& p, const Policy& policy, float* dx) {
         pool_grad_apart<V, Policy, R, S>(p, i, out, own, to, in);
       }
     }
-    from_strip<V>(to, count, rows.size() * p.w, dx + (plane * p.h + rows.begin) * p.w,
-                  p.h * p.w);
+    transpose_tile<V>(rows.size() * p.w, count, to, kWidth, dx + (plane * p.h + rows.begin) * p.w,
+                      p.h * p.w);
   });
 }
 

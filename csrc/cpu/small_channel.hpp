@@ -38,11 +38,7 @@ void strided_tile(const StridedTile& t) {
   typename V::Reg sum[Rows][Vectors];
 #pragma GCC unroll 4
   for (int v = 0; v < Vectors; ++v) {
-    typename V::Reg first = V::zero();
-    if (t.bias) {
-      const float* bias = t.bias + v * V::kWidth;
-      first = v == Vectors - 1 ? V::load(bias, tail) : V::load(bias);
-    }
+    const typename V::Reg first = start_of_sum<V, Vectors>(t.bias, v, tail);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) sum[i][v] = first;
   }
@@ -107,11 +103,7 @@ void pooled_tile(const StridedTile& t, int64_t below, std::uint8_t* argmax) {
   typename V::Reg sum[2][2 * Pixels][Vectors];  // upper and lower row
 #pragma GCC unroll 4
   for (int v = 0; v < Vectors; ++v) {
-    typename V::Reg first = V::zero();
-    if (t.bias) {
-      const float* bias = t.bias + v * V::kWidth;
-      first = v == Vectors - 1 ? V::load(bias, tail) : V::load(bias);
-    }
+    const typename V::Reg first = start_of_sum<V, Vectors>(t.bias, v, tail);
 #pragma GCC unroll 2
     for (int row = 0; row < 2; ++row)
 #pragma GCC unroll 8
@@ -149,21 +141,8 @@ void pooled_tile(const StridedTile& t, int64_t below, std::uint8_t* argmax) {
         const typename V::Reg value = sum[r][2 * p + s][v];
         return t.relu ? V::relu(value) : value;
       };
-      const auto pool = [&](const auto& lanes) {
-        const int64_t at = p * t.y_step + v * V::kWidth;
-        if (argmax) {
-          const MaxForward<V, std::uint8_t> policy{t.y, argmax, 2};
-          policy.template vector<2, 2>(load, {}, {}, at, lanes);
-        } else {
-          const MaxForward<V, void> policy{t.y, nullptr, 2};
-          policy.template vector<2, 2>(load, {}, {}, at, lanes);
-        }
-      };
-      if (v < Vectors - 1 || t.columns == V::kWidth) {
-        pool(AllLanes<V>{});
-      } else {
-        pool(SomeLanes<V>(t.columns));
-      }
+      max_of_four<V>(load, t.y, argmax, p * t.y_step + v * V::kWidth,
+                     v < Vectors - 1 ? V::kWidth : t.columns);
     }
 }
 

@@ -2,45 +2,68 @@
 // cache lines of both sides.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/implicit_gemm.hpp"
 
 namespace fastconv::cpu {
 namespace {
 
-// out[j][i] = in[i][j] for a part of a matrix, whose rows are `in_row` and `out_row` floats apart.
-template <class V>
-void transpose_tile(int64_t rows, int64_t columns, const float* in, int64_t in_row, float* out,
+// Elements on their way through registers of floats; those of an argmax travel as integers.
+template <class V, class T, class... Tail>
+typename V::Reg load_elements(const T* p, const Tail&... tail) {
+  if constexpr (std::is_same_v<T, float>) {
+    return V::load(p, tail...);
+  } else {
+    return V::bits(V::load_index(p, tail...));
+  }
+}
+
+template <class V, class T, class... Tail>
+void store_elements(T* p, typename V::Reg v, const Tail&... tail) {
+  if constexpr (std::is_same_v<T, float>) {
+    V::store(p, v, tail...);
+  } else {
+    V::store_index(p, V::int_bits(v), tail...);
+  }
+}
+
+// out[j][i] = in[i][j] for a part of a matrix, whose rows are `in_row` and `out_row` elements apart.
+template <class V, class T>
+void transpose_tile(int64_t rows, int64_t columns, const T* in, int64_t in_row, T* out,
                     int64_t out_row) {
   for (int64_t i = 0; i < rows; i += V::kWidth) {
     const int64_t height = min64(V::kWidth, rows - i);
     for (int64_t j = 0; j < columns; j += V::kWidth) {
       const int64_t width = min64(V::kWidth, columns - j);
-      const float* const from = in + i * in_row + j;
-      float* const to = out + j * out_row + i;
+      const T* const from = in + i * in_row + j;
+      T* const to = out + j * out_row + i;
       typename V::Reg square[V::kWidth];
       if (height == V::kWidth && width == V::kWidth) {
 #pragma GCC unroll 16
-        for (int k = 0; k < V::kWidth; ++k) square[k] = V::load(from + k * in_row);
+        for (int k = 0; k < V::kWidth; ++k) square[k] = load_elements<V>(from + k * in_row);
         V::transpose(square);
 #pragma GCC unroll 16
-        for (int k = 0; k < V::kWidth; ++k) V::store(to + k * out_row, square[k]);
+        for (int k = 0; k < V::kWidth; ++k) store_elements<V>(to + k * out_row, square[k]);
         continue;
       }
       const auto in_tail = V::tail(static_cast<int>(width));
       const auto out_tail = V::tail(static_cast<int>(height));
 #pragma GCC unroll 16
       for (int k = 0; k < V::kWidth; ++k) {
-        square[k] = k < height ? V::load(from + k * in_row, in_tail) : V::zero();
+        square[k] = k < height ? load_elements<V>(from + k * in_row, in_tail) : V::zero();
       }
       V::transpose(square);
-      for (int64_t k = 0; k < width; ++k) V::store(to + k * out_row, square[k], out_tail);
+      for (int64_t k = 0; k < width; ++k) {
+        store_elements<V>(to + k * out_row, square[k], out_tail);
+      }
     }
   }
 }
 
 // out[n][j][i] = in[n][i][j].
-template <class V>
-void transpose(int64_t matrices, int64_t rows, int64_t columns, const float* in, float* out) {
+template <class V, class T>
+void transpose(int64_t matrices, int64_t rows, int64_t columns, const T* in, T* out) {
   constexpr int64_t kTile = 64;
   const int64_t down = ceil_div(rows, kTile), across = ceil_div(columns, kTile);
   parallel_for(matrices * down * across, [&](int64_t task) {

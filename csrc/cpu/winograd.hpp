@@ -23,6 +23,7 @@
 
 #include "cpu/implicit_gemm.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/pool.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -509,24 +510,12 @@ struct Winograd {
 #pragma GCC unroll 2
         for (int j = 0; j < M; j += 2) {
           if (j >= width) break;
-          const int64_t to = corner + i / 2 * row_floats + j / 2 * plan.k + at;
-          Reg best = finish(i, j, upper[j]);
-          typename V::Int tap = V::int_broadcast(0);
-          const auto challenge = [&](Reg value, int number) {
-            const auto better = V::greater_or_first_nan(value, best);
-            best = V::select(better, value, best);
-            tap = V::int_select(better, V::int_broadcast(number), tap);
-          };
-          challenge(finish(i, j + 1, upper[j + 1]), 1);
-          challenge(finish(i + 1, j, lower[j]), 2);
-          challenge(finish(i + 1, j + 1, lower[j + 1]), 3);
-          if (valid == V::kWidth) {
-            V::store(results.y + to, best);
-            if (results.argmax) V::store_index(results.argmax + to, tap);
-          } else {
-            V::store(results.y + to, best, tail);
-            if (results.argmax) V::store_index(results.argmax + to, tap, tail);
-          }
+          max_of_four<V>(
+              [&](int64_t r, int64_t s) {
+                return finish(i + static_cast<int>(r), j + static_cast<int>(s),
+                              r ? lower[j + s] : upper[j + s]);
+              },
+              results.y, results.argmax, corner + i / 2 * row_floats + j / 2 * plan.k + at, valid);
         }
       }
     }

@@ -1,4 +1,6 @@
 // The scalar instances: one float a vector. Runs everywhere; what the compiler makes of it.
+#include <bit>
+
 #include "cpu/depthwise.hpp"
 #include "cpu/direct.hpp"
 #include "cpu/grouped.hpp"
@@ -43,6 +45,8 @@ struct Scalar {
   static Mask greater_or_first_nan(Reg a, Reg best) { return a > best || (a != a && best == best); }
   static Reg select(Mask m, Reg a, Reg b) { return m ? a : b; }
   static Int int_add(Int a, Int b) { return a + b; }
+  static Reg bits(Int v) { return std::bit_cast<Reg>(v); }
+  static Int int_bits(Reg v) { return std::bit_cast<Int>(v); }
   static Int int_broadcast(int v) { return v; }
   static Int int_select(Mask m, Int a, Int b) { return m ? a : b; }
   static Mask int_equal(Int a, Int b) { return a == b; }
@@ -70,7 +74,8 @@ constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
 const Kernels kScalarKernels = {
     .conv2d = kConv2dAlgorithms,
     .activation_grad = activation_grad<Scalar>,
-    .transpose = transpose<Scalar>,
+    .transpose = transpose<Scalar, float>,
+    .transpose_bytes = transpose<Scalar, std::uint8_t>,
     .max_pool2d_fprop = max_pool2d_fprop<Scalar>,
     .max_pool2d_bprop = max_pool2d_bprop<Scalar>,
     .avg_pool2d_fprop = avg_pool2d_fprop<Scalar>,
