@@ -1,9 +1,15 @@
 """Where the kernels run: a context for tests."""
 
 import contextlib
+from unittest import mock
 
 import fastconv
-from fastconv import _core
+from fastconv import _core, functional
+
+
+def by_reference():
+    """Context manager within which fastconv's functions are the slow reference."""
+    return mock.patch.object(functional, "_core", _core.reference)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,5 @@
 """The average-pooling kernels, both directions, on every instruction set."""
 
-from unittest import mock
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,9 +7,9 @@ from hypothesis import strategies as st
 
 import fastconv
 import oracle
-from fastconv import _core, functional
+from fastconv import _core
 from pool2d_problems import LARGE, PROBLEMS, Problem, few_values, many_values, over, problems
-from running import running_on
+from running import by_reference, running_on
 
 EPS = np.finfo(np.float32).eps
 
@@ -24,10 +22,6 @@ def share_out(problem, dy, **options):
     return fastconv.avg_pool2d_grad(
         dy, problem.x_shape, problem.pool_size, **problem.options, **options
     )
-
-
-def by_reference():
-    return mock.patch.object(functional, "_core", _core.reference)
 
 
 def check(problem):

@@ -1,15 +1,13 @@
 """Convolution with max-pooling behind it in one operation, beside the two and the reference."""
 
 import functools
-from unittest import mock
 
 import numpy as np
 import pytest
 
 import fastconv
 from conv2d_problems import Problem, both_layouts, integers, normals
-from fastconv import _core, functional
-from running import running_on
+from running import by_reference, running_on
 
 PROBLEMS = both_layouts(
     [
@@ -57,10 +55,6 @@ def gradient(problem, data, dy, output, argmax, activation, **options):
     return fastconv.conv2d_max_pool2d_grad(
         data.x, data.w, dy, output, argmax, activation=activation, **problem.geometry, **options
     )
-
-
-def by_reference():
-    return mock.patch.object(functional, "_core", _core.reference)
 
 
 def exact_algorithms(problem, data):

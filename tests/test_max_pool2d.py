@@ -1,7 +1,5 @@
 """The max-pooling kernels, both directions, on every instruction set."""
 
-from unittest import mock
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +7,7 @@ from hypothesis import strategies as st
 
 import fastconv
 import oracle
-from fastconv import _core, functional
+from fastconv import _core
 from pool2d_problems import (
     LARGE,
     PROBLEMS,
@@ -20,7 +18,7 @@ from pool2d_problems import (
     over,
     problems,
 )
-from running import running_on
+from running import by_reference, running_on
 
 
 def pool(problem, x):
@@ -39,10 +37,6 @@ def pool_by_oracle(problem, x):
 
 def scatter_by_oracle(problem, dy, argmax):
     return oracle.max_pool2d_grad(dy, argmax, problem.x_shape, problem.pool_size, **problem.options)
-
-
-def by_reference():
-    return mock.patch.object(functional, "_core", _core.reference)
 
 
 def check(problem, x):

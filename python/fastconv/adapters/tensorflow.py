@@ -40,6 +40,7 @@ __all__ = [
     "inside_xla",
     "max_pool2d",
     "ops_executed",
+    "pooled_in_one",
 ]
 
 _LIBRARY = Path(__file__).parent.parent / (
@@ -307,16 +308,8 @@ def conv2d_transpose(
         tf.errors.InvalidArgumentError: where the shapes do not fit each other. In a graph it is
             raised when the graph runs.
     """
-    _follow_tensorflow_threads()
-    x = tf.convert_to_tensor(x)
-    w = tf.convert_to_tensor(w)
-    attributes = {
-        "strides": normalize_pair(strides, "strides"),
-        "dilations": normalize_pair(dilation_rate, "dilation_rate"),
-        "activation": "LINEAR",
-        "data_format": _layout(data_format),
-        **_padding_attributes(padding),
-    }
+    x, w, _ = _tensors(x, w, None)
+    attributes = _conv2d_options(strides, padding, dilation_rate, None, data_format)
     if attributes["padding"] == "EXPLICIT":
         raise ValueError(f"`padding` must be 'valid' or 'same'. Received: padding={padding!r}")
     if w.shape.rank != 4 or None in w.shape[:2]:
@@ -810,10 +803,10 @@ def _conv2d_max_pool2d_grad_gradient(op, *upstream):
     attributes = _conv2d_attributes(op)
     num_dx, num_bias = op.get_attr("wanted")
     window = {
-        **{name: attributes[name] for name in ("data_format",)},
-        **_padding_attributes("valid"),
         "pool_size": (2, 2),
         "strides": (2, 2),
+        "data_format": attributes["data_format"],
+        **_padding_attributes("valid"),
     }
     with tf.GradientTape() as tape:
         tape.watch([x, w, dy])

@@ -22,6 +22,16 @@ def fused_activation(activation):
     return None
 
 
+def geometry(layer):
+    """Where the op's windows lie: its arguments but the tensors and the epilogue."""
+    return {
+        "strides": layer.strides,
+        "padding": layer.padding,
+        "dilation_rate": layer.dilation_rate,
+        "data_format": layer.data_format,
+    }
+
+
 def epilogue(layer):
     """What the op does behind the convolution: its arguments ``bias`` and ``activation``."""
     return {

@@ -1,6 +1,12 @@
 """What the fast pooling layers share."""
 
-from fastconv.keras._stand_in import has_empty_output, reason_for_stock, tf
+from fastconv.keras._stand_in import (
+    JitWhereXlaServes,
+    has_empty_output,
+    reason_for_stock,
+    tell,
+    tf,
+)
 from fastconv.keras.conv2d import FastConv2D
 
 
@@ -56,18 +62,24 @@ def follows_one_convolution(layer):
     )
 
 
-def reason_against_global(layer, inputs):
-    """Why the stock code must take ``inputs`` of a global pooling; None if it need not."""
+class GlobalPooling(JitWhereXlaServes):
+    """Mixin, before the stock layer of a global pooling; the class has ``_pool``, the adapter's."""
+
+    def call(self, inputs):
+        reason = _reason_against_global(self, inputs)
+        if reason is not None:
+            tell(self, reason)
+            return super().call(inputs)
+        outputs = self._pool(inputs, data_format=self.data_format)
+        if self.keepdims:
+            return outputs
+        return tf.squeeze(outputs, [2, 3] if self.data_format == "channels_first" else [1, 2])
+
+
+def _reason_against_global(layer, inputs):
     reason = reason_for_stock(inputs, layer.compute_dtype)
     if reason is not None:
         return reason
     if 0 in inputs.shape[1:]:
         return f"an extent of the input is 0: {inputs.shape}"
     return None
-
-
-def without_image_axes(layer, outputs):
-    """``outputs`` of a global pooling, with axes of size 1 where the layer keeps them."""
-    if layer.keepdims:
-        return outputs
-    return tf.squeeze(outputs, [2, 3] if layer.data_format == "channels_first" else [1, 2])

@@ -2,7 +2,7 @@
 
 import keras
 
-from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
+from fastconv.keras._convolution import activated, epilogue, geometry, leaves_to_stock
 from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
 
 
@@ -34,15 +34,7 @@ class FastConv2D(JitWhereXlaServes, keras.layers.Conv2D):
         return self._convolve(inputs, kernel)
 
     def _convolve(self, inputs, kernel, **options):
-        return adapter.conv2d(
-            inputs,
-            kernel,
-            strides=self.strides,
-            padding=self.padding,
-            dilation_rate=self.dilation_rate,
-            data_format=self.data_format,
-            **options,
-        )
+        return adapter.conv2d(inputs, kernel, **geometry(self), **options)
 
 
 def _is_own_convolution_op(layer):

@@ -2,7 +2,7 @@
 
 import keras
 
-from fastconv.keras._convolution import epilogue, fused_activation, leaves_to_stock
+from fastconv.keras._convolution import epilogue, fused_activation, geometry, leaves_to_stock
 from fastconv.keras._pooling import window_behind
 from fastconv.keras._stand_in import adapter
 from fastconv.keras.conv2d import FastConv2D
@@ -28,14 +28,12 @@ class FastConvPool2D(FastConv2D):
         if not self._in_one_op(inputs):
             window = window_behind(self.data_format)
             return keras.ops.max_pool(super().call(inputs), **window)
-        options = {
-            "strides": self.strides,
-            "padding": self.padding,
-            "dilation_rate": self.dilation_rate,
-            "data_format": self.data_format,
-        }
         return adapter.conv2d_max_pool2d(
-            inputs, self.kernel, **epilogue(self), **options, keep_argmax=training is True
+            inputs,
+            self.kernel,
+            **epilogue(self),
+            **geometry(self),
+            keep_argmax=training is True,
         )
 
     def _in_one_op(self, inputs):
@@ -44,15 +42,10 @@ class FastConvPool2D(FastConv2D):
         if not own_convolution or not fused or leaves_to_stock(self, inputs):
             return False
         # The stock code tells of an output that has no window.
-        sizes = self._image_of(super().compute_output_shape(inputs.shape))
-        return all(size is None or size >= 2 for size in sizes)
-
-    def _image_of(self, shape):
-        return shape[2:] if self.data_format == "channels_first" else shape[1:3]
+        return 0 not in self.compute_output_shape(inputs.shape)[1:]
 
     def compute_output_shape(self, input_shape):
         shape = list(super().compute_output_shape(input_shape))
-        first = 2 if self.data_format == "channels_first" else 1
-        for axis in (first, first + 1):
+        for axis in (2, 3) if self.data_format == "channels_first" else (1, 2):
             shape[axis] = None if shape[axis] is None else shape[axis] // 2
         return tuple(shape)

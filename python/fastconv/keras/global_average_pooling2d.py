@@ -2,12 +2,12 @@
 
 import keras
 
-from fastconv.keras._pooling import reason_against_global, without_image_axes
-from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for, tell
+from fastconv.keras._pooling import GlobalPooling
+from fastconv.keras._stand_in import adapter, stand_in_for
 
 
 @stand_in_for(keras.layers.GlobalAveragePooling2D)
-class FastGlobalAveragePooling2D(JitWhereXlaServes, keras.layers.GlobalAveragePooling2D):
+class FastGlobalAveragePooling2D(GlobalPooling, keras.layers.GlobalAveragePooling2D):
     """The average of each channel: ``keras.layers.GlobalAveragePooling2D``, on fastconv's kernels.
 
     Arguments, defaults, names, errors and files are those of
@@ -21,10 +21,5 @@ class FastGlobalAveragePooling2D(JitWhereXlaServes, keras.layers.GlobalAveragePo
     channels, 1, 1).
     """
 
-    def call(self, inputs):
-        reason = reason_against_global(self, inputs)
-        if reason is not None:
-            tell(self, reason)
-            return super().call(inputs)
-        outputs = adapter.global_avg_pool2d(inputs, data_format=self.data_format)
-        return without_image_axes(self, outputs)
+    def _pool(self, inputs, **options):
+        return adapter.global_avg_pool2d(inputs, **options)

@@ -2,12 +2,12 @@
 
 import keras
 
-from fastconv.keras._pooling import reason_against_global, without_image_axes
-from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for, tell
+from fastconv.keras._pooling import GlobalPooling
+from fastconv.keras._stand_in import adapter, stand_in_for
 
 
 @stand_in_for(keras.layers.GlobalMaxPooling2D)
-class FastGlobalMaxPooling2D(JitWhereXlaServes, keras.layers.GlobalMaxPooling2D):
+class FastGlobalMaxPooling2D(GlobalPooling, keras.layers.GlobalMaxPooling2D):
     """The maximum of each channel: ``keras.layers.GlobalMaxPooling2D``, on fastconv's kernels.
 
     Arguments, defaults, names, errors and files are those of
@@ -22,10 +22,5 @@ class FastGlobalMaxPooling2D(JitWhereXlaServes, keras.layers.GlobalMaxPooling2D)
     channels, 1, 1).
     """
 
-    def call(self, inputs):
-        reason = reason_against_global(self, inputs)
-        if reason is not None:
-            tell(self, reason)
-            return super().call(inputs)
-        outputs = adapter.global_max_pool2d(inputs, data_format=self.data_format)
-        return without_image_axes(self, outputs)
+    def _pool(self, inputs, **options):
+        return adapter.global_max_pool2d(inputs, **options)
