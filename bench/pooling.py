@@ -129,6 +129,46 @@ def medians(functions, seconds, rounds=7):
     return {name: statistics.median(turns) * 1e6 for name, turns in times.items()}
 
 
+def first_block(batch):
+    """The first block of the MNIST network, as two operations and as one, without allocations."""
+    import fastconv
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch, 28, 28, 1)).astype(np.float32)
+    w = rng.standard_normal((3, 3, 1, 32)).astype(np.float32)
+    bias = rng.standard_normal(32).astype(np.float32)
+    options = {"activation": "relu"}
+    y = fastconv.conv2d(x, w, bias, **options)
+    pooled, argmax = fastconv.max_pool2d(y, 2, return_argmax=True)
+    dy = rng.standard_normal(pooled.shape).astype(np.float32)
+    dz, dw = np.empty_like(y), np.empty_like(w)
+
+    def forward(**argmax):
+        fastconv.conv2d(x, w, bias, out=y, **options)
+        fastconv.max_pool2d(y, 2, out=pooled, **argmax)
+
+    def forward_in_one(**argmax):
+        fastconv.conv2d_max_pool2d(x, w, bias, out=pooled, **options, **argmax)
+
+    def backward():
+        fastconv.max_pool2d_grad(dy, argmax, y.shape, 2, out=dz)
+        fastconv.conv2d_grad_filter(
+            x, dz, w.shape, output=y, return_bias_grad=True, out=dw, **options
+        )
+
+    def backward_in_one():
+        fastconv.conv2d_max_pool2d_grad(x, w, dy, pooled, argmax, with_input_grad=False, **options)
+
+    return {
+        "inference": (forward, forward_in_one),
+        "training, forward": (
+            lambda: forward(return_argmax=True),
+            lambda: forward_in_one(return_argmax=True),
+        ),
+        "training, backward": (backward, backward_in_one),
+    }
+
+
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--threads", default=2, show_default=True)
 @click.option("--seconds", default=0.5, show_default=True, help="for each function")
@@ -164,6 +204,12 @@ def main(threads, seconds):
             )
         ]
         print("  GB/s: forward {:.1f}, backward {:.1f}, copy (one thread) {:.1f}".format(*rates))
+    for batch in (32, 256):
+        print(f"first block, batch {batch}, {threads} threads: two operations / one, microseconds")
+        for name, (two, one) in first_block(batch).items():
+            found = medians({"two": two, "one": one}, seconds)
+            ratio = found["two"] / found["one"]
+            print(f"  {name:20s}{found['two']:8.0f} /{found['one']:6.0f}{ratio:8.2f}")
 
 
 if __name__ == "__main__":
