@@ -74,6 +74,19 @@ extern const Conv2dAlgorithm kSmallChannel;   // small_channel.cu: C / groups of
 extern const Conv2dAlgorithm kDepthwise;      // depthwise.cu: C / groups = 1, with a multiplier
 extern const Conv2dAlgorithm kTensorCoreGemm; // tensor_core_gemm.cu: float16, bfloat16, TF32
 
+// The second pass of a sum over `splits` blocks: results i < count are the sums of
+// workspace[split * count + i] (float32) in the order of the splits, plus bias[i / inner % channels]
+// (bias may be null), then ReLU if asked for. split_k.cu.
+struct SplitKSum {
+  void* out = nullptr;
+  const void* bias = nullptr;
+  std::int64_t count = 0;
+  int splits = 1;
+  std::int64_t inner = 1, channels = 1;
+  bool relu = false;
+};
+cudaError_t sum_splits(DataType, const SplitKSum&, const Call&);
+
 // dz = dy where y > 0 (dz and y null: no activation), and, where dbias is not null, the sum of that
 // over pixels, in a fixed order. activation_grad.cu.
 std::size_t activation_grad_workspace_bytes(const Conv2dProblem&, DataType, const Device&);
