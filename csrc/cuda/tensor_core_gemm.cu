@@ -1,0 +1,286 @@
+#include "cuda/tensor_core_gemm.cuh"
+
+#include <algorithm>
+#include <cstddef>
+#include <initializer_list>
+
+#include "cuda/kernels.hpp"
+
+namespace fastconv::cuda {
+namespace {
+
+using namespace tensor_core;
+
+enum class Shape { large, narrow, small };
+
+struct Plan {
+  Copies copies = Copies::gather;
+  Shape shape = Shape::small;
+  int vector = 8;  // elements of a chunk
+  std::int64_t padded_channels = 0, sum_channels = 0, columns = 0;
+  std::int64_t row_tiles = 0, column_tiles = 0;
+  std::int64_t layers = 1;  // blockIdx.z: classes of dgrad, parts of wgrad
+  std::int64_t pixels_a_part = 0;
+  double seconds = 0;
+};
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+int rows_of(Shape shape) { return shape == Shape::small ? Small::kRows : Large::kRows; }
+int columns_of(Shape shape) { return shape == Shape::large ? Large::kColumns : Small::kColumns; }
+int blocks_of(Shape shape) {
+  return shape == Shape::large    ? Large::kBlocks
+         : shape == Shape::narrow ? Narrow::kBlocks
+                                  : Small::kBlocks;
+}
+
+// Multiply-adds a clock of one multiprocessor by mma.sync with float32 sums, float16 or bfloat16.
+// 9.0 and 10.0 have faster instructions (wgmma, tcgen05), which these kernels do not use.
+double multiply_adds_a_clock(int compute_capability) {
+  switch (compute_capability) {
+    case 75: return 512;
+    case 80: return 1024;
+    case 90: return 1200;
+    case 100: return 1200;
+    default: return 512;  // 8.6, 8.9, 12.0
+  }
+}
+
+// The share of that which the main loop can reach, by what shared memory must deliver a product.
+double efficiency(Shape shape, Copies copies) {
+  if (copies == Copies::gather) return 0.15;
+  return shape == Shape::large ? 0.75 : shape == Shape::narrow ? 0.65 : 0.5;
+}
+
+// The sizes of the matrices; M per layer.
+struct Matrices {
+  std::int64_t rows, columns, sum;
+};
+
+Matrices matrices(const Conv2dSpec& spec, const ConvGeometry& g, std::int64_t padded_channels) {
+  const Conv2dProblem& p = spec.problem;
+  const std::int64_t taps = p.r * p.s;
+  switch (spec.direction) {
+    case Direction::fprop: return {p.n * p.oh * p.ow, p.k_per_group(), taps * padded_channels};
+    case Direction::dgrad:
+      return {p.n * g.rows.class_pixels * g.columns.class_pixels, p.c_per_group(),
+              ceil_div(taps, g.dgrad_classes()) * padded_channels};
+    default: return {taps * padded_channels, p.k_per_group(), p.n * p.oh * p.ow};
+  }
+}
+
+// What a wgrad split into parts may take of the device's memory, unless one part takes more.
+constexpr std::int64_t kMostPartBytes = std::int64_t{64} << 20;
+constexpr std::int64_t kLeastSlicesAPart = 8;
+
+Plan plan_for(const Conv2dSpec& spec, const Device& device, Copies copies, Shape shape,
+              std::int64_t most_parts) {
+  const Conv2dProblem& p = spec.problem;
+  const ConvGeometry g(p);
+  Plan plan;
+  plan.copies = copies;
+  plan.shape = shape;
+  plan.vector = spec.type == DataType::float32 ? 4 : 8;
+  plan.sum_channels =
+      spec.direction == Direction::dgrad ? p.k_per_group() : p.c_per_group();
+  plan.padded_channels = ceil_div(plan.sum_channels, plan.vector) * plan.vector;
+  const Matrices m = matrices(spec, g, plan.padded_channels);
+  plan.columns = m.columns;
+  plan.row_tiles = ceil_div(m.rows, rows_of(shape));
+  plan.column_tiles = ceil_div(m.columns, columns_of(shape));
+  const std::int64_t slice = kChunksAlongSum * plan.vector, slices = ceil_div(m.sum, slice);
+  const std::int64_t tiles = plan.row_tiles * plan.column_tiles * p.groups;
+  const std::int64_t at_once = std::int64_t{device.multiprocessors} * blocks_of(shape);
+  std::int64_t slices_a_block = slices;
+  if (spec.direction == Direction::dgrad) {
+    plan.layers = g.dgrad_classes();
+  } else if (spec.direction == Direction::wgrad) {
+    const std::int64_t memory = std::max<std::int64_t>(1, kMostPartBytes / (4 * p.filter_size()));
+    const std::int64_t parts = std::clamp<std::int64_t>(
+        at_once / tiles, 1,
+        std::min({most_parts, memory, std::max<std::int64_t>(1, slices / kLeastSlicesAPart)}));
+    slices_a_block = ceil_div(slices, parts);
+    plan.pixels_a_part = slices_a_block * slice;
+    plan.layers = ceil_div(slices, slices_a_block);
+  }
+
+  // A multiprocessor's share of the blocks, one alone not hiding its latencies; or memory.
+  const double share = static_cast<double>(ceil_div(tiles * plan.layers, device.multiprocessors));
+  const double rate = multiply_adds_a_clock(device.compute_capability) *
+                      (spec.type == DataType::float32 ? 0.5 : 1.0) * efficiency(shape, copies) *
+                      (share < 2 ? 0.6 : 1.0);
+  const double block =
+      static_cast<double>(slices_a_block * slice) * rows_of(shape) * columns_of(shape);
+  constexpr double kClock = 1.5e9, kBytesAClock = 8, kStart = 2000;  // of a multiprocessor
+  const double bytes =
+      static_cast<double>(p.x_size() + p.y_size() + p.filter_size()) *
+          static_cast<double>(size_of(spec.type)) +
+      (spec.direction == Direction::wgrad ? 8.0 * static_cast<double>(plan.layers) *
+                                                static_cast<double>(p.filter_size())
+                                          : 0.0);
+  const double clocks =
+      std::max(share * block / rate, bytes / (kBytesAClock * device.multiprocessors)) + kStart;
+  plan.seconds = clocks / kClock + 3e-6;
+  return plan;
+}
+
+bool whole_chunks(const Conv2dSpec& spec) {
+  const Conv2dProblem& p = spec.problem;
+  const std::int64_t vector = spec.type == DataType::float32 ? 4 : 8;
+  return p.layout == Layout::nhwc && p.c_per_group() % vector == 0 &&
+         p.k_per_group() % vector == 0;
+}
+
+Plan plan(const Conv2dSpec& spec, const Device& device) {
+  const auto unlimited = std::int64_t{65535};
+  if (!whole_chunks(spec)) {
+    return plan_for(spec, device, Copies::gather, Shape::small, unlimited);
+  }
+  if (device.compute_capability < 80) {
+    const Plan large = plan_for(spec, device, Copies::registers, Shape::large, unlimited);
+    const Plan small = plan_for(spec, device, Copies::registers, Shape::small, unlimited);
+    return small.seconds < large.seconds ? small : large;
+  }
+  Plan best = plan_for(spec, device, Copies::async, Shape::large, unlimited);
+  for (const Shape shape : {Shape::narrow, Shape::small}) {
+    const Plan other = plan_for(spec, device, Copies::async, shape, unlimited);
+    if (other.seconds < best.seconds) best = other;
+  }
+  return best;
+}
+
+bool serves(const Conv2dSpec& spec, const Device& device) {
+  const Conv2dProblem& p = spec.problem;
+  if (spec.type == DataType::float32 && spec.math != Float32Math::tf32) return false;
+  if (device.compute_capability < (spec.type == DataType::float16 ? 75 : 80)) return false;
+  if (!ConvGeometry::fits(p)) return false;
+  constexpr std::int64_t kLimit = (std::int64_t{1} << 31) - (1 << 16);
+  const Plan made = plan(spec, device);
+  const Matrices m = matrices(spec, ConvGeometry(p), made.padded_channels);
+  return m.rows < kLimit && p.r * p.s * made.padded_channels < kLimit &&
+         made.row_tiles * made.column_tiles < kLimit && p.groups <= 65535 && made.layers <= 65535;
+}
+
+// Whether the kernel writes parts that a second pass adds up: those are float32.
+bool second_pass(const Conv2dSpec& spec, const Plan& plan) {
+  return spec.direction == Direction::wgrad &&
+         (plan.layers > 1 || spec.type != DataType::float32);
+}
+
+std::size_t workspace_bytes(const Conv2dSpec& spec, const Device& device) {
+  const Plan made = plan(spec, device);
+  if (!second_pass(spec, made)) return 0;
+  return static_cast<std::size_t>(made.layers * spec.problem.filter_size()) * 4;
+}
+
+double estimate(const Conv2dSpec& spec, const Device& device) {
+  return plan(spec, device).seconds;
+}
+
+std::string blocking(const Conv2dSpec& spec, const Device& device) {
+  const Plan made = plan(spec, device);
+  std::string text = std::to_string(rows_of(made.shape)) + "x" +
+                     std::to_string(columns_of(made.shape)) + "x" +
+                     std::to_string(kChunksAlongSum * made.vector) + " tiles of ";
+  text += spec.type == DataType::float16    ? "float16"
+          : spec.type == DataType::bfloat16 ? "bfloat16"
+                                            : "tf32";
+  text += made.copies == Copies::async       ? ", 3 slices by cp.async"
+          : made.copies == Copies::registers ? ", 2 slices through registers"
+                                             : ", 2 slices element by element";
+  if (spec.direction == Direction::wgrad) {
+    text += ", parts of " + std::to_string(made.pixels_a_part) + " pixels: " +
+            std::to_string(made.layers);
+  } else if (spec.direction == Direction::dgrad && made.layers > 1) {
+    text += ", classes of pixels: " + std::to_string(made.layers);
+  }
+  return text;
+}
+
+// --- launch ---------------------------------------------------------------------------------------
+
+using Kernel = void (*)(Parameters);
+
+template <class T, Direction kDirection>
+Kernel kernel(Copies copies, Shape shape) {
+  switch (copies) {
+    case Copies::async:
+      return shape == Shape::large    ? tensor_core_gemm<T, kDirection, Copies::async, Large>
+             : shape == Shape::narrow ? tensor_core_gemm<T, kDirection, Copies::async, Narrow>
+                                      : tensor_core_gemm<T, kDirection, Copies::async, Small>;
+    case Copies::registers:
+      if constexpr (std::is_same_v<T, __half>) {
+        return shape == Shape::large ? tensor_core_gemm<T, kDirection, Copies::registers, Large>
+                                     : tensor_core_gemm<T, kDirection, Copies::registers, Small>;
+      }
+      [[fallthrough]];
+    default: return tensor_core_gemm<T, kDirection, Copies::gather, Small>;
+  }
+}
+
+template <class T>
+Kernel kernel(Direction direction, const Plan& plan) {
+  switch (direction) {
+    case Direction::fprop: return kernel<T, Direction::fprop>(plan.copies, plan.shape);
+    case Direction::dgrad: return kernel<T, Direction::dgrad>(plan.copies, plan.shape);
+    default: return kernel<T, Direction::wgrad>(plan.copies, plan.shape);
+  }
+}
+
+Kernel kernel(const Conv2dSpec& spec, const Plan& plan) {
+  switch (spec.type) {
+    case DataType::float16: return kernel<__half>(spec.direction, plan);
+    case DataType::bfloat16: return kernel<__nv_bfloat16>(spec.direction, plan);
+    default: return kernel<Tf32>(spec.direction, plan);
+  }
+}
+
+bool aligned(std::initializer_list<const void*> pointers) {
+  return std::all_of(pointers.begin(), pointers.end(), [](const void* pointer) {
+    return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
+  });
+}
+
+cudaError_t run(const Conv2dSpec& spec, const Conv2dOperands& operands, const Call& call) {
+  const Conv2dProblem& p = spec.problem;
+  Plan made = plan(spec, call.device);
+  const bool by_parts = second_pass(spec, made);
+  Parameters a{ConvGeometry(p)};
+  a.image = spec.direction == Direction::dgrad ? operands.dy : operands.x;
+  a.second = spec.direction == Direction::wgrad ? operands.dy : operands.filter;
+  a.bias = spec.direction == Direction::fprop ? operands.bias : nullptr;
+  a.out = by_parts ? call.workspace : operands.out;
+  if (made.copies != Copies::gather && !aligned({a.image, a.second, a.out})) {
+    made = plan_for(spec, call.device, Copies::gather, Shape::small, made.layers);
+  }
+  a.sum_channels = static_cast<int>(made.sum_channels);
+  a.padded_channels = static_cast<int>(made.padded_channels);
+  a.columns = static_cast<int>(made.columns);
+  a.column_tiles = static_cast<int>(made.column_tiles);
+  a.pixels_a_part = static_cast<int>(made.pixels_a_part);
+  a.part_elements = static_cast<int>(p.filter_size());
+  a.relu = p.activation == Activation::relu;
+  a.channels_first = p.layout == Layout::nchw;
+  a.by_padded_channels = FastDivisor(made.padded_channels);
+  if (spec.direction == Direction::dgrad && a.g.dgrad_leaves_gaps()) {
+    FASTCONV_CUDA_TRY(cudaMemsetAsync(operands.out, 0,
+                                      static_cast<std::size_t>(p.x_size()) * size_of(spec.type),
+                                      call.stream));
+  }
+  const dim3 grid(static_cast<unsigned>(made.row_tiles * made.column_tiles),
+                  static_cast<unsigned>(p.groups), static_cast<unsigned>(made.layers));
+  FASTCONV_CUDA_TRY(launch(kernel(spec, made), grid, dim3(kThreads), 0, call.stream, a));
+  if (!by_parts) return cudaSuccess;
+  SplitKSum sum;
+  sum.out = operands.out;
+  sum.count = p.filter_size();
+  sum.splits = static_cast<int>(made.layers);
+  return sum_splits(spec.type, sum, call);
+}
+
+}  // namespace
+
+const Conv2dAlgorithm kTensorCoreGemm{"tensor_core_gemm", serves,  workspace_bytes,
+                                      estimate,           blocking, run};
+
+}  // namespace fastconv::cuda
