@@ -235,8 +235,7 @@ class Conv2dTranspose : public Conv2dKernel {
  public:
   template <class Attributes>
   explicit Conv2dTranspose(const Attributes& attributes)
-      : Conv2dKernel(attributes),
-        strides_(attributes.template integers<2>("strides")),
+      : Conv2dKernel(attributes), strides_(attributes.template integers<2>("strides")),
         offset_(attributes.template integers<2>("output_offset")),
         channel_axis_(layout_attribute(attributes) == Layout::nchw ? 1 : 3) {
     if (activation_attribute(attributes) != Activation::linear) {
@@ -259,9 +258,9 @@ class Conv2dTranspose : public Conv2dKernel {
       int64_t& extent = y_shape[(channel_axis_ == 1 ? 2 : 1) + axis];
       if (__builtin_mul_overflow(extent, strides_[axis], &extent) ||
           __builtin_add_overflow(extent, offset_[axis], &extent)) {
-        throw InvalidArgument("The output's height and width must fit 64 bits. Received: x.shape=" +
-                              shape_text(x) + ", strides=(" + std::to_string(strides_[0]) + ", " +
-                              std::to_string(strides_[1]) + ")");
+        throw InvalidArgument(
+            "The output's height and width must fit 64 bits. Received: x.shape=" + shape_text(x) +
+            ", strides=(" + std::to_string(strides_[0]) + ", " + std::to_string(strides_[1]) + ")");
       }
     }
     const Conv2dProblem p = problem(y_shape, filter);
@@ -399,9 +398,9 @@ void gather_at_argmax(const Pool2dProblem& p, const float* x, const Tap* argmax,
           const int64_t column = j * p.stride_w - p.pad_left + argmax[at] % p.s;
           // An argmax is data: one that names no pixel must not make us read outside.
           const bool inside = row >= 0 && row < p.h && column >= 0 && column < p.w;
-          y[at] = inside ? x[n * p.h * p.w * p.c + (row * p.w + column) * pixel_step +
-                             c * channel_step]
-                         : 0.0f;
+          y[at] =
+              inside ? x[n * p.h * p.w * p.c + (row * p.w + column) * pixel_step + c * channel_step]
+                     : 0.0f;
         }
       }
     }
@@ -534,10 +533,11 @@ class Conv2dMaxPool2dGrad : public Conv2dKernel {
     const auto [num_dx, num_bias] = wanted_;
     if (num_dx < 0 || num_dx > 1 || num_bias < 0 || num_bias > 1 ||
         context.num_outputs() != 1 + num_dx + num_bias) {
-      throw InvalidArgument("`wanted` must hold numbers of 0 or 1, as many outputs as there are. "
-                            "Received: wanted=[" + std::to_string(num_dx) + ", " +
-                            std::to_string(num_bias) + "] for " +
-                            std::to_string(context.num_outputs()) + " outputs");
+      throw InvalidArgument(
+          "`wanted` must hold numbers of 0 or 1, as many outputs as there are. "
+          "Received: wanted=[" +
+          std::to_string(num_dx) + ", " + std::to_string(num_bias) + "] for " +
+          std::to_string(context.num_outputs()) + " outputs");
     }
     using Tensor = typename Context::Tensor;
     const auto dfilter = context.output(0, p.filter_shape());
@@ -545,9 +545,8 @@ class Conv2dMaxPool2dGrad : public Conv2dKernel {
     if (num_dx) dx.emplace(context.output(1, p.x_shape()));
     if (num_bias) dbias.emplace(context.output(static_cast<int>(1 + num_dx), std::array{p.k}));
     conv2d_pool_bprop(p, x.floats(), filter.floats(), dy.floats(), y.floats(),
-                      static_cast<const std::uint8_t*>(argmax.data()),
-                      dx ? dx->floats() : nullptr, dfilter.floats(),
-                      dbias ? dbias->floats() : nullptr);
+                      static_cast<const std::uint8_t*>(argmax.data()), dx ? dx->floats() : nullptr,
+                      dfilter.floats(), dbias ? dbias->floats() : nullptr);
   }
 
  private:

@@ -13,20 +13,17 @@ std::atomic<int> g_isa{kUndecided};
 
 bool cpu_supports(Isa isa) {
   switch (isa) {
-    case Isa::scalar:
-      return true;
+    case Isa::scalar: return true;
 #if defined(__x86_64__) && !defined(FASTCONV_SCALAR_ONLY)
     // libgcc and compiler-rt also ask XGETBV whether the system saves the registers.
-    case Isa::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
              cpu_supports(Isa::avx2);
 #else
     case Isa::avx2:
-    case Isa::avx512:
-      return false;
+    case Isa::avx512: return false;
 #endif
   }
   return false;

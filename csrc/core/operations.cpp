@@ -14,9 +14,7 @@ using std::int64_t;
 
 const cpu::Kernels& kernels() { return cpu::kernels(current_isa()); }
 
-std::size_t bytes(int64_t elements) {
-  return static_cast<std::size_t>(elements) * sizeof(float);
-}
+std::size_t bytes(int64_t elements) { return static_cast<std::size_t>(elements) * sizeof(float); }
 
 // The convolutions speak NHWC. An NCHW tensor is brought to it and back through scratch memory.
 class NhwcInput {
@@ -40,9 +38,8 @@ class NhwcInput {
 class NhwcOutput {
  public:
   NhwcOutput(const Conv2dProblem& p, float* data, int64_t pixels, int64_t channels)
-      : scratch_(p.layout == Layout::nchw ? bytes(p.n * pixels * channels) : 0),
-        data_(data), n_(p.n), pixels_(pixels), channels_(channels),
-        copied_(p.layout == Layout::nchw) {}
+      : scratch_(p.layout == Layout::nchw ? bytes(p.n * pixels * channels) : 0), data_(data),
+        n_(p.n), pixels_(pixels), channels_(channels), copied_(p.layout == Layout::nchw) {}
   float* data() const { return copied_ ? scratch_.floats() : data_; }
   void finish() const {
     if (copied_) kernels().transpose(n_, pixels_, channels_, scratch_.floats(), data_);
@@ -117,14 +114,14 @@ void conv2d_fprop(const Conv2dProblem& p, const float* x, const float* filter, c
                   float* y, const char* algorithm) {
   const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_nhwc(p), Direction::fprop, algorithm);
   if (p.n == 0) return;
-  for_each_part(p, images_a_part(p, bytes(p.filter_size())),
-                [&](const Conv2dProblem& part, int64_t n) {
-    const NhwcInput x_nhwc(part, x + n * p.h * p.w * p.c, p.h * p.w, p.c);
-    const NhwcOutput y_nhwc(part, y + n * p.oh * p.ow * p.k, p.oh * p.ow, p.k);
-    chosen.run(as_nhwc(part), Direction::fprop,
-               {.x = x_nhwc.data(), .filter = filter, .bias = bias, .out = y_nhwc.data()});
-    y_nhwc.finish();
-  });
+  for_each_part(
+      p, images_a_part(p, bytes(p.filter_size())), [&](const Conv2dProblem& part, int64_t n) {
+        const NhwcInput x_nhwc(part, x + n * p.h * p.w * p.c, p.h * p.w, p.c);
+        const NhwcOutput y_nhwc(part, y + n * p.oh * p.ow * p.k, p.oh * p.ow, p.k);
+        chosen.run(as_nhwc(part), Direction::fprop,
+                   {.x = x_nhwc.data(), .filter = filter, .bias = bias, .out = y_nhwc.data()});
+        y_nhwc.finish();
+      });
 }
 
 void conv2d_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, const float* y,
@@ -135,22 +132,22 @@ void conv2d_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, 
   const bool apart = relu && !chosen.masks_dgrad;  // the mask is a pass of its own
   for_each_part(p, images_a_part(p, bytes(p.filter_size())),
                 [&](const Conv2dProblem& part, int64_t n) {
-    const int64_t at_y = n * p.oh * p.ow * p.k;
-    const NhwcInput dy_nhwc(part, dy + at_y, p.oh * p.ow, p.k);
-    const NhwcInput y_nhwc(part, relu ? y + at_y : nullptr, p.oh * p.ow, p.k);
-    const NhwcOutput dx_nhwc(part, dx + n * p.h * p.w * p.c, p.h * p.w, p.c);
-    const Workspace dz(apart ? bytes(part.y_size()) : 0);
-    if (apart) {
-      kernels().activation_grad(part.n * p.oh * p.ow, p.k, dy_nhwc.data(), y_nhwc.data(),
-                                dz.floats(), nullptr);
-    }
-    chosen.run(as_nhwc(part), Direction::dgrad,
-               {.filter = filter,
-                .dy = apart ? dz.floats() : dy_nhwc.data(),
-                .y = relu && !apart ? y_nhwc.data() : nullptr,
-                .out = dx_nhwc.data()});
-    dx_nhwc.finish();
-  });
+                  const int64_t at_y = n * p.oh * p.ow * p.k;
+                  const NhwcInput dy_nhwc(part, dy + at_y, p.oh * p.ow, p.k);
+                  const NhwcInput y_nhwc(part, relu ? y + at_y : nullptr, p.oh * p.ow, p.k);
+                  const NhwcOutput dx_nhwc(part, dx + n * p.h * p.w * p.c, p.h * p.w, p.c);
+                  const Workspace dz(apart ? bytes(part.y_size()) : 0);
+                  if (apart) {
+                    kernels().activation_grad(part.n * p.oh * p.ow, p.k, dy_nhwc.data(),
+                                              y_nhwc.data(), dz.floats(), nullptr);
+                  }
+                  chosen.run(as_nhwc(part), Direction::dgrad,
+                             {.filter = filter,
+                              .dy = apart ? dz.floats() : dy_nhwc.data(),
+                              .y = relu && !apart ? y_nhwc.data() : nullptr,
+                              .out = dx_nhwc.data()});
+                  dx_nhwc.finish();
+                });
 }
 
 void conv2d_wgrad(const Conv2dProblem& p, const float* x, const float* dy, const float* y,
@@ -266,34 +263,34 @@ void conv2d_pool_fprop(const Conv2dProblem& p, const float* x, const float* filt
   if (p.n == 0) return;
   const int64_t pixels = pool.oh * pool.ow;
   const bool turned = argmax && p.layout == Layout::nchw;
-  for_each_part(p, images_a_part(p, bytes(p.filter_size())),
-                [&](const Conv2dProblem& part, int64_t n) {
-    const Conv2dProblem seen_part = seen_by_windows(part);
-    const NhwcInput x_nhwc(part, x + n * p.h * p.w * p.c, p.h * p.w, p.c);
-    const NhwcOutput y_nhwc(part, y + n * pixels * p.k, pixels, p.k);
-    std::uint8_t* const own_argmax = argmax ? argmax + n * pixels * p.k : nullptr;
-    const Workspace scratch(turned ? static_cast<std::size_t>(part.n * pixels * p.k) : 0);
-    std::uint8_t* const taps =
-        turned ? reinterpret_cast<std::uint8_t*>(scratch.floats()) : own_argmax;
-    if (chosen.fuses_pool(seen, Direction::fprop)) {
-      chosen.run(seen_part, Direction::fprop,
-                 {.x = x_nhwc.data(),
-                  .filter = filter,
-                  .bias = bias,
-                  .out = y_nhwc.data(),
-                  .pooled = true,
-                  .argmax = taps});
-    } else {
-      pool_by_strips(seen_part, chosen, x_nhwc.data(), filter, bias, y_nhwc.data(), taps);
-    }
-    y_nhwc.finish();
-    if (turned) kernels().transpose_bytes(part.n, pixels, p.k, taps, own_argmax);
-  });
+  for_each_part(
+      p, images_a_part(p, bytes(p.filter_size())), [&](const Conv2dProblem& part, int64_t n) {
+        const Conv2dProblem seen_part = seen_by_windows(part);
+        const NhwcInput x_nhwc(part, x + n * p.h * p.w * p.c, p.h * p.w, p.c);
+        const NhwcOutput y_nhwc(part, y + n * pixels * p.k, pixels, p.k);
+        std::uint8_t* const own_argmax = argmax ? argmax + n * pixels * p.k : nullptr;
+        const Workspace scratch(turned ? static_cast<std::size_t>(part.n * pixels * p.k) : 0);
+        std::uint8_t* const taps =
+            turned ? reinterpret_cast<std::uint8_t*>(scratch.floats()) : own_argmax;
+        if (chosen.fuses_pool(seen, Direction::fprop)) {
+          chosen.run(seen_part, Direction::fprop,
+                     {.x = x_nhwc.data(),
+                      .filter = filter,
+                      .bias = bias,
+                      .out = y_nhwc.data(),
+                      .pooled = true,
+                      .argmax = taps});
+        } else {
+          pool_by_strips(seen_part, chosen, x_nhwc.data(), filter, bias, y_nhwc.data(), taps);
+        }
+        y_nhwc.finish();
+        if (turned) kernels().transpose_bytes(part.n, pixels, p.k, taps, own_argmax);
+      });
 }
 
-void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filter,
-                       const float* dy, const float* y, const std::uint8_t* argmax, float* dx,
-                       float* dfilter, float* dbias, const char* algorithm) {
+void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filter, const float* dy,
+                       const float* y, const std::uint8_t* argmax, float* dx, float* dfilter,
+                       float* dbias, const char* algorithm) {
   const Pool2dProblem pool = pool_behind(p);
   const Conv2dProblem seen = seen_by_windows(p);
   const bool relu = p.activation == Activation::relu;

@@ -38,13 +38,13 @@ void check_element_count(const char* what, const std::array<int64_t, 4>& shape) 
   int64_t count = 1;
   for (int64_t extent : shape) {
     if (extent < 0) {
-      fail("Dimensions of `", what, "` must not be negative. Received: ", what, ".shape=",
-           text(shape));
+      fail("Dimensions of `", what, "` must not be negative. Received: ", what,
+           ".shape=", text(shape));
     }
     if (__builtin_mul_overflow(count, std::max<int64_t>(extent, 1), &count) ||
         count > kMaxElements) {
-      fail("`", what, "` must have fewer than 2**57 elements. Received: ", what, ".shape=",
-           text(shape));
+      fail("`", what, "` must have fewer than 2**57 elements. Received: ", what,
+           ".shape=", text(shape));
     }
   }
 }
@@ -88,8 +88,7 @@ void check_padding(const Padding& padding) {
   }
 }
 
-std::array<int64_t, 4> activation_shape(Layout layout, int64_t n, int64_t h, int64_t w,
-                                        int64_t c) {
+std::array<int64_t, 4> activation_shape(Layout layout, int64_t n, int64_t h, int64_t w, int64_t c) {
   if (layout == Layout::nchw) return {n, c, h, w};
   return {n, h, w, c};
 }
@@ -144,8 +143,8 @@ Conv2dProblem make_conv2d_problem(const Conv2dArguments& a) {
   }
   for (int64_t extent : {p.h, p.w, p.c, p.r, p.s, p.k}) {
     if (extent > kLargest) {
-      fail("Every dimension but the batch must be below 2**31. Received: x.shape=",
-           text(a.x_shape), ", w.shape=", text(a.filter_shape));
+      fail("Every dimension but the batch must be below 2**31. Received: x.shape=", text(a.x_shape),
+           ", w.shape=", text(a.filter_shape));
     }
   }
   if (p.groups < 1) {
@@ -161,8 +160,8 @@ Conv2dProblem make_conv2d_problem(const Conv2dArguments& a) {
   }
   if (a.filter_shape[2] != p.c / p.groups) {
     fail("The filter's third dimension must be the number of input channels divided by `groups`, ",
-         p.c / p.groups, ". Received: x.shape=", text(a.x_shape), ", w.shape=",
-         text(a.filter_shape), ", groups=", p.groups);
+         p.c / p.groups, ". Received: x.shape=", text(a.x_shape),
+         ", w.shape=", text(a.filter_shape), ", groups=", p.groups);
   }
 
   // Each factor is below 2**31, so the products below fit 64 bits.
@@ -175,9 +174,9 @@ Conv2dProblem make_conv2d_problem(const Conv2dArguments& a) {
   if (rows.out < 1 || columns.out < 1) {
     fail("The dilated filter, ", window_h, " x ", window_w,
          ", must not be larger than the padded input. Received: x.shape=", text(a.x_shape),
-         ", w.shape=", text(a.filter_shape), ", dilation_rate=", text(a.dilations),
-         ", padding=((", rows.pad_before, ", ", rows.pad_after, "), (", columns.pad_before, ", ",
-         columns.pad_after, "))");
+         ", w.shape=", text(a.filter_shape), ", dilation_rate=", text(a.dilations), ", padding=((",
+         rows.pad_before, ", ", rows.pad_after, "), (", columns.pad_before, ", ", columns.pad_after,
+         "))");
   }
   p.oh = rows.out;
   p.ow = columns.out;
@@ -187,9 +186,8 @@ Conv2dProblem make_conv2d_problem(const Conv2dArguments& a) {
   p.pad_right = columns.pad_after;
   check_element_count("y", p.y_shape());
   // Kernels may lay the padding out in memory.
-  check_element_count("padded x",
-                      activation_shape(p.layout, p.n, p.h + p.pad_top + p.pad_bottom,
-                                       p.w + p.pad_left + p.pad_right, p.c));
+  check_element_count("padded x", activation_shape(p.layout, p.n, p.h + p.pad_top + p.pad_bottom,
+                                                   p.w + p.pad_left + p.pad_right, p.c));
   return p;
 }
 
@@ -217,8 +215,10 @@ Pool2dProblem make_pool2d_problem(const Pool2dArguments& a) {
          text(a.x_shape));
   }
   if (p.h > kLargest || p.w > kLargest || p.c > kLargest || p.r * p.s > kLargest) {
-    fail("Every dimension but the batch, and the window's area, must be below 2**31. Received: "
-         "x.shape=", text(a.x_shape), ", pool_size=", text(a.pool_size));
+    fail(
+        "Every dimension but the batch, and the window's area, must be below 2**31. Received: "
+        "x.shape=",
+        text(a.x_shape), ", pool_size=", text(a.pool_size));
   }
   const bool is_explicit = a.padding.kind == Padding::Kind::explicit_sides;
   if (is_explicit && (std::max(a.padding.top, a.padding.bottom) >= p.r ||
@@ -247,8 +247,10 @@ Pool2dProblem make_pool2d_problem(const Pool2dArguments& a) {
 
 Pool2dProblem pool_behind(const Conv2dProblem& p) {
   if (p.oh < 2 || p.ow < 2) {
-    fail("The convolution's output must be at least 2 x 2 to be pooled by 2 x 2 windows. Received: "
-         "an output of ", p.oh, " x ", p.ow);
+    fail(
+        "The convolution's output must be at least 2 x 2 to be pooled by 2 x 2 windows. Received: "
+        "an output of ",
+        p.oh, " x ", p.ow);
   }
   Pool2dProblem pool;
   pool.n = p.n;

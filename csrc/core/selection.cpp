@@ -36,8 +36,8 @@ std::string parse_algorithm(const std::string& name, const char* source) {
     if (name == algorithm.name) return name;
     names += ", '" + std::string(algorithm.name) + "'";
   }
-  throw InvalidArgument(std::string(source) + " must be one of " + names +
-                        ". Received: " + source + "='" + name + "'");
+  throw InvalidArgument(std::string(source) + " must be one of " + names + ". Received: " + source +
+                        "='" + name + "'");
 }
 
 std::string from_environment(const char* name, const char* otherwise) {
@@ -133,8 +133,8 @@ Explanation explain(const Conv2dProblem& p, Direction direction) {
   out.algorithm = chosen.name;
   out.blocking = chosen.blocking(p, direction);
   out.workspace_bytes = chosen.estimate(p, direction).workspace_bytes;
-  out.flops = 2.0 * static_cast<double>(p.y_size()) *
-              static_cast<double>(p.r * p.s * p.c_per_group());
+  out.flops =
+      2.0 * static_cast<double>(p.y_size()) * static_cast<double>(p.r * p.s * p.c_per_group());
   const double rate = multiply_adds_a_second(isa);
   const bool strict = current_accuracy() == Accuracy::strict;
   for (const cpu::Conv2dAlgorithm& algorithm : cpu::kernels(isa).conv2d) {

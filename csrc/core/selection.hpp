@@ -41,8 +41,8 @@ struct Explanation {
   std::string algorithm;  // "none" for an empty result
   std::string blocking;   // register tile and cache blocks, in words
   std::int64_t workspace_bytes = 0;
-  double flops = 0;             // multiplications and additions of the direct sum
-  double predicted_seconds = 0; // on current_isa() and num_threads(), from a measured FMA peak
+  double flops = 0;              // multiplications and additions of the direct sum
+  double predicted_seconds = 0;  // on current_isa() and num_threads(), from a measured FMA peak
   // Every algorithm that serves the problem, with its predicted time; the chosen one is among them.
   struct Candidate {
     std::string algorithm;

@@ -91,8 +91,8 @@ Workspace::~Workspace() {
   } else {
     const std::lock_guard lock(kept.mutex);
     // The oldest go first: what was used last is what the next call will ask for.
-    while (!kept.blocks.empty() && (kept.blocks.size() >= kMostKeptBlocks ||
-                                    kept.bytes + capacity_ > kMostKeptBytes)) {
+    while (!kept.blocks.empty() &&
+           (kept.blocks.size() >= kMostKeptBlocks || kept.bytes + capacity_ > kMostKeptBytes)) {
       drop[drops++] = kept.blocks.front().data;
       kept.bytes -= kept.blocks.front().capacity;
       kept.blocks.erase(kept.blocks.begin());

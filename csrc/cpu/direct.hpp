@@ -34,9 +34,7 @@ struct Direct {
       out.workspace_bytes = max64(out.workspace_bytes, runner.workspace_bytes);
     };
     switch (direction) {
-      case Direction::fprop:
-        add(fprop_taps(p));
-        break;
+      case Direction::fprop: add(fprop_taps(p)); break;
       case Direction::dgrad:
         for_each_dgrad_class(p, [&](const TapConvolution& g, int64_t) { add(g); });
         break;
@@ -79,8 +77,8 @@ struct Direct {
     const double taps = static_cast<double>(g.vertical.count * g.horizontal.count);
     constexpr double kAroundATap = 5, kAroundATile = 40;  // in multiply-adds of a tile row
     return pixels * lanes(g.columns, g.groups) *
-           (1.06 * taps * static_cast<double>(g.reduce) + (kAroundATap * taps + kAroundATile) /
-                                                              V::kRows);
+           (1.06 * taps * static_cast<double>(g.reduce) +
+            (kAroundATap * taps + kAroundATile) / V::kRows);
   }
 };
 

@@ -38,13 +38,13 @@ struct TapTile {
   const int64_t* tap_offsets;     // floats, added to the pointers
   const int64_t* filter_offsets;  // rows of the panel, `vectors` vectors each
   int64_t taps;
-  int64_t run;                    // contiguous source floats a tap
-  const float* filter;            // [tap][run][vectors * width]
-  const float* bias;              // `columns` values or null
+  int64_t run;          // contiguous source floats a tap
+  const float* filter;  // [tap][run][vectors * width]
+  const float* bias;    // `columns` values or null
   float* const* y;
-  int columns;                    // of the last vector: 1 .. width
+  int columns;  // of the last vector: 1 .. width
   bool relu;
-  bool first, last;               // of the parts that a sum is made of: y holds it in between
+  bool first, last;  // of the parts that a sum is made of: y holds it in between
 };
 
 // What the sums of a register tile's vector v begin with: the bias, or zero where that is null.
@@ -126,7 +126,7 @@ TapTileFunction tap_tile_function(int rows, int vectors) {
 // The taps of one axis, in ascending order of what they meet: source index = i * step + offset(tap),
 // tap = 0 .. count - 1.
 struct AxisTaps {
-  int64_t count, step, first, stride;  // offset(tap) = first + tap * stride, stride >= 0
+  int64_t count, step, first, stride;   // offset(tap) = first + tap * stride, stride >= 0
   int64_t filter_first, filter_stride;  // the filter's row or column of a tap
   int64_t offset(int64_t tap) const { return first + tap * stride; }
   int64_t lowest() const { return first; }
@@ -163,9 +163,7 @@ struct TapRegion {
   int64_t row, row_end, column, column_end;
   int64_t r, r_end, s, s_end;
 
-  int64_t pixels(int64_t images) const {
-    return images * (row_end - row) * (column_end - column);
-  }
+  int64_t pixels(int64_t images) const { return images * (row_end - row) * (column_end - column); }
 };
 
 // Calls body(region) for each, row by row; they cover the output.
@@ -184,8 +182,7 @@ void for_each_region(const TapConvolution& g, const Body& body) {
   };
   TapRegion region{};
   for (region.row = 0; region.row < g.out_h; region.row = region.row_end) {
-    region.row_end =
-        extend(g.vertical, region.row, g.out_h, g.source_h, region.r, region.r_end);
+    region.row_end = extend(g.vertical, region.row, g.out_h, g.source_h, region.r, region.r_end);
     for (region.column = 0; region.column < g.out_w; region.column = region.column_end) {
       region.column_end =
           extend(g.horizontal, region.column, g.out_w, g.source_w, region.s, region.s_end);
@@ -204,20 +201,18 @@ struct FilterPanels {
   int64_t panels, reduce, group_floats;  // reduce: the products of one sum
 
   explicit FilterPanels(const TapConvolution& convolution)
-      : g(convolution),
-        panels(ceil_div(g.columns, kPanel)),
+      : g(convolution), panels(ceil_div(g.columns, kPanel)),
         reduce(g.vertical.count * g.horizontal.count * g.reduce),
         group_floats(reduce * ceil_div(g.columns, V::kWidth) * V::kWidth) {}
 
   int64_t bytes() const { return ceil_div(g.groups * group_floats * 4, 64) * 64; }
   int vectors_of(int64_t panel) const {
-    return static_cast<int>(
-        min64(V::kVectors, ceil_div(g.columns - panel * kPanel, V::kWidth)));
+    return static_cast<int>(min64(V::kVectors, ceil_div(g.columns - panel * kPanel, V::kWidth)));
   }
   // Channels in the last vector of a panel.
   int last_columns(int64_t panel) const {
-    return static_cast<int>(min64(
-        g.columns - panel * kPanel - int64_t{vectors_of(panel) - 1} * V::kWidth, V::kWidth));
+    return static_cast<int>(
+        min64(g.columns - panel * kPanel - int64_t{vectors_of(panel) - 1} * V::kWidth, V::kWidth));
   }
   int64_t offset(int64_t group, int64_t panel) const {
     return group * group_floats + panel * kPanel * reduce;
@@ -246,8 +241,8 @@ struct FilterPanels {
         for (int64_t row = 0; row < c_end - c; ++row, in += g.filter_reduce) {
           for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
             const int64_t skipped = (panel - panel_begin) * kPanel;
-            copy_row(in + skipped, panel, out + skipped * panel_rows +
-                                              (at + row) * vectors_of(panel) * V::kWidth);
+            copy_row(in + skipped, panel,
+                     out + skipped * panel_rows + (at + row) * vectors_of(panel) * V::kWidth);
           }
         }
       } else {
@@ -290,8 +285,8 @@ struct FilterPanels {
         typename V::Reg square[V::kWidth];
 #pragma GCC unroll 16
         for (int64_t j = 0; j < V::kWidth; ++j) {
-          square[j] = j0 + j < valid ? V::load(in + (j0 + j) * g.filter_column + c0, tail)
-                                     : V::zero();
+          square[j] =
+              j0 + j < valid ? V::load(in + (j0 + j) * g.filter_column + c0, tail) : V::zero();
         }
         V::transpose(square);
         for (int64_t c = 0; c < depth; ++c) V::store(out + (c0 + c) * width + j0, square[c]);
@@ -325,14 +320,13 @@ struct TapTiles {
     t.taps = 0;
     t.run = g.reduce;
     if (region.s == region.s_end) return;
-    const bool merged = g.reduce == g.source_c &&
-                        (g.horizontal.stride == 1 || g.horizontal.count == 1);
+    const bool merged =
+        g.reduce == g.source_c && (g.horizontal.stride == 1 || g.horizontal.count == 1);
     if (merged) t.run *= region.s_end - region.s;
     const int64_t s_end = merged ? region.s + 1 : region.s_end;
     for (int64_t r = region.r; r < region.r_end; ++r)
       for (int64_t s = region.s; s < s_end; ++s, ++t.taps) {
-        offsets[t.taps] =
-            (g.vertical.offset(r) * g.source_w + g.horizontal.offset(s)) * g.source_c;
+        offsets[t.taps] = (g.vertical.offset(r) * g.source_w + g.horizontal.offset(s)) * g.source_c;
         filter_offsets[t.taps] = (r * g.horizontal.count + s) * g.reduce;
       }
   }
@@ -470,10 +464,10 @@ struct TapConvolutionRunner {
   std::vector<TapRegion> regions;
   std::vector<int64_t> first_tile;  // of each region, and behind the last
   int64_t pixels, tasks;
-  int64_t blocks;                         // runs of tiles
-  int64_t panel_groups, panels_a_group;   // with the filter packed as a whole
+  int64_t blocks;                        // runs of tiles
+  int64_t panel_groups, panels_a_group;  // with the filter packed as a whole
   bool by_chunks;
-  int64_t packed_bytes, entries_bytes;    // entries: of one worker
+  int64_t packed_bytes, entries_bytes;  // entries: of one worker
   int64_t workspace_bytes;
 
   explicit TapConvolutionRunner(const TapConvolution& convolution) : g(convolution), panels(g) {
@@ -576,8 +570,8 @@ struct TapConvolutionRunner {
   }
 
   void work_by_chunks(const TapTiles<V>& tap_tiles, const float* filter, int64_t group,
-                      int64_t first_panel, int64_t last_panel, int64_t tile_begin,
-                      int64_t tile_end, float* chunk, int64_t* entries) const {
+                      int64_t first_panel, int64_t last_panel, int64_t tile_begin, int64_t tile_end,
+                      float* chunk, int64_t* entries) const {
     const int64_t taps = g.vertical.count * g.horizontal.count;
     const float* rows[V::kRows];
     float* out[V::kRows];
@@ -596,13 +590,13 @@ struct TapConvolutionRunner {
           const float* own = chunk + (panel - first_panel) * kPanel * rows_here;
           for_each_part(tile_begin, tile_end,
                         [&](const TapRegion& region, int64_t from, int64_t to) {
-            tap_tiles.list_taps(region, tap, tap_end, c, c_end, entries, t);
-            typename TapTiles<V>::Cursor cursor(region, g.images, from);
-            for (int64_t i = from; i < to; ++i) {
-              const int count = tap_tiles.locate(cursor, i, rows, out);
-              tap_tiles.tile(panels, group, panel, count, rows, out, own, t);
-            }
-          });
+                          tap_tiles.list_taps(region, tap, tap_end, c, c_end, entries, t);
+                          typename TapTiles<V>::Cursor cursor(region, g.images, from);
+                          for (int64_t i = from; i < to; ++i) {
+                            const int count = tap_tiles.locate(cursor, i, rows, out);
+                            tap_tiles.tile(panels, group, panel, count, rows, out, own, t);
+                          }
+                        });
         }
       }
     }

@@ -62,8 +62,8 @@ struct Kernels {
   void (*activation_grad)(std::int64_t pixels, std::int64_t channels, const float* dy,
                           const float* y, float* dz, float* dbias);
   // out[n][j][i] = in[n][i][j] for `matrices` of rows x columns.
-  void (*transpose)(std::int64_t matrices, std::int64_t rows, std::int64_t columns,
-                    const float* in, float* out);
+  void (*transpose)(std::int64_t matrices, std::int64_t rows, std::int64_t columns, const float* in,
+                    float* out);
   void (*transpose_bytes)(std::int64_t matrices, std::int64_t rows, std::int64_t columns,
                           const std::uint8_t* in, std::uint8_t* out);
   void (*max_pool2d_fprop)(const Pool2dProblem&, const float* x, float* y, void* argmax);

@@ -31,10 +31,10 @@ enum class Lanes {
 
 // What a vector of output channels reads.
 struct LaneVector {
-  int64_t source;     // first source channel
-  int columns;        // output lanes
-  int loaded[2];      // source lanes of one or two loads
-  bool whole;         // every load and store is one of whole vectors
+  int64_t source;  // first source channel
+  int columns;     // output lanes
+  int loaded[2];   // source lanes of one or two loads
+  bool whole;      // every load and store is one of whole vectors
 };
 
 struct LaneTile {
@@ -100,8 +100,10 @@ inline __attribute__((always_inline)) void slide(const LaneTile& t, const Source
   constexpr int kColumns = (Cols - 1) * Step + Taps, kMargin = Taps - 1;
 #pragma GCC unroll 32
   for (int column = 0; column < kColumns; ++column) {
-    if (column < kMargin && column < t.column_begin) [[unlikely]] continue;
-    if (column >= kColumns - kMargin && column >= t.column_end) [[unlikely]] continue;
+    if (column < kMargin && column < t.column_begin) [[unlikely]]
+      continue;
+    if (column >= kColumns - kMargin && column >= t.column_end) [[unlikely]]
+      continue;
     const int64_t at = column * t.x_column;
     const typename V::Reg a = source.load(x + at, mask + at, c);
 #pragma GCC unroll 8
@@ -160,9 +162,8 @@ inline __attribute__((always_inline)) void lane_vector(const LaneTile& t, int64_
       } else {
         for (int64_t tap = 0; tap < t.taps; ++tap, filter += V::kWidth) {
           const Reg b = V::load(filter);
-          stroll<V, Cols>(t, source, x, mask, c, tap, [&](int pixel, Reg a) {
-            sum[pixel] = V::fma(a, b, sum[pixel]);
-          });
+          stroll<V, Cols>(t, source, x, mask, c, tap,
+                          [&](int pixel, Reg a) { sum[pixel] = V::fma(a, b, sum[pixel]); });
         }
       }
       if constexpr (kLanes != Lanes::plain) source.next_channel();
@@ -227,9 +228,8 @@ inline __attribute__((always_inline)) void lane_wgrad_vector(const LaneTile& t, 
       } else {
         for (int64_t tap = 0; tap < t.taps; ++tap, sums += V::kWidth) {
           Reg sum = V::load(sums);
-          stroll<V, Cols>(t, source, x, x, c, tap, [&](int pixel, Reg a) {
-            sum = V::fma(a, dy[pixel], sum);
-          });
+          stroll<V, Cols>(t, source, x, x, c, tap,
+                          [&](int pixel, Reg a) { sum = V::fma(a, dy[pixel], sum); });
           V::store(sums, sum);
         }
       }
@@ -310,8 +310,7 @@ const LaneTileFunction* lane_tiles(Lanes lanes, int64_t taps, int64_t step) {
     case Lanes::masked:
       if constexpr (!Wgrad) return lane_tiles<V, Wgrad, Lanes::masked>(taps, step);
       return nullptr;
-    default:
-      break;
+    default: break;
   }
   if constexpr (V::kWidth > 1) {
     switch (lanes) {
@@ -334,8 +333,7 @@ struct LanePlan {
   int64_t rows;                       // output rows that a column of tiles goes down
 
   LanePlan(const TapConvolution& g, int64_t taps_h, int64_t taps_w)
-      : channels(g.groups * g.columns), vectors(ceil_div(channels, V::kWidth)),
-        reduce(g.reduce) {
+      : channels(g.groups * g.columns), vectors(ceil_div(channels, V::kWidth)), reduce(g.reduce) {
     int64_t span = 0;
     bool one_group = true;
     for (int64_t v = 0; v < min64(vectors, g.columns); ++v) {  // the rest repeats these
@@ -394,12 +392,11 @@ struct LanePlan {
         out[v].source -= shift;
       }
       out[v].loaded[0] = static_cast<int>(min64(V::kWidth, span + shift));
-      out[v].loaded[1] = static_cast<int>(
-          max64(0, min64(V::kWidth, span + shift - V::kWidth)));
-      out[v].whole = columns == V::kWidth &&
-                     (lanes == Lanes::broadcast || lanes == Lanes::gather ||
-                      (lanes == Lanes::permute2 ? out[v].loaded[1] : out[v].loaded[0]) ==
-                          V::kWidth);
+      out[v].loaded[1] = static_cast<int>(max64(0, min64(V::kWidth, span + shift - V::kWidth)));
+      out[v].whole =
+          columns == V::kWidth &&
+          (lanes == Lanes::broadcast || lanes == Lanes::gather ||
+           (lanes == Lanes::permute2 ? out[v].loaded[1] : out[v].loaded[0]) == V::kWidth);
       if (lanes == Lanes::plain || lanes == Lanes::broadcast) continue;
       for (int64_t lane = 0; lane < V::kWidth; ++lane) {
         const int64_t group = (v * V::kWidth + lane) / g.columns - first;
@@ -465,8 +462,7 @@ struct LaneConvolution {
     return min64(p.stride_h, p.h) * min64(p.stride_w, p.w) <= kMostClasses;
   }
 
-  LaneConvolution(const Conv2dProblem& p, Direction direction)
-      : plan(make_plan(p, direction)) {
+  LaneConvolution(const Conv2dProblem& p, Direction direction) : plan(make_plan(p, direction)) {
     if (direction == Direction::fprop) {
       add(fprop_taps(p), 0);
     } else {
@@ -498,8 +494,8 @@ struct LaneConvolution {
     }
     parallel_for(plan.blocks, [&](int64_t block) {
       for (int64_t k = 0; k < count; ++k) {
-        pack(classes[k], filter, block * plan.block,
-             min64(plan.vectors, (block + 1) * plan.block), packed + classes[k].packed);
+        pack(classes[k], filter, block * plan.block, min64(plan.vectors, (block + 1) * plan.block),
+             packed + classes[k].packed);
       }
     });
     common.reduce = plan.reduce;
@@ -583,8 +579,7 @@ struct LaneConvolution {
       for (int64_t r = 0; r < g.vertical.count; ++r, out += own.filter_row)
         for (int64_t s = 0; s < g.horizontal.count; ++s) {
           const float* in =
-              filter +
-              (g.vertical.filter_first + r * g.vertical.filter_stride) * g.filter_tap_row +
+              filter + (g.vertical.filter_first + r * g.vertical.filter_stride) * g.filter_tap_row +
               (g.horizontal.filter_first + s * g.horizontal.filter_stride) * g.filter_tap_column;
           float* to = out + s * V::kWidth;
           if (g.filter_reduce == 1 && g.reduce > 1) {
@@ -666,8 +661,7 @@ struct LaneWgrad {
           const int64_t j = g.out_w * tile / tiles, j_end = g.out_w * (tile + 1) / tiles;
           for (int64_t line = begin; line < end; ++line) {
             int64_t source;
-            const int64_t row =
-                locate_lane_tile(g, line / g.out_h, line % g.out_h, j, t, source);
+            const int64_t row = locate_lane_tile(g, line / g.out_h, line % g.out_h, j, t, source);
             const int64_t at = line * g.y_row + j * g.y_column;
             t.x = x + source;
             t.filter = own + row * row_floats;
@@ -696,8 +690,7 @@ struct LaneWgrad {
             V::store(out, total(at), tail);
           }
       if (dbias) {
-        V::store(dbias + v * V::kWidth,
-                 total(plan.vectors * vector_floats + v * V::kWidth), tail);
+        V::store(dbias + v * V::kWidth, total(plan.vectors * vector_floats + v * V::kWidth), tail);
       }
     });
   }
@@ -747,8 +740,7 @@ Estimate estimate_lanes(const Conv2dProblem& p, Direction direction) {
   Estimate out;
   const auto add = [&](const TapConvolution& g, const LanePlan<V>& plan, double pixels) {
     const double lanes = static_cast<double>(plan.vectors * V::kWidth) * pixels;
-    const double products =
-        static_cast<double>(g.vertical.count * g.horizontal.count * g.reduce);
+    const double products = static_cast<double>(g.vertical.count * g.horizontal.count * g.reduce);
     out.multiply_adds += lanes * (products * lane_cost(plan.lanes, g.horizontal) + 6);
   };
   if (direction == Direction::wgrad) {
@@ -771,8 +763,8 @@ Estimate estimate_lanes(const Conv2dProblem& p, Direction direction) {
 template <class V>
 std::string describe_lanes(const Conv2dProblem& p, Direction direction) {
   const auto text = [](const LanePlan<V>& plan) {
-    const char* const names[] = {"plain", "masked", "broadcast", "permuted", "permuted of two",
-                                 "gathered"};
+    const char* const names[] = {"plain",    "masked",          "broadcast",
+                                 "permuted", "permuted of two", "gathered"};
     return std::to_string(LanePlan<V>::kColumns) + " x " + std::to_string(int{V::kWidth}) +
            " tile of pixels x channels, source lanes " + names[static_cast<int>(plan.lanes)] +
            ", blocks of " + std::to_string(plan.block) + " vectors";

@@ -48,9 +48,13 @@ struct AllLanes {
   typename V::Reg load(const float* p) const { return V::load(p); }
   void store(float* p, typename V::Reg v) const { V::store(p, v); }
   template <class Index>
-  typename V::Int load_index(const Index* p) const { return V::load_index(p); }
+  typename V::Int load_index(const Index* p) const {
+    return V::load_index(p);
+  }
   template <class Index>
-  void store_index(Index* p, typename V::Int v) const { V::store_index(p, v); }
+  void store_index(Index* p, typename V::Int v) const {
+    V::store_index(p, v);
+  }
 };
 
 template <class V>
@@ -60,9 +64,13 @@ struct SomeLanes {
   typename V::Reg load(const float* p) const { return V::load(p, tail); }
   void store(float* p, typename V::Reg v) const { V::store(p, v, tail); }
   template <class Index>
-  typename V::Int load_index(const Index* p) const { return V::load_index(p, tail); }
+  typename V::Int load_index(const Index* p) const {
+    return V::load_index(p, tail);
+  }
   template <class Index>
-  void store_index(Index* p, typename V::Int v) const { V::store_index(p, v, tail); }
+  void store_index(Index* p, typename V::Int v) const {
+    V::store_index(p, v, tail);
+  }
 };
 
 // Calls body(element, lanes) for a range of elements, a vector at a time.
@@ -83,8 +91,8 @@ struct RowTasks {
     const int64_t enough = 4 * int64_t{num_threads()};
     parts = 1;
     if (rows < enough && rows > 0) {
-      parts = max64(1, min64(min64(most_parts, ceil_div(enough, rows)),
-                             row_floats / kPoolFloatsATask));
+      parts =
+          max64(1, min64(min64(most_parts, ceil_div(enough, rows)), row_floats / kPoolFloatsATask));
     }
     rows_a_task =
         parts > 1 ? 1 : max64(1, min64(ceil_div(kPoolFloatsATask, max64(row_floats, 1)), rows));
@@ -153,11 +161,10 @@ struct MaxForward {
           waiting = value;
         }
       if constexpr (R * S % 2 == 1) nan = V::mask_or(nan, V::unordered(waiting, waiting));
-      lanes.store(y + at,
-                  V::select(nan, V::set(std::numeric_limits<float>::quiet_NaN()), best));
+      lanes.store(y + at, V::select(nan, V::set(std::numeric_limits<float>::quiet_NaN()), best));
     } else {
-      typename V::Int tap = V::int_broadcast(
-          static_cast<int>(rows.begin * window_columns + columns.begin));
+      typename V::Int tap =
+          V::int_broadcast(static_cast<int>(rows.begin * window_columns + columns.begin));
 #pragma GCC unroll 3
       for (int64_t r = rows.begin; r < rows.end; ++r)
 #pragma GCC unroll 3
@@ -270,8 +277,8 @@ struct MaxBackward {
 
   // The policy of a strip: dy and argmax of some planes from `at` on.
   template <class W>
-  MaxBackward turned(int64_t at, int64_t plane_floats, int64_t planes, int64_t pixels,
-                     float* strip, float* index_strip) const {
+  MaxBackward turned(int64_t at, int64_t plane_floats, int64_t planes, int64_t pixels, float* strip,
+                     float* index_strip) const {
     Index* const indices = reinterpret_cast<Index*>(index_strip);
     to_strip<W>(dy + at, plane_floats, planes, pixels, strip);
     to_strip<W>(argmax + at, plane_floats, planes, pixels, indices);
@@ -534,9 +541,7 @@ struct OverlappingGrad {
   }
 };
 
-inline bool windows_overlap(const Pool2dProblem& p) {
-  return p.stride_h < p.r || p.stride_w < p.s;
-}
+inline bool windows_overlap(const Pool2dProblem& p) { return p.stride_h < p.r || p.stride_w < p.s; }
 
 // The first input row of window row i, of windows that do not overlap; rows above the first window
 // and below the last one are theirs too.
@@ -673,9 +678,9 @@ void pool_bprop_nchw(const Pool2dProblem& p, const Policy& policy, float* dx) {
       windows = {windows_over(rows.begin + p.pad_top, p.r, p.stride_h, p.oh).begin,
                  windows_over(rows.end - 1 + p.pad_top, p.r, p.stride_h, p.oh).end};
     }
-    const Policy own = policy.template turned<V>(
-        (plane * p.oh + windows.begin) * p.ow, p.oh * p.ow, count,
-        max64(0, windows.size()) * p.ow, scratch, scratch + windows_floats);
+    const Policy own = policy.template turned<V>((plane * p.oh + windows.begin) * p.ow, p.oh * p.ow,
+                                                 count, max64(0, windows.size()) * p.ow, scratch,
+                                                 scratch + windows_floats);
     const Pixels out = strip_pixels(windows.begin, p.ow, kWidth);
     const Pixels in = strip_pixels(rows.begin, p.w, kWidth);
     for (int64_t i = at.begin; i < at.end; ++i) {
@@ -737,11 +742,11 @@ void pool_bprop(const Pool2dProblem& p, const Policy& policy, float* dx) {
 template <class Void, class Body>
 void with_argmax_type(const Pool2dProblem& p, Void* argmax, const Body& body) {
   if (p.argmax_fits_byte()) {
-    body(static_cast<std::conditional_t<std::is_const_v<Void>, const std::uint8_t*,
-                                        std::uint8_t*>>(argmax));
+    body(static_cast<std::conditional_t<std::is_const_v<Void>, const std::uint8_t*, std::uint8_t*>>(
+        argmax));
   } else {
-    body(static_cast<std::conditional_t<std::is_const_v<Void>, const std::int32_t*,
-                                        std::int32_t*>>(argmax));
+    body(static_cast<std::conditional_t<std::is_const_v<Void>, const std::int32_t*, std::int32_t*>>(
+        argmax));
   }
 }
 

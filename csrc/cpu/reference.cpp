@@ -147,9 +147,8 @@ void max_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y, void* ar
 void max_pool2d_bprop(const Pool2dProblem& p, const float* dy, const void* argmax, float* dx) {
   std::vector<double> sums(p.x_size());
   for_each_window(p, [&](int64_t n, int64_t i, int64_t j, int64_t c, int64_t at_y) {
-    const int64_t best_tap = p.argmax_fits_byte()
-                                 ? static_cast<const std::uint8_t*>(argmax)[at_y]
-                                 : static_cast<const std::int32_t*>(argmax)[at_y];
+    const int64_t best_tap = p.argmax_fits_byte() ? static_cast<const std::uint8_t*>(argmax)[at_y]
+                                                  : static_cast<const std::int32_t*>(argmax)[at_y];
     for_each_tap(p, n, i, j, c, [&](int64_t tap, int64_t at_x) {
       if (tap == best_tap) sums[at_x] += dy[at_y];
     });
@@ -188,9 +187,9 @@ void conv2d_pool_fprop(const Conv2dProblem& p, const float* x, const float* filt
   max_pool2d_fprop(pool_behind(p), whole.data(), y, argmax);
 }
 
-void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filter,
-                       const float* dy, const float* y, const std::uint8_t* argmax, float* dx,
-                       float* dfilter, float* dbias) {
+void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filter, const float* dy,
+                       const float* y, const std::uint8_t* argmax, float* dx, float* dfilter,
+                       float* dbias) {
   const Pool2dProblem pool = pool_behind(p);
   std::vector<float> through(pool.y_size()), dz(p.y_size());
   for (int64_t at = 0; at < pool.y_size(); ++at) {

@@ -69,8 +69,7 @@ const Kernels& kernels(Isa isa) {
   return kScalarKernels;
 }
 
-const Conv2dAlgorithm& choose(const Conv2dProblem& problem, Direction direction,
-                              const char* name) {
+const Conv2dAlgorithm& choose(const Conv2dProblem& problem, Direction direction, const char* name) {
   const Isa isa = current_isa();
   const Kernels& table = kernels(isa);
   if (name) {

@@ -321,8 +321,8 @@ struct SmallChannel {
     const int workers = workers_for(strip.tasks(p));
     const Workspace workspace(static_cast<std::size_t>(strip.workspace_bytes(workers)));
     float* packed = workspace.floats();
-    int64_t* tap_offsets = reinterpret_cast<int64_t*>(
-        workspace.floats(static_cast<std::size_t>(strip.packed_bytes)));
+    int64_t* tap_offsets =
+        reinterpret_cast<int64_t*>(workspace.floats(static_cast<std::size_t>(strip.packed_bytes)));
     for (int64_t tap = 0; tap < strip.taps; ++tap) {
       const bool merged = strip.taps == p.r;
       const int64_t r = merged ? tap : tap / p.s, s = merged ? 0 : tap % p.s;
@@ -330,10 +330,10 @@ struct SmallChannel {
     }
     panels.pack_all(operands.filter, packed);
     // Panels that stay in the first-level cache take turns at a tile: whole pixels are written at once.
-    const int64_t panels_a_pass = max64(
-        1, (int64_t{16} << 10) / max64(panels.reduce * FilterPanels<V>::kPanel * 4, 1));
-    float* copies = workspace.floats(
-        static_cast<std::size_t>(strip.packed_bytes + strip.offsets_bytes));
+    const int64_t panels_a_pass =
+        max64(1, (int64_t{16} << 10) / max64(panels.reduce * FilterPanels<V>::kPanel * 4, 1));
+    float* copies =
+        workspace.floats(static_cast<std::size_t>(strip.packed_bytes + strip.offsets_bytes));
 
     parallel_for(strip.tasks(p), workers, [&](int64_t task, int worker) {
       const int64_t n = task / strip.strips;

@@ -101,7 +101,7 @@ struct WgradPlan {
   static constexpr int64_t kPanel = V::kVectors * V::kWidth;
 
   int64_t floats, pixels;
-  bool by_taps;  // a tile's rows are channels of one tap
+  bool by_taps;                                     // a tile's rows are channels of one tap
   int64_t source_h, source_w, image_floats, chunk;  // the copy, where there is one
   bool copied;
   int64_t parts, panels, q_tiles, tiles_a_tap, q_groups;
@@ -116,8 +116,8 @@ struct WgradPlan {
     // The input rows and columns that the taps reach, with their padding.
     const int64_t reach_h = (p.oh - 1) * p.stride_h + (p.r - 1) * p.dilation_h + 1;
     const int64_t reach_w = (p.ow - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1;
-    copied = !by_taps && (p.pad_top || p.pad_left || reach_h - p.pad_top > p.h ||
-                          reach_w - p.pad_left > p.w);
+    copied = !by_taps &&
+             (p.pad_top || p.pad_left || reach_h - p.pad_top > p.h || reach_w - p.pad_left > p.w);
     source_h = copied ? reach_h : p.h;
     source_w = copied ? reach_w : p.w;
     // Copies of as many images at a time as 8 MiB hold; all of them where none is copied.
@@ -353,8 +353,8 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
       const int64_t width = min64(kg - panel * kPanel, kPanel);
       const int vectors = static_cast<int>(ceil_div(width, V::kWidth));
       float* packed = reinterpret_cast<float*>(scratch + worker * plan.worker_bytes());
-      int64_t* x_pixels = reinterpret_cast<int64_t*>(scratch + worker * plan.worker_bytes() +
-                                                     plan.block_bytes);
+      int64_t* x_pixels =
+          reinterpret_cast<int64_t*>(scratch + worker * plan.worker_bytes() + plan.block_bytes);
       int64_t* dy_pixels = x_pixels + plan.pixels_a_block;
       WgradTile t{};
       t.x_pixels = x_pixels;
@@ -393,8 +393,8 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
           if (plan.by_taps) {
             const int64_t tap = tile / plan.tiles_a_tap, c_tile = tile % plan.tiles_a_tap;
             if (tap != listed) {
-              t.pixels = list_pixels(p, tap / p.s, tap % p.s, begin, end, dy_pixel, x_pixels,
-                                     dy_pixels);
+              t.pixels =
+                  list_pixels(p, tap / p.s, tap % p.s, begin, end, dy_pixel, x_pixels, dy_pixels);
               listed = tap;
             }
             const int64_t c = cg * c_tile / plan.tiles_a_tap;
@@ -495,8 +495,8 @@ void activation_grad(int64_t pixels, int64_t channels, const float* dy, const fl
       const auto block_of = y ? activation_grad_function<V, true>(vectors)
                               : activation_grad_function<V, false>(vectors);
       const int64_t at = begin * channels + c;
-      block_of(end - begin, channels, static_cast<int>(width - (vectors - 1) * V::kWidth),
-               dy + at, y ? y + at : nullptr, y ? dz + at : nullptr,
+      block_of(end - begin, channels, static_cast<int>(width - (vectors - 1) * V::kWidth), dy + at,
+               y ? y + at : nullptr, y ? dz + at : nullptr,
                sums ? sums + block * channels + c : nullptr);
     }
   });

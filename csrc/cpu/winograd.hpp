@@ -90,8 +90,7 @@ struct WinogradTransform<V, 4> {
     y[0] = V::add(m[0], V::add(sum_a, sum_b));
     y[1] = V::fma(V::set(kA), difference_a, V::multiply(V::set(kB), difference_b));
     y[2] = V::fma(V::set(0.5f), sum_a, V::add(sum_b, sum_b));
-    y[3] = V::fma(V::set(kA / 2), difference_a,
-                  V::fma(V::set(2 * kB), difference_b, m[5]));
+    y[3] = V::fma(V::set(kA / 2), difference_a, V::fma(V::set(2 * kB), difference_b, m[5]));
   }
 };
 
@@ -214,8 +213,7 @@ struct Winograd {
              round_up(product_bytes, 64) + blanks_bytes;
     }
     int vectors_of(int64_t panel) const {
-      return static_cast<int>(
-          min64(V::kVectors, ceil_div(k - panel * kPanel, V::kWidth)));
+      return static_cast<int>(min64(V::kVectors, ceil_div(k - panel * kPanel, V::kWidth)));
     }
     // A panel is [point][c][vectors * width].
     int64_t filter_offset(int64_t panel) const { return kPoints * c * panel * kPanel; }
@@ -249,16 +247,16 @@ struct Winograd {
     const int64_t c_parts = ceil_div(plan.c, V::kWidth);
     parallel_for(plan.panels * c_parts, [&](int64_t task) {
       const int64_t begin = task / plan.panels * V::kWidth;
-      transform_filter(plan, filter, task % plan.panels, begin,
-                       min64(plan.c, begin + V::kWidth), u);
+      transform_filter(plan, filter, task % plan.panels, begin, min64(plan.c, begin + V::kWidth),
+                       u);
     });
     const int64_t block_floats = kPoints * plan.block_tiles * plan.padded_c;
     if (plan.two_phases) {
       parallel_for(plan.tiles, [&](int64_t tile) {
         const int64_t block = tile / plan.block_tiles;
-        blanks[tile] = transform_input(plan, x, mask, zeros, tile,
-                                       v + block * block_floats +
-                                           tile % plan.block_tiles * plan.padded_c);
+        blanks[tile] =
+            transform_input(plan, x, mask, zeros, tile,
+                            v + block * block_floats + tile % plan.block_tiles * plan.padded_c);
       });
     }
     parallel_for(plan.tasks, plan.workers, [&](int64_t task, int worker) {
@@ -270,8 +268,8 @@ struct Winograd {
       std::uint32_t* own_blanks = blanks + slot * plan.block_tiles;
       if (!plan.two_phases) {
         for (int64_t tile = begin; tile < end; ++tile) {
-          own_blanks[tile - begin] = transform_input(plan, x, mask, zeros, tile,
-                                                     own + (tile - begin) * plan.padded_c);
+          own_blanks[tile - begin] =
+              transform_input(plan, x, mask, zeros, tile, own + (tile - begin) * plan.padded_c);
         }
       }
       float* product = products + worker * kPoints * plan.block_tiles * kPanel;
@@ -347,7 +345,7 @@ struct Winograd {
   // B^T d B of one tile, all channels; the points lie block_tiles * padded_c floats apart. Returns a
   // bit for each output, M * row + column, whose source is zero throughout.
   static std::uint32_t transform_input(const Plan& plan, const float* x, const float* mask,
-                              const float* zeros, int64_t tile, float* out) {
+                                       const float* zeros, int64_t tile, float* out) {
     const int64_t n = tile / (plan.tiles_h * plan.tiles_w);
     const int64_t top = tile / plan.tiles_w % plan.tiles_h * M - plan.pad_top;
     const int64_t left = tile % plan.tiles_w * M - plan.pad_left;

@@ -69,10 +69,10 @@ struct Conv2dAlgorithm {
   cudaError_t (*run)(const Conv2dSpec&, const Conv2dOperands&, const Call&);
 };
 
-extern const Conv2dAlgorithm kSimtGemm;       // simt_gemm.cu: float32, all directions, any problem
-extern const Conv2dAlgorithm kSmallChannel;   // small_channel.cu: C / groups of 1 to 4
-extern const Conv2dAlgorithm kDepthwise;      // depthwise.cu: C / groups = 1, with a multiplier
-extern const Conv2dAlgorithm kTensorCoreGemm; // tensor_core_gemm.cu: float16, bfloat16, TF32
+extern const Conv2dAlgorithm kSimtGemm;        // simt_gemm.cu: float32, all directions, any problem
+extern const Conv2dAlgorithm kSmallChannel;    // small_channel.cu: C / groups of 1 to 4
+extern const Conv2dAlgorithm kDepthwise;       // depthwise.cu: C / groups = 1, with a multiplier
+extern const Conv2dAlgorithm kTensorCoreGemm;  // tensor_core_gemm.cu: float16, bfloat16, TF32
 
 // The second pass of a sum over `splits` blocks: results i < count are the sums of
 // workspace[split * count + i] (float32) in the order of the splits, plus bias[i / inner % channels]
@@ -99,8 +99,7 @@ cudaError_t max_pool2d_fprop(const Pool2dProblem&, DataType, const void* x, void
 cudaError_t max_pool2d_bprop(const Pool2dProblem&, DataType, const void* dy, const void* argmax,
                              void* dx, const Call&);
 cudaError_t avg_pool2d_fprop(const Pool2dProblem&, DataType, const void* x, void* y, const Call&);
-cudaError_t avg_pool2d_bprop(const Pool2dProblem&, DataType, const void* dy, void* dx,
-                             const Call&);
+cudaError_t avg_pool2d_bprop(const Pool2dProblem&, DataType, const void* dy, void* dx, const Call&);
 
 // The algorithm of the least estimate; the named one if `name` is not null. Throws InvalidArgument if
 // the named one does not exist or does not serve the problem. select.cpp.

@@ -208,20 +208,21 @@ Pool2dProblem draw_pool(Random& random) {
 
 std::string text(const Conv2dProblem& p) {
   char line[320];
-  std::snprintf(line, sizeof line,
-                "mb%ldg%ldic%ldih%ldiw%ldoc%ldkh%ldkw%ldsh%ldsw%ldph%ldpb%ldpw%ldpr%lddh%lddw%ld%s%s",
-                long(p.n), long(p.groups), long(p.c), long(p.h), long(p.w), long(p.k), long(p.r),
-                long(p.s), long(p.stride_h), long(p.stride_w), long(p.pad_top), long(p.pad_bottom),
-                long(p.pad_left), long(p.pad_right), long(p.dilation_h - 1),
-                long(p.dilation_w - 1), p.layout == Layout::nchw ? " nchw" : "",
-                p.activation == Activation::relu ? " relu" : "");
+  std::snprintf(
+      line, sizeof line,
+      "mb%ldg%ldic%ldih%ldiw%ldoc%ldkh%ldkw%ldsh%ldsw%ldph%ldpb%ldpw%ldpr%lddh%lddw%ld%s%s",
+      long(p.n), long(p.groups), long(p.c), long(p.h), long(p.w), long(p.k), long(p.r), long(p.s),
+      long(p.stride_h), long(p.stride_w), long(p.pad_top), long(p.pad_bottom), long(p.pad_left),
+      long(p.pad_right), long(p.dilation_h - 1), long(p.dilation_w - 1),
+      p.layout == Layout::nchw ? " nchw" : "", p.activation == Activation::relu ? " relu" : "");
   return line;
 }
 
 std::string text(const Pool2dProblem& p) {
   char line[320];
-  std::snprintf(line, sizeof line, "pool mb%ldic%ldih%ldiw%ldkh%ldkw%ldsh%ldsw%ldph%ldpb%ldpw%ldpr%ld%s",
-                long(p.n), long(p.c), long(p.h), long(p.w), long(p.r), long(p.s), long(p.stride_h),
+  std::snprintf(line, sizeof line,
+                "pool mb%ldic%ldih%ldiw%ldkh%ldkw%ldsh%ldsw%ldph%ldpb%ldpw%ldpr%ld%s", long(p.n),
+                long(p.c), long(p.h), long(p.w), long(p.r), long(p.s), long(p.stride_h),
                 long(p.stride_w), long(p.pad_top), long(p.pad_bottom), long(p.pad_left),
                 long(p.pad_right), p.layout == Layout::nchw ? " nchw" : "");
   return line;
@@ -283,7 +284,8 @@ double largest(const Tensor<float>& tensor) {
 
 std::vector<std::string> algorithms(const Conv2dProblem& p, Direction direction) {
   std::vector<std::string> names;
-  for (const auto& candidate : explain(p, direction).candidates) names.push_back(candidate.algorithm);
+  for (const auto& candidate : explain(p, direction).candidates)
+    names.push_back(candidate.algorithm);
   return names;
 }
 
@@ -292,8 +294,8 @@ struct ConvData {
   Tensor<float> y, dx, dw, dbias;  // by the reference
   ConvData(const Conv2dProblem& p, Random& random, bool end)
       : x(p.x_size(), end), w(p.filter_size(), end), bias(p.k, end), dy(p.y_size(), end),
-        output(p.y_size(), end), y(p.y_size(), end), dx(p.x_size(), end),
-        dw(p.filter_size(), end), dbias(p.k, end) {
+        output(p.y_size(), end), y(p.y_size(), end), dx(p.x_size(), end), dw(p.filter_size(), end),
+        dbias(p.k, end) {
     for (auto* tensor : {&x, &w, &bias, &dy, &output}) fill(*tensor, random);
     reference::conv2d_fprop(p, x.data(), w.data(), bias.data(), y.data());
     reference::conv2d_dgrad(p, dy.data(), w.data(), output.data(), dx.data());
@@ -305,14 +307,12 @@ void run_conv(const Conv2dProblem& p, ConvData& d, bool end, const std::string& 
   for (Direction direction : {Direction::fprop, Direction::dgrad, Direction::wgrad}) {
     for (const std::string& name : algorithms(p, direction)) {
       const char* algorithm = name.c_str();
-      const std::string what =
-          text(p) + " " + label + " " + name + " " + direction_name(direction);
+      const std::string what = text(p) + " " + label + " " + name + " " + direction_name(direction);
       const bool exact = name.rfind("winograd", 0) != 0;
       if (direction == Direction::fprop) {
         Tensor<float> y(p.y_size(), end);
-        run(what, [&] {
-          conv2d_fprop(p, d.x.data(), d.w.data(), d.bias.data(), y.data(), algorithm);
-        });
+        run(what,
+            [&] { conv2d_fprop(p, d.x.data(), d.w.data(), d.bias.data(), y.data(), algorithm); });
         check(y, d.y, exact ? 0 : 1e-2 + 1e-4 * largest(d.y), what);
       } else if (direction == Direction::dgrad) {
         Tensor<float> dx(p.x_size(), end);

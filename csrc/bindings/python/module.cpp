@@ -107,10 +107,9 @@ fastconv::Activation parse_activation(const std::string& given) {
 fastconv::Padding parse_padding(const PaddingOption& given) {
   using Kind = fastconv::Padding::Kind;
   const auto& [kind, sides] = given;
-  return {parse<Kind, 3>("padding", kind,
-                         {{{"valid", Kind::valid},
-                           {"same", Kind::same},
-                           {"explicit", Kind::explicit_sides}}}),
+  return {parse<Kind, 3>(
+              "padding", kind,
+              {{{"valid", Kind::valid}, {"same", Kind::same}, {"explicit", Kind::explicit_sides}}}),
           sides[0], sides[1], sides[2], sides[3]};
 }
 
@@ -183,9 +182,9 @@ template <std::size_t Rank>
 void require_shape(const py::array& array, const char* name,
                    const std::array<int64_t, Rank>& expected) {
   if (array.ndim() == Rank && std::equal(expected.begin(), expected.end(), array.shape())) return;
-  throw fastconv::InvalidArgument(text("`", name, "` must have shape ",
-                                       python_text(py::tuple(py::cast(expected))), ". Received: ",
-                                       name, ".shape=", python_text(array.attr("shape"))));
+  throw fastconv::InvalidArgument(
+      text("`", name, "` must have shape ", python_text(py::tuple(py::cast(expected))),
+           ". Received: ", name, ".shape=", python_text(array.attr("shape"))));
 }
 
 template <std::size_t Rank>
@@ -245,8 +244,7 @@ py::array_t<float> result_array(const py::object& out, const Shape& shape,
   if ((array.flags() & kFlags) != kFlags) {
     throw fastconv::InvalidArgument(
         text("`out` must be C-contiguous, aligned and writeable. Received: out with strides ",
-             python_text(array.attr("strides")),
-             array.writeable() ? "" : ", not writeable"));
+             python_text(array.attr("strides")), array.writeable() ? "" : ", not writeable"));
   }
   const auto [low, high] = extent(array);
   for (const auto& [input_low, input_high] : {extent(inputs)...}) {
@@ -274,11 +272,10 @@ struct Operations {
   decltype(&fastconv::conv2d_pool_bprop) conv2d_pool_bprop;
 };
 
-constexpr Operations kKernels{fastconv::conv2d_fprop, fastconv::conv2d_dgrad,
-                              fastconv::conv2d_wgrad, fastconv::max_pool2d_fprop,
-                              fastconv::max_pool2d_bprop, fastconv::avg_pool2d_fprop,
-                              fastconv::avg_pool2d_bprop, fastconv::conv2d_pool_fprop,
-                              fastconv::conv2d_pool_bprop};
+constexpr Operations kKernels{
+    fastconv::conv2d_fprop,     fastconv::conv2d_dgrad,      fastconv::conv2d_wgrad,
+    fastconv::max_pool2d_fprop, fastconv::max_pool2d_bprop,  fastconv::avg_pool2d_fprop,
+    fastconv::avg_pool2d_bprop, fastconv::conv2d_pool_fprop, fastconv::conv2d_pool_bprop};
 
 // The reference is one algorithm: a name that the caller gives is not looked at.
 template <auto function>
@@ -288,14 +285,15 @@ struct WithoutAlgorithm<function> {
   static void call(Parameters... parameters, const char*) { function(parameters...); }
 };
 
-constexpr Operations kReference{
-    WithoutAlgorithm<fastconv::reference::conv2d_fprop>::call,
-    WithoutAlgorithm<fastconv::reference::conv2d_dgrad>::call,
-    WithoutAlgorithm<fastconv::reference::conv2d_wgrad>::call,
-    fastconv::reference::max_pool2d_fprop, fastconv::reference::max_pool2d_bprop,
-    fastconv::reference::avg_pool2d_fprop, fastconv::reference::avg_pool2d_bprop,
-    WithoutAlgorithm<fastconv::reference::conv2d_pool_fprop>::call,
-    WithoutAlgorithm<fastconv::reference::conv2d_pool_bprop>::call};
+constexpr Operations kReference{WithoutAlgorithm<fastconv::reference::conv2d_fprop>::call,
+                                WithoutAlgorithm<fastconv::reference::conv2d_dgrad>::call,
+                                WithoutAlgorithm<fastconv::reference::conv2d_wgrad>::call,
+                                fastconv::reference::max_pool2d_fprop,
+                                fastconv::reference::max_pool2d_bprop,
+                                fastconv::reference::avg_pool2d_fprop,
+                                fastconv::reference::avg_pool2d_bprop,
+                                WithoutAlgorithm<fastconv::reference::conv2d_pool_fprop>::call,
+                                WithoutAlgorithm<fastconv::reference::conv2d_pool_bprop>::call};
 
 // For benchmarks: one call from Python runs the kernel `calls` times and notes what each run took,
 // so that neither Python nor the checks of this file are in the time.
@@ -322,8 +320,8 @@ struct Timed<operation> {
 };
 
 constexpr Operations kTimed{
-    Timed<fastconv::conv2d_fprop>::run, Timed<fastconv::conv2d_dgrad>::run,
-    Timed<fastconv::conv2d_wgrad>::run, Timed<fastconv::max_pool2d_fprop>::run,
+    Timed<fastconv::conv2d_fprop>::run,     Timed<fastconv::conv2d_dgrad>::run,
+    Timed<fastconv::conv2d_wgrad>::run,     Timed<fastconv::max_pool2d_fprop>::run,
     Timed<fastconv::max_pool2d_bprop>::run, Timed<fastconv::avg_pool2d_fprop>::run,
     Timed<fastconv::avg_pool2d_bprop>::run, Timed<fastconv::conv2d_pool_fprop>::run,
     Timed<fastconv::conv2d_pool_bprop>::run};
@@ -337,8 +335,7 @@ py::array_t<float> conv2d(const py::object& x_object, const py::object& w_object
   const auto problem = options.problem(shape_of(x_array, "x"), shape_of(w_array, "w"));
   const OptionalFloats bias(bias_object, "bias", std::array{problem.k});
 
-  py::array_t<float> y =
-      result_array(out, problem.y_shape(), x_array, w_array, bias.array());
+  py::array_t<float> y = result_array(out, problem.y_shape(), x_array, w_array, bias.array());
   const Dense<float> x(x_array), w(w_array);
   float* const y_data = y.mutable_data();
   const GilReleased unlocked;
@@ -356,8 +353,7 @@ py::array_t<float> conv2d_grad_input(const py::object& dy_object, const py::obje
   const py::array dy_array = require_floats(dy_object, "dy", problem.y_shape());
   const OptionalFloats output = require_output(problem, output_object);
 
-  py::array_t<float> dx =
-      result_array(out, problem.x_shape(), dy_array, w_array, output.array());
+  py::array_t<float> dx = result_array(out, problem.x_shape(), dy_array, w_array, output.array());
   const Dense<float> dy(dy_array), w(w_array);
   float* const dx_data = dx.mutable_data();
   const GilReleased unlocked;
@@ -395,17 +391,17 @@ py::object conv2d_grad_filter(const py::object& x_object, const py::object& dy_o
 // --- pooling --------------------------------------------------------------------------------------
 
 template <const Operations& operations>
-py::object max_pool2d(const py::object& x_object, bool return_argmax,
-                      const Pool2dOptions& options, const py::object& out) {
+py::object max_pool2d(const py::object& x_object, bool return_argmax, const Pool2dOptions& options,
+                      const py::object& out) {
   const py::array x_array = require_floats(x_object, "x");
   const auto problem = options.problem(shape_of(x_array, "x"));
 
   py::array_t<float> y = result_array(out, problem.y_shape(), x_array);
   std::optional<py::array> argmax;
   if (return_argmax) {
-    argmax.emplace(problem.argmax_fits_byte() ? py::dtype::of<std::uint8_t>()
-                                              : py::dtype::of<std::int32_t>(),
-                   problem.y_shape());
+    argmax.emplace(
+        problem.argmax_fits_byte() ? py::dtype::of<std::uint8_t>() : py::dtype::of<std::int32_t>(),
+        problem.y_shape());
   }
   const Dense<float> x(x_array);
   float* const y_data = y.mutable_data();
@@ -564,8 +560,7 @@ void define_operations(py::module_& m) {
       "conv2d",
       [](const py::object& x, const py::object& w, const py::object& bias, Pair strides,
          PaddingOption padding, Pair dilation_rate, int64_t groups, std::string activation,
-         std::string data_format, std::optional<std::string> algorithm,
-         const py::object& out) {
+         std::string data_format, std::optional<std::string> algorithm, const py::object& out) {
         return conv2d<operations>(
             x, w, bias,
             {strides, std::move(padding), dilation_rate, groups, std::move(activation),
@@ -580,8 +575,7 @@ void define_operations(py::module_& m) {
       [](const py::object& dy, const py::object& w, const Shape& input_shape,
          const py::object& output, Pair strides, PaddingOption padding, Pair dilation_rate,
          int64_t groups, std::string activation, std::string data_format,
-         std::optional<std::string> algorithm,
-         const py::object& out) {
+         std::optional<std::string> algorithm, const py::object& out) {
         return conv2d_grad_input<operations>(
             dy, w, input_shape, output,
             {strides, std::move(padding), dilation_rate, groups, std::move(activation),
@@ -596,8 +590,7 @@ void define_operations(py::module_& m) {
       [](const py::object& x, const py::object& dy, const Shape& filter_shape,
          const py::object& output, bool return_bias_grad, Pair strides, PaddingOption padding,
          Pair dilation_rate, int64_t groups, std::string activation, std::string data_format,
-         std::optional<std::string> algorithm,
-         const py::object& out) {
+         std::optional<std::string> algorithm, const py::object& out) {
         return conv2d_grad_filter<operations>(
             x, dy, filter_shape, output, return_bias_grad,
             {strides, std::move(padding), dilation_rate, groups, std::move(activation),
@@ -605,33 +598,29 @@ void define_operations(py::module_& m) {
             out);
       },
       py::arg("x"), py::arg("dy"), py::arg("filter_shape"), py::arg("output"),
-      py::arg("return_bias_grad"), py::arg("strides"), py::arg("padding"),
-      py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"), py::arg("data_format"),
+      py::arg("return_bias_grad"), py::arg("strides"), py::arg("padding"), py::arg("dilation_rate"),
+      py::arg("groups"), py::arg("activation"), py::arg("data_format"),
       py::arg("algorithm") = py::none(), py::arg("out") = py::none());
   m.def(
       "max_pool2d",
       [](const py::object& x, bool return_argmax, Pair pool_size, Pair strides,
-         PaddingOption padding, std::string data_format,
-         const py::object& out) {
+         PaddingOption padding, std::string data_format, const py::object& out) {
         return max_pool2d<operations>(
-            x, return_argmax, {pool_size, strides, std::move(padding), std::move(data_format)}, out);
+            x, return_argmax, {pool_size, strides, std::move(padding), std::move(data_format)},
+            out);
       },
       py::arg("x"), py::arg("return_argmax"), py::arg("pool_size"), py::arg("strides"),
-      py::arg("padding"), py::arg("data_format"),
-      py::arg("out") = py::none());
+      py::arg("padding"), py::arg("data_format"), py::arg("out") = py::none());
   m.def(
       "max_pool2d_grad",
       [](const py::object& dy, const py::object& argmax, const Shape& input_shape, Pair pool_size,
-         Pair strides, PaddingOption padding, std::string data_format,
-         const py::object& out) {
+         Pair strides, PaddingOption padding, std::string data_format, const py::object& out) {
         return max_pool2d_grad<operations>(
             dy, argmax, input_shape,
-            {pool_size, strides, std::move(padding), std::move(data_format)},
-            out);
+            {pool_size, strides, std::move(padding), std::move(data_format)}, out);
       },
       py::arg("dy"), py::arg("argmax"), py::arg("input_shape"), py::arg("pool_size"),
-      py::arg("strides"), py::arg("padding"), py::arg("data_format"),
-      py::arg("out") = py::none());
+      py::arg("strides"), py::arg("padding"), py::arg("data_format"), py::arg("out") = py::none());
   m.def(
       "avg_pool2d",
       [](const py::object& x, Pair pool_size, Pair strides, PaddingOption padding,
@@ -646,8 +635,7 @@ void define_operations(py::module_& m) {
       [](const py::object& dy, const Shape& input_shape, Pair pool_size, Pair strides,
          PaddingOption padding, std::string data_format, const py::object& out) {
         return avg_pool2d_grad<operations>(
-            dy, input_shape, {pool_size, strides, std::move(padding), std::move(data_format)},
-            out);
+            dy, input_shape, {pool_size, strides, std::move(padding), std::move(data_format)}, out);
       },
       py::arg("dy"), py::arg("input_shape"), py::arg("pool_size"), py::arg("strides"),
       py::arg("padding"), py::arg("data_format"), py::arg("out") = py::none());
@@ -682,8 +670,8 @@ void define_fused_operations(py::module_& m) {
              std::move(data_format), std::move(algorithm)});
       },
       py::arg("x"), py::arg("w"), py::arg("dy"), py::arg("output"), py::arg("argmax"),
-      py::arg("with_input_grad"), py::arg("strides"), py::arg("padding"),
-      py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"), py::arg("data_format"),
+      py::arg("with_input_grad"), py::arg("strides"), py::arg("padding"), py::arg("dilation_rate"),
+      py::arg("groups"), py::arg("activation"), py::arg("data_format"),
       py::arg("algorithm") = py::none());
 }
 
@@ -717,7 +705,8 @@ double measured_flops(double seconds) {
 double measured_bandwidth(const std::string& stream, int64_t bytes, double seconds) {
   using fastconv::probe::Stream;
   const Stream parsed = parse<Stream, 3>(
-      "stream", stream, {{{"read", Stream::read}, {"write", Stream::write}, {"copy", Stream::copy}}});
+      "stream", stream,
+      {{{"read", Stream::read}, {"write", Stream::write}, {"copy", Stream::copy}}});
   const GilReleased unlocked;
   return fastconv::probe::bandwidth(parsed, bytes, seconds);
 }
@@ -726,15 +715,16 @@ double measured_bandwidth(const std::string& stream, int64_t bytes, double secon
 py::dict explain(const Shape& input_shape, const Shape& filter_shape, const std::string& direction,
                  Pair strides, PaddingOption padding, Pair dilation_rate, int64_t groups,
                  std::string activation, std::string data_format) {
-  const Conv2dOptions options{strides, std::move(padding), dilation_rate, groups,
-                              std::move(activation), std::move(data_format), {}};
+  const Conv2dOptions options{strides, std::move(padding),    dilation_rate,
+                              groups,  std::move(activation), std::move(data_format),
+                              {}};
   using fastconv::Direction;
   const auto problem = options.problem(input_shape, filter_shape);
-  const fastconv::Explanation explanation = fastconv::explain(
-      problem, parse<Direction, 3>("direction", direction,
-                                   {{{"fprop", Direction::fprop},
-                                     {"dgrad", Direction::dgrad},
-                                     {"wgrad", Direction::wgrad}}}));
+  const fastconv::Explanation explanation =
+      fastconv::explain(problem, parse<Direction, 3>("direction", direction,
+                                                     {{{"fprop", Direction::fprop},
+                                                       {"dgrad", Direction::dgrad},
+                                                       {"wgrad", Direction::wgrad}}}));
   py::list candidates;
   for (const auto& candidate : explanation.candidates) {
     candidates.append(py::dict(py::arg("algorithm") = candidate.algorithm,
@@ -778,7 +768,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("accuracy", [] { return fastconv::accuracy_name(fastconv::current_accuracy()); });
   m.def("set_algorithm", &fastconv::set_preferred_algorithm, py::arg("algorithm"));
   m.def("algorithm", &fastconv::preferred_algorithm);
-  m.def("explain", &explain, py::arg("input_shape"), py::arg("filter_shape"),
-        py::arg("direction"), py::arg("strides"), py::arg("padding"), py::arg("dilation_rate"),
-        py::arg("groups"), py::arg("activation"), py::arg("data_format"));
+  m.def("explain", &explain, py::arg("input_shape"), py::arg("filter_shape"), py::arg("direction"),
+        py::arg("strides"), py::arg("padding"), py::arg("dilation_rate"), py::arg("groups"),
+        py::arg("activation"), py::arg("data_format"));
 }

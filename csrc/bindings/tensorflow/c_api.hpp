@@ -57,9 +57,9 @@ using DeleteFunction = void (*)(void*);
   FUNCTION(void, TF_ShapeInferenceContextSetOutput,                                                \
            (TF_ShapeInferenceContext*, int index, TF_ShapeHandle*, TF_Status*))                    \
   FUNCTION(void, TF_ShapeInferenceContextSetUnknownShape, (TF_ShapeInferenceContext*, TF_Status*)) \
-  FUNCTION(TF_KernelBuilder*, TF_NewKernelBuilder,                                                 \
-           (const char* op_name, const char* device, CreateFunction, ComputeFunction,              \
-            DeleteFunction))                                                                       \
+  FUNCTION(                                                                                        \
+      TF_KernelBuilder*, TF_NewKernelBuilder,                                                      \
+      (const char* op_name, const char* device, CreateFunction, ComputeFunction, DeleteFunction))  \
   FUNCTION(void, TF_RegisterKernelBuilder, (const char* name, TF_KernelBuilder*, TF_Status*))      \
   FUNCTION(int, TF_NumInputs, (TF_OpKernelContext*))                                               \
   FUNCTION(int, TF_NumOutputs, (TF_OpKernelContext*))                                              \
@@ -73,11 +73,12 @@ using DeleteFunction = void (*)(void*);
   FUNCTION(void, TF_OpKernelConstruction_GetAttrSize,                                              \
            (TF_OpKernelConstruction*, const char* name, std::int32_t* list_size,                   \
             std::int32_t* total_size, TF_Status*))                                                 \
-  FUNCTION(void, TF_OpKernelConstruction_GetAttrInt64List,                                         \
-           (TF_OpKernelConstruction*, const char* name, std::int64_t* values, int most,            \
-            TF_Status*))                                                                           \
-  FUNCTION(void, TF_OpKernelConstruction_GetAttrString,                                            \
-           (TF_OpKernelConstruction*, const char* name, char* value, std::size_t most, TF_Status*))
+  FUNCTION(                                                                                        \
+      void, TF_OpKernelConstruction_GetAttrInt64List,                                              \
+      (TF_OpKernelConstruction*, const char* name, std::int64_t* values, int most, TF_Status*))    \
+  FUNCTION(                                                                                        \
+      void, TF_OpKernelConstruction_GetAttrString,                                                 \
+      (TF_OpKernelConstruction*, const char* name, char* value, std::size_t most, TF_Status*))
 
 // The functions, null until resolve_c_api() has run.
 #define FASTCONV_DEFINE(result, name, parameters) inline result(*name) parameters = nullptr;
@@ -100,11 +101,11 @@ inline void resolve_c_api() {
                                          "loaded, but this process has no ") +
                              kFrameworkLibrary);
   }
-#define FASTCONV_RESOLVE(result, name, parameters)                                     \
-  name = reinterpret_cast<result(*) parameters>(dlsym(library, #name));                \
-  if (!name) {                                                                         \
-    throw std::runtime_error("This version of TensorFlow lacks the C API function "    \
-                             #name ", which fastconv's ops need");                     \
+#define FASTCONV_RESOLVE(result, name, parameters)                                        \
+  name = reinterpret_cast<result(*) parameters>(dlsym(library, #name));                   \
+  if (!name) {                                                                            \
+    throw std::runtime_error("This version of TensorFlow lacks the C API function " #name \
+                             ", which fastconv's ops need");                              \
   }
   FASTCONV_TENSORFLOW_C_API(FASTCONV_RESOLVE)
 #undef FASTCONV_RESOLVE

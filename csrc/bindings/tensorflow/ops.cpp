@@ -217,8 +217,8 @@ void register_op() {
   TF_RegisterOpDefinition(op, status.get());
   status.check();
 
-  TF_KernelBuilder* kernel = TF_NewKernelBuilder(Kernel::kName, "CPU", create<Kernel>,
-                                                 compute<Kernel>, destroy<Kernel>);
+  TF_KernelBuilder* kernel =
+      TF_NewKernelBuilder(Kernel::kName, "CPU", create<Kernel>, compute<Kernel>, destroy<Kernel>);
   TF_RegisterKernelBuilder(Kernel::kName, kernel, status.get());
   status.check();
 }

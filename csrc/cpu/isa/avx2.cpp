@@ -98,9 +98,7 @@ struct Avx2 {
   static Int int_select(Mask m, Int a, Int b) {
     return _mm256_blendv_epi8(b, a, _mm256_castps_si256(m));
   }
-  static Mask int_equal(Int a, Int b) {
-    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b));
-  }
+  static Mask int_equal(Int a, Int b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
   static Int load_index(const std::int32_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
@@ -127,12 +125,8 @@ struct Avx2 {
 };
 
 constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
-    SmallChannel<Avx2>::kAlgorithm,
-    Depthwise<Avx2>::kAlgorithm,
-    Grouped<Avx2>::kAlgorithm,
-    Direct<Avx2>::kAlgorithm,
-    Winograd<Avx2, 2>::kAlgorithm,
-    Winograd<Avx2, 4>::kAlgorithm,
+    SmallChannel<Avx2>::kAlgorithm, Depthwise<Avx2>::kAlgorithm,   Grouped<Avx2>::kAlgorithm,
+    Direct<Avx2>::kAlgorithm,       Winograd<Avx2, 2>::kAlgorithm, Winograd<Avx2, 4>::kAlgorithm,
 };
 
 }  // namespace

@@ -77,9 +77,7 @@ struct Avx512 {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
-  static bool any_nonzero(Reg v) {
-    return _mm512_cmp_ps_mask(v, zero(), _CMP_NEQ_UQ) != 0;
-  }
+  static bool any_nonzero(Reg v) { return _mm512_cmp_ps_mask(v, zero(), _CMP_NEQ_UQ) != 0; }
   static Reg where_positive(Reg y, Reg v) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_GT_OQ), v);
   }
@@ -119,12 +117,9 @@ struct Avx512 {
 };
 
 constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
-    SmallChannel<Avx512>::kAlgorithm,
-    Depthwise<Avx512>::kAlgorithm,
-    Grouped<Avx512>::kAlgorithm,
-    Direct<Avx512>::kAlgorithm,
-    Winograd<Avx512, 2>::kAlgorithm,
-    Winograd<Avx512, 4>::kAlgorithm,
+    SmallChannel<Avx512>::kAlgorithm, Depthwise<Avx512>::kAlgorithm,
+    Grouped<Avx512>::kAlgorithm,      Direct<Avx512>::kAlgorithm,
+    Winograd<Avx512, 2>::kAlgorithm,  Winograd<Avx512, 4>::kAlgorithm,
 };
 
 }  // namespace

@@ -51,22 +51,27 @@ struct Scalar {
   static Int int_select(Mask m, Int a, Int b) { return m ? a : b; }
   static Mask int_equal(Int a, Int b) { return a == b; }
   template <class Index>
-  static Int load_index(const Index* p) { return *p; }
+  static Int load_index(const Index* p) {
+    return *p;
+  }
   template <class Index>
-  static void store_index(Index* p, Int v) { *p = static_cast<Index>(v); }
+  static void store_index(Index* p, Int v) {
+    *p = static_cast<Index>(v);
+  }
   template <class Index>
-  static Int load_index(const Index* p, Tail) { return *p; }
+  static Int load_index(const Index* p, Tail) {
+    return *p;
+  }
   template <class Index>
-  static void store_index(Index* p, Int v, Tail) { *p = static_cast<Index>(v); }
+  static void store_index(Index* p, Int v, Tail) {
+    *p = static_cast<Index>(v);
+  }
 };
 
 constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
-    SmallChannel<Scalar>::kAlgorithm,
-    Depthwise<Scalar>::kAlgorithm,
-    Grouped<Scalar>::kAlgorithm,
-    Direct<Scalar>::kAlgorithm,
-    Winograd<Scalar, 2>::kAlgorithm,
-    Winograd<Scalar, 4>::kAlgorithm,
+    SmallChannel<Scalar>::kAlgorithm, Depthwise<Scalar>::kAlgorithm,
+    Grouped<Scalar>::kAlgorithm,      Direct<Scalar>::kAlgorithm,
+    Winograd<Scalar, 2>::kAlgorithm,  Winograd<Scalar, 4>::kAlgorithm,
 };
 
 }  // namespace

@@ -19,8 +19,27 @@ using Dims = memory::dims;
 
 // The fields of `problem`, as onednn.py writes them.
 enum Field {
-  kN, kC, kH, kW, kK, kR, kS, kOh, kOw, kStrideH, kStrideW, kTop, kBottom, kLeft, kRight,
-  kDilationH, kDilationW, kGroups, kDirection, kIsPool, kIsNchw
+  kN,
+  kC,
+  kH,
+  kW,
+  kK,
+  kR,
+  kS,
+  kOh,
+  kOw,
+  kStrideH,
+  kStrideW,
+  kTop,
+  kBottom,
+  kLeft,
+  kRight,
+  kDilationH,
+  kDilationW,
+  kGroups,
+  kDirection,
+  kIsPool,
+  kIsNchw
 };
 enum Direction { kFprop, kDgrad, kWgrad };
 
@@ -64,8 +83,8 @@ Case* make_conv(Case* c, const std::int64_t* p, const float* x, const float* w, 
   const auto y_md = floats({p[kN], p[kK], p[kOh], p[kOw]}, tag);
   // The caller's are HWIO; those of a group are neighbours in O.
   const Dims w_dims = g == 1 ? Dims{kg, cg, p[kR], p[kS]} : Dims{g, kg, cg, p[kR], p[kS]};
-  const Dims w_strides = g == 1 ? Dims{1, k, p[kS] * cg * k, cg * k}
-                                : Dims{kg, 1, k, p[kS] * cg * k, cg * k};
+  const Dims w_strides =
+      g == 1 ? Dims{1, k, p[kS] * cg * k, cg * k} : Dims{kg, 1, k, p[kS] * cg * k, cg * k};
   const memory::desc hwio(w_dims, memory::data_type::f32, w_strides);
   const auto w_any = floats(w_dims, any);
   const Dims strides{p[kStrideH], p[kStrideW]}, dilations{p[kDilationH] - 1, p[kDilationW] - 1};
@@ -85,9 +104,9 @@ Case* make_conv(Case* c, const std::int64_t* p, const float* x, const float* w, 
     c->result_format = y_md;
     c->finish(forward, dnnl::convolution_forward(forward));
   } else if (p[kDirection] == kDgrad) {
-    const dnnl::convolution_backward_data::primitive_desc backward(
-        c->engine, direct, x_md, w_any, y_md, strides, dilations, before, after, forward,
-        attributes);
+    const dnnl::convolution_backward_data::primitive_desc backward(c->engine, direct, x_md, w_any,
+                                                                   y_md, strides, dilations, before,
+                                                                   after, forward, attributes);
     c->arguments[DNNL_ARG_DIFF_DST] = c->load(y_md, y_md, dy);
     c->arguments[DNNL_ARG_WEIGHTS] = c->load(hwio, backward.weights_desc(), w);
     c->arguments[DNNL_ARG_DIFF_SRC] = c->result = memory(x_md, c->engine);
@@ -130,9 +149,8 @@ Case* make_pool(Case* c, const std::int64_t* p, const float* x, const float* dy)
 
   c->primitive.execute(c->stream, c->arguments);
   c->stream.wait();
-  const dnnl::pooling_backward::primitive_desc backward(c->engine, max, x_md, y_md, strides, window,
-                                                        dilations, before, after, forward,
-                                                        attributes);
+  const dnnl::pooling_backward::primitive_desc backward(
+      c->engine, max, x_md, y_md, strides, window, dilations, before, after, forward, attributes);
   const memory argmax = c->arguments[DNNL_ARG_WORKSPACE];
   c->arguments.clear();
   c->arguments[DNNL_ARG_DIFF_DST] = c->load(y_md, y_md, dy);
