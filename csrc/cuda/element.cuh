@@ -71,9 +71,10 @@ template <int kCount>
 __device__ __forceinline__ void store(__half* to, const float (&from)[kCount]) {
   static_assert(kCount == 1 || kCount == 4);
   if constexpr (kCount == 4) {
-    *reinterpret_cast<ushort4*>(to) = make_ushort4(
-        __half_as_ushort(from_float<__half>(from[0])), __half_as_ushort(from_float<__half>(from[1])),
-        __half_as_ushort(from_float<__half>(from[2])), __half_as_ushort(from_float<__half>(from[3])));
+    *reinterpret_cast<ushort4*>(to) = make_ushort4(__half_as_ushort(from_float<__half>(from[0])),
+                                                   __half_as_ushort(from_float<__half>(from[1])),
+                                                   __half_as_ushort(from_float<__half>(from[2])),
+                                                   __half_as_ushort(from_float<__half>(from[3])));
   } else {
     *to = from_float<__half>(from[0]);
   }

@@ -79,9 +79,7 @@ struct ConvAxis {
     by_class_pixels = FastDivisor(class_pixels);
   }
 
-  __device__ Window fprop() const {
-    return {0, 1, out, -padding, stride, dilation, taps, 0, 1};
-  }
+  __device__ Window fprop() const { return {0, 1, out, -padding, stride, dilation, taps, 0, 1}; }
 
   __device__ Window dgrad(int first_tap) const {
     int source = first_tap * dilation, whole = padding;

@@ -1,6 +1,5 @@
-#include "cuda/split_k.cuh"
-
 #include "cuda/kernels.hpp"
+#include "cuda/split_k.cuh"
 
 namespace fastconv::cuda {
 namespace {
@@ -16,8 +15,8 @@ cudaError_t run(const SplitKSum& sum, const Call& call) {
   a.by_inner = FastDivisor(sum.inner);
   a.by_channels = FastDivisor(sum.channels);
   a.relu = sum.relu;
-  const bool vector = sum.count % 4 == 0 &&
-                      reinterpret_cast<std::uintptr_t>(sum.out) % (4 * sizeof(T)) == 0;
+  const bool vector =
+      sum.count % 4 == 0 && reinterpret_cast<std::uintptr_t>(sum.out) % (4 * sizeof(T)) == 0;
   const std::int64_t per_block = 256 * (vector ? 4 : 1);
   const dim3 grid(unsigned((sum.count + per_block - 1) / per_block));
   return launch(vector ? sum_splits_kernel<T, 4> : sum_splits_kernel<T, 1>, grid, dim3(256), 0,
