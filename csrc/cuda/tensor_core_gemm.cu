@@ -1,10 +1,9 @@
-#include "cuda/tensor_core_gemm.cuh"
-
 #include <algorithm>
 #include <cstddef>
 #include <initializer_list>
 
 #include "cuda/kernels.hpp"
+#include "cuda/tensor_core_gemm.cuh"
 
 namespace fastconv::cuda {
 namespace {
@@ -81,8 +80,7 @@ Plan plan_for(const Conv2dSpec& spec, const Device& device, Copies copies, Shape
   plan.copies = copies;
   plan.shape = shape;
   plan.vector = spec.type == DataType::float32 ? 4 : 8;
-  plan.sum_channels =
-      spec.direction == Direction::dgrad ? p.k_per_group() : p.c_per_group();
+  plan.sum_channels = spec.direction == Direction::dgrad ? p.k_per_group() : p.c_per_group();
   plan.padded_channels = ceil_div(plan.sum_channels, plan.vector) * plan.vector;
   const Matrices m = matrices(spec, g, plan.padded_channels);
   plan.columns = m.columns;
@@ -115,9 +113,9 @@ Plan plan_for(const Conv2dSpec& spec, const Device& device, Copies copies, Shape
   const double bytes =
       static_cast<double>(p.x_size() + p.y_size() + p.filter_size()) *
           static_cast<double>(size_of(spec.type)) +
-      (spec.direction == Direction::wgrad ? 8.0 * static_cast<double>(plan.layers) *
-                                                static_cast<double>(p.filter_size())
-                                          : 0.0);
+      (spec.direction == Direction::wgrad
+           ? 8.0 * static_cast<double>(plan.layers) * static_cast<double>(p.filter_size())
+           : 0.0);
   const double clocks =
       std::max(share * block / rate, bytes / (kBytesAClock * device.multiprocessors)) + kStart;
   plan.seconds = clocks / kClock + 3e-6;
@@ -127,8 +125,7 @@ Plan plan_for(const Conv2dSpec& spec, const Device& device, Copies copies, Shape
 bool whole_chunks(const Conv2dSpec& spec) {
   const Conv2dProblem& p = spec.problem;
   const std::int64_t vector = spec.type == DataType::float32 ? 4 : 8;
-  return p.layout == Layout::nhwc && p.c_per_group() % vector == 0 &&
-         p.k_per_group() % vector == 0;
+  return p.layout == Layout::nhwc && p.c_per_group() % vector == 0 && p.k_per_group() % vector == 0;
 }
 
 Plan plan(const Conv2dSpec& spec, const Device& device) {
@@ -163,8 +160,7 @@ bool serves(const Conv2dSpec& spec, const Device& device) {
 
 // Whether the kernel writes parts that a second pass adds up: those are float32.
 bool second_pass(const Conv2dSpec& spec, const Plan& plan) {
-  return spec.direction == Direction::wgrad &&
-         (plan.layers > 1 || spec.type != DataType::float32);
+  return spec.direction == Direction::wgrad && (plan.layers > 1 || spec.type != DataType::float32);
 }
 
 std::size_t workspace_bytes(const Conv2dSpec& spec, const Device& device) {
@@ -173,9 +169,7 @@ std::size_t workspace_bytes(const Conv2dSpec& spec, const Device& device) {
   return static_cast<std::size_t>(made.layers * spec.problem.filter_size()) * 4;
 }
 
-double estimate(const Conv2dSpec& spec, const Device& device) {
-  return plan(spec, device).seconds;
-}
+double estimate(const Conv2dSpec& spec, const Device& device) { return plan(spec, device).seconds; }
 
 std::string blocking(const Conv2dSpec& spec, const Device& device) {
   const Plan made = plan(spec, device);
@@ -189,8 +183,8 @@ std::string blocking(const Conv2dSpec& spec, const Device& device) {
           : made.copies == Copies::registers ? ", 2 slices through registers"
                                              : ", 2 slices element by element";
   if (spec.direction == Direction::wgrad) {
-    text += ", parts of " + std::to_string(made.pixels_a_part) + " pixels: " +
-            std::to_string(made.layers);
+    text += ", parts of " + std::to_string(made.pixels_a_part) +
+            " pixels: " + std::to_string(made.layers);
   } else if (spec.direction == Direction::dgrad && made.layers > 1) {
     text += ", classes of pixels: " + std::to_string(made.layers);
   }
@@ -263,9 +257,8 @@ cudaError_t run(const Conv2dSpec& spec, const Conv2dOperands& operands, const Ca
   a.channels_first = p.layout == Layout::nchw;
   a.by_padded_channels = FastDivisor(made.padded_channels);
   if (spec.direction == Direction::dgrad && a.g.dgrad_leaves_gaps()) {
-    FASTCONV_CUDA_TRY(cudaMemsetAsync(operands.out, 0,
-                                      static_cast<std::size_t>(p.x_size()) * size_of(spec.type),
-                                      call.stream));
+    FASTCONV_CUDA_TRY(cudaMemsetAsync(
+        operands.out, 0, static_cast<std::size_t>(p.x_size()) * size_of(spec.type), call.stream));
   }
   const dim3 grid(static_cast<unsigned>(made.row_tiles * made.column_tiles),
                   static_cast<unsigned>(p.groups), static_cast<unsigned>(made.layers));
@@ -280,7 +273,7 @@ cudaError_t run(const Conv2dSpec& spec, const Conv2dOperands& operands, const Ca
 
 }  // namespace
 
-const Conv2dAlgorithm kTensorCoreGemm{"tensor_core_gemm", serves,  workspace_bytes,
+const Conv2dAlgorithm kTensorCoreGemm{"tensor_core_gemm", serves,   workspace_bytes,
                                       estimate,           blocking, run};
 
 }  // namespace fastconv::cuda

@@ -72,17 +72,17 @@ constexpr int kStepSum = 2 * kVector<T>;  // 16 or 8 products an instruction
 
 struct Parameters {
   ConvGeometry g;
-  const void* image;   // x (fprop, wgrad) or dy (dgrad): what taps move over
-  const void* second;  // the filter (fprop, dgrad) or dy (wgrad)
-  const void* bias;    // fprop; or null
-  void* out;
-  int sum_channels;     // per tap and group, of the sum (fprop, dgrad) or of the rows (wgrad)
-  int padded_channels;  // to whole chunks
-  int columns;          // of the result, per group
-  int column_tiles;
-  int pixels_a_part, part_elements;  // wgrad: of the sum, of one part's result
-  bool relu, channels_first;
-  FastDivisor by_padded_channels;
+  const void* image = nullptr;   // x (fprop, wgrad) or dy (dgrad): what taps move over
+  const void* second = nullptr;  // the filter (fprop, dgrad) or dy (wgrad)
+  const void* bias = nullptr;    // fprop; or null
+  void* out = nullptr;
+  int sum_channels = 0;     // per tap and group, of the sum (fprop, dgrad) or of the rows (wgrad)
+  int padded_channels = 0;  // to whole chunks
+  int columns = 0;          // of the result, per group
+  int column_tiles = 0;
+  int pixels_a_part = 0, part_elements = 0;  // wgrad: of the sum, of one part's result
+  bool relu = false, channels_first = false;
+  FastDivisor by_padded_channels{};
 };
 
 // --- where chunks lie in shared memory ------------------------------------------------------------
@@ -195,8 +195,7 @@ struct PixelRows : S {
 
   __device__ __forceinline__ PixelRows(const Parameters& p, int first, int rows, const Window& h,
                                        const Window& w, int group)
-      : S(kCopies == Copies::gather && p.channels_first),
-        dilation_h(h.dilation),
+      : S(kCopies == Copies::gather && p.channels_first), dilation_h(h.dilation),
         dilation_w(w.dilation) {
     const Strides& strides = image_strides<kDirection>(p.g);
     image = static_cast<const E*>(p.image) + group * p.sum_channels * strides.channel;
@@ -226,8 +225,7 @@ struct PixelRows : S {
     Step step;
     step.h = taps.r * dilation_h;
     step.w = taps.s * dilation_w;
-    step.offset =
-        step.h * strides.row + step.w * strides.column + taps.channel * strides.channel;
+    step.offset = step.h * strides.row + step.w * strides.column + taps.channel * strides.channel;
     step.count = taps.inside() ? p.sum_channels - taps.channel : 0;
     return step;
   }
@@ -235,9 +233,9 @@ struct PixelRows : S {
                                               int pass) const {
     const int height = kDirection == Direction::dgrad ? p.g.rows.out : p.g.rows.in;
     const int width = kDirection == Direction::dgrad ? p.g.columns.out : p.g.columns.in;
-    const bool inside =
-        static_cast<unsigned>(h0[pass] + step.h) < static_cast<unsigned>(height) &&
-        static_cast<unsigned>(w0[pass] + step.w) < static_cast<unsigned>(width) && step.count > 0;
+    const bool inside = static_cast<unsigned>(h0[pass] + step.h) < static_cast<unsigned>(height) &&
+                        static_cast<unsigned>(w0[pass] + step.w) < static_cast<unsigned>(width) &&
+                        step.count > 0;
     return {inside ? image + (base[pass] + step.offset) : image, inside ? step.count : 0,
             image_strides<kDirection>(p.g).channel};
   }
@@ -280,8 +278,8 @@ struct FilterColumns : S {
   int base, channels_left;
   Window h, w;
 
-  __device__ __forceinline__ FilterColumns(const Parameters& p, int first_channel,
-                                           const Window& h, const Window& w, int group)
+  __device__ __forceinline__ FilterColumns(const Parameters& p, int first_channel, const Window& h,
+                                           const Window& w, int group)
       : S(false), h(h), w(w) {
     filter = static_cast<const E*>(p.second) + group * p.sum_channels;
     base = (first_channel + this->first_row) * p.g.k;
@@ -408,7 +406,7 @@ __device__ __forceinline__ void fetch(uint4 (&staged)[kPasses], const GetSource&
 
 template <class S>
 __device__ __forceinline__ void store_slice(unsigned char* slice, const S& map,
-                                      const uint4 (&staged)[S::kPasses]) {
+                                            const uint4 (&staged)[S::kPasses]) {
 #pragma unroll
   for (int i = 0; i < S::kPasses; ++i) {
     *reinterpret_cast<uint4*>(slice + map.offset_of(i)) = staged[i];
@@ -455,8 +453,8 @@ struct FragmentsA {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           a[i][e] = *reinterpret_cast<const std::uint32_t*>(
-              slice + ((offset ^ (i * 4 + e % 2 * 2) * 16) +
-                       (step * 8 + e / 2 * 4) * S::kChunks * 16));
+              slice +
+              ((offset ^ (i * 4 + e % 2 * 2) * 16) + (step * 8 + e / 2 * 4) * S::kChunks * 16));
         }
       }
       if constexpr (std::is_same_v<T, Tf32>) {
@@ -579,8 +577,8 @@ __device__ __forceinline__ void tensor_core_gemm_body(const Parameters& p) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int row_tile = static_cast<int>(blockIdx.x) / p.column_tiles;
   const int first_row = row_tile * Block::kRows;
-  const int first_column = (static_cast<int>(blockIdx.x) - row_tile * p.column_tiles) *
-                           Block::kColumns;
+  const int first_column =
+      (static_cast<int>(blockIdx.x) - row_tile * p.column_tiles) * Block::kColumns;
   const int group = static_cast<int>(blockIdx.y), part = static_cast<int>(blockIdx.z);
   const int warp_row = warp / 2 * kWarpRows, warp_column = warp % 2 * kWarpColumns;
 
@@ -713,7 +711,8 @@ __device__ __forceinline__ void tensor_core_gemm_body(const Parameters& p) {
     Patches<T, kCopies, SliceA> a(p, first_row, begin, end, group);
     GradientRows<T, kCopies, SliceB> b(p, first_column, begin, end, group);
     run(a, b, [&](const auto& copy) {
-      copy([&](int pass) { return a.source(p, pass); }, [&](int pass) { return b.source(p, pass); });
+      copy([&](int pass) { return a.source(p, pass); },
+           [&](int pass) { return b.source(p, pass); });
       a.advance();
       b.advance();
     });
@@ -736,7 +735,8 @@ __device__ __forceinline__ void tensor_core_gemm_body(const Parameters& p) {
              (w.first + j * w.step) * strides.column;
     }
   };
-  Out* const out = static_cast<Out*>(p.out) + (kWgrad ? static_cast<std::size_t>(part) * p.part_elements : 0);
+  Out* const out =
+      static_cast<Out*>(p.out) + (kWgrad ? static_cast<std::size_t>(part) * p.part_elements : 0);
   const int first_channel = group * p.columns + first_column + warp_column;
   const int columns = p.columns - first_column - warp_column;  // that are left
 
@@ -795,7 +795,8 @@ __device__ __forceinline__ void tensor_core_gemm_body(const Parameters& p) {
         const int column = along_rows ? at / 16 : at % kWarpColumns;
         const int offset = row_offset(first + row);
         if (offset >= 0 && column < columns) {
-          out[offset + (first_channel + column) * (kWgrad ? 1 : out_strides<kDirection>(p.g).channel)] =
+          out[offset +
+              (first_channel + column) * (kWgrad ? 1 : out_strides<kDirection>(p.g).channel)] =
               *staged_at(row, column);
         }
       }

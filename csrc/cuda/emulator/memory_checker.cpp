@@ -33,9 +33,9 @@ int find_module(dl_phdr_info* info, std::size_t, void* result) {
   Module& module = *static_cast<Module*>(result);
   if (info->dlpi_addr != module.base) return 0;
   for (int i = 0; i < info->dlpi_phnum; ++i) {
-    const ElfW(Phdr)& header = info->dlpi_phdr[i];
-    const bool constant = (header.p_type == PT_LOAD && (header.p_flags & PF_W) == 0) ||
-                          header.p_type == PT_GNU_RELRO;
+    const ElfW(Phdr) & header = info->dlpi_phdr[i];
+    const bool constant =
+        (header.p_type == PT_LOAD && (header.p_flags & PF_W) == 0) || header.p_type == PT_GNU_RELRO;
     const std::uintptr_t begin = module.base + header.p_vaddr;
     if (constant) module.constants.emplace_back(begin, begin + header.p_memsz);
   }
@@ -62,10 +62,20 @@ bool is_constant(std::uintptr_t address, std::size_t bytes) {
   return false;
 }
 
+std::map<std::uint32_t, std::string> known_places;  // by instruction
+
+// Stands for an instruction where the emulator itself makes an access. A copy makes two.
+std::uint32_t instruction_at(const std::string& place, bool write) {
+  static std::map<std::pair<std::string, bool>, std::uint32_t> known;
+  const auto [at, is_new] =
+      known.try_emplace({place, write}, 0xffffffff - std::uint32_t(known.size()));
+  if (is_new) known_places[at->second] = place;
+  return at->second;
+}
+
 // file:line of an instruction, by addr2line: the innermost inlined function that is not ours.
 std::string locate(std::uint32_t pc) {
-  static std::map<std::uint32_t, std::string> known;
-  const auto [place, is_new] = known.try_emplace(pc);
+  const auto [place, is_new] = known_places.try_emplace(pc);
   if (!is_new) return place->second;
   char text[1024];
   std::snprintf(text, sizeof text, "addr2line -i -e '%s' %#x 2>/dev/null",
@@ -87,23 +97,23 @@ std::string locate(std::uint32_t pc) {
 
 // --- who touched what ---------------------------------------------------------------------------
 
-constexpr std::uint32_t kManyBlocks = 0xffffffff;
 constexpr std::uint16_t kManyWarps = 0xffff;
 constexpr std::uint8_t kManyLanes = 0xff;
 
 // The last write, or the reads since the last barrier taken together.
 struct Mark {
-  std::uint32_t block = 0;  // serial number; 0: none
+  std::uint32_t block = 0;  // serial number, of several blocks the last one; 0: none
   std::uint32_t pc = 0;
   std::uint16_t barriers = 0, warp_barriers = 0;
   std::uint16_t warp = 0;
   std::uint8_t lane = 0;
+  bool several_blocks = false;
 };
 
 struct Cell {
   Mark write, read;
-  bool copying = false;    // an asynchronous copy into it has not been waited for
-  std::int32_t parts = -1; // in Shadow::parts, from the first access to a part of the word on
+  bool copying = false;     // an asynchronous copy into it has not been waited for
+  std::int32_t parts = -1;  // in Shadow::parts, from the first access to a part of the word on
 };
 
 struct Shadow {
@@ -119,26 +129,30 @@ struct Access {
   std::size_t bytes;
   bool write, shared;
   std::uint32_t pc;
-  std::string place;  // instead of pc, where the emulator makes the access
+  std::string place;   // instead of pc, where the emulator makes the access
+  bool counts = true;  // in the profile
 };
 
 std::string in_words(const Access& access, const char* verb = nullptr) {
-  return std::string(verb != nullptr ? verb : access.write ? "write" : "read") + " of " +
-         std::to_string(access.bytes) + " bytes at " +
+  return std::string(verb != nullptr ? verb
+                     : access.write  ? "write"
+                                     : "read") +
+         " of " + std::to_string(access.bytes) + " bytes at " +
          (access.place.empty() ? locate(access.pc) : access.place);
 }
 
 std::string in_words(const Mark& mark) {
   std::string text = mark.pc != 0 ? "at " + locate(mark.pc) : "by an asynchronous copy";
-  if (mark.block == kManyBlocks) return text + " by several blocks";
+  if (mark.several_blocks) return text + " by several blocks";
   if (mark.block != execution().block_serial) return text + " by another block";
   if (mark.warp == kManyWarps) return text + " by several warps";
-  if (mark.lane == kManyLanes) return text + " by several lanes of warp " + std::to_string(mark.warp);
+  if (mark.lane == kManyLanes)
+    return text + " by several lanes of warp " + std::to_string(mark.warp);
   return text + " by thread " + std::to_string(mark.warp * 32 + mark.lane) + " of the block";
 }
 
 bool is_before(const Mark& mark, const Thread& self) {
-  if (mark.block != execution().block_serial) return false;
+  if (mark.several_blocks || mark.block != execution().block_serial) return false;
   if (mark.barriers != self.barriers) return true;
   if (mark.warp != self.warp) return false;
   return mark.warp_barriers != self.warp_barriers || mark.lane == self.lane;
@@ -150,16 +164,17 @@ bool is_current(const Mark& mark, bool shared) {
 }
 
 Mark mark_of(const Thread& self, std::uint32_t pc) {
-  return {execution().block_serial,   pc, self.barriers, self.warp_barriers,
-          std::uint16_t(self.warp), std::uint8_t(self.lane)};
+  return {execution().block_serial, pc, self.barriers, self.warp_barriers, std::uint16_t(self.warp),
+          std::uint8_t(self.lane)};
 }
 
 void note_read(Mark& mark, const Thread& self, const Access& access) {
   const Mark mine = mark_of(self, access.pc);
   if (!is_current(mark, access.shared)) {
     mark = mine;
-  } else if (mark.block != mine.block) {
-    mark.block = kManyBlocks;
+  } else if (mark.several_blocks || mark.block != mine.block) {
+    mark = mine;
+    mark.several_blocks = true;
   } else if (mark.barriers != mine.barriers) {
     mark = mine;
   } else if (mark.warp != mine.warp) {
@@ -177,7 +192,8 @@ bool check_cell(Cell& cell, const Thread& self, const Access& access) {
   const bool written = is_current(cell.write, access.shared);
   const bool read = is_current(cell.read, access.shared);
   if (written && cell.copying && !access.write) {
-    report("asynchronous copy", in_words(access) + " of what is being copied and was not waited for");
+    report("asynchronous copy",
+           in_words(access) + " of what is being copied and was not waited for");
     return false;
   }
   if (access.shared && !access.write && !written) {
@@ -342,12 +358,13 @@ void check(const Access& access, bool may_be_misaligned) {
     report_fatal("out of bounds", in_words(access) + " outside of each allocation");
   }
   if (misaligned)
-    report_fatal("misaligned access",
-                 in_words(access) + ", " + std::to_string(access.address % access.bytes) +
-                     " bytes past a multiple");
-  if (profile_path != nullptr && access.pc != 0)
-    logs[std::size_t(e.thread->number)].push_back({access.pc, std::uint16_t(access.bytes),
-                                                   access.write, access.shared, access.address});
+    report_fatal("misaligned access", in_words(access) + ", " +
+                                          std::to_string(access.address % access.bytes) +
+                                          " bytes past a multiple");
+  if (profile_path != nullptr && access.counts)
+    logs[std::size_t(e.thread->number)].push_back(
+        {access.pc != 0 ? access.pc : instruction_at(access.place, access.write),
+         std::uint16_t(access.bytes), access.write, access.shared, access.address});
   Shadow& shadow = access.shared ? shared_shadow : global_shadows[allocation->address];
   const std::uintptr_t base = access.shared ? e.shared.begin() : allocation->address;
   if (!access.shared && shadow.words.size() * 4 < allocation->bytes)
@@ -365,8 +382,8 @@ inline void on_access(void* pointer, std::size_t bytes, bool write, bool may_be_
   const auto call = reinterpret_cast<std::uintptr_t>(e.call);
   if (address - call < e.call->size) return;  // the kernel's arguments
   const InEmulator scope;
-  const auto pc = std::uint32_t(reinterpret_cast<std::uintptr_t>(return_address) -
-                                this_module().base);
+  const auto pc =
+      std::uint32_t(reinterpret_cast<std::uintptr_t>(return_address) - this_module().base);
   check({address, bytes, write, e.shared.in_arena(address), pc, {}}, may_be_misaligned);
 }
 
@@ -405,25 +422,26 @@ void check_copy_started(void* address, std::size_t bytes, Location where) {
 }
 
 void check_copy_finished(void* address, std::size_t bytes, Location where) {
-  check_access(address, bytes, true, where);
+  const auto at = reinterpret_cast<std::uintptr_t>(address);
+  check({at, bytes, true, true, 0, describe(where), false}, true);
 }
 
 }  // namespace fastconv::emulator
 
 // What GCC and Clang call in code compiled with -fsanitize=thread. Their own runtime is not linked.
 extern "C" {
-#define FASTCONV_HOOKS(bytes)                                                                  \
-  void __tsan_read##bytes(void* p) {                                                           \
-    fastconv::emulator::on_access(p, bytes, false, false, __builtin_return_address(0));        \
-  }                                                                                            \
-  void __tsan_write##bytes(void* p) {                                                          \
-    fastconv::emulator::on_access(p, bytes, true, false, __builtin_return_address(0));         \
-  }                                                                                            \
-  void __tsan_unaligned_read##bytes(void* p) {                                                 \
-    fastconv::emulator::on_access(p, bytes, false, false, __builtin_return_address(0));        \
-  }                                                                                            \
-  void __tsan_unaligned_write##bytes(void* p) {                                                \
-    fastconv::emulator::on_access(p, bytes, true, false, __builtin_return_address(0));         \
+#define FASTCONV_HOOKS(bytes)                                                           \
+  void __tsan_read##bytes(void* p) {                                                    \
+    fastconv::emulator::on_access(p, bytes, false, false, __builtin_return_address(0)); \
+  }                                                                                     \
+  void __tsan_write##bytes(void* p) {                                                   \
+    fastconv::emulator::on_access(p, bytes, true, false, __builtin_return_address(0));  \
+  }                                                                                     \
+  void __tsan_unaligned_read##bytes(void* p) {                                          \
+    fastconv::emulator::on_access(p, bytes, false, false, __builtin_return_address(0)); \
+  }                                                                                     \
+  void __tsan_unaligned_write##bytes(void* p) {                                         \
+    fastconv::emulator::on_access(p, bytes, true, false, __builtin_return_address(0));  \
   }
 FASTCONV_HOOKS(1)
 FASTCONV_HOOKS(2)

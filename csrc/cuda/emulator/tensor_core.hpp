@@ -75,7 +75,8 @@ inline float element(std::uint32_t pair, int which) {
 
 // d of every lane += a * b, given all of A (16 x K) and B (K x 8).
 template <int K>
-inline void multiply(Fragments* const (&lanes)[32], const float (&a)[16][K], const float (&b)[K][8]) {
+inline void multiply(Fragments* const (&lanes)[32], const float (&a)[16][K],
+                     const float (&b)[K][8]) {
   for (int lane = 0; lane < 32; ++lane) {
     float* d = lanes[lane]->d;
     for (int i = 0; i < 4; ++i) {
@@ -101,8 +102,7 @@ inline void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const std::
             for (int e = 0; e < 2; ++e)
               a[g + i % 2 * 8][2 * t + e + i / 2 * 8] = element<T>(lanes[lane]->a[i], e);
           for (int i = 0; i < 2; ++i)
-            for (int e = 0; e < 2; ++e)
-              b[2 * t + e + i * 8][g] = element<T>(lanes[lane]->b[i], e);
+            for (int e = 0; e < 2; ++e) b[2 * t + e + i * 8][g] = element<T>(lanes[lane]->b[i], e);
         }
         multiply<16>(lanes, a, b);
       },
