@@ -22,12 +22,13 @@ ifneq ($(VENV_STATE),sound)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test fuzz sanitize bench performance clean
+.PHONY: help mnist test docs fuzz sanitize bench performance clean
 
 help:
 	@echo "make mnist   train the article's MNIST network on the fast layers;"
 	@echo "             ARGS passes options: make mnist ARGS='--layers both --epochs 2'"
 	@echo "make test    run the tests; ARGS passes options to pytest"
+	@echo "make docs    build the documentation's pages in build/docs"
 	@echo "make fuzz    compare 100,000 random problems with float64; ARGS passes options"
 	@echo "make sanitize   run the library's stress test under ASan, UBSan and TSan (needs"
 	@echo "             CMake); ARGS passes options"
@@ -44,6 +45,10 @@ mnist: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV_PYTHON) -m pytest $(ARGS)
+
+docs: $(INSTALLED)
+	$(VENV_PYTHON) -m sphinx -W --keep-going --quiet -b html docs build/docs
+	@echo "build/docs/index.html"
 
 fuzz: $(INSTALLED)
 	cd tests && ../$(VENV_PYTHON) fuzz.py $(ARGS)

@@ -9,7 +9,8 @@ bits for any number of threads. Where shapes or options do not fit, nothing is c
 Convolutions are computed as implicit matrix products: the patches of the input that meet the filter
 are gathered while the multiplication runs, never stored as a matrix [1]_ [2]_.
 
-Where fewer multiplications do, others are chosen: see :func:`set_accuracy` and :func:`explain`.
+Where fewer multiplications do, others are chosen: see :func:`fastconv.set_accuracy` and
+:func:`fastconv.explain`.
 
 .. [1] S. Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", arXiv:1410.0759, 2014.
 .. [2] M. Dukhan, "The Indirect Convolution Algorithm", arXiv:1907.02129, 2019.

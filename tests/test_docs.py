@@ -1,0 +1,97 @@
+"""The documentation's pages: they build without a warning, name everything and load nothing."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import fastconv
+import fastconv.keras
+from fastconv.cli import main
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The pages as `make docs` makes them."""
+    pages = tmp_path_factory.mktemp("docs")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "--quiet", "-b", "html"]
+    command += ["-d", str(pages / ".doctrees"), str(DOCS), str(pages)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return pages
+
+
+LOADING = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
+
+
+class Loads(HTMLParser):
+    """What a browser fetches for a page, and the ids in it."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.loads, self.ids = [], set()
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.ids.add(attributes.get("id"))
+        if attributes.get(LOADING.get(tag)):
+            self.loads.append(attributes[LOADING[tag]])
+
+
+def test_pages_load_nothing_from_elsewhere(built):
+    pages = list(built.rglob("*.html"))
+    assert len(pages) > 15
+    for page in pages:
+        loads = Loads(page).loads
+        assert loads
+        for target in loads:
+            assert "//" not in target, f"{page.name} loads {target}"
+            if not target.startswith("data:"):
+                assert (page.parent / target.partition("?")[0].partition("#")[0]).exists(), target
+    styles = list(built.rglob("*.css"))
+    assert styles
+    for style in styles:
+        text = style.read_text(encoding="utf-8")
+        assert not re.search(r"(@import|url\()\s*['\"]?(https?:)?//", text), style.name
+
+
+def test_reference_has_every_public_name(built):
+    functions = Loads(built / "api" / "functions.html").ids
+    layers = Loads(built / "api" / "keras.html").ids
+    assert {f"fastconv.{name}" for name in fastconv.__all__} <= functions
+    assert {f"fastconv.keras.{name}" for name in fastconv.keras.__all__} <= layers
+    commands = Loads(built / "api" / "command_line.html").ids
+    assert len(main.commands) >= 3
+    assert {f"fastconv-{name}" for name in main.commands} <= commands
+
+
+def test_reference_shows_text_not_markup(built):
+    """Docstrings are read in the style they are written in: no heading of theirs is left over."""
+    for name in ("functions", "keras"):
+        page = (built / "api" / f"{name}.html").read_text(encoding="utf-8")
+        for markup in (":func:", "Args:", "-----", "``", "alias of"):
+            assert markup not in page
+    page = (built / "api" / "functions.html").read_text(encoding="utf-8")
+    assert page.count("Raises") == len(fastconv.__all__) - 1  # all but __version__
+
+
+def test_figures_are_what_the_script_draws():
+    script = DOCS / "figures" / "draw.py"
+    drawn = {f"{figure.name}.svg": figure.svg() for figure in _figures(script)}
+    committed = {path.name: path.read_text("utf-8") for path in script.parent.glob("*.svg")}
+    assert drawn == committed, f"run: python {script.relative_to(ROOT)}"
+
+
+def _figures(script):
+    spec = importlib.util.spec_from_file_location("draw", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return [make() for make in module.FIGURES]
