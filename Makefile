@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+LINT_VENV := .venv-lint
 VENV_PYTHON := $(VENV)/bin/python
 WHEELS := build/wheels
 
@@ -22,13 +23,14 @@ ifneq ($(VENV_STATE),sound)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test docs fuzz sanitize bench performance clean
+.PHONY: help mnist test lint format docs fuzz sanitize bench performance clean
 
 help:
 	@echo "make mnist   train the article's MNIST network on the fast layers;"
 	@echo "             ARGS passes options: make mnist ARGS='--layers both --epochs 2'"
 	@echo "make test    run the tests; ARGS passes options to pytest"
 	@echo "make docs    build the documentation's pages in build/docs"
+	@echo "make lint    ruff, mypy, clang-format and clang-tidy; make format rewrites the sources"
 	@echo "make fuzz    compare 100,000 random problems with float64; ARGS passes options"
 	@echo "make sanitize   run the library's stress test under ASan, UBSan and TSan (needs"
 	@echo "             CMake); ARGS passes options"
@@ -50,6 +52,20 @@ docs: $(INSTALLED)
 	$(VENV_PYTHON) -m sphinx -W --keep-going --quiet -b html docs build/docs
 	@echo "build/docs/index.html"
 
+# Their tools have an environment of their own: TensorFlow is not needed.
+$(LINT_VENV)/.installed: pyproject.toml
+	@tools/check_machine.sh $(PYTHON)
+	@$(PYTHON) -m venv --clear $(LINT_VENV)
+	@$(LINT_VENV)/bin/python tools/extra.py lint | \
+	  xargs -d '\n' $(LINT_VENV)/bin/python -m pip install --quiet
+	@touch $@
+
+lint: $(LINT_VENV)/.installed
+	@LINT_VENV=$(LINT_VENV) tools/lint.sh $(ARGS)
+
+format: $(LINT_VENV)/.installed
+	@LINT_VENV=$(LINT_VENV) tools/lint.sh format
+
 fuzz: $(INSTALLED)
 	cd tests && ../$(VENV_PYTHON) fuzz.py $(ARGS)
 
@@ -64,7 +80,7 @@ performance: $(INSTALLED)
 	$(VENV_PYTHON) -m fastconv bench --report docs/performance.md $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .hypothesis .benchmarks .ruff_cache
+	rm -rf $(VENV) $(LINT_VENV) build dist .pytest_cache .hypothesis .benchmarks .ruff_cache .mypy_cache
 	find csrc python tests bench examples tools -name __pycache__ -prune -exec rm -rf {} +
 
 $(CREATED):

@@ -65,7 +65,10 @@ def of_tensorflow(x, dy, window, stride, padding):
         options |= {"padding": "EXPLICIT", "explicit_paddings": np.ravel(sides).tolist()}
     else:
         options["padding"] = "VALID"
-    plain = lambda: tf.raw_ops.MaxPoolGrad(orig_input=x, orig_output=y, grad=dy, **options)
+
+    def plain():
+        return tf.raw_ops.MaxPoolGrad(orig_input=x, orig_output=y, grad=dy, **options)
+
     in_graph, both_in_graph = tf.function(forward), tf.function(both)
     return {
         "forward": lambda: in_graph(x),

@@ -356,7 +356,7 @@ def test_broadcast_arrays_are_taken():
 NOT_FINITE = [np.nan, np.inf, -np.inf]
 
 
-@over(VARIED + [Problem((1, 30, 31, 64), 96, padding="same")])
+@over([*VARIED, Problem((1, 30, 31, 64), 96, padding="same")])
 @pytest.mark.parametrize("value", NOT_FINITE)
 def test_non_finite_input_reaches_its_windows_and_no_others(problem, value, isa, threads):
     data = integers(problem)

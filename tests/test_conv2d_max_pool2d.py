@@ -171,7 +171,7 @@ def test_nan_comes_through(isa):
 def test_outputs_without_a_window_are_refused():
     x, w = np.ones((1, 3, 8, 2), np.float32), np.ones((2, 3, 2, 4), np.float32)
     assert fastconv.conv2d_max_pool2d(x, w).shape == (1, 1, 3, 4)
-    with pytest.raises(ValueError, match="at least 2 x 2.*Received: an output of 1 x 6"):
+    with pytest.raises(ValueError, match=r"at least 2 x 2.*Received: an output of 1 x 6"):
         fastconv.conv2d_max_pool2d(x[:, :2], w)
 
 
@@ -179,7 +179,7 @@ def test_foreign_argmax_is_refused():
     x, w = np.ones((1, 4, 4, 2), np.float32), np.ones((1, 1, 2, 4), np.float32)
     y, argmax = fastconv.conv2d_max_pool2d(x, w, return_argmax=True)
     argmax[0, 1, 1, 2] = 4
-    with pytest.raises(ValueError, match="from 0 to 3.*with value 4"):
+    with pytest.raises(ValueError, match=r"from 0 to 3.*with value 4"):
         fastconv.conv2d_max_pool2d_grad(x, w, y, y, argmax)
     with pytest.raises(TypeError, match="uint8"):
         fastconv.conv2d_max_pool2d_grad(x, w, y, y, argmax.astype(np.int32))

@@ -137,7 +137,7 @@ class TestWaitForAnswer:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
             begin = time.monotonic()
-            with pytest.raises(OSError, match="no answer within 0.3 s|timed out"):
+            with pytest.raises(OSError, match=r"no answer within 0.3 s|timed out"):
                 wait_for_answer(f"http://127.0.0.1:{port}/", 0.3)
             assert time.monotonic() - begin < 5
 
@@ -145,7 +145,7 @@ class TestWaitForAnswer:
         released = threading.Event()
         monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: released.wait(10))
         try:
-            with pytest.raises(TimeoutError, match="no answer within 0.2 s"):
+            with pytest.raises(TimeoutError, match=r"no answer within 0.2 s"):
                 wait_for_answer("http://mnist.invalid/", 0.2)
         finally:
             released.set()

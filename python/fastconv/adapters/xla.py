@@ -40,7 +40,7 @@ def _register():
         library.fastconv_xla_op_executions.argtypes = [ctypes.c_size_t]
         reason = library.fastconv_xla_register()
         return library, tf2xla.call_module, None if reason is None else reason.decode()
-    except Exception as error:  # Whatever it is, models must work without XLA.
+    except Exception as error:  # noqa: BLE001 - Whatever it is, models must work without XLA.
         return None, None, f"{type(error).__name__}: {error}"
 
 
@@ -80,7 +80,7 @@ def _self_test_failure():
             y = function.get_concrete_function(signature)(ones)
             if y.shape != (3, 1, 1, 1) or not bool(tf.reduce_all(y == 4.0)):
                 return f"the self-test gave {y.numpy().tolist()}, not ones times 4"
-    except Exception as error:  # As above.
+    except Exception as error:  # noqa: BLE001 - As above.
         return f"{type(error).__name__}: {error}"
     return None
 

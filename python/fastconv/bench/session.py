@@ -65,9 +65,8 @@ class Conditions:
     def options(self):
         """The options of the command line that differ from what they are by default."""
         words = [f"--threads {self.threads}"]
-        for name in ("isa", "algorithm", "accuracy"):
-            if value := getattr(self, name):
-                words.append(f"--{name} {value}")
+        names = ("isa", "algorithm", "accuracy")
+        words += [f"--{name} {value}" for name in names if (value := getattr(self, name))]
         if self.layout != "nhwc":
             words.append(f"--layout {self.layout}")
         if self.cold:
@@ -204,7 +203,7 @@ class Session:
         self.conditions = conditions
         self._names = names
         self._note = on_note
-        self._random = random.Random(conditions.seed)
+        self._random = random.Random(conditions.seed)  # noqa: S311
 
     def __enter__(self):
         self._directory = Path(tempfile.mkdtemp(prefix="fastconv-bench-", dir=_memory_directory()))
@@ -457,7 +456,7 @@ def cpu_model():
 
 def _memory_directory():
     """Where files are kept in memory, if there is such a place with room."""
-    shared = Path("/dev/shm")
+    shared = Path("/dev/shm")  # noqa: S108
     if shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 4 << 30:
         return shared
     return None

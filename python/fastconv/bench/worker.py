@@ -14,6 +14,7 @@ Requests and answers are JSON, one on a line, over the file descriptor given as 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -50,10 +51,8 @@ def keep_memory():
 def die_with_parent():
     """A stopped process would outlive a parent that was killed."""
     pr_set_pdeathsig = 1
-    try:
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    except (OSError, AttributeError):
-        pass
 
 
 class Sweeper:
@@ -167,7 +166,7 @@ def serve(connection, name, conditions):
     except (Unsupported, ImportError) as error:
         answer(absent=f"{error}".splitlines()[0])
         return
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the answer is why
         answer(absent=f"{type(error).__name__}: {error}".splitlines()[0])
         return
     answer(versions=worker._implementation.versions, malloc=conditions["malloc"])
@@ -179,7 +178,7 @@ def serve(connection, name, conditions):
             answer(unsupported=str(error))
         except MemoryError:
             answer(unsupported="not enough memory")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - as above
             traceback.print_exc()
             answer(failed=f"{type(error).__name__}: {error}".splitlines()[0])
 

@@ -103,7 +103,7 @@ def patch():
 
 
 def _maker(stock, fast):
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args, **kwargs):  # noqa: N807
         # Python then calls __init__ of the class that this made, a subclass of `stock`.
         cls = fast if cls is stock else cls
         return super(stock, cls).__new__(cls, *args, **kwargs)

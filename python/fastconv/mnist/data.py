@@ -81,7 +81,7 @@ def load(path=None):
             reasons.append(f"Keras's cache cannot be used ({error})")
     try:
         return download()
-    except Exception as error:  # whatever the network, a proxy or the disk may come up with
+    except Exception as error:  # noqa: BLE001 - whatever the network, a proxy or the disk may come up with
         reasons.append(f"the whole set could not be downloaded ({_one_line(error)})")
     return read_npz(
         SUBSET, source=f"the subset that ships with fastconv, because {' and '.join(reasons)}"
@@ -145,9 +145,9 @@ def wait_for_answer(url, seconds):
 
     def ask():
         try:
-            with urllib.request.urlopen(url, timeout=seconds):
+            with urllib.request.urlopen(url, timeout=seconds):  # noqa: S310 - Keras's address
                 outcome.append(None)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised again by who waits
             outcome.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)
