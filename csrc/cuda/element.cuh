@@ -1,5 +1,5 @@
-// Elements in memory are float32, float16 or bfloat16; kernels compute in float32. Reads and writes of
-// one element, or of four neighbours at once (16 or 8 bytes, aligned to as many).
+// Elements in memory are float32, float16 or bfloat16; kernels compute in float32. Reads and writes
+// of one element, or of four neighbours at once (16 or 8 bytes, aligned to as many).
 #pragma once
 
 #include "cuda/device.cuh"

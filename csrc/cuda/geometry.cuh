@@ -43,9 +43,9 @@ struct Strides {
   int image, row, column, channel;
 };
 
-// One spatial axis of a sum over taps, as fprop and each part of dgrad take it: the result of index i
-// lies at first + i * step and reads, for t < taps, its source at origin + i * stride +
-// t * dilation (nothing where that is outside) and the filter at tap + t * tap_step.
+// One spatial axis of a sum over taps, as fprop and each part of dgrad take it: the result of index
+// i lies at first + i * step and reads, for t < taps, its source at origin + i * stride + t *
+// dilation (nothing where that is outside) and the filter at tap + t * tap_step.
 struct Window {
   int first, step, count;
   int origin, stride, dilation;
@@ -105,11 +105,13 @@ struct ConvGeometry {
   int plane;  // OH * OW
   FastDivisor by_plane, by_column_taps, by_c_per_group, by_k_per_group, by_column_classes;
 
-  // Whether every offset and coordinate fits a signed 32-bit integer, with room for the last tile.
+  // Whether every offset and coordinate fits a signed 32-bit integer, with room for the last tile
+  // and, in coordinates, for some that are always outside.
   static bool fits(const Conv2dProblem& p) {
-    constexpr std::int64_t kLimit = (std::int64_t{1} << 31) - (1 << 16);
+    constexpr std::int64_t kLimit = (std::int64_t{1} << 31) - (1 << 16), kMostPixels = 1 << 30;
     return p.x_size() < kLimit && p.y_size() < kLimit && p.filter_size() < kLimit &&
-           p.h + p.pad_top + p.pad_bottom < kLimit && p.w + p.pad_left + p.pad_right < kLimit;
+           p.h + p.pad_top + p.pad_bottom < kMostPixels &&
+           p.w + p.pad_left + p.pad_right < kMostPixels;
   }
 
   explicit ConvGeometry(const Conv2dProblem& p)
