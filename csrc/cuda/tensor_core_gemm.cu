@@ -4,6 +4,7 @@
 
 #include "cuda/kernels.hpp"
 #include "cuda/tensor_core_gemm.cuh"
+#include "cuda/throughput.hpp"
 
 namespace fastconv::cuda {
 namespace {
@@ -33,19 +34,7 @@ int blocks_of(Shape shape) {
                                   : Small::kBlocks;
 }
 
-// Multiply-adds a clock of one multiprocessor by mma.sync with float32 sums, float16 or bfloat16.
-// 9.0 and 10.0 have faster instructions (wgmma, tcgen05), which these kernels do not use.
-double multiply_adds_a_clock(int compute_capability) {
-  switch (compute_capability) {
-    case 75: return 512;
-    case 80: return 1024;
-    case 90: return 1200;
-    case 100: return 1200;
-    default: return 512;  // 8.6, 8.9, 12.0
-  }
-}
-
-// The share of that which the main loop can reach, by what shared memory must deliver a product.
+// The share of the peak that the main loop can reach, by what shared memory must deliver a product.
 double efficiency(Shape shape, Copies copies) {
   if (copies == Copies::gather) return 0.15;
   return shape == Shape::large ? 0.75 : shape == Shape::narrow ? 0.65 : 0.5;
@@ -66,6 +55,11 @@ Matrices matrices(const Conv2dSpec& spec, const ConvGeometry& g, std::int64_t pa
               ceil_div(taps, g.dgrad_classes()) * padded_channels};
     default: return {taps * padded_channels, p.k_per_group(), p.n * p.oh * p.ow};
   }
+}
+
+// Whether the kernel writes parts that a second pass adds up: those are float32.
+bool second_pass(const Conv2dSpec& spec, const Plan& plan) {
+  return spec.direction == Direction::wgrad && (plan.layers > 1 || spec.type != DataType::float32);
 }
 
 // What a wgrad split into parts may take of the device's memory, unless one part takes more.
@@ -104,21 +98,23 @@ Plan plan_for(const Conv2dSpec& spec, const Device& device, Copies copies, Shape
 
   // A multiprocessor's share of the blocks, one alone not hiding its latencies; or memory.
   const double share = static_cast<double>(ceil_div(tiles * plan.layers, device.multiprocessors));
-  const double rate = multiply_adds_a_clock(device.compute_capability) *
-                      (spec.type == DataType::float32 ? 0.5 : 1.0) * efficiency(shape, copies) *
-                      (share < 2 ? 0.6 : 1.0);
-  const double block =
+  const Throughput speed = throughput(device);
+  const double fma_per_cycle = speed.tensor_fma_per_cycle *
+                               (spec.type == DataType::float32 ? 0.5 : 1.0) *
+                               efficiency(shape, copies) * (share < 2 ? 0.6 : 1.0);
+  const double fma_a_block =
       static_cast<double>(slices_a_block * slice) * rows_of(shape) * columns_of(shape);
-  constexpr double kClock = 1.5e9, kBytesAClock = 8, kStart = 2000;  // of a multiprocessor
-  const double bytes =
-      static_cast<double>(p.x_size() + p.y_size() + p.filter_size()) *
-          static_cast<double>(size_of(spec.type)) +
-      (spec.direction == Direction::wgrad
-           ? 8.0 * static_cast<double>(plan.layers) * static_cast<double>(p.filter_size())
-           : 0.0);
-  const double clocks =
-      std::max(share * block / rate, bytes / (kBytesAClock * device.multiprocessors)) + kStart;
-  plan.seconds = clocks / kClock + 3e-6;
+  constexpr double kCyclesToStart = 2000;
+  const double bytes = static_cast<double>(p.x_size() + p.y_size() + p.filter_size()) *
+                       static_cast<double>(size_of(spec.type));
+  plan.seconds =
+      std::max((share * fma_a_block / fma_per_cycle + kCyclesToStart) / speed.cycles_per_second,
+               bytes / speed.bytes_per_second) +
+      kLaunchSeconds;
+  if (second_pass(spec, plan)) {
+    const double part_bytes = 8.0 * static_cast<double>(plan.layers * p.filter_size());
+    plan.seconds += part_bytes / speed.bytes_per_second + kLaunchSeconds;
+  }
   return plan;
 }
 
@@ -156,11 +152,6 @@ bool serves(const Conv2dSpec& spec, const Device& device) {
   const Matrices m = matrices(spec, ConvGeometry(p), made.padded_channels);
   return m.rows < kLimit && p.r * p.s * made.padded_channels < kLimit &&
          made.row_tiles * made.column_tiles < kLimit && p.groups <= 65535 && made.layers <= 65535;
-}
-
-// Whether the kernel writes parts that a second pass adds up: those are float32.
-bool second_pass(const Conv2dSpec& spec, const Plan& plan) {
-  return spec.direction == Direction::wgrad && (plan.layers > 1 || spec.type != DataType::float32);
 }
 
 std::size_t workspace_bytes(const Conv2dSpec& spec, const Device& device) {
