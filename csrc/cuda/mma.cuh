@@ -24,6 +24,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/device.cuh"
 #ifdef FASTCONV_CUDA_EMULATE
@@ -39,7 +40,7 @@ struct Tf32 {};
 template <bool kTranspose>
 __device__ __forceinline__ void load_matrices(std::uint32_t (&r)[4], const void* row) {
 #ifdef FASTCONV_CUDA_EMULATE
-  emulator::load_matrices<kTranspose>(r, row);
+  emulator::load_matrices(r, row, kTranspose);
 #else
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(row));
   if constexpr (kTranspose) {
@@ -79,11 +80,10 @@ __device__ __forceinline__ void multiply_accumulate(float (&d)[4], const std::ui
 template <class T>
 inline void multiply_accumulate(float (&d)[4], const std::uint32_t (&a)[4],
                                 const std::uint32_t (&b)[2]) {
-  if constexpr (std::is_same_v<T, Tf32>) {
-    emulator::mma_m16n8k8_tf32(d, a, b);
-  } else {
-    emulator::mma_m16n8k16<T>(d, a, b);
-  }
+  emulator::multiply_accumulate(std::is_same_v<T, Tf32>     ? emulator::MmaType::tf32
+                                : std::is_same_v<T, __half> ? emulator::MmaType::float16
+                                                            : emulator::MmaType::bfloat16,
+                                d, a, b);
 }
 
 #else
