@@ -23,7 +23,7 @@ ifneq ($(VENV_STATE),sound)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test lint format docs fuzz sanitize bench performance clean
+.PHONY: help mnist test lint format docs fuzz sanitize bench performance gpu-check clean
 
 help:
 	@echo "make mnist   train the article's MNIST network on the fast layers;"
@@ -37,6 +37,8 @@ help:
 	@echo "make bench   run the benchmarks; ARGS passes options to pytest"
 	@echo "make performance   measure every suite beside other libraries (large downloads)"
 	@echo "             and write docs/performance.md"
+	@echo "make gpu-check   for a machine with an NVIDIA GPU: build and test the CUDA kernels,"
+	@echo "             time them beside cuDNN, write a report to send back"
 	@echo "make clean   remove .venv and everything that was built"
 	@echo
 	@echo "Needs Python 3.10 or newer (one other than python3: make PYTHON=...) and a"
@@ -78,6 +80,10 @@ bench: $(INSTALLED)
 performance: $(INSTALLED)
 	@set -- $(WHEELS)/*.whl && $(VENV_PYTHON) -m pip install --quiet "$$1[bench]"
 	$(VENV_PYTHON) -m fastconv bench --report docs/performance.md $(ARGS)
+
+# A virtual environment of its own, in build/gpu-check.
+gpu-check:
+	@$(PYTHON) tools/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(LINT_VENV) build dist .pytest_cache .hypothesis .benchmarks .ruff_cache .mypy_cache

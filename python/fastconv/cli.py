@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from fastconv.bench.command import bench, require_matplotlib
+from fastconv.bench.gpu_roofline import roofline
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,6 +24,7 @@ def main():
 
 
 main.add_command(bench)
+main.add_command(roofline)
 
 
 @main.command()
