@@ -32,7 +32,22 @@ struct Avx2 {
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
   static Reg load(const float* p, Tail t) { return _mm256_maskload_ps(p, t.mask); }
   static void store(float* p, Reg v) { _mm256_storeu_ps(p, v); }
-  static void store(float* p, Reg v, Tail t) { _mm256_maskstore_ps(p, t.mask, v); }
+  // Not VMASKMOVPS: AMD's processors take a dozen cycles and more for a masked store.
+  static void store(float* p, Reg v, Tail t) {
+    if (t.count == kWidth) return store(p, v);
+    __m128 rest = _mm256_castps256_ps128(v);
+    if (t.count & 4) {
+      _mm_storeu_ps(p, rest);
+      rest = _mm256_extractf128_ps(v, 1);
+      p += 4;
+    }
+    if (t.count & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+      rest = _mm_movehl_ps(rest, rest);
+      p += 2;
+    }
+    if (t.count & 1) _mm_store_ss(p, rest);
+  }
   static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
