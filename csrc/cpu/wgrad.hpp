@@ -4,8 +4,10 @@
 // ReLU mask and the bias gradient are part of; x from a list of addresses.
 //
 // With channels enough to fill a tile, a tile's rows are channels of one tap, and its list leaves out
-// the pixels that meet padding. With fewer, a tile spans taps, and the input is copied with its
-// padding first.
+// the pixels that meet padding. The input is packed first where enough tiles read it, the channels of a
+// tile side by side: from the input itself a tile would use a few floats of every cache line, of lines
+// that fall into few sets of the first-level cache. With fewer channels, a tile spans taps, and the
+// input is copied with its padding first.
 //
 // The pixels are cut into `parts`, each with a sum of its own, added up in order at the end. The cut
 // depends on the problem alone and there are no atomics: the same bits for any thread count.
@@ -103,7 +105,7 @@ struct WgradPlan {
   int64_t floats, pixels;
   bool by_taps;                                     // a tile's rows are channels of one tap
   int64_t source_h, source_w, image_floats, chunk;  // the copy, where there is one
-  bool copied;
+  bool copied, packed;
   int64_t parts, panels, q_tiles, tiles_a_tap, q_groups;
   int64_t pixels_a_block;
   int64_t offsets_bytes, sums_bytes, bias_bytes, copy_bytes, block_bytes, lists_bytes;
@@ -120,14 +122,17 @@ struct WgradPlan {
              (p.pad_top || p.pad_left || reach_h - p.pad_top > p.h || reach_w - p.pad_left > p.w);
     source_h = copied ? reach_h : p.h;
     source_w = copied ? reach_w : p.w;
-    // Copies of as many images at a time as 8 MiB hold; all of them where none is copied.
-    image_floats = source_h * source_w * p.c;
-    chunk = copied ? max64(1, min64(p.n, (int64_t{8} << 20) / max64(image_floats * 4, 1))) : p.n;
-
     const int64_t cg = p.c_per_group(), taps = p.r * p.s;
     tiles_a_tap = ceil_div(cg, V::kRows);
     q_tiles = by_taps ? taps * tiles_a_tap : ceil_div(taps * cg, V::kRows);
     panels = ceil_div(p.k_per_group(), kPanel);
+
+    constexpr int64_t kTilesAPacking = 4;  // that read a pixel, for packing it to pay
+    packed = by_taps && taps * panels >= kTilesAPacking * p.stride_h * p.stride_w;
+    // As many images at a time as 8 MiB hold; all of them where none is copied.
+    image_floats = source_h * source_w * (packed ? p.groups * tiles_a_tap * V::kRows : p.c);
+    chunk = copied || packed ? max64(1, min64(p.n, (int64_t{8} << 20) / max64(image_floats * 4, 1)))
+                             : p.n;
     // Tasks share dy: each packs what it needs, which some tiles of work make up for. Partial sums
     // serve where this leaves too few tasks; 1 MiB of them at most.
     constexpr int64_t kTilesATask = 18, kEnoughTasks = 48;
@@ -145,9 +150,18 @@ struct WgradPlan {
     offsets_bytes = by_taps ? 0 : round_up((taps * cg + p.oh * p.ow) * 8, 64);
     sums_bytes = parts == 1 ? 0 : round_up(parts * floats * 4, 64);
     bias_bytes = with_bias ? round_up(parts * p.k * 4, 64) : 0;
-    copy_bytes = copied ? round_up(chunk * image_floats * 4, 64) : 0;
+    copy_bytes = packed   ? p.groups * tiles_a_tap * packed_tile_floats(p) * 4
+                 : copied ? round_up(chunk * image_floats * 4, 64)
+                          : 0;
     block_bytes = pixels_a_block * kPanel * 4;
     lists_bytes = by_taps ? round_up(2 * pixels_a_block * 8, 64) : 0;
+  }
+
+  // From the packed channels of one tile to the next: an odd number of cache lines, so that writing to
+  // all of them in turns does not fill single sets of the cache.
+  int64_t packed_tile_floats(const Conv2dProblem& p) const {
+    const int64_t floats_used = chunk * p.h * p.w * V::kRows + V::kWidth;
+    return (ceil_div(floats_used, 16) | 1) * 16;
   }
 
   void make_blocks_of_windows() {
@@ -177,6 +191,37 @@ inline void copy_padded(const Conv2dProblem& p, const float* x, int64_t images, 
     std::memcpy(out + left * p.c, x + (n * p.h + i) * p.w * p.c,
                 static_cast<std::size_t>(middle * p.c) * 4);
     clear(out + (left + middle) * p.c, (source_w - left - middle) * p.c);
+  });
+}
+
+// The channels of images, those of a tile side by side: [group][tile][pixel][V::kRows].
+template <class V>
+void pack_x(const Conv2dProblem& p, const WgradPlan<V>& plan, const float* x, int64_t images,
+            float* packed) {
+  const int64_t cg = p.c_per_group(), tile_floats = plan.packed_tile_floats(p);
+  constexpr int64_t kPixelsATask = 64;
+  const int64_t pixels = images * p.h * p.w, parts = ceil_div(pixels, kPixelsATask);
+  parallel_for(p.groups * parts, [&](int64_t task) {
+    const int64_t group = task / parts, begin = task % parts * kPixelsATask;
+    const int64_t end = min64(pixels, begin + kPixelsATask);
+    float* const out = packed + group * plan.tiles_a_tap * tile_floats;
+    for (int64_t tile = 0; tile < plan.tiles_a_tap; ++tile) {
+      const int64_t c = cg * tile / plan.tiles_a_tap, c_end = cg * (tile + 1) / plan.tiles_a_tap;
+      const int64_t last = (c_end - c - 1) / V::kWidth * V::kWidth;
+      const auto tail = V::tail(static_cast<int>(c_end - c - last));
+      const float* from = x + begin * p.c + group * cg + c;
+      float* to = out + tile * tile_floats + begin * V::kRows;
+      for (int64_t pixel = begin; pixel < end; ++pixel, from += p.c, to += V::kRows) {
+        for (int64_t v = 0; v < last; v += V::kWidth) V::store(to + v, V::load(from + v));
+        const typename V::Reg rest = V::load(from + last, tail);
+        // What a whole vector spills beyond a pixel, the next one covers; another task's would stay.
+        if (pixel + 1 < end) {
+          V::store(to + last, rest);
+        } else {
+          V::store(to + last, rest, tail);
+        }
+      }
+    }
   });
 }
 
@@ -255,9 +300,10 @@ void pack_pooled_dy(const float* dy, const float* y, const std::uint8_t* argmax,
 }
 
 // The pixels of a block that meet the source with tap (r, s): where x and the packed dy have them.
-// Returns how many.
+// Those of x are `x_pixel` floats apart, those of dy `dy_pixel`. Returns how many there are.
 inline int64_t list_pixels(const Conv2dProblem& p, int64_t r, int64_t s, int64_t begin, int64_t end,
-                           int64_t dy_pixel, int64_t* x_pixels, int64_t* dy_pixels) {
+                           int64_t x_pixel, int64_t dy_pixel, int64_t* x_pixels,
+                           int64_t* dy_pixels) {
   const int64_t off_h = r * p.dilation_h - p.pad_top, off_w = s * p.dilation_w - p.pad_left;
   const int64_t first = off_w >= 0 ? 0 : ceil_div(-off_w, p.stride_w);
   const int64_t last = off_w >= p.w ? 0 : min64(p.ow, (p.w - 1 - off_w) / p.stride_w + 1);
@@ -269,9 +315,9 @@ inline int64_t list_pixels(const Conv2dProblem& p, int64_t r, int64_t s, int64_t
     if (source_i >= 0 && source_i < p.h) {
       const int64_t to = min64(j + stretch, last);
       int64_t at = max64(j, first);
-      int64_t x = ((n * p.h + source_i) * p.w + at * p.stride_w + off_w) * p.c;
+      int64_t x = ((n * p.h + source_i) * p.w + at * p.stride_w + off_w) * x_pixel;
       int64_t dy = (pixel - begin + at - j) * dy_pixel;
-      for (; at < to; ++at, ++count, x += p.stride_w * p.c, dy += dy_pixel) {
+      for (; at < to; ++at, ++count, x += p.stride_w * x_pixel, dy += dy_pixel) {
         x_pixels[count] = x;
         dy_pixels[count] = dy;
       }
@@ -314,6 +360,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
   float* bias_sums = reinterpret_cast<float*>(take(plan.bias_bytes));
   float* copy = reinterpret_cast<float*>(take(plan.copy_bytes));
   char* const scratch = take(workers * plan.worker_bytes());
+  const int64_t packed_tile = plan.packed ? plan.packed_tile_floats(p) : 0;
   if (dbias) std::memset(bias_sums, 0, static_cast<std::size_t>(plan.bias_bytes));
   if (!plan.by_taps) {
     for (int64_t r = 0, q = 0; r < p.r; ++r)
@@ -338,6 +385,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
       copy_padded(p, source, images, plan.source_h, plan.source_w, copy);
       source = copy;
     }
+    if (plan.packed) pack_x<V>(p, plan, source, images, copy);
     const int64_t skipped = image * p.oh * p.ow / unit * p.k;
     const int64_t chunk_pixels = images * p.oh * p.ow;
     parallel_for(plan.tasks(p), workers, [&](int64_t task, int worker) {
@@ -393,14 +441,15 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
           if (plan.by_taps) {
             const int64_t tap = tile / plan.tiles_a_tap, c_tile = tile % plan.tiles_a_tap;
             if (tap != listed) {
-              t.pixels =
-                  list_pixels(p, tap / p.s, tap % p.s, begin, end, dy_pixel, x_pixels, dy_pixels);
+              t.pixels = list_pixels(p, tap / p.s, tap % p.s, begin, end,
+                                     plan.packed ? V::kRows : p.c, dy_pixel, x_pixels, dy_pixels);
               listed = tap;
             }
             const int64_t c = cg * c_tile / plan.tiles_a_tap;
             q = tap * cg + c;
             q_end = tap * cg + cg * (c_tile + 1) / plan.tiles_a_tap;
-            t.x = source + group * cg + c;
+            t.x = plan.packed ? copy + (group * plan.tiles_a_tap + c_tile) * packed_tile
+                              : source + group * cg + c;
           } else {
             q = p.r * p.s * cg * tile / plan.q_tiles;
             q_end = p.r * p.s * cg * (tile + 1) / plan.q_tiles;
