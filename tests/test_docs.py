@@ -1,7 +1,9 @@
 """The documentation's pages: they build without a warning, name everything and load nothing."""
 
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -95,3 +97,40 @@ def _figures(script):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return [make() for make in module.FIGURES]
+
+
+def blocks(page, language):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_code_of_the_guide_runs():
+    names = {}
+    for block in blocks("guide/numpy.md", "python"):
+        exec(block, names)
+    assert names["pooled"].shape == (8, 14, 14, 32)
+    assert names["dx"].shape == names["x"].shape
+    assert names["dw"].shape == names["w"].shape
+    assert names["dbias"].shape == (32,)
+
+
+def test_kernel_of_contributing_compiles(tmp_path):
+    """The header and the line of a table that the page shows, in the portable instance."""
+    header, line = blocks("contributing.md", "cpp")
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "pointwise.hpp").write_text(header)
+    scalar = (ROOT / "csrc" / "cpu" / "isa" / "scalar.cpp").read_text(encoding="utf-8")
+    table = "kConv2dAlgorithms[] = {\n"
+    assert table in scalar
+    instance = tmp_path / "scalar.cpp"
+    instance.write_text(
+        '#include "cpu/pointwise.hpp"\n'
+        + scalar.replace(table, table + line.replace("Avx512", "Scalar"))
+    )
+    compiler = next(filter(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"]))
+    command = [compiler, "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    command += [f"-I{tmp_path}", f"-I{ROOT / 'csrc'}", str(instance)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (python,) = blocks("contributing.md", "python")
+    compile(python, "test_pointwise.py", "exec")
