@@ -64,17 +64,19 @@ struct SimtGemmArguments {
 // --- where a thread's share of a chunk lies ------------------------------------------------------
 
 // Of a tile's 8 x kExtent elements that are contiguous along the depth: kVector along it a read.
+// place() is where the first of a thread lies in [8][kExtent + 4], to which put() adds constants.
 template <int kExtent, int kThreads, int kVector>
 struct AlongDepth {
   static constexpr int kAcross = 8 / kVector, kStep = kThreads / kAcross, kPasses = kExtent / kStep;
   static __device__ int depth() { return int(threadIdx.x) % kAcross * kVector; }
   static __device__ int row(int pass) { return int(threadIdx.x) / kAcross + pass * kStep; }
+  static __device__ int place() { return depth() * (kExtent + 4) + row(0); }
 
-  static __device__ void put(float (&to)[8][kExtent + 4], const float (&held)[kPasses][kVector]) {
+  static __device__ __forceinline__ void put(float* to, const float (&held)[kPasses][kVector]) {
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) to[depth() + j][row(i)] = held[i][j];
+      for (int j = 0; j < kVector; ++j) to[j * (kExtent + 4) + i * kStep] = held[i][j];
     }
   }
 };
@@ -86,10 +88,11 @@ struct AlongRow {
   static constexpr int kPasses = 8 / kStep;
   static __device__ int row() { return int(threadIdx.x) % kAcross * kVector; }
   static __device__ int depth(int pass) { return int(threadIdx.x) / kAcross + pass * kStep; }
+  static __device__ int place() { return depth(0) * (kExtent + 4) + row(); }
 
-  static __device__ void put(float (&to)[8][kExtent + 4], const float (&held)[kPasses][kVector]) {
+  static __device__ __forceinline__ void put(float* to, const float (&held)[kPasses][kVector]) {
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) store<kVector>(&to[depth(i)][row()], held[i]);
+    for (int i = 0; i < kPasses; ++i) store<kVector>(to + i * kStep * (kExtent + 4), held[i]);
   }
 };
 
@@ -218,9 +221,15 @@ struct TapWalk {
     return describe_tap<kDirection>(g, place, row, number - row * place.columns.taps);
   }
 
+  // Of the depth; with vectors there is no tap beyond it, and no pixel inside at that.
+  __device__ __forceinline__ bool is_inside(int end) const {
+    return kVector == 4 ? tap.x != kNoTap : depth < end;
+  }
+
   __device__ __forceinline__ void advance(const ConvGeometry& g) {
-    depth += 8;
-    if constexpr (kVector == 4) {
+    if constexpr (kVector == 1) {
+      depth += 8;
+    } else {
       channel += 8;
       if (channel >= Source<kDirection>::channels(g)) {
         channel -= Source<kDirection>::channels(g);
@@ -283,13 +292,13 @@ struct GatherNhwc {
     for (int i = 0; i < Share::kPasses; ++i) {
 #pragma unroll
       for (int j = 0; j < kVector; ++j) held[i][j] = 0.f;
-      // With vectors, beyond the depth there is no tap.
-      if ((kVector == 4 || walk.depth < end) && pixels[i].inside(p.g, walk.tap)) {
+      if ((kVector == 4 || walk.is_inside(end)) && pixels[i].inside(p.g, walk.tap)) {
         load<kVector>(p.a + (pixels[i].offset + walk.tap.z + unsigned(walk.channel)), held[i]);
       }
     }
   }
-  __device__ __forceinline__ void put(float (&to)[8][kRows + 4]) const { Share::put(to, held); }
+  static __device__ int place() { return Share::place(); }
+  __device__ __forceinline__ void put(float* to) const { Share::put(to, held); }
 };
 
 // NCHW: lanes read pixels side by side. With kVector a chunk lies in one tap; else each element's
@@ -345,11 +354,12 @@ struct GatherNchw {
       }
     }
   }
-  __device__ __forceinline__ void put(float (&to)[8][kRows + 4]) const {
+  static __device__ int place() { return depth() * (kRows + 4) + row(0); }
+  __device__ __forceinline__ void put(float* to) const {
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
 #pragma unroll
-      for (int j = 0; j < kDepths; ++j) to[depth() + j][row(i)] = held[i][j];
+      for (int j = 0; j < kDepths; ++j) to[j * (kRows + 4) + i * kLanes] = held[i][j];
     }
   }
 };
@@ -380,12 +390,13 @@ struct FilterAlongDepth {
     for (int i = 0; i < Share::kPasses; ++i) {
 #pragma unroll
       for (int j = 0; j < kVector; ++j) held[i][j] = 0.f;
-      if (walk.depth < end && i * Share::kStep < columns) {
+      if (walk.is_inside(end) && i * Share::kStep < columns) {
         load<kVector>(p.b + (offset[i] + walk.tap.w + unsigned(walk.channel)), held[i]);
       }
     }
   }
-  __device__ __forceinline__ void put(float (&to)[8][kColumns + 4]) const { Share::put(to, held); }
+  static __device__ int place() { return Share::place(); }
+  __device__ __forceinline__ void put(float* to) const { Share::put(to, held); }
 };
 
 // --- fprop's filter, and dy of wgrad in NHWC: a matrix with rows of K ----------------------------
@@ -415,7 +426,8 @@ struct MatrixRows {
     }
     rows -= 8, offset += 8u * unsigned(p.g.k);
   }
-  __device__ __forceinline__ void put(float (&to)[8][kColumns + 4]) const { Share::put(to, held); }
+  static __device__ int place() { return Share::place(); }
+  __device__ __forceinline__ void put(float* to) const { Share::put(to, held); }
 };
 
 // --- wgrad ---------------------------------------------------------------------------------------
@@ -451,8 +463,8 @@ struct OutPixel {
         unsigned(image) * unsigned(g.x.image) + y * unsigned(g.x.row) + x * unsigned(g.x.column);
     if (pixel >= end) y = kNoTap;
   }
-  __device__ __forceinline__ bool inside(const ConvGeometry& g, const TapRow& tap) const {
-    return y + tap.down < unsigned(g.rows.in) && x + tap.right < unsigned(g.columns.in);
+  __device__ __forceinline__ bool inside(const ConvGeometry& g, const uint4& tap) const {
+    return y + tap.x < unsigned(g.rows.in) && x + tap.y < unsigned(g.columns.in);
   }
 };
 
@@ -472,35 +484,44 @@ struct PatchesNhwc {
 #pragma unroll
       for (int j = 0; j < kVector; ++j) held[i][j] = 0.f;
       const OutPixel pixel(p.g, depth + Share::depth(i), end);
-      if (pixel.inside(p.g, tap)) load<kVector>(p.a + (pixel.offset + tap.offset), held[i]);
+      if (pixel.inside(p.g, make_uint4(tap.down, tap.right, 0, 0))) {
+        load<kVector>(p.a + (pixel.offset + tap.offset), held[i]);
+      }
     }
   }
-  __device__ __forceinline__ void put(float (&to)[8][kRows + 4]) const { Share::put(to, held); }
+  static __device__ int place() { return Share::place(); }
+  __device__ __forceinline__ void put(float* to) const { Share::put(to, held); }
 };
 
-// NCHW: eight lanes read neighbouring pixels, contiguous where the stride is 1.
+// NCHW: eight lanes read neighbouring pixels, contiguous where the stride is 1. The rows of the
+// tile, several a thread, lie in shared memory: registers are dear.
 template <class T, int kRows, int kThreads>
 struct PatchesNchw {
   using Share = AlongDepth<kRows, kThreads, 1>;
-  TapRow taps[Share::kPasses];
+  const uint4* taps;
   float held[Share::kPasses][1];
 
-  __device__ PatchesNchw(const SimtGemmArguments<T>& p, const BlockPlace& place) {
-#pragma unroll
-    for (int i = 0; i < Share::kPasses; ++i) {
-      taps[i] = TapRow(p, place, place.row + unsigned(Share::row(i)));
+  static __device__ void fill(uint4 (&table)[kRows], const SimtGemmArguments<T>& p,
+                              const BlockPlace& place) {
+    for (int i = int(threadIdx.x); i < kRows; i += kThreads) {
+      const TapRow tap(p, place, place.row + unsigned(i));
+      table[i] = make_uint4(tap.down, tap.right, tap.offset, 0);
     }
   }
+
+  __device__ explicit PatchesNchw(const uint4* table) : taps(table + Share::row(0)) {}
 
   __device__ __forceinline__ void get(const SimtGemmArguments<T>& p, int depth, int end) {
     const OutPixel pixel(p.g, depth + Share::depth(), end);
 #pragma unroll
     for (int i = 0; i < Share::kPasses; ++i) {
+      const uint4 tap = taps[i * Share::kStep];
       held[i][0] = 0.f;
-      if (pixel.inside(p.g, taps[i])) load<1>(p.a + (pixel.offset + taps[i].offset), held[i]);
+      if (pixel.inside(p.g, tap)) load<1>(p.a + (pixel.offset + tap.z), held[i]);
     }
   }
-  __device__ __forceinline__ void put(float (&to)[8][kRows + 4]) const { Share::put(to, held); }
+  static __device__ int place() { return Share::place(); }
+  __device__ __forceinline__ void put(float* to) const { Share::put(to, held); }
 };
 
 // dy in NCHW: pixels, the depth, are contiguous; four at a time where planes have a multiple of
@@ -532,7 +553,8 @@ struct Planes {
       }
     }
   }
-  __device__ __forceinline__ void put(float (&to)[8][kColumns + 4]) const { Share::put(to, held); }
+  static __device__ int place() { return Share::place(); }
+  __device__ __forceinline__ void put(float* to) const { Share::put(to, held); }
 };
 
 // --- the two operands of a direction -------------------------------------------------------------
@@ -554,9 +576,9 @@ struct Operands {  // fprop and dgrad
   A a;
   B b;
 
-  static __device__ void prepare(uint4 (&table)[kTable], const ConvGeometry& g,
+  static __device__ void prepare(uint4 (&table)[kTable], const SimtGemmArguments<T>& p,
                                  const BlockPlace& place) {
-    Walk::fill(table, g, place);
+    Walk::fill(table, p.g, place);
   }
 
   __device__ Operands(const uint4 (&table)[kTable], const SimtGemmArguments<T>& p,
@@ -590,7 +612,8 @@ struct Operands {  // fprop and dgrad
 
 template <class T, Layout kLayout, class Tile, int kVector>
 struct Operands<T, Direction::wgrad, kLayout, Tile, kVector> {
-  static constexpr int kThreads = Tile::kThreads, kTable = 1;
+  static constexpr int kThreads = Tile::kThreads;
+  static constexpr int kTable = kLayout == Layout::nhwc ? 1 : Tile::kRows;
   using A =
       std::conditional_t<kLayout == Layout::nhwc, PatchesNhwc<T, Tile::kRows, kThreads, kVector>,
                          PatchesNchw<T, Tile::kRows, kThreads>>;
@@ -600,11 +623,23 @@ struct Operands<T, Direction::wgrad, kLayout, Tile, kVector> {
   A a;
   B b;
 
-  static __device__ void prepare(uint4 (&)[kTable], const ConvGeometry&, const BlockPlace&) {}
+  static __device__ void prepare(uint4 (&table)[kTable], const SimtGemmArguments<T>& p,
+                                 const BlockPlace& place) {
+    if constexpr (kLayout == Layout::nchw) A::fill(table, p, place);
+  }
 
-  __device__ Operands(const uint4 (&)[kTable], const SimtGemmArguments<T>& p,
+  __device__ Operands(const uint4 (&table)[kTable], const SimtGemmArguments<T>& p,
                       const BlockPlace& place)
-      : a(p, place), b(p, place) {}
+      : a(make_a(table, p, place)), b(p, place) {}
+
+  static __device__ A make_a(const uint4* table, const SimtGemmArguments<T>& p,
+                             const BlockPlace& place) {
+    if constexpr (kLayout == Layout::nhwc) {
+      return A(p, place);
+    } else {
+      return A(table);
+    }
+  }
 
   __device__ __forceinline__ void get(const SimtGemmArguments<T>& p, const BlockPlace&, int depth,
                                       int end) {
@@ -710,14 +745,15 @@ template <class T, Direction kDirection, Layout kLayout, class Tile, int kVector
 __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor) void simt_gemm_kernel(
     const SimtGemmArguments<T> p) {
   using Pair = Operands<T, kDirection, kLayout, Tile, kVector>;
-  FASTCONV_SHARED(a_tiles, float[2][8][Tile::kRows + 4]);
-  FASTCONV_SHARED(b_tiles, float[2][8][Tile::kColumns + 4]);
+  constexpr int kPitchA = Tile::kRows + 4, kPitchB = Tile::kColumns + 4;
+  constexpr int kBuffer = 8 * (kPitchA + kPitchB);
+  FASTCONV_SHARED(tiles, float[2 * kBuffer]);
   FASTCONV_SHARED(taps, uint4[Pair::kTable]);
   FASTCONV_SHARED(place, BlockPlace);
 
   if (threadIdx.x == 0) place.template find<kDirection, Tile>(p);
   __syncthreads();
-  Pair::prepare(taps, p.g, place);
+  Pair::prepare(taps, p, place);
   __syncthreads();
 
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
@@ -725,27 +761,36 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor) voi
   const int column = warp % Tile::kWarpsN * 8 * Tile::kLanesN + lane % Tile::kLanesN * 4;
   float sums[8][8] = {};
 
-  const int end = place.end;
-  int start = place.depth, now = 0;
   Pair operands(taps, p, place);
-  if (start < end) {  // else a small class of dgrad has nothing left for this split
+  // Where this thread reads and writes: in the buffers, which change places after each chunk.
+  const float* a_from = tiles + row;
+  const float* b_from = tiles + 8 * kPitchA + column;
+  float* a_to = tiles + operands.a.place();
+  float* b_to = tiles + 8 * kPitchA + operands.b.place();
+  int swap = kBuffer;
+
+  const int end = place.end;
+  int start = place.depth, chunks = (end - start + 7) / 8;
+  if (chunks > 0) {  // else a small class of dgrad has nothing left for this split
     operands.get(p, place, start, end);
-    operands.a.put(a_tiles[0]);
-    operands.b.put(b_tiles[0]);
+    operands.a.put(a_to);
+    operands.b.put(b_to);
+    a_to += swap, b_to += swap;
     __syncthreads();
   }
 #pragma unroll 1
-  for (; start < end; start += 8, now ^= 1) {
-    operands.get(p, place, start + 8, end);  // beyond the end nothing is read
+  for (; chunks > 0; --chunks) {
+    start += 8;
+    operands.get(p, place, start, end);  // beyond the end nothing is read
 #pragma unroll
     for (int depth = 0; depth < 8; ++depth) {
       float a[8], b[8];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float4 a4 =
-            *reinterpret_cast<const float4*>(&a_tiles[now][depth][row + half * 4 * Tile::kLanesM]);
-        const float4 b4 = *reinterpret_cast<const float4*>(
-            &b_tiles[now][depth][column + half * 4 * Tile::kLanesN]);
+            *reinterpret_cast<const float4*>(a_from + depth * kPitchA + half * 4 * Tile::kLanesM);
+        const float4 b4 =
+            *reinterpret_cast<const float4*>(b_from + depth * kPitchB + half * 4 * Tile::kLanesN);
         a[half * 4] = a4.x, a[half * 4 + 1] = a4.y, a[half * 4 + 2] = a4.z, a[half * 4 + 3] = a4.w;
         b[half * 4] = b4.x, b[half * 4 + 1] = b4.y, b[half * 4 + 2] = b4.z, b[half * 4 + 3] = b4.w;
       }
@@ -755,8 +800,10 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor) voi
         for (int j = 0; j < 8; ++j) sums[i][j] = multiply_add(a[i], b[j], sums[i][j]);
       }
     }
-    operands.a.put(a_tiles[now ^ 1]);
-    operands.b.put(b_tiles[now ^ 1]);
+    operands.a.put(a_to);
+    operands.b.put(b_to);
+    a_from += swap, b_from += swap, a_to -= swap, b_to -= swap;
+    swap = -swap;
     __syncthreads();
   }
 
