@@ -35,8 +35,12 @@ __device__ __forceinline__ void sum_over_pixel_lanes(float (&values)[kVector],
   for (int step = lanes.pixels / 2; step > 0; step /= 2) {
     if (lanes.pixel < step) {
       const float* const other = mine + (step << log_channels) * kVector;
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) values[i] += other[i];
+      if constexpr (kVector == 4) {  // one read, for neighbouring lanes neighbouring 16 bytes
+        const float4 four = *reinterpret_cast<const float4*>(other);
+        values[0] += four.x, values[1] += four.y, values[2] += four.z, values[3] += four.w;
+      } else {
+        values[0] += *other;
+      }
       store<kVector>(mine, values);
     }
     __syncthreads();

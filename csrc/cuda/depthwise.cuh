@@ -32,7 +32,7 @@ struct DepthwiseArguments {
 };
 
 template <class T, Direction kDirection, Layout kLayout, int kVector>
-__global__ __launch_bounds__(kDepthwiseThreads) void depthwise_kernel(
+__global__ __launch_bounds__(kDepthwiseThreads, 2) void depthwise_kernel(
     const DepthwiseArguments<T> p) {
   constexpr bool kForward = kDirection == Direction::fprop;
   const ConvGeometry& g = p.g;
@@ -132,7 +132,7 @@ struct DepthwiseWgradArguments {
 };
 
 template <class T, Layout kLayout, int kVector>
-__global__ __launch_bounds__(kSumThreads) void depthwise_wgrad_kernel(
+__global__ __launch_bounds__(kSumThreads, 2) void depthwise_wgrad_kernel(
     const DepthwiseWgradArguments<T> p) {
   FASTCONV_SHARED(scratch, float[kSumThreads * kVector]);
   FASTCONV_SHARED(place, uint4[kDepthwiseTaps]);

@@ -14,7 +14,7 @@
 //
 // wgrad: a thread owns 8 x 8 (or 4 x 8) weights, a warp 32 (or 16) taps and channels x 64 filters;
 // the warps of a block take a row each of tiles of 4 x 16 outputs, whose dy lies in shared memory
-// as [output][64 + 4] (rows of 4 mod 32 words: two-way conflicts at most when NCHW is turned), and
+// as [output][64 + 4] (rows of 4 mod 32 words: four-way conflicts when NCHW is turned), and
 // are added in order; blocks by split_k.cu.
 //
 // dgrad is left to simt_gemm.cuh: nothing asks for the gradient of a first layer's input in

@@ -1,0 +1,117 @@
+"""What nvcc makes of the CUDA kernels: no spills, hot loops that multiply, wide reads."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import sass  # noqa: E402
+
+FIGURES = {
+    "registers": 128,
+    "spilled_bytes": 0,
+    "local_accesses": 0,
+    "shared_bytes": 16896,
+    "threads": 256,
+    "blocks": 2,
+    "loop": 588,
+    "multiply": 512,
+    "memory": {"LDG.128": 2, "LDS.128": 33, "STS.32": 4},
+}
+GEMM = "simt_gemm_kernel<float, fprop, nhwc, SimtTile<128, 128>, 4>"
+
+
+# One architecture on every run, as one takes most of a minute.
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(a, marks=() if a == 80 else pytest.mark.sweep, id=f"sm_{a}")
+        for a in sass.ARCHITECTURES
+    ],
+)
+def test_kernels(architecture):
+    try:
+        results = sass.measure([architecture])
+    except sass.MissingTool as error:
+        pytest.skip(str(error))
+    assert not sass.problems(results)
+
+
+def test_baseline_is_of_every_architecture():
+    _, baseline = sass.read_baseline()
+    assert GEMM in baseline
+    newer = set(sass.ARCHITECTURES) - {75}
+    for kernel, by_architecture in baseline.items():
+        expected = newer | {75}
+        if kernel.startswith("tensor_core_gemm<"):
+            # 7.5 has tensor cores for float16 alone, and no asynchronous copies.
+            expected = {75} if ", registers," in kernel else newer
+            if kernel.startswith("tensor_core_gemm<__half") and ", gather," in kernel:
+                expected = newer | {75}
+        assert by_architecture.keys() == expected, kernel
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"spilled_bytes": 8}, "spilled"),
+        ({"local_accesses": 1}, "spilled"),
+        ({"loop": 620}, "85%"),
+        ({"memory": {"LDG.128": 1, "LDG.32": 4}}, "LDG.32"),
+        ({"memory": {"LDS.64": 1}}, "LDS.64"),
+    ],
+)
+def test_rules(change, word):
+    assert not sass.broken_rules(GEMM, FIGURES)
+    assert word in " ".join(sass.broken_rules(GEMM, FIGURES | change))
+
+
+@pytest.mark.parametrize(
+    ("memory", "word"),
+    [
+        ({"LDSM.M88.4": 4}, "asynchronous"),
+        ({"LDGSTS.128": 2}, "ldmatrix"),
+        ({"LDSM.M88.4": 4, "LDGSTS.128": 2, "LD.32": 1}, "generic"),
+    ],
+)
+def test_rules_of_tensor_cores(memory, word):
+    kernel = "tensor_core_gemm<__half, fprop, async, Tile<128, 128, 2> >"
+    sound = FIGURES | {"memory": {"LDSM.M88.4": 4, "LDGSTS.128": 2}}
+    assert not sass.broken_rules(kernel, sound)
+    assert word in " ".join(sass.broken_rules(kernel, sound | {"memory": memory}))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"blocks": 1}, "blocks"),
+        ({"loop": 600}, "multiply"),
+        ({"memory": FIGURES["memory"] | {"STS.32": 5}}, "STS.32"),
+        ({"memory": FIGURES["memory"] | {"LDG.32": 1}}, "LDG.32"),
+    ],
+)
+def test_regressions(change, word):
+    assert not sass.regressions(FIGURES, FIGURES)
+    assert word in " ".join(sass.regressions(FIGURES | change, FIGURES))
+
+
+def test_improvements_are_none():
+    better = {"blocks": 3, "loop": 560, "memory": {"LDG.128": 2, "LDS.128": 32}}
+    assert not sass.regressions(FIGURES | better, FIGURES)
+
+
+def test_hot_loop_is_the_innermost_that_multiplies():
+    code = ["MOV", "LDG", "FFMA", "FFMA", "BRA 0x20", "FFMA", "BRA 0x10", "EXIT", "BRA 0x80"]
+    instructions = [(16 * i, *[*text.split(), ""][:2]) for i, text in enumerate(code)]
+    assert [opcode for _, opcode, _ in sass.hot_loop(instructions)] == ["FFMA", "FFMA", "BRA"]
+
+
+def test_occupancy_is_that_of_cudas_calculator():
+    # sm, threads, registers, shared bytes, blocks
+    assert sass.occupancy(80, 256, 128, 16896) == 2
+    assert sass.occupancy(75, 64, 168, 8704) == 6
+    assert sass.occupancy(90, 1024, 32, 0) == 2
+    assert sass.occupancy(86, 128, 32, 48 << 10) == 2
+    assert sass.occupancy(80, 32, 16, 0) == 32
