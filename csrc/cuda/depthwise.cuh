@@ -32,8 +32,8 @@ struct DepthwiseArguments {
 };
 
 template <class T, Direction kDirection, Layout kLayout, int kVector>
-__global__ __launch_bounds__(kDepthwiseThreads, 2) void depthwise_kernel(
-    const DepthwiseArguments<T> p) {
+__global__ __launch_bounds__(kDepthwiseThreads,
+                             2) void depthwise_kernel(const DepthwiseArguments<T> p) {
   constexpr bool kForward = kDirection == Direction::fprop;
   const ConvGeometry& g = p.g;
   int class_row = int(blockIdx.x);
@@ -132,8 +132,8 @@ struct DepthwiseWgradArguments {
 };
 
 template <class T, Layout kLayout, int kVector>
-__global__ __launch_bounds__(kSumThreads, 2) void depthwise_wgrad_kernel(
-    const DepthwiseWgradArguments<T> p) {
+__global__ __launch_bounds__(kSumThreads,
+                             2) void depthwise_wgrad_kernel(const DepthwiseWgradArguments<T> p) {
   FASTCONV_SHARED(scratch, float[kSumThreads * kVector]);
   FASTCONV_SHARED(place, uint4[kDepthwiseTaps]);
   const ConvGeometry& g = p.g;
