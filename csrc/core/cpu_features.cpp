@@ -68,9 +68,10 @@ Isa current_isa() {
   int isa = g_isa.load(std::memory_order_relaxed);
   if (isa == kUndecided) {
     const char* forced = std::getenv("FASTCONV_ISA");
-    isa = static_cast<int>(forced && *forced ? parse(forced, "FASTCONV_ISA")
-                                             : available_isas().front());
-    g_isa.store(isa, std::memory_order_relaxed);
+    const Isa initial =
+        forced && *forced ? parse(forced, "FASTCONV_ISA") : available_isas().front();
+    // Unless set_isa came first.
+    if (g_isa.compare_exchange_strong(isa, static_cast<int>(initial))) return initial;
   }
   return static_cast<Isa>(isa);
 }

@@ -34,17 +34,16 @@ std::string text(const std::array<int64_t, Rank>& values) {
 // Byte offsets must fit a signed 64-bit integer in every product taken later.
 constexpr int64_t kMaxElements = std::numeric_limits<int64_t>::max() / 64;
 
-void check_element_count(const char* what, const std::array<int64_t, 4>& shape) {
+void check_element_count(const std::string& name, const std::array<int64_t, 4>& shape) {
   int64_t count = 1;
   for (int64_t extent : shape) {
     if (extent < 0) {
-      fail("Dimensions of `", what, "` must not be negative. Received: ", what,
-           ".shape=", text(shape));
+      fail("Dimensions in `", name, "` must not be negative. Received: ", name, "=", text(shape));
     }
     if (__builtin_mul_overflow(count, std::max<int64_t>(extent, 1), &count) ||
         count > kMaxElements) {
-      fail("`", what, "` must have fewer than 2**57 elements. Received: ", what,
-           ".shape=", text(shape));
+      fail("`", name, "` must be that of fewer than 2**57 elements. Received: ", name, "=",
+           text(shape));
     }
   }
 }
@@ -109,8 +108,10 @@ std::array<int64_t, 4> Pool2dProblem::y_shape() const {
 }
 
 Conv2dProblem make_conv2d_problem(const Conv2dArguments& a) {
-  check_element_count("x", a.x_shape);
-  check_element_count("w", a.filter_shape);
+  check_element_count(a.x_shape_name, a.x_shape);
+  check_element_count(a.filter_shape_name, a.filter_shape);
+  const auto x_text = [&] { return std::string(a.x_shape_name) + "=" + text(a.x_shape); };
+  const auto w_text = [&] { return std::string(a.filter_shape_name) + "=" + text(a.filter_shape); };
   check_positive("strides", a.strides);
   check_positive("dilation_rate", a.dilations);
   check_padding(a.padding);
@@ -134,34 +135,34 @@ Conv2dProblem make_conv2d_problem(const Conv2dArguments& a) {
 
   constexpr int64_t kLargest = std::numeric_limits<std::int32_t>::max();
   if (p.r < 1 || p.s < 1 || a.filter_shape[2] < 1 || p.k < 1) {
-    fail("Every dimension of the filter `w` must be at least 1. Received: w.shape=",
-         text(a.filter_shape));
+    fail("Every dimension in `", a.filter_shape_name, "` must be at least 1. Received: ",
+         w_text());
   }
   if (p.h < 1 || p.w < 1 || p.c < 1) {
-    fail("Height, width and channels of `x` must be at least 1. Received: x.shape=",
-         text(a.x_shape));
+    fail("Height, width and channels in `", a.x_shape_name, "` must be at least 1. Received: ",
+         x_text());
   }
   for (int64_t extent : {p.h, p.w, p.c, p.r, p.s, p.k}) {
     if (extent > kLargest) {
-      fail("Every dimension but the batch must be below 2**31. Received: x.shape=", text(a.x_shape),
-           ", w.shape=", text(a.filter_shape));
+      fail("Every dimension but the batch must be below 2**31. Received: ", x_text(), ", ",
+           w_text());
     }
   }
   if (p.groups < 1) {
     fail("`groups` must be a positive integer. Received: groups=", p.groups);
   }
   if (p.c % p.groups != 0) {
-    fail("The number of input channels must be a multiple of `groups`. Received: x.shape=",
-         text(a.x_shape), ", groups=", p.groups);
+    fail("The number of input channels must be a multiple of `groups`. Received: ",
+         x_text(), ", groups=", p.groups);
   }
   if (p.k % p.groups != 0) {
-    fail("The number of filters must be a multiple of `groups`. Received: w.shape=",
-         text(a.filter_shape), ", groups=", p.groups);
+    fail("The number of filters must be a multiple of `groups`. Received: ", w_text(),
+         ", groups=", p.groups);
   }
   if (a.filter_shape[2] != p.c / p.groups) {
     fail("The filter's third dimension must be the number of input channels divided by `groups`, ",
-         p.c / p.groups, ". Received: x.shape=", text(a.x_shape),
-         ", w.shape=", text(a.filter_shape), ", groups=", p.groups);
+         p.c / p.groups, ". Received: ", x_text(), ", ", w_text(), ", groups=",
+         p.groups);
   }
 
   // Each factor is below 2**31, so the products below fit 64 bits.
@@ -173,10 +174,10 @@ Conv2dProblem make_conv2d_problem(const Conv2dArguments& a) {
       resolve_axis(a.padding, a.padding.left, a.padding.right, p.w, window_w, p.stride_w);
   if (rows.out < 1 || columns.out < 1) {
     fail("The dilated filter, ", window_h, " x ", window_w,
-         ", must not be larger than the padded input. Received: x.shape=", text(a.x_shape),
-         ", w.shape=", text(a.filter_shape), ", dilation_rate=", text(a.dilations), ", padding=((",
-         rows.pad_before, ", ", rows.pad_after, "), (", columns.pad_before, ", ", columns.pad_after,
-         "))");
+         ", must not be larger than the padded input. Received: ", x_text(), ", ", w_text(),
+         ", dilation_rate=", text(a.dilations),
+         ", padding=((", rows.pad_before, ", ", rows.pad_after, "), (", columns.pad_before, ", ",
+         columns.pad_after, "))");
   }
   p.oh = rows.out;
   p.ow = columns.out;
@@ -184,15 +185,17 @@ Conv2dProblem make_conv2d_problem(const Conv2dArguments& a) {
   p.pad_bottom = rows.pad_after;
   p.pad_left = columns.pad_before;
   p.pad_right = columns.pad_after;
-  check_element_count("y", p.y_shape());
+  check_element_count("y.shape", p.y_shape());
   // Kernels may lay the padding out in memory.
-  check_element_count("padded x", activation_shape(p.layout, p.n, p.h + p.pad_top + p.pad_bottom,
-                                                   p.w + p.pad_left + p.pad_right, p.c));
+  check_element_count("padded " + std::string(a.x_shape_name),
+                      activation_shape(p.layout, p.n, p.h + p.pad_top + p.pad_bottom,
+                                       p.w + p.pad_left + p.pad_right, p.c));
   return p;
 }
 
 Pool2dProblem make_pool2d_problem(const Pool2dArguments& a) {
-  check_element_count("x", a.x_shape);
+  check_element_count(a.x_shape_name, a.x_shape);
+  const auto x_text = [&] { return std::string(a.x_shape_name) + "=" + text(a.x_shape); };
   check_positive("pool_size", a.pool_size);
   check_positive("strides", a.strides);
   check_padding(a.padding);
@@ -211,14 +214,12 @@ Pool2dProblem make_pool2d_problem(const Pool2dArguments& a) {
 
   constexpr int64_t kLargest = std::numeric_limits<std::int32_t>::max();
   if (p.h < 1 || p.w < 1 || p.c < 1) {
-    fail("Height, width and channels of `x` must be at least 1. Received: x.shape=",
-         text(a.x_shape));
+    fail("Height, width and channels in `", a.x_shape_name, "` must be at least 1. Received: ",
+         x_text());
   }
   if (p.h > kLargest || p.w > kLargest || p.c > kLargest || p.r * p.s > kLargest) {
-    fail(
-        "Every dimension but the batch, and the window's area, must be below 2**31. Received: "
-        "x.shape=",
-        text(a.x_shape), ", pool_size=", text(a.pool_size));
+    fail("Every dimension but the batch, and the window's area, must be below 2**31. Received: ",
+         x_text(), ", pool_size=", text(a.pool_size));
   }
   const bool is_explicit = a.padding.kind == Padding::Kind::explicit_sides;
   if (is_explicit && (std::max(a.padding.top, a.padding.bottom) >= p.r ||
@@ -232,8 +233,8 @@ Pool2dProblem make_pool2d_problem(const Pool2dArguments& a) {
   const Axis columns =
       resolve_axis(a.padding, a.padding.left, a.padding.right, p.w, p.s, p.stride_w);
   if (rows.out < 1 || columns.out < 1) {
-    fail("`pool_size` must not be larger than the padded input. Received: x.shape=",
-         text(a.x_shape), ", pool_size=", text(a.pool_size));
+    fail("`pool_size` must not be larger than the padded input. Received: ", x_text(),
+         ", pool_size=", text(a.pool_size));
   }
   p.oh = rows.out;
   p.ow = columns.out;
@@ -241,7 +242,7 @@ Pool2dProblem make_pool2d_problem(const Pool2dArguments& a) {
   p.pad_bottom = rows.pad_after;
   p.pad_left = columns.pad_before;
   p.pad_right = columns.pad_after;
-  check_element_count("y", p.y_shape());
+  check_element_count("y.shape", p.y_shape());
   return p;
 }
 

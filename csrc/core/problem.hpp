@@ -73,6 +73,9 @@ struct Conv2dArguments {
   std::int64_t groups = 1;
   Layout layout = Layout::nhwc;
   Activation activation = Activation::linear;
+  // What messages call the two shapes.
+  const char* x_shape_name = "x.shape";
+  const char* filter_shape_name = "w.shape";
 };
 
 struct Pool2dArguments {
@@ -81,6 +84,7 @@ struct Pool2dArguments {
   std::array<std::int64_t, 2> strides{1, 1};
   Padding padding;
   Layout layout = Layout::nhwc;
+  const char* x_shape_name = "x.shape";
 };
 
 // Validate and derive the output geometry. "same" is TensorFlow's: OH = ceil(H / stride), the odd

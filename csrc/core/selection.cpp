@@ -1,5 +1,7 @@
 #include "core/selection.hpp"
 
+#include <pthread.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <map>
@@ -14,11 +16,31 @@
 namespace fastconv {
 namespace {
 
-// Both settings and their generation. Readers of the hot path see the generation alone.
-std::mutex g_mutex;
-std::string g_preferred = "auto";
+// Both settings and their generation. Readers of the hot path see the generation alone. Leaked, as is
+// all that is locked here: calls may still run while static objects are destroyed.
+std::mutex& g_mutex = *new std::mutex;
+std::string& g_preferred = *new std::string("auto");
 Accuracy g_accuracy = Accuracy::standard;
 std::atomic<std::uint64_t> g_generation{0};  // 0: the environment has not been read
+
+// The rates that multiply_adds_a_second has measured.
+std::mutex& g_rates_mutex = *new std::mutex;
+std::map<std::pair<Isa, int>, double>& g_rates = *new std::map<std::pair<Isa, int>, double>;
+
+// A child forked while another thread holds one of them would find it locked for ever.
+[[maybe_unused]] const int g_registered = pthread_atfork(
+    [] {
+      g_rates_mutex.lock();
+      g_mutex.lock();
+    },
+    [] {
+      g_mutex.unlock();
+      g_rates_mutex.unlock();
+    },
+    [] {
+      g_mutex.unlock();
+      g_rates_mutex.unlock();
+    });
 
 Accuracy parse_accuracy(const std::string& name, const char* source) {
   for (Accuracy accuracy : {Accuracy::strict, Accuracy::standard, Accuracy::fast}) {
@@ -60,10 +82,8 @@ void read_environment() {
 // Multiply-adds a second that num_threads() threads do at best, measured once for each number of
 // threads and instruction set.
 double multiply_adds_a_second(Isa isa) {
-  static std::mutex mutex;
-  static std::map<std::pair<Isa, int>, double> known;
-  const std::lock_guard lock(mutex);
-  double& rate = known[{isa, num_threads()}];
+  const std::lock_guard lock(g_rates_mutex);
+  double& rate = g_rates[{isa, num_threads()}];
   constexpr double kSeconds = 0.01;
   if (rate == 0) rate = probe::flops(kSeconds) / 2;
   return rate;

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <mutex>
+#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -16,6 +17,7 @@
 #include <immintrin.h>
 #endif
 
+#include "core/cpu_limits.hpp"
 #include "core/error.hpp"
 
 namespace fastconv {
@@ -114,11 +116,14 @@ class Pool {
     while (static_cast<int>(workers_) < wanted) {
       // A thread that cannot be had is not missed: the caller does its share.
       try {
+        handles_.reserve(workers_ + 1);  // nothing may throw while `worker` is not detached
         std::thread worker([this, epoch = epoch_.load()] { serve(epoch); });
         handles_.push_back(worker.native_handle());
         worker.detach();
         avoided_cpu_ = -1;  // not told to the new one yet
       } catch (const std::system_error&) {
+        return;
+      } catch (const std::bad_alloc&) {
         return;
       }
       ++workers_;
@@ -191,24 +196,18 @@ std::atomic<Pool*> g_pool{nullptr};
 // mutex. The child starts afresh (the parent's pool object is leaked there, a few cache lines).
 void forget_pool_after_fork() { g_pool.store(nullptr, std::memory_order_release); }
 
-Pool& pool() {
-  Pool* current = g_pool.load(std::memory_order_acquire);
-  if (current) return *current;
-  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool_after_fork);
-  (void)registered;
-  Pool* fresh = new Pool;
-  if (g_pool.compare_exchange_strong(current, fresh, std::memory_order_acq_rel)) return *fresh;
-  delete fresh;
-  return *current;
-}
+// When the library is loaded: a fork during the first call would find a half-done registration.
+[[maybe_unused]] const int g_registered =
+    pthread_atfork(nullptr, nullptr, forget_pool_after_fork);
 
-int affinity_count() {
-#if defined(__linux__)
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(CPU_COUNT(&set), 1);
-#endif
-  return std::max<int>(std::thread::hardware_concurrency(), 1);
+// Null where there is no memory for one.
+Pool* pool() {
+  Pool* current = g_pool.load(std::memory_order_acquire);
+  if (current) return current;
+  Pool* fresh = new (std::nothrow) Pool;
+  if (g_pool.compare_exchange_strong(current, fresh, std::memory_order_acq_rel)) return fresh;
+  delete fresh;
+  return current;
 }
 
 int checked_thread_count(long long threads, const char* name, const std::string& received) {
@@ -221,13 +220,14 @@ int checked_thread_count(long long threads, const char* name, const std::string&
 
 int initial_num_threads() {
   const char* text = std::getenv("FASTCONV_NUM_THREADS");
-  if (!text || !*text) return std::min(affinity_count(), kMostThreads);
+  if (!text || !*text) return std::min(usable_cpus(), kMostThreads);
   char* end = nullptr;
   const long long value = std::strtoll(text, &end, 10);
   return checked_thread_count(*end ? 0 : value, "FASTCONV_NUM_THREADS", text);
 }
 
 std::atomic<int> g_num_threads{0};  // 0: not read yet
+std::atomic<bool> g_threads_set{false};
 
 }  // namespace
 
@@ -244,26 +244,32 @@ int num_threads() {
 void set_num_threads(int threads) {
   g_num_threads.store(checked_thread_count(threads, "num_threads", std::to_string(threads)),
                       std::memory_order_relaxed);
+  g_threads_set.store(true, std::memory_order_relaxed);
+}
+
+bool num_threads_is_default() {
+  const char* text = std::getenv("FASTCONV_NUM_THREADS");
+  return !(text && *text) && !g_threads_set.load(std::memory_order_relaxed);
 }
 
 void parallel_for(int64_t tasks, int most_workers, TaskFunction function, void* context) {
   Job job{function, context, tasks};
   const int threads = std::min(num_threads(), most_workers);
-  if (t_inside_task || tasks <= 1 || threads <= 1) {
+  Pool* const workers = t_inside_task || tasks <= 1 || threads <= 1 ? nullptr : pool();
+  if (!workers) {
     job.work();
     return;
   }
-  Pool& workers = pool();
   t_inside_task = true;
-  const int others = workers.active.fetch_add(1, std::memory_order_relaxed);
+  const int others = workers->active.fetch_add(1, std::memory_order_relaxed);
   const int64_t helpers = std::min<int64_t>(threads - others, tasks) - 1;
-  if (helpers > 0 && workers.busy.try_lock()) {
-    workers.run(job, static_cast<int>(helpers));
-    workers.busy.unlock();
+  if (helpers > 0 && workers->busy.try_lock()) {
+    workers->run(job, static_cast<int>(helpers));
+    workers->busy.unlock();
   } else {
     job.work();
   }
-  workers.active.fetch_sub(1, std::memory_order_relaxed);
+  workers->active.fetch_sub(1, std::memory_order_relaxed);
   t_inside_task = false;
 }
 

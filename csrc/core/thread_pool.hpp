@@ -8,11 +8,13 @@
 
 namespace fastconv {
 
-// Threads the next parallel_for may use, the caller included: FASTCONV_NUM_THREADS, else the
-// processors in this process's affinity mask. set_num_threads throws InvalidArgument below 1 or
+// Threads the next parallel_for may use, the caller included: FASTCONV_NUM_THREADS, else
+// usable_cpus() of core/cpu_limits.hpp. set_num_threads throws InvalidArgument below 1 or
 // above 1024; it may be called while other threads compute.
 FASTCONV_API int num_threads();
 FASTCONV_API void set_num_threads(int threads);
+// Whether nobody has said how many: neither the variable nor a call of set_num_threads.
+FASTCONV_API bool num_threads_is_default();
 
 using TaskFunction = void (*)(void* context, std::int64_t task, int worker);
 

@@ -2,10 +2,10 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <new>
-#include <vector>
 
 namespace fastconv {
 namespace {
@@ -19,26 +19,33 @@ struct Block {
 constexpr std::size_t kMostKeptBlocks = 8;
 constexpr std::size_t kMostKeptBytes = std::size_t{64} << 20;
 
+// Allocates nothing itself: a block is given back where no memory is left, too. Needs no destructor:
+// calls may still run while static objects are destroyed.
 struct Cache {
   std::mutex mutex;
-  std::vector<Block> blocks;
+  Block blocks[kMostKeptBlocks] = {};  // the oldest first
+  std::size_t count = 0;
   std::size_t bytes = 0;
+
+  Block take(std::size_t which) {
+    const Block block = blocks[which];
+    std::copy(blocks + which + 1, blocks + count, blocks + which);
+    --count;
+    bytes -= block.capacity;
+    return block;
+  }
+  void keep(Block block) {
+    blocks[count++] = block;
+    bytes += block.capacity;
+  }
 };
 
-Cache& cache();
+constinit Cache g_cache;
 
 // A child forked while another thread holds the mutex would find it locked for ever.
-Cache* make_cache() {
-  pthread_atfork([] { cache().mutex.lock(); }, [] { cache().mutex.unlock(); },
-                 [] { cache().mutex.unlock(); });
-  return new Cache;
-}
-
-// Leaked on purpose: calls may still run while static objects are destroyed.
-Cache& cache() {
-  static Cache* instance = make_cache();
-  return *instance;
-}
+[[maybe_unused]] const int g_registered =
+    pthread_atfork([] { g_cache.mutex.lock(); }, [] { g_cache.mutex.unlock(); },
+                   [] { g_cache.mutex.unlock(); });
 
 }  // namespace
 
@@ -56,20 +63,20 @@ Workspace::~Workspace() { std::free(data_); }
 
 Workspace::Workspace(std::size_t bytes) {
   if (bytes == 0) return;
-  Cache& kept = cache();
   {
+    Cache& kept = g_cache;
     const std::lock_guard lock(kept.mutex);
-    auto best = kept.blocks.end();
-    for (auto it = kept.blocks.begin(); it != kept.blocks.end(); ++it) {
-      if (it->capacity >= bytes && (best == kept.blocks.end() || it->capacity < best->capacity)) {
-        best = it;
+    std::size_t best = kept.count;
+    for (std::size_t i = 0; i < kept.count; ++i) {
+      const std::size_t capacity = kept.blocks[i].capacity;
+      if (capacity >= bytes && (best == kept.count || capacity < kept.blocks[best].capacity)) {
+        best = i;
       }
     }
-    if (best != kept.blocks.end()) {
-      data_ = best->data;
-      capacity_ = best->capacity;
-      kept.bytes -= capacity_;
-      kept.blocks.erase(best);
+    if (best < kept.count) {
+      const Block block = kept.take(best);
+      data_ = block.data;
+      capacity_ = block.capacity;
       return;
     }
   }
@@ -83,23 +90,19 @@ Workspace::Workspace(std::size_t bytes) {
 
 Workspace::~Workspace() {
   if (!data_) return;
-  Cache& kept = cache();
   void* drop[kMostKeptBlocks + 1];
   std::size_t drops = 0;
   if (capacity_ > kMostKeptBytes) {
     drop[drops++] = data_;
   } else {
+    Cache& kept = g_cache;
     const std::lock_guard lock(kept.mutex);
     // The oldest go first: what was used last is what the next call will ask for.
-    while (!kept.blocks.empty() &&
-           (kept.blocks.size() >= kMostKeptBlocks || kept.bytes + capacity_ > kMostKeptBytes)) {
-      drop[drops++] = kept.blocks.front().data;
-      kept.bytes -= kept.blocks.front().capacity;
-      kept.blocks.erase(kept.blocks.begin());
+    while (kept.count > 0 &&
+           (kept.count == kMostKeptBlocks || kept.bytes + capacity_ > kMostKeptBytes)) {
+      drop[drops++] = kept.take(0).data;
     }
-    kept.blocks.reserve(kMostKeptBlocks);
-    kept.blocks.push_back({data_, capacity_});
-    kept.bytes += capacity_;
+    kept.keep({data_, capacity_});
   }
   for (std::size_t i = 0; i < drops; ++i) std::free(drop[i]);
 }

@@ -31,6 +31,15 @@ constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Whether a copy of this many rows and columns of an image, padding included, would be large, and the
+// image a small part of it.
+inline bool mostly_padding(const Conv2dProblem& p, int64_t rows, int64_t columns) {
+  constexpr double kTimes = 8, kFloats = 16384;
+  const double copy = static_cast<double>(rows) * static_cast<double>(columns) *
+                      static_cast<double>(p.c);
+  return copy > kFloats && copy > kTimes * static_cast<double>(p.h * p.w * p.c);
+}
+
 // One register tile: y[i][0 .. columns) += sum over taps, c of rows[i][tap + c] * filter.
 struct TapTile {
   const float* const* rows;       // a pointer a pixel

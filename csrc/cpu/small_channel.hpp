@@ -215,7 +215,8 @@ struct SmallChannel {
   static constexpr int64_t kTileRows = kStridedRows<V>;
 
   static bool serves(const Conv2dProblem& p, Direction direction) {
-    return direction != Direction::wgrad && p.groups == 1 && p.c <= kMostChannels;
+    if (direction == Direction::wgrad || p.groups != 1 || p.c > kMostChannels) return false;
+    return direction == Direction::dgrad || !Strip::too_wide(p);
   }
 
   static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
@@ -240,7 +241,13 @@ struct SmallChannel {
     if (direction == Direction::fprop) {
       const Strip strip(p, false);
       const double lanes = static_cast<double>(ceil_div(p.k, V::kWidth) * V::kWidth);
-      return {pixels * static_cast<double>(p.oh * p.ow) * lanes * (1.1 * taps + 3),
+      // Taps far apart make strips of many rows. What is usual is in the factor of the taps.
+      constexpr double kUsualCopies = 8, kAFloat = 4;
+      const double copied =
+          static_cast<double>(strip.strips) * static_cast<double>(strip.floats) -
+          kUsualCopies * static_cast<double>(p.h * p.w * p.c + p.oh * p.ow * p.k);
+      return {pixels * (static_cast<double>(p.oh * p.ow) * lanes * (1.1 * taps + 3) +
+                        kAFloat * (copied > 0 ? copied : 0)),
               strip.workspace_bytes(workers_for(strip.tasks(p))), 0};
     }
     const double lanes = static_cast<double>(ceil_div(p.k, V::kWidth) * V::kWidth);
@@ -280,7 +287,7 @@ struct SmallChannel {
     Strip(const Conv2dProblem& p, bool pooled_given) {
       pooled = pooled_given;
       copied = p.pad_top || p.pad_bottom || p.pad_left || p.pad_right;
-      source_w = copied ? max64((p.ow - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1, 1) : p.w;
+      source_w = copied ? source_columns_of(p) : p.w;
       // Some 1 MFLOP a task, and a copy that stays in the first-level cache's neighbourhood.
       const int64_t row_flops = max64(2 * p.ow * p.k * p.r * p.s * p.c, 1);
       rows = max64(1, min64(p.oh, (int64_t{1} << 20) / row_flops));
@@ -309,6 +316,18 @@ struct SmallChannel {
     }
     static int64_t source_rows_of(const Conv2dProblem& p, int64_t rows) {
       return (rows - 1) * p.stride_h + (p.r - 1) * p.dilation_h + 1;
+    }
+    // Whether even the copy for one output row is large, beside the image and beside the row: taps
+    // lie far apart.
+    static bool too_wide(const Conv2dProblem& p) {
+      const int64_t rows = source_rows_of(p, 1), columns = source_columns_of(p);
+      constexpr double kTimes = 8;
+      return mostly_padding(p, rows, columns) &&
+             static_cast<double>(rows) * static_cast<double>(columns * p.c) >
+                 kTimes * static_cast<double>(p.ow * p.k);
+    }
+    static int64_t source_columns_of(const Conv2dProblem& p) {
+      return max64((p.ow - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1, 1);
     }
   };
 

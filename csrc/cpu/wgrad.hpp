@@ -7,7 +7,8 @@
 // the pixels that meet padding. The input is packed first where enough tiles read it, the channels of a
 // tile side by side: from the input itself a tile would use a few floats of every cache line, of lines
 // that fall into few sets of the first-level cache. With fewer channels, a tile spans taps, and the
-// input is copied with its padding first.
+// input is copied with its padding first, unless taps or windows lie so far apart that the copy would
+// be mostly padding.
 //
 // The pixels are cut into `parts`, each with a sum of its own, added up in order at the end. The cut
 // depends on the problem alone and there are no atomics: the same bits for any thread count.
@@ -113,13 +114,14 @@ struct WgradPlan {
   WgradPlan(const Conv2dProblem& p, bool with_bias) {
     floats = p.filter_size();
     pixels = p.n * p.oh * p.ow;
-    by_taps = p.c_per_group() >= V::kRows;
 
     // The input rows and columns that the taps reach, with their padding.
     const int64_t reach_h = (p.oh - 1) * p.stride_h + (p.r - 1) * p.dilation_h + 1;
     const int64_t reach_w = (p.ow - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1;
-    copied = !by_taps &&
-             (p.pad_top || p.pad_left || reach_h - p.pad_top > p.h || reach_w - p.pad_left > p.w);
+    const bool padded = p.pad_top || p.pad_left || reach_h - p.pad_top > p.h ||
+                        reach_w - p.pad_left > p.w;
+    by_taps = p.c_per_group() >= V::kRows || (padded && mostly_padding(p, reach_h, reach_w));
+    copied = !by_taps && padded;
     source_h = copied ? reach_h : p.h;
     source_w = copied ? reach_w : p.w;
     const int64_t cg = p.c_per_group(), taps = p.r * p.s;

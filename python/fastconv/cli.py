@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from fastconv.bench.command import bench, require_matplotlib
+from fastconv.bench.command import bench, require_matplotlib, require_sound_environment
 from fastconv.bench.gpu_roofline import roofline
 
 
@@ -31,6 +31,7 @@ main.add_command(roofline)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def info(as_json):
     """Say what runs here: version, instruction sets, threads, CUDA."""
+    require_sound_environment()
     import fastconv
 
     facts = fastconv.info()
@@ -94,6 +95,7 @@ def info(as_json):
 def mnist(epochs, batch_size, layers, path, seed, limit, plot_directory):
     """Train a small convolutional network on MNIST, as the article does."""
     _require_tensorflow()
+    require_sound_environment()
     if plot_directory is not None:
         require_matplotlib()
     data = _load_data(path)

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "core/cpu_features.hpp"
+#include "core/cpu_limits.hpp"
 #include "core/error.hpp"
 #include "core/operations.hpp"
 #include "core/problem.hpp"
@@ -124,7 +125,9 @@ struct Conv2dOptions {
 
   const char* algorithm_name() const { return algorithm ? algorithm->c_str() : nullptr; }
 
-  fastconv::Conv2dProblem problem(const Shape& x, const Shape& w) const {
+  // Messages name the shapes as the caller gave them: an array's, or an argument.
+  fastconv::Conv2dProblem problem(const Shape& x, const Shape& w, const char* x_name = "x.shape",
+                                  const char* w_name = "w.shape") const {
     return fastconv::make_conv2d_problem({.x_shape = x,
                                           .filter_shape = w,
                                           .strides = strides,
@@ -132,7 +135,9 @@ struct Conv2dOptions {
                                           .padding = parse_padding(padding),
                                           .groups = groups,
                                           .layout = parse_data_format(data_format),
-                                          .activation = parse_activation(activation)});
+                                          .activation = parse_activation(activation),
+                                          .x_shape_name = x_name,
+                                          .filter_shape_name = w_name});
   }
 };
 
@@ -142,12 +147,13 @@ struct Pool2dOptions {
   PaddingOption padding;
   std::string data_format;
 
-  fastconv::Pool2dProblem problem(const Shape& x) const {
+  fastconv::Pool2dProblem problem(const Shape& x, const char* x_name = "x.shape") const {
     return fastconv::make_pool2d_problem({.x_shape = x,
                                           .pool_size = pool_size,
                                           .strides = strides,
                                           .padding = parse_padding(padding),
-                                          .layout = parse_data_format(data_format)});
+                                          .layout = parse_data_format(data_format),
+                                          .x_shape_name = x_name});
   }
 };
 
@@ -349,7 +355,7 @@ py::array_t<float> conv2d_grad_input(const py::object& dy_object, const py::obje
                                      const Shape& input_shape, const py::object& output_object,
                                      const Conv2dOptions& options, const py::object& out) {
   const py::array w_array = require_floats(w_object, "w");
-  const auto problem = options.problem(input_shape, shape_of(w_array, "w"));
+  const auto problem = options.problem(input_shape, shape_of(w_array, "w"), "input_shape");
   const py::array dy_array = require_floats(dy_object, "dy", problem.y_shape());
   const OptionalFloats output = require_output(problem, output_object);
 
@@ -368,7 +374,8 @@ py::object conv2d_grad_filter(const py::object& x_object, const py::object& dy_o
                               bool return_bias_grad, const Conv2dOptions& options,
                               const py::object& out) {
   const py::array x_array = require_floats(x_object, "x");
-  const auto problem = options.problem(shape_of(x_array, "x"), filter_shape);
+  const auto problem =
+      options.problem(shape_of(x_array, "x"), filter_shape, "x.shape", "filter_shape");
   const py::array dy_array = require_floats(dy_object, "dy", problem.y_shape());
   const OptionalFloats output = require_output(problem, output_object);
 
@@ -447,7 +454,7 @@ template <const Operations& operations>
 py::array_t<float> max_pool2d_grad(const py::object& dy_object, const py::object& argmax_object,
                                    const Shape& input_shape, const Pool2dOptions& options,
                                    const py::object& out) {
-  const auto problem = options.problem(input_shape);
+  const auto problem = options.problem(input_shape, "input_shape");
   const py::array dy = require_floats(dy_object, "dy", problem.y_shape());
   const py::array argmax = require_array(argmax_object, "argmax");
   const bool is_byte = problem.argmax_fits_byte();
@@ -478,7 +485,7 @@ py::array_t<float> avg_pool2d(const py::object& x_object, const Pool2dOptions& o
 template <const Operations& operations>
 py::array_t<float> avg_pool2d_grad(const py::object& dy_object, const Shape& input_shape,
                                    const Pool2dOptions& options, const py::object& out) {
-  const auto problem = options.problem(input_shape);
+  const auto problem = options.problem(input_shape, "input_shape");
   const py::array dy_array = require_floats(dy_object, "dy", problem.y_shape());
   py::array_t<float> dx = result_array(out, problem.x_shape(), dy_array);
   const Dense<float> dy(dy_array);
@@ -719,12 +726,16 @@ py::dict explain(const Shape& input_shape, const Shape& filter_shape, const std:
                               groups,  std::move(activation), std::move(data_format),
                               {}};
   using fastconv::Direction;
-  const auto problem = options.problem(input_shape, filter_shape);
-  const fastconv::Explanation explanation =
-      fastconv::explain(problem, parse<Direction, 3>("direction", direction,
-                                                     {{{"fprop", Direction::fprop},
-                                                       {"dgrad", Direction::dgrad},
-                                                       {"wgrad", Direction::wgrad}}}));
+  const auto problem = options.problem(input_shape, filter_shape, "input_shape", "filter_shape");
+  const Direction parsed = parse<Direction, 3>("direction", direction,
+                                               {{{"fprop", Direction::fprop},
+                                                 {"dgrad", Direction::dgrad},
+                                                 {"wgrad", Direction::wgrad}}});
+  fastconv::Explanation explanation;
+  {
+    const GilReleased unlocked;  // the first call measures the machine
+    explanation = fastconv::explain(problem, parsed);
+  }
   py::list candidates;
   for (const auto& candidate : explanation.candidates) {
     candidates.append(py::dict(py::arg("algorithm") = candidate.algorithm,
@@ -741,7 +752,9 @@ py::dict explain(const Shape& input_shape, const Shape& filter_shape, const std:
 
 }  // namespace
 
-PYBIND11_MODULE(_core, m) {
+// What is shared between calls is atomic, locked or a thread's own, here and below (see "Threads" in
+// docs/trust.md), so that a free-threaded Python need not bring its GIL back.
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "The compiled part of fastconv; use it through fastconv's own functions.";
   m.attr("__version__") = FASTCONV_VERSION;
   define_operations<kKernels>(m);
@@ -761,6 +774,8 @@ PYBIND11_MODULE(_core, m) {
             py::arg("seconds"));
   m.def("set_num_threads", &set_num_threads, py::arg("num_threads"));
   m.def("get_num_threads", &fastconv::num_threads);
+  m.def("num_threads_is_default", &fastconv::num_threads_is_default);
+  m.def("cgroup_cpus", &fastconv::cgroup_cpus, py::arg("root") = "");
   m.def("isa", [] { return fastconv::isa_name(fastconv::current_isa()); });
   m.def("available_isas", &available_isas);
   m.def("set_isa", &fastconv::set_isa, py::arg("name"));

@@ -10,7 +10,6 @@ compiled one later; TensorFlow refuses to compile that one.
 
 import ctypes
 import functools
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from tensorflow.python.framework import ops as framework_ops
 from tensorflow.python.ops import control_flow_util
 
 import fastconv
+from fastconv import _core
 from fastconv._arguments import (
     normalize_activation,
     normalize_data_format,
@@ -397,15 +397,8 @@ def _follow_tensorflow_threads():
     TensorFlow allows no change either.
     """
     threads = tf.config.threading.get_intra_op_parallelism_threads()
-    if threads > 0 and not _was_told_threads():
+    if threads > 0 and _core.num_threads_is_default():
         fastconv.set_num_threads(threads)
-
-
-def _was_told_threads():
-    if os.environ.get("FASTCONV_NUM_THREADS"):
-        return True
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return fastconv.get_num_threads() != usable
 
 
 # --- output shapes --------------------------------------------------------------------------------

@@ -132,6 +132,7 @@ def bench(
     if from_path:
         _show(_read(from_path), options, report_path)
         return
+    require_sound_environment()
     if report_path and not (problems or suites or paths):
         suites = ("all",)
     from fastconv.bench.problem import ProblemError
@@ -175,6 +176,17 @@ def require_matplotlib():
             "Plots need matplotlib, which is not installed. "
             "Install it with:\n\n    pip install 'fastconv[plot]'"
         )
+
+
+def require_sound_environment():
+    """Complains of a wrong environment variable of fastconv's, before anything takes long."""
+    import fastconv
+
+    try:
+        fastconv.info()
+        fastconv.get_accuracy()
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _cases(texts, suite_names, paths, directions, batch):

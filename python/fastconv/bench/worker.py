@@ -99,7 +99,10 @@ class Worker:
         self._case = None
         parsed = problems.parse(problem)
         # Copies: memory that this process owns, as aligned as it makes its own.
-        arrays = {name: np.array(np.load(path, mmap_mode="r")) for name, path in files.items()}
+        arrays = {
+            name: np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+            for name, path in files.items()
+        }
         right = arrays.pop("right")
         case = self._implementation.prepare(parsed, direction, arrays)
         result = case.result()
