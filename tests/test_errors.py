@@ -1,5 +1,9 @@
-"""Every wrong argument of every function: which exception, and what its message ends in."""
+"""Every wrong argument of every function: which exception, and what its message ends in.
 
+The layers' table is in test_keras_errors.py, the commands' in test_cli_errors.py.
+"""
+
+import inspect
 import re
 
 import numpy as np
@@ -7,6 +11,7 @@ import pytest
 
 import fastconv
 from fastconv import _arguments, _core
+from running import running_on
 
 X = np.ones((2, 6, 7, 4), np.float32)
 W = np.ones((3, 2, 4, 5), np.float32)
@@ -14,11 +19,22 @@ Y = np.ones((2, 4, 6, 5), np.float32)  # conv2d(X, W)
 POOLED = np.ones((2, 3, 3, 4), np.float32)  # max_pool2d(X, 2)
 ARGMAX = np.zeros((2, 3, 3, 4), np.uint8)
 
+FUSED = np.ones((2, 2, 3, 5), np.float32)  # conv2d_max_pool2d(X, W)
+TAPS = np.zeros((2, 2, 3, 5), np.uint8)
+
 # Arguments each function accepts; a row of the table below changes some of them.
 ACCEPTED = {
     fastconv.conv2d: {"x": X, "w": W},
     fastconv.conv2d_grad_input: {"dy": Y, "w": W, "input_shape": X.shape},
     fastconv.conv2d_grad_filter: {"x": X, "dy": Y, "filter_shape": W.shape},
+    fastconv.conv2d_max_pool2d: {"x": X, "w": W},
+    fastconv.conv2d_max_pool2d_grad: {
+        "x": X,
+        "w": W,
+        "dy": FUSED,
+        "output": FUSED,
+        "argmax": TAPS,
+    },
     fastconv.max_pool2d: {"x": X, "pool_size": 2},
     fastconv.max_pool2d_grad: {
         "dy": POOLED,
@@ -26,12 +42,27 @@ ACCEPTED = {
         "input_shape": X.shape,
         "pool_size": 2,
     },
+    fastconv.avg_pool2d: {"x": X, "pool_size": 2},
+    fastconv.avg_pool2d_grad: {"dy": POOLED, "input_shape": X.shape, "pool_size": 2},
+    fastconv.explain: {"input_shape": X.shape, "filter_shape": W.shape},
+    fastconv.set_accuracy: {"accuracy": "default"},
     fastconv.set_num_threads: {"num_threads": 1},
     _core.set_isa: {"name": "scalar"},
+    _core.set_algorithm: {"algorithm": "auto"},
 }
+# Those without arguments can fail by the environment alone: tests/test_threads.py.
+WITHOUT_ARGUMENTS = {"__version__", "get_accuracy", "get_num_threads", "info"}
+# Any object will do for these: it is true or it is not.
+TRUTHS = {"return_argmax", "return_bias_grad", "with_input_grad"}
+
 CONVOLUTIONS = [fastconv.conv2d, fastconv.conv2d_grad_input, fastconv.conv2d_grad_filter]
+FUSED_ONES = [fastconv.conv2d_max_pool2d, fastconv.conv2d_max_pool2d_grad]
 GRADIENTS = CONVOLUTIONS[1:]
-POOLINGS = [fastconv.max_pool2d, fastconv.max_pool2d_grad]
+MAX_POOLINGS = [fastconv.max_pool2d, fastconv.max_pool2d_grad]
+AVG_POOLINGS = [fastconv.avg_pool2d, fastconv.avg_pool2d_grad]
+POOLINGS = MAX_POOLINGS + AVG_POOLINGS
+# With the options of a convolution.
+CONVOLVING = [*CONVOLUTIONS, *FUSED_ONES, fastconv.explain]
 
 
 def lazily(shape):
@@ -113,6 +144,38 @@ def wrong_padding(functions):
             yield function, {"padding": value}, ValueError, f"padding={value!r}"
 
 
+def wrong_outs(functions):
+    for function in functions:
+        accepted = ACCEPTED[function]
+        result = function(**accepted)
+        shape = (result[0] if isinstance(result, tuple) else result).shape
+        spread = np.zeros((*shape[:3], 2 * shape[3]), np.float32)[..., ::2]
+        unwriteable = np.zeros(shape, np.float32)
+        unwriteable.flags.writeable = False
+        yield function, {"out": [1.0]}, TypeError, "out of type list"
+        yield function, {"out": np.zeros(shape)}, TypeError, "out.dtype=float64"
+        yield function, {"out": np.zeros(shape, ">f4")}, TypeError, "out.dtype=>f4"
+        wrong = np.zeros(shape[1:], np.float32)
+        yield function, {"out": wrong}, ValueError, f"out.shape={wrong.shape}"
+        yield function, {"out": spread}, ValueError, f"out with strides {spread.strides}"
+        received = f"out with strides {unwriteable.strides}, not writeable"
+        yield function, {"out": unwriteable}, ValueError, received
+        for name, array in accepted.items():
+            if isinstance(array, np.ndarray) and array.dtype == np.float32:
+                memory = np.ones(max(array.size, int(np.prod(shape))), np.float32)
+                shared = memory[: array.size].reshape(array.shape)
+                out = memory[: int(np.prod(shape))].reshape(shape)
+                yield function, {name: shared, "out": out}, ValueError, "out that does"
+
+
+def wrong_algorithms(functions):
+    for function in functions:
+        for value in (3, b"direct", ["direct"], True):
+            yield function, {"algorithm": value}, TypeError, f"algorithm={value!r}"
+        for value in ("", "fft", "DIRECT", "auto", "depthwise"):  # the last serves groups alone
+            yield function, {"algorithm": value}, ValueError, f"algorithm={value!r}"
+
+
 def wrong_names(functions, name):
     for function in functions:
         for value in [1, True, b"relu", ["relu"], len]:
@@ -123,27 +186,40 @@ def wrong_names(functions, name):
 
 def table():
     conv2d, grad_input, grad_filter = CONVOLUTIONS
-    max_pool2d, max_pool2d_grad = POOLINGS
+    max_pool2d, max_pool2d_grad = MAX_POOLINGS
+    avg_pool2d, avg_pool2d_grad = AVG_POOLINGS
+    fused, fused_grad = FUSED_ONES
+    explain = fastconv.explain
 
-    yield from wrong_arrays([conv2d, grad_filter, max_pool2d], "x", X)
-    yield from wrong_arrays([conv2d, grad_input], "w", W)
+    yield from wrong_arrays([conv2d, grad_filter, *FUSED_ONES, max_pool2d, avg_pool2d], "x", X)
+    yield from wrong_arrays([conv2d, grad_input, *FUSED_ONES], "w", W)
     yield from wrong_arrays(GRADIENTS, "dy", Y)
-    yield from wrong_arrays([max_pool2d_grad], "dy", POOLED)
-    yield from wrong_integers(CONVOLUTIONS, "strides", pair=True)
-    yield from wrong_integers(CONVOLUTIONS, "dilation_rate", pair=True)
-    yield from wrong_integers(CONVOLUTIONS, "groups", pair=False)
+    yield from wrong_arrays([fused_grad], "dy", FUSED)
+    yield from wrong_arrays([fused_grad], "output", FUSED)
+    yield from wrong_arrays([max_pool2d_grad, avg_pool2d_grad], "dy", POOLED)
+    yield from wrong_integers(CONVOLVING, "strides", pair=True)
+    yield from wrong_integers(CONVOLVING, "dilation_rate", pair=True)
+    yield from wrong_integers(CONVOLVING, "groups", pair=False)
     yield from wrong_integers(POOLINGS, "pool_size", pair=True)
     yield from wrong_integers(POOLINGS, "strides", pair=True)
     yield from wrong_integers([fastconv.set_num_threads], "num_threads", pair=False)
-    yield from wrong_shapes([grad_input], "input_shape", X.shape)
-    yield from wrong_shapes([grad_filter], "filter_shape", W.shape)
-    yield from wrong_shapes([max_pool2d_grad], "input_shape", X.shape)
-    yield from wrong_padding(CONVOLUTIONS + POOLINGS)
-    yield from wrong_names(CONVOLUTIONS, "activation")
-    yield from wrong_names(CONVOLUTIONS + POOLINGS, "data_format")
-    for function in CONVOLUTIONS + POOLINGS:
+    yield from wrong_shapes([grad_input, explain], "input_shape", X.shape)
+    yield from wrong_shapes([grad_filter, explain], "filter_shape", W.shape)
+    yield from wrong_shapes([max_pool2d_grad, avg_pool2d_grad], "input_shape", X.shape)
+    yield from wrong_padding(CONVOLVING + POOLINGS)
+    yield from wrong_names(CONVOLVING, "activation")
+    yield from wrong_names(CONVOLVING + POOLINGS, "data_format")
+    yield from wrong_names([explain], "direction")
+    yield from wrong_names([fastconv.set_accuracy], "accuracy")
+    yield from wrong_outs([*CONVOLUTIONS, fused, *POOLINGS])
+    yield from wrong_algorithms(CONVOLUTIONS + FUSED_ONES)
+    for value in ("", "fft", "DIRECT"):
+        yield _core.set_algorithm, {"algorithm": value}, ValueError, f"algorithm={value!r}"
+    yield fastconv.set_accuracy, {"accuracy": None}, TypeError, "accuracy=None"
+    yield explain, {"direction": None}, TypeError, "direction=None"
+    for function in CONVOLVING + POOLINGS:
         yield function, {"data_format": None}, TypeError, "data_format=None"
-    for function in CONVOLUTIONS:
+    for function in CONVOLVING:
         yield function, {"strides": None}, TypeError, "strides=None"
         yield function, {"dilation_rate": None}, TypeError, "dilation_rate=None"
         yield function, {"groups": None}, TypeError, "groups=None"
@@ -158,50 +234,75 @@ def table():
 
     # bias
     bias = np.ones(5, np.float32)
-    yield conv2d, {"bias": bias.tolist()}, TypeError, "bias of type list"
-    yield conv2d, {"bias": 1.0}, TypeError, "bias of type float"
-    yield conv2d, {"bias": bias.astype(np.float64)}, TypeError, "bias.dtype=float64"
-    yield conv2d, {"bias": bias.astype(">f4")}, TypeError, "bias.dtype=>f4"
-    yield conv2d, {"bias": bias[:4]}, ValueError, "bias.shape=(4,)"
-    yield conv2d, {"bias": bias[None]}, ValueError, "bias.shape=(1, 5)"
-    yield conv2d, {"bias": np.float32(1).reshape(())}, TypeError, "bias of type float32"
-    yield conv2d, {"bias": np.array(1, np.float32)}, ValueError, "bias.shape=()"
+    for function in (conv2d, fused):
+        yield function, {"bias": bias.tolist()}, TypeError, "bias of type list"
+        yield function, {"bias": 1.0}, TypeError, "bias of type float"
+        yield function, {"bias": bias.astype(np.float64)}, TypeError, "bias.dtype=float64"
+        yield function, {"bias": bias.astype(">f4")}, TypeError, "bias.dtype=>f4"
+        yield function, {"bias": bias[:4]}, ValueError, "bias.shape=(4,)"
+        yield function, {"bias": bias[None]}, ValueError, "bias.shape=(1, 5)"
+        yield function, {"bias": np.float32(1).reshape(())}, TypeError, "bias of type float32"
+        yield function, {"bias": np.array(1, np.float32)}, ValueError, "bias.shape=()"
 
-    # shapes that do not fit each other
-    yield conv2d, {"w": W[:, :, :3]}, ValueError, "groups=1"
-    yield conv2d, {"groups": 2}, ValueError, "groups=2"
-    yield conv2d, {"groups": 3}, ValueError, "x.shape=(2, 6, 7, 4), groups=3"
-    yield conv2d, {"groups": 2, "w": W[:, :, :2]}, ValueError, "w.shape=(3, 2, 2, 5), groups=2"
-    yield conv2d, {"groups": 2**31}, ValueError, f"groups={2**31}"
-    yield conv2d, {"data_format": "channels_first"}, ValueError, "groups=1"
+    # shapes that do not fit each other, called what the caller calls them
+    for function in (conv2d, *FUSED_ONES):
+        yield function, {"w": W[:, :, :3]}, ValueError, "w.shape=(3, 2, 3, 5), groups=1"
+        yield function, {"groups": 3}, ValueError, "x.shape=(2, 6, 7, 4), groups=3"
+        wrong = {"groups": 2, "w": W[:, :, :2]}
+        yield function, wrong, ValueError, "w.shape=(3, 2, 2, 5), groups=2"
+        yield function, {"data_format": "channels_first"}, ValueError, "groups=1"
+    for function in CONVOLVING:
+        yield function, {"groups": 2}, ValueError, "groups=2"
+        yield function, {"groups": 2**31}, ValueError, f"groups={2**31}"
+    received = "input_shape=(2, 6, 7, 4), w.shape=(3, 2, 3, 5), groups=1"
+    yield grad_input, {"w": W[:, :, :3]}, ValueError, received
+    received = "x.shape=(2, 6, 7, 4), filter_shape=(3, 2, 3, 5), groups=1"
+    yield grad_filter, {"filter_shape": (3, 2, 3, 5)}, ValueError, received
+    received = "input_shape=(2, 6, 7, 4), filter_shape=(3, 2, 3, 5), groups=1"
+    yield explain, {"filter_shape": (3, 2, 3, 5)}, ValueError, received
     for axis in range(4):
         empty = np.delete(W, np.s_[:], axis)
-        yield conv2d, {"w": empty}, ValueError, f"w.shape={empty.shape}"
-        yield grad_filter, {"filter_shape": empty.shape}, ValueError, f"w.shape={empty.shape}"
+        for function in (conv2d, *FUSED_ONES, grad_input):
+            yield function, {"w": empty}, ValueError, f"w.shape={empty.shape}"
+        for function in (grad_filter, explain):
+            wrong = {"filter_shape": empty.shape}
+            yield function, wrong, ValueError, f"filter_shape={empty.shape}"
     for axis in range(1, 4):
         empty = np.delete(X, np.s_[:], axis)
-        yield conv2d, {"x": empty}, ValueError, f"x.shape={empty.shape}"
-        yield grad_input, {"input_shape": empty.shape}, ValueError, f"x.shape={empty.shape}"
-        yield max_pool2d, {"x": empty}, ValueError, f"x.shape={empty.shape}"
-        yield max_pool2d_grad, {"input_shape": empty.shape}, ValueError, f"x.shape={empty.shape}"
+        for function in (conv2d, *FUSED_ONES, grad_filter, max_pool2d, avg_pool2d):
+            yield function, {"x": empty}, ValueError, f"x.shape={empty.shape}"
+        for function in (grad_input, explain, max_pool2d_grad, avg_pool2d_grad):
+            wrong = {"input_shape": empty.shape}
+            yield function, wrong, ValueError, f"input_shape={empty.shape}"
+    yield explain, {"filter_shape": None}, TypeError, "filter_shape=None"
     for function in GRADIENTS:
         for wrong in (Y[:1], Y[:, :3], Y[:, :, :5], Y[..., :4], Y.transpose(0, 3, 1, 2)):
             yield function, {"dy": wrong}, ValueError, f"dy.shape={wrong.shape}"
         yield function, {"strides": 2}, ValueError, f"dy.shape={Y.shape}"
         yield function, {"padding": "same"}, ValueError, f"dy.shape={Y.shape}"
-    for wrong in (POOLED[:1], POOLED[:, :2], POOLED[:, :, :2], POOLED[..., :3]):
-        yield max_pool2d_grad, {"dy": wrong}, ValueError, f"dy.shape={wrong.shape}"
-    yield max_pool2d_grad, {"strides": 1}, ValueError, f"dy.shape={POOLED.shape}"
+    for function in (max_pool2d_grad, avg_pool2d_grad):
+        for wrong in (POOLED[:1], POOLED[:, :2], POOLED[:, :, :2], POOLED[..., :3]):
+            yield function, {"dy": wrong}, ValueError, f"dy.shape={wrong.shape}"
+        yield function, {"strides": 1}, ValueError, f"dy.shape={POOLED.shape}"
+    for name, array in (("dy", FUSED), ("output", FUSED), ("argmax", TAPS)):
+        for wrong in (array[:1], array[:, :1], array[:, :, :2], array[..., :4], array[0]):
+            yield fused_grad, {name: wrong}, ValueError, f"{name}.shape={wrong.shape}"
+    yield fused_grad, {"padding": "same"}, ValueError, f"dy.shape={FUSED.shape}"
+    for function in FUSED_ONES:
+        one = {"w": np.ones((6, 7, 4, 5), np.float32)}
+        yield function, one, ValueError, "an output of 1 x 1"
+        yield function, {"strides": (1, 6)}, ValueError, "an output of 4 x 1"
 
     # windows that do not fit the input
-    for function in CONVOLUTIONS:
+    for function in CONVOLVING:
         dilated = r"dilation_rate=(3, 1), padding=((0, 0), (0, 0))"
         yield function, {"dilation_rate": (3, 1)}, ValueError, dilated
         dilated = r"dilation_rate=(1, 9), padding=((1, 0), (0, 1))"
         options = {"dilation_rate": (1, 9), "padding": ((1, 0), (0, 1))}
         yield function, options, ValueError, dilated
     for function in POOLINGS:
-        yield function, {"pool_size": 7}, ValueError, "x.shape=(2, 6, 7, 4), pool_size=(7, 7)"
+        name = "input_shape" if "grad" in function.__name__ else "x.shape"
+        yield function, {"pool_size": 7}, ValueError, f"{name}=(2, 6, 7, 4), pool_size=(7, 7)"
         yield function, {"pool_size": (2, 8)}, ValueError, "pool_size=(2, 8)"
         yield function, {"pool_size": (2**16, 2**16)}, ValueError, "pool_size=(65536, 65536)"
         for padding in [((2, 0), (0, 0)), ((0, 2), (0, 0)), ((0, 0), (2, 0)), ((0, 0), (0, 9))]:
@@ -221,6 +322,15 @@ def table():
         yield function, {"output": Y[:1]}, ValueError, f"output.shape={Y[:1].shape}"
 
     # argmax
+    yield fused_grad, {"argmax": TAPS.tolist()}, TypeError, "argmax of type list"
+    yield fused_grad, {"argmax": None}, TypeError, "argmax of type NoneType"
+    for dtype in (np.int32, np.int64, np.int8, np.float32, bool):
+        received = f"argmax.dtype={np.dtype(dtype)}"
+        yield fused_grad, {"argmax": TAPS.astype(dtype)}, TypeError, received
+    for value in (4, 255):
+        taps = TAPS.copy()
+        taps[-1, -1, -1, -1] = value
+        yield fused_grad, {"argmax": taps}, ValueError, f"argmax with value {value}"
     grad = max_pool2d_grad
     yield grad, {"argmax": ARGMAX.tolist()}, TypeError, "argmax of type list"
     yield grad, {"argmax": None}, TypeError, "argmax of type NoneType"
@@ -266,23 +376,27 @@ def table():
         ValueError,
         f"y.shape={(1, 2**31, 2**31, 1)}",
     )
-    for function in CONVOLUTIONS:
+    for function in CONVOLVING:
+        named = "input_shape" if function in (grad_input, explain) else "x.shape"
         wide = {"dilation_rate": 2**31 - 4, "padding": "same"}
         padded = (2, 2**32 - 2, 2**31 + 3, 4)
-        yield function, wide, ValueError, f"padded x.shape={padded}"
-    yield grad_input, {"dy": one, "w": one, "input_shape": huge}, ValueError, f"x.shape={huge}"
-    yield (
-        grad_filter,
-        {"filter_shape": (1, 2**31, 2**31, 1)},
-        ValueError,
-        (f"w.shape={(1, 2**31, 2**31, 1)}"),
-    )
-    long = (1, 2**31, 1, 1)
-    yield max_pool2d, {"x": lazily(long), "pool_size": 1}, ValueError, "pool_size=(1, 1)"
-    sides = ((2**15 - 1, 2**15 - 1), (2**15 - 1, 2**15 - 1))
-    spread = {"x": x, "pool_size": (2**15, 2**15), "strides": 1, "padding": sides}
-    yield max_pool2d, spread, ValueError, f"y.shape={(2**40, 2**15, 2**15, 1)}"
-    yield max_pool2d_grad, {"input_shape": huge}, ValueError, f"x.shape={huge}"
+        yield function, wide, ValueError, f"padded {named}={padded}"
+    yield grad_input, {"dy": one, "w": one, "input_shape": huge}, ValueError, f"input_shape={huge}"
+    yield explain, {"input_shape": huge}, ValueError, f"input_shape={huge}"
+    wrong = (1, 2**31, 2**31, 1)
+    for function in (grad_filter, explain):
+        yield function, {"filter_shape": wrong}, ValueError, f"filter_shape={wrong}"
+    for function in (max_pool2d, avg_pool2d):
+        long = (1, 2**31, 1, 1)
+        yield function, {"x": lazily(long), "pool_size": 1}, ValueError, "pool_size=(1, 1)"
+        sides = ((2**15 - 1, 2**15 - 1), (2**15 - 1, 2**15 - 1))
+        spread = {"x": x, "pool_size": (2**15, 2**15), "strides": 1, "padding": sides}
+        yield function, spread, ValueError, f"y.shape={(2**40, 2**15, 2**15, 1)}"
+    for function in (max_pool2d_grad, avg_pool2d_grad):
+        yield function, {"input_shape": huge}, ValueError, f"input_shape={huge}"
+    # Products around 2**31, 2**32, 2**57 and 2**64 of every number of factors.
+    for shape in [(2**16, 2**16, 2**16, 2**16), (2**31, 2**30, 1, 1), (2**62, 2, 2, 2)]:
+        yield explain, {"input_shape": shape}, ValueError, f"input_shape={shape}"
 
 
 def describe(value):
@@ -311,13 +425,45 @@ def test_wrong_argument(function, wrong, exception, received):
 
 @pytest.mark.parametrize("function", ACCEPTED, ids=describe)
 def test_the_table_starts_from_what_is_accepted(function):
-    before = _core.isa(), fastconv.get_num_threads()
-    function(**ACCEPTED[function])
-    _core.set_isa(before[0])
-    fastconv.set_num_threads(before[1])
+    with running_on():
+        function(**ACCEPTED[function])
 
 
-@pytest.mark.parametrize("function", CONVOLUTIONS + POOLINGS, ids=describe)
+def test_the_table_has_every_public_function():
+    """And each of its parameters."""
+    public = {getattr(fastconv, name) for name in fastconv.__all__ if name not in WITHOUT_ARGUMENTS}
+    assert public == {function for function in ACCEPTED if inspect.isfunction(function)}
+    for name in WITHOUT_ARGUMENTS - {"__version__"}:
+        assert not inspect.signature(getattr(fastconv, name)).parameters
+    rows = {(function, name) for function, wrong, _, _ in table() for name in wrong}
+    for function in public:
+        for name in inspect.signature(function).parameters:
+            assert name in TRUTHS or (function, name) in rows, (function.__name__, name)
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_ARGUMENTS - {"__version__"}))
+def test_functions_without_arguments(name):
+    with pytest.raises(TypeError, match="takes 0 positional arguments"):
+        getattr(fastconv, name)(1)
+
+
+class Undecided:
+    def __bool__(self):
+        raise RuntimeError("neither true nor false")
+
+
+@pytest.mark.parametrize("function", ACCEPTED, ids=describe)
+def test_truths_are_any_object(function):
+    if not inspect.isfunction(function):
+        return
+    for name in TRUTHS & set(inspect.signature(function).parameters):
+        for value in (0, 1, "", "no", [], None):
+            function(**ACCEPTED[function], **{name: value})
+        with pytest.raises(RuntimeError, match="neither"):
+            function(**ACCEPTED[function], **{name: Undecided()})
+
+
+@pytest.mark.parametrize("function", CONVOLUTIONS + FUSED_ONES + POOLINGS, ids=describe)
 def test_options_are_keyword_only(function):
     with pytest.raises(TypeError, match="positional argument"):
         function(*ACCEPTED[function].values(), None, 1)
@@ -325,8 +471,10 @@ def test_options_are_keyword_only(function):
         function(**ACCEPTED[function], stride=1)
 
 
-@pytest.mark.parametrize("function", CONVOLUTIONS + POOLINGS, ids=describe)
+@pytest.mark.parametrize("function", ACCEPTED, ids=describe)
 def test_missing_argument(function):
+    if not inspect.isfunction(function) or function is fastconv.explain:
+        return
     for name in ACCEPTED[function]:
         arguments = {key: value for key, value in ACCEPTED[function].items() if key != name}
         with pytest.raises(TypeError, match=rf"missing 1 required positional argument: '{name}'"):
