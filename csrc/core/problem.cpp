@@ -135,12 +135,11 @@ Conv2dProblem make_conv2d_problem(const Conv2dArguments& a) {
 
   constexpr int64_t kLargest = std::numeric_limits<std::int32_t>::max();
   if (p.r < 1 || p.s < 1 || a.filter_shape[2] < 1 || p.k < 1) {
-    fail("Every dimension in `", a.filter_shape_name, "` must be at least 1. Received: ",
-         w_text());
+    fail("Every dimension in `", a.filter_shape_name, "` must be at least 1. Received: ", w_text());
   }
   if (p.h < 1 || p.w < 1 || p.c < 1) {
-    fail("Height, width and channels in `", a.x_shape_name, "` must be at least 1. Received: ",
-         x_text());
+    fail("Height, width and channels in `", a.x_shape_name,
+         "` must be at least 1. Received: ", x_text());
   }
   for (int64_t extent : {p.h, p.w, p.c, p.r, p.s, p.k}) {
     if (extent > kLargest) {
@@ -152,8 +151,8 @@ Conv2dProblem make_conv2d_problem(const Conv2dArguments& a) {
     fail("`groups` must be a positive integer. Received: groups=", p.groups);
   }
   if (p.c % p.groups != 0) {
-    fail("The number of input channels must be a multiple of `groups`. Received: ",
-         x_text(), ", groups=", p.groups);
+    fail("The number of input channels must be a multiple of `groups`. Received: ", x_text(),
+         ", groups=", p.groups);
   }
   if (p.k % p.groups != 0) {
     fail("The number of filters must be a multiple of `groups`. Received: ", w_text(),
@@ -161,8 +160,7 @@ Conv2dProblem make_conv2d_problem(const Conv2dArguments& a) {
   }
   if (a.filter_shape[2] != p.c / p.groups) {
     fail("The filter's third dimension must be the number of input channels divided by `groups`, ",
-         p.c / p.groups, ". Received: ", x_text(), ", ", w_text(), ", groups=",
-         p.groups);
+         p.c / p.groups, ". Received: ", x_text(), ", ", w_text(), ", groups=", p.groups);
   }
 
   // Each factor is below 2**31, so the products below fit 64 bits.
@@ -175,9 +173,8 @@ Conv2dProblem make_conv2d_problem(const Conv2dArguments& a) {
   if (rows.out < 1 || columns.out < 1) {
     fail("The dilated filter, ", window_h, " x ", window_w,
          ", must not be larger than the padded input. Received: ", x_text(), ", ", w_text(),
-         ", dilation_rate=", text(a.dilations),
-         ", padding=((", rows.pad_before, ", ", rows.pad_after, "), (", columns.pad_before, ", ",
-         columns.pad_after, "))");
+         ", dilation_rate=", text(a.dilations), ", padding=((", rows.pad_before, ", ",
+         rows.pad_after, "), (", columns.pad_before, ", ", columns.pad_after, "))");
   }
   p.oh = rows.out;
   p.ow = columns.out;
@@ -214,8 +211,8 @@ Pool2dProblem make_pool2d_problem(const Pool2dArguments& a) {
 
   constexpr int64_t kLargest = std::numeric_limits<std::int32_t>::max();
   if (p.h < 1 || p.w < 1 || p.c < 1) {
-    fail("Height, width and channels in `", a.x_shape_name, "` must be at least 1. Received: ",
-         x_text());
+    fail("Height, width and channels in `", a.x_shape_name,
+         "` must be at least 1. Received: ", x_text());
   }
   if (p.h > kLargest || p.w > kLargest || p.c > kLargest || p.r * p.s > kLargest) {
     fail("Every dimension but the batch, and the window's area, must be below 2**31. Received: ",

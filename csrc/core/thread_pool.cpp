@@ -197,8 +197,7 @@ std::atomic<Pool*> g_pool{nullptr};
 void forget_pool_after_fork() { g_pool.store(nullptr, std::memory_order_release); }
 
 // When the library is loaded: a fork during the first call would find a half-done registration.
-[[maybe_unused]] const int g_registered =
-    pthread_atfork(nullptr, nullptr, forget_pool_after_fork);
+[[maybe_unused]] const int g_registered = pthread_atfork(nullptr, nullptr, forget_pool_after_fork);
 
 // Null where there is no memory for one.
 Pool* pool() {

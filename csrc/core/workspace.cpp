@@ -43,9 +43,8 @@ struct Cache {
 constinit Cache g_cache;
 
 // A child forked while another thread holds the mutex would find it locked for ever.
-[[maybe_unused]] const int g_registered =
-    pthread_atfork([] { g_cache.mutex.lock(); }, [] { g_cache.mutex.unlock(); },
-                   [] { g_cache.mutex.unlock(); });
+[[maybe_unused]] const int g_registered = pthread_atfork(
+    [] { g_cache.mutex.lock(); }, [] { g_cache.mutex.unlock(); }, [] { g_cache.mutex.unlock(); });
 
 }  // namespace
 

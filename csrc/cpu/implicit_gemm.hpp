@@ -35,8 +35,8 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // image a small part of it.
 inline bool mostly_padding(const Conv2dProblem& p, int64_t rows, int64_t columns) {
   constexpr double kTimes = 8, kFloats = 16384;
-  const double copy = static_cast<double>(rows) * static_cast<double>(columns) *
-                      static_cast<double>(p.c);
+  const double copy =
+      static_cast<double>(rows) * static_cast<double>(columns) * static_cast<double>(p.c);
   return copy > kFloats && copy > kTimes * static_cast<double>(p.h * p.w * p.c);
 }
 

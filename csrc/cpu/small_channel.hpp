@@ -243,9 +243,8 @@ struct SmallChannel {
       const double lanes = static_cast<double>(ceil_div(p.k, V::kWidth) * V::kWidth);
       // Taps far apart make strips of many rows. What is usual is in the factor of the taps.
       constexpr double kUsualCopies = 8, kAFloat = 4;
-      const double copied =
-          static_cast<double>(strip.strips) * static_cast<double>(strip.floats) -
-          kUsualCopies * static_cast<double>(p.h * p.w * p.c + p.oh * p.ow * p.k);
+      const double copied = static_cast<double>(strip.strips) * static_cast<double>(strip.floats) -
+                            kUsualCopies * static_cast<double>(p.h * p.w * p.c + p.oh * p.ow * p.k);
       return {pixels * (static_cast<double>(p.oh * p.ow) * lanes * (1.1 * taps + 3) +
                         kAFloat * (copied > 0 ? copied : 0)),
               strip.workspace_bytes(workers_for(strip.tasks(p))), 0};

@@ -118,8 +118,8 @@ struct WgradPlan {
     // The input rows and columns that the taps reach, with their padding.
     const int64_t reach_h = (p.oh - 1) * p.stride_h + (p.r - 1) * p.dilation_h + 1;
     const int64_t reach_w = (p.ow - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1;
-    const bool padded = p.pad_top || p.pad_left || reach_h - p.pad_top > p.h ||
-                        reach_w - p.pad_left > p.w;
+    const bool padded =
+        p.pad_top || p.pad_left || reach_h - p.pad_top > p.h || reach_w - p.pad_left > p.w;
     by_taps = p.c_per_group() >= V::kRows || (padded && mostly_padding(p, reach_h, reach_w));
     copied = !by_taps && padded;
     source_h = copied ? reach_h : p.h;

@@ -727,10 +727,9 @@ py::dict explain(const Shape& input_shape, const Shape& filter_shape, const std:
                               {}};
   using fastconv::Direction;
   const auto problem = options.problem(input_shape, filter_shape, "input_shape", "filter_shape");
-  const Direction parsed = parse<Direction, 3>("direction", direction,
-                                               {{{"fprop", Direction::fprop},
-                                                 {"dgrad", Direction::dgrad},
-                                                 {"wgrad", Direction::wgrad}}});
+  const Direction parsed = parse<Direction, 3>(
+      "direction", direction,
+      {{{"fprop", Direction::fprop}, {"dgrad", Direction::dgrad}, {"wgrad", Direction::wgrad}}});
   fastconv::Explanation explanation;
   {
     const GilReleased unlocked;  // the first call measures the machine
