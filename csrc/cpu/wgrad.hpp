@@ -124,13 +124,14 @@ struct WgradPlan {
     copied = !by_taps && padded;
     source_h = copied ? reach_h : p.h;
     source_w = copied ? reach_w : p.w;
+
     const int64_t cg = p.c_per_group(), taps = p.r * p.s;
     tiles_a_tap = ceil_div(cg, V::kRows);
     q_tiles = by_taps ? taps * tiles_a_tap : ceil_div(taps * cg, V::kRows);
     panels = ceil_div(p.k_per_group(), kPanel);
 
     constexpr int64_t kTilesAPacking = 4;  // that read a pixel, for packing it to pay
-    packed = by_taps && taps * panels >= kTilesAPacking * p.stride_h * p.stride_w;
+    packed = cg >= V::kRows && taps * panels / kTilesAPacking >= p.stride_h * p.stride_w;
     // As many images at a time as 8 MiB hold; all of them where none is copied.
     image_floats = source_h * source_w * (packed ? p.groups * tiles_a_tap * V::kRows : p.c);
     chunk = copied || packed ? max64(1, min64(p.n, (int64_t{8} << 20) / max64(image_floats * 4, 1)))
