@@ -161,7 +161,7 @@ def main():
         return finish(report)
     report.step("info", [python, "-m", "fastconv", "info", "--json"], 120)
 
-    on_device = {"FASTCONV_TEST_CUDA_BACKEND": "cuda"}
+    on_device = {"FASTCONV_TEST_BACKENDS": "cuda"}
     tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_cuda*.py"))
     report.step("tests", [python, "-m", "pytest", "-q", *tests], 7200, on_device)
 
