@@ -3,6 +3,8 @@
 import contextlib
 from unittest import mock
 
+import numpy as np
+
 import fastconv
 from fastconv import _core, functional
 
@@ -36,3 +38,17 @@ def running_on(isa=None, threads=None, accuracy=None, algorithm=None):
         fastconv.set_num_threads(before[1])
         fastconv.set_accuracy(before[2])
         _core.set_algorithm(before[3])
+
+
+def assert_same_arrays(results, expected):
+    """Bit by bit."""
+    for result, right in zip(results, expected, strict=True):
+        assert (result.dtype, result.shape) == (right.dtype, right.shape)
+        assert result.tobytes() == right.tobytes()
+
+
+def assert_equal_arrays(results, expected):
+    """Value by value: 0 is -0."""
+    for result, right in zip(results, expected, strict=True):
+        assert result.dtype == right.dtype
+        np.testing.assert_array_equal(result, right)

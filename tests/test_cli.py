@@ -91,25 +91,3 @@ def test_mnist_without_tensorflow_says_what_to_install():
     assert result.returncode == 1
     assert "pip install 'fastconv[tensorflow]'" in result.stderr
     assert "Traceback" not in result.stderr
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["nonsense"],
-        ["info", "--nonsense"],
-        ["mnist", "--epochs", "0"],
-        ["mnist", "--epochs", "many"],
-        ["mnist", "--batch-size", "0"],
-        ["mnist", "--layers", "faster"],
-        ["mnist", "--seed", "-1"],
-        ["mnist", "--limit", "0"],
-        ["mnist", "surplus"],
-    ],
-    ids=" ".join,
-)
-def test_wrong_usage_exits_with_2(arguments):
-    result = invoke(*arguments)
-    assert result.exit_code == 2
-    assert "Usage: fastconv" in result.output
-    assert "Error: " in result.output

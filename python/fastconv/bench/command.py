@@ -44,7 +44,7 @@ SUITE_NAMES = (
     help="fastconv, tensorflow, torch, onnxruntime, openvino, onednn, jax, or importable modules, "
     "with commas. Default: all that are installed.",
 )
-@click.option("--batch", type=click.IntRange(min=1), help="Instead of each problem's batch size.")
+@click.option("--batch", type=click.IntRange(1, 2**31 - 1), help="Instead of each problem's batch size.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Default: fastconv's.")
 @click.option(
     "--layout", type=click.Choice(["nhwc", "nchw"]), default="nhwc", show_default=True,
@@ -133,8 +133,12 @@ def bench(
         _show(_read(from_path), options, report_path)
         return
     require_sound_environment()
+    _require_room(options["json_path"])
+    _require_room(options["csv_path"])
+    _require_room(report_path, makes_directories=True)
     if report_path and not (problems or suites or paths):
         suites = ("all",)
+    _require_algorithm(options["algorithm"])
     from fastconv.bench.problem import ProblemError
     from fastconv.bench.session import BenchError
 
@@ -151,11 +155,11 @@ def bench(
         sys.exit(_INTERRUPTED)
 
 
-def _read(path):
+def _read(path, times_alone=False):
     from fastconv.bench import files
 
     try:
-        return files.read_json(path)
+        return files.read_json(path, times_alone)
     except files.FileError as error:
         raise click.ClickException(str(error)) from error
 
@@ -163,7 +167,7 @@ def _read(path):
 def _compare(old, new, threshold):
     from fastconv.bench import compare, tables
 
-    found = compare.compare(_read(old), _read(new), threshold)
+    found = compare.compare(_read(old, True), _read(new, True), threshold)
     _console().print(tables.comparison(found, threshold))
     if found.regressions:
         sys.exit(1)
@@ -178,6 +182,17 @@ def require_matplotlib():
         )
 
 
+def _require_room(path, makes_directories=False):
+    """Complains where a file cannot be written, before what it will hold is measured."""
+    if path is None:
+        return
+    directory = Path(path).parent
+    while makes_directories and not directory.exists():
+        directory = directory.parent
+    if not directory.is_dir() or not os.access(directory, os.W_OK | os.X_OK):
+        raise click.ClickException(f"{path} cannot be written: {directory} is no directory for it")
+
+
 def require_sound_environment():
     """Complains of a wrong environment variable of fastconv's, before anything takes long."""
     import fastconv
@@ -187,6 +202,19 @@ def require_sound_environment():
         fastconv.get_accuracy()
     except ValueError as error:
         raise click.ClickException(str(error)) from error
+
+
+def _require_algorithm(name):
+    from fastconv import _core
+
+    if name is None:
+        return
+    before = _core.algorithm()
+    try:
+        _core.set_algorithm(name)  # which knows the names
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="'--algorithm'") from error
+    _core.set_algorithm(before)
 
 
 def _cases(texts, suite_names, paths, directions, batch):
@@ -201,7 +229,10 @@ def _cases(texts, suite_names, paths, directions, batch):
         suite_names = DEFAULT_SUITES
     listed = [(problems.parse(text), None, "problems") for text in texts]
     for path in paths:
-        lines = path.read_text().splitlines()
+        try:
+            lines = path.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise problems.ProblemError(f"{path} cannot be read: {error}") from error
         listed += [(*line, path.stem) for line in problems.parse_lines(lines)]
     for name in suite_names:
         for one in suites.SUITES if name == "all" else [name]:
@@ -340,12 +371,20 @@ def _console():
 def _show(run, options, report_path):
     from fastconv.bench import files, tables
 
-    if options["json_path"]:
-        files.write_json(options["json_path"], run)
-    if options["csv_path"]:
-        files.write_csv(options["csv_path"], run)
+    failures = []
+    for write, path in (
+        (files.write_json, options["json_path"]),
+        (files.write_csv, options["csv_path"]),
+    ):
+        try:
+            if path:
+                write(path, run)
+        except OSError as error:
+            failures.append(f"{path} cannot be written: {error}")
     console = _console()
     console.print(tables.results(run, console.width, details=not options["brief"]))
+    if failures:  # now that the figures are not lost
+        raise click.ClickException("\n".join(failures))
     if options["plot_directory"] and run["results"]:
         from fastconv.bench import plots
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
+import reprlib
 from pathlib import Path
+
+from fastconv.bench import problem as problems
 
 FORMAT = 1
 
@@ -29,8 +33,10 @@ def write_json(path, run):
     unfinished.replace(path)
 
 
-def read_json(path):
-    """A run, as ``write_json`` was given it.
+def read_json(path, times_alone=False):
+    """A run, as ``write_json`` was given it. All that is read of one later is checked here.
+
+    With ``times_alone``, what a comparison of times does not read may be missing.
 
     Raises
     ------
@@ -39,11 +45,135 @@ def read_json(path):
     """
     try:
         run = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{path} cannot be read: {error}") from error
-    if not isinstance(run, dict) or run.get("format") != FORMAT or "results" not in run:
-        raise FileError(f"{path} must hold results of fastconv bench, format {FORMAT}")
+    rule = f"{path} must hold results of fastconv bench, format {FORMAT}"
+    if not isinstance(run, dict) or run.get("format") != FORMAT:
+        raise FileError(rule)
+    try:
+        _check_run(run, times_alone)
+    except _Wrong as wrong:
+        raise FileError(f"{rule}. Received: {wrong}") from wrong
     return run
+
+
+class _Wrong(Exception):
+    """Where a run is wrong, in words."""
+
+
+def _text(value):
+    return isinstance(value, str)
+
+
+def _truth(value):
+    return isinstance(value, bool)
+
+
+def _texts(value):
+    return isinstance(value, dict) and all(map(_text, value.values()))
+
+
+def _file_name(value):
+    """Figures are named by it."""
+    return _text(value) and not set(value) & set("/\\\0")
+
+
+def _direction(value):
+    return value in problems.DIRECTIONS
+
+
+def _number(value):
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    )
+
+
+def _count(value):
+    return _number(value) and value >= 0
+
+
+def _positive(value):
+    return _number(value) and value > 0
+
+
+def _problem(value):
+    try:
+        return _text(value) and problems.parse(value) is not None
+    except problems.ProblemError:
+        return False
+
+
+def _or_none(check):
+    return lambda value: value is None or check(value)
+
+
+_TIMES = {"median": _positive, "low": _positive, "high": _positive}
+_LIMITS = {"flops": _positive, "read": _positive, "write": _positive}
+_CONDITIONS = {
+    "cpu": _text, "cpus": _count, "threads": _count, "system": _text, "versions": _texts,
+    "absent": _texts, "malloc": _or_none(_text), "cold": _truth, "layout": _text, "dtype": _text,
+    "rounds": _count, "when": _text,
+}  # fmt: skip
+_RESULT = {
+    "kind": _text, "suite": _file_name, "flops": _count, "read": _positive, "written": _positive,
+    "repeat": _text,
+}  # fmt: skip
+_RECORD = {"algorithm": _or_none(_text), "error": _count, "workspace": _or_none(_count)}
+_RATIO = {"peer": _text, "median": _positive, "low": _positive, "high": _positive}
+
+
+def _check_run(run, times_alone):
+    conditions = _part(run, "conditions", "the run")
+    limits = conditions.get("limits")
+    if limits is not None:
+        wanted = {"flops": _positive} if times_alone else _LIMITS
+        _check(_part(conditions, "limits", "conditions"), "limits", wanted)
+    if not times_alone:
+        _check(conditions, "conditions", {**_CONDITIONS, "limits": lambda _: True})
+        _check(run, "the run", {"command": _text, "seconds": _count})
+        if not _or_none(_count)(conditions.get("others")):
+            raise _Wrong(f"others={conditions['others']!r} in conditions")
+        if run.get("complete") is False:
+            _check(run, "the run", {"planned": _count})
+    results = run.get("results")
+    if not isinstance(results, list):
+        raise _Wrong("no list `results`")
+    for i, result in enumerate(results):
+        _check_result(result, f"results[{i}]", times_alone)
+
+
+def _check_result(result, place, times_alone):
+    _check(result, place, {"problem": _problem, "name": _text, "direction": _direction})
+    if not times_alone:
+        _check(result, place, {**_RESULT, "ratio": lambda _: True})
+        if result["ratio"] is not None:
+            _check(result["ratio"], f"the ratio of {place}", _RATIO)
+    for name, record in _part(result, "implementations", place).items():
+        where = f"{name} in {place}"
+        _check(_part(record, "kernel", where), f"the kernel's times of {where}", _TIMES)
+        if times_alone:
+            continue
+        _check(record, where, _RECORD)
+        for kind in {"kernel", "call"} & set(record):
+            times = _part(record, kind, where)
+            _check(times, f"the {kind}'s times of {where}", {**_TIMES, "least": _positive})
+
+
+def _part(whole, name, place):
+    """The dict that ``whole`` holds by this name."""
+    if not isinstance(whole, dict) or not isinstance(whole.get(name), dict):
+        raise _Wrong(f"no object `{name}` in {place}")
+    return whole[name]
+
+
+def _check(part, place, wanted):
+    if not isinstance(part, dict):
+        raise _Wrong(f"{place} that is no object")
+    for name, check in wanted.items():
+        if name not in part:
+            raise _Wrong(f"no `{name}` in {place}")
+        if not check(part[name]):
+            raise _Wrong(f"{name}={reprlib.repr(part[name])} in {place}")
 
 
 def write_csv(path, run):

@@ -210,7 +210,10 @@ def parse(text):
         if match is None or match.group(1) in values:
             why = "twice" if match else "not understood"
             raise _wrong(text, f"{body[position:]!r} is {why}")
-        values[match.group(1)] = int(match.group(2))
+        digits = match.group(2).lstrip("0") or "0"
+        if len(digits) > 10 or int(digits) >= 2**31:
+            raise _wrong(text, f"{match.group(1)} must be below 2**31")
+        values[match.group(1)] = int(digits)
         position = match.end()
     for required in ("ic", "ih", "kh"):
         if required not in values:

@@ -52,6 +52,8 @@ def summary(model, console=None):
     Returns:
         The list of Explanations that the table shows.
     """
+    if console is not None and not callable(getattr(console, "print", None)):
+        raise TypeError(f"`console` must be a rich.console.Console. Received: console={console!r}")
     explanations = [
         explain_layer(layer)
         for layer in _layers(model)
