@@ -17,17 +17,9 @@
 #include "core/problem.hpp"
 #include "core/selection.hpp"
 #include "cuda/device.cuh"
+#include "cuda/library.hpp"
 
 namespace fastconv::cuda {
-
-// The type of x, filter, bias, y and their gradients, all the same. Products are summed in float32.
-enum class DataType : std::uint8_t { float32, float16, bfloat16 };
-
-inline std::size_t size_of(DataType type) { return type == DataType::float32 ? 4 : 2; }
-
-// What float32 products may be computed in: themselves, or TF32 on tensor cores (10 bits of
-// mantissa, as by default in cuDNN).
-enum class Float32Math : std::uint8_t { ieee, tf32 };
 
 struct Device {
   int index = 0;
@@ -100,6 +92,9 @@ cudaError_t max_pool2d_bprop(const Pool2dProblem&, DataType, const void* dy, con
                              void* dx, const Call&);
 cudaError_t avg_pool2d_fprop(const Pool2dProblem&, DataType, const void* x, void* y, const Call&);
 cudaError_t avg_pool2d_bprop(const Pool2dProblem&, DataType, const void* dy, void* dx, const Call&);
+
+// All that have been compiled in; select.cpp.
+std::span<const Conv2dAlgorithm* const> algorithms();
 
 // The algorithm of the least estimate; the named one if `name` is not null. Throws InvalidArgument if
 // the named one does not exist or does not serve the problem. select.cpp.

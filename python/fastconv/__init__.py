@@ -1,7 +1,7 @@
 """fastconv: fast convolution and pooling for Keras and NumPy.
 
-The functions of this package work on NumPy arrays; ``fastconv.keras`` holds the Keras layers and
-needs TensorFlow.
+The functions of this package work on NumPy arrays, and on arrays on a GPU (``fastconv.cuda``);
+``fastconv.keras`` holds the Keras layers and needs TensorFlow.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ _OF_KERAS = ("accelerate", "restore")  # names of fastconv.keras that are ours a
 
 
 def __getattr__(name: str) -> Any:
+    if name == "cuda":
+        return importlib.import_module("fastconv.cuda")
     # TensorFlow takes seconds to import: only those who use the layers pay for it.
     if name != "keras" and name not in _OF_KERAS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -65,4 +67,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "keras", *_OF_KERAS})
+    return sorted({*globals(), "cuda", "keras", *_OF_KERAS})

@@ -12,6 +12,8 @@ are gathered while the multiplication runs, never stored as a matrix [1]_ [2]_.
 Where fewer multiplications do, others are chosen: see :func:`fastconv.set_accuracy` and
 :func:`fastconv.explain`.
 
+Arrays on a GPU are computed there: see :mod:`fastconv.cuda`.
+
 .. [1] S. Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", arXiv:1410.0759, 2014.
 .. [2] M. Dukhan, "The Indirect Convolution Algorithm", arXiv:1907.02129, 2019.
 """
@@ -19,6 +21,8 @@ Where fewer multiplications do, others are chosen: see :func:`fastconv.set_accur
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
 
 from fastconv import _core
 from fastconv._arguments import (
@@ -30,12 +34,12 @@ from fastconv._arguments import (
     normalize_pair,
     normalize_shape,
 )
+from fastconv._core import cuda as _cuda
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import SupportsIndex
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from fastconv._arguments import IntegerOrPair, Padding
@@ -124,7 +128,7 @@ def conv2d(
         If a shape or the value of an option is not one of those stated above, the dilated filter
         is larger than the padded input, or ``algorithm`` does not serve the problem.
     """
-    return _core.conv2d(
+    return _for(x).conv2d(
         x,
         w,
         bias,
@@ -186,7 +190,7 @@ def conv2d_grad_input(
         If the shapes do not belong to one convolution, an option has a value that ``conv2d``
         refuses, ``output`` is missing, or ``algorithm`` does not serve the problem.
     """
-    return _core.conv2d_grad_input(
+    return _for(dy).conv2d_grad_input(
         dy,
         w,
         normalize_shape(input_shape, "input_shape"),
@@ -288,7 +292,7 @@ def conv2d_grad_filter(
         If the shapes do not belong to one convolution, an option has a value that ``conv2d``
         refuses, ``output`` is missing, or ``algorithm`` does not serve the problem.
     """
-    return _core.conv2d_grad_filter(
+    return _for(x).conv2d_grad_filter(
         x,
         dy,
         normalize_shape(filter_shape, "filter_shape"),
@@ -374,7 +378,7 @@ def max_pool2d(
         If a shape or the value of an option is not one of those stated above, or the window is
         larger than the padded input.
     """
-    return _core.max_pool2d(
+    return _for(x).max_pool2d(
         x,
         bool(return_argmax),
         **_pool2d_options(pool_size, strides, padding, data_format),
@@ -423,7 +427,7 @@ def max_pool2d_grad(
         If the shapes do not belong to one pooling, an option has a value that ``max_pool2d``
         refuses, or ``argmax`` holds a value outside the window.
     """
-    return _core.max_pool2d_grad(
+    return _for(dy).max_pool2d_grad(
         dy,
         argmax,
         normalize_shape(input_shape, "input_shape"),
@@ -471,7 +475,9 @@ def avg_pool2d(
         If a shape or the value of an option is not one of those stated above, or the window is
         larger than the padded input.
     """
-    return _core.avg_pool2d(x, **_pool2d_options(pool_size, strides, padding, data_format), out=out)
+    return _for(x).avg_pool2d(
+        x, **_pool2d_options(pool_size, strides, padding, data_format), out=out
+    )
 
 
 def avg_pool2d_grad(
@@ -511,7 +517,7 @@ def avg_pool2d_grad(
         If the shapes do not belong to one pooling, or an option has a value that ``avg_pool2d``
         refuses.
     """
-    return _core.avg_pool2d_grad(
+    return _for(dy).avg_pool2d_grad(
         dy,
         normalize_shape(input_shape, "input_shape"),
         **_pool2d_options(pool_size, strides, padding, data_format),
@@ -709,7 +715,9 @@ def info() -> dict[str, Any]:
     facts
         ``version``; ``isa``, the instruction set in use; ``isa_available``, those that this build
         and this CPU have, best first (``FASTCONV_ISA`` in the environment chooses one);
-        ``num_threads``; ``cuda``, a dict of ``available`` and, where it is not, the ``reason``.
+        ``num_threads``; ``cuda``, a dict of ``available``, the ``reason`` where it is not and,
+        where this build has CUDA kernels, their ``library``, the versions of CUDA's ``runtime``
+        and ``driver``, and the ``devices`` found.
 
     Raises
     ------
@@ -721,8 +729,15 @@ def info() -> dict[str, Any]:
         "isa": _core.isa(),
         "isa_available": _core.available_isas(),
         "num_threads": _core.get_num_threads(),
-        "cuda": {"available": False, "reason": "this build has no CUDA kernels"},
+        "cuda": _cuda.availability(),
     }
+
+
+def _for(array: Any) -> Any:
+    """The compiled functions for arrays like this one: on the host, or on a GPU."""
+    if type(array) is np.ndarray or not _cuda.is_device_array(array):
+        return _core
+    return _cuda
 
 
 def _pool2d_options(pool_size: Any, strides: Any, padding: Any, data_format: Any) -> dict[str, Any]:

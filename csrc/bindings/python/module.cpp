@@ -2,22 +2,21 @@
 // problem asks for, makes strided or misaligned ones dense, releases the GIL and calls the
 // operation. Options arrive normalised by fastconv/_arguments.py; their values are checked by
 // core/problem.hpp. std::invalid_argument, the base of InvalidArgument, becomes ValueError.
-#include <cxxabi.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstdint>
 #include <optional>
-#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "bindings/python/cuda.hpp"
+#include "bindings/python/signatures.hpp"
 #include "core/cpu_features.hpp"
 #include "core/cpu_limits.hpp"
 #include "core/error.hpp"
@@ -32,130 +31,14 @@ namespace py = pybind11;
 
 namespace {
 
-// Lets other Python threads run while it lives. A daemon thread may come back to an interpreter that
-// is shutting down, or be waiting for the GIL when that begins. CPython before 3.14 then ends it by
-// pthread_exit, which glibc does by unwinding its stack, through destructors that abort, as
-// pybind11's own does, or touch Python objects without the GIL. Here such a thread waits for the
-// process's end instead, as Python 3.14 has all threads do.
-class GilReleased {
- public:
-  GilReleased() : state_(PyEval_SaveThread()) {}
-  ~GilReleased() {
-#if defined(__GLIBCXX__)
-    try {
-      PyEval_RestoreThread(state_);
-    } catch (abi::__forced_unwind&) {
-      for (;;) pause();
-    }
-#else
-    PyEval_RestoreThread(state_);
-#endif
-  }
-  GilReleased(const GilReleased&) = delete;
-  GilReleased& operator=(const GilReleased&) = delete;
-
- private:
-  PyThreadState* state_;
-};
-
+using namespace fastconv::python;
 using std::int64_t;
-
-using Pair = std::array<int64_t, 2>;
-using Shape = std::array<int64_t, 4>;
-using PaddingOption = std::pair<std::string, std::array<int64_t, 4>>;  // kind; top .. right
 
 // The arrays that kernels read. Constructing one from an array of the same type copies only where
 // strides or alignment ask for it.
 constexpr int kDense = int{py::array::c_style} | int{py::detail::npy_api::NPY_ARRAY_ALIGNED_};
 template <class T>
 using Dense = py::array_t<T, kDense>;
-
-template <class... Parts>
-std::string text(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
-}
-
-std::string python_text(py::handle object) { return py::str(object); }
-
-// --- options --------------------------------------------------------------------------------------
-
-template <class Value, std::size_t Count>
-Value parse(const char* name, const std::string& given,
-            const std::array<std::pair<const char*, Value>, Count>& choices) {
-  std::string allowed;
-  for (const auto& [choice, value] : choices) {
-    if (given == choice) return value;
-    allowed += text(allowed.empty() ? "'" : ", '", choice, "'");
-  }
-  throw fastconv::InvalidArgument(
-      text("`", name, "` must be one of ", allowed, ". Received: ", name, "='", given, "'"));
-}
-
-fastconv::Layout parse_data_format(const std::string& given) {
-  using fastconv::Layout;
-  return parse<Layout, 2>("data_format", given,
-                          {{{"channels_last", Layout::nhwc}, {"channels_first", Layout::nchw}}});
-}
-
-fastconv::Activation parse_activation(const std::string& given) {
-  using fastconv::Activation;
-  return parse<Activation, 2>("activation", given,
-                              {{{"linear", Activation::linear}, {"relu", Activation::relu}}});
-}
-
-fastconv::Padding parse_padding(const PaddingOption& given) {
-  using Kind = fastconv::Padding::Kind;
-  const auto& [kind, sides] = given;
-  return {parse<Kind, 3>(
-              "padding", kind,
-              {{{"valid", Kind::valid}, {"same", Kind::same}, {"explicit", Kind::explicit_sides}}}),
-          sides[0], sides[1], sides[2], sides[3]};
-}
-
-struct Conv2dOptions {
-  Pair strides;
-  PaddingOption padding;
-  Pair dilation_rate;
-  int64_t groups;
-  std::string activation;
-  std::string data_format;
-  std::optional<std::string> algorithm;
-
-  const char* algorithm_name() const { return algorithm ? algorithm->c_str() : nullptr; }
-
-  // Messages name the shapes as the caller gave them: an array's, or an argument.
-  fastconv::Conv2dProblem problem(const Shape& x, const Shape& w, const char* x_name = "x.shape",
-                                  const char* w_name = "w.shape") const {
-    return fastconv::make_conv2d_problem({.x_shape = x,
-                                          .filter_shape = w,
-                                          .strides = strides,
-                                          .dilations = dilation_rate,
-                                          .padding = parse_padding(padding),
-                                          .groups = groups,
-                                          .layout = parse_data_format(data_format),
-                                          .activation = parse_activation(activation),
-                                          .x_shape_name = x_name,
-                                          .filter_shape_name = w_name});
-  }
-};
-
-struct Pool2dOptions {
-  Pair pool_size;
-  Pair strides;
-  PaddingOption padding;
-  std::string data_format;
-
-  fastconv::Pool2dProblem problem(const Shape& x, const char* x_name = "x.shape") const {
-    return fastconv::make_pool2d_problem({.x_shape = x,
-                                          .pool_size = pool_size,
-                                          .strides = strides,
-                                          .padding = parse_padding(padding),
-                                          .layout = parse_data_format(data_format),
-                                          .x_shape_name = x_name});
-  }
-};
 
 // --- arrays ---------------------------------------------------------------------------------------
 
@@ -561,92 +444,17 @@ py::tuple conv2d_max_pool2d_grad(const py::object& x_object, const py::object& w
 
 // --- module ---------------------------------------------------------------------------------------
 
+// As define_operations takes them.
 template <const Operations& operations>
-void define_operations(py::module_& m) {
-  m.def(
-      "conv2d",
-      [](const py::object& x, const py::object& w, const py::object& bias, Pair strides,
-         PaddingOption padding, Pair dilation_rate, int64_t groups, std::string activation,
-         std::string data_format, std::optional<std::string> algorithm, const py::object& out) {
-        return conv2d<operations>(
-            x, w, bias,
-            {strides, std::move(padding), dilation_rate, groups, std::move(activation),
-             std::move(data_format), std::move(algorithm)},
-            out);
-      },
-      py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("strides"), py::arg("padding"),
-      py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"), py::arg("data_format"),
-      py::arg("algorithm") = py::none(), py::arg("out") = py::none());
-  m.def(
-      "conv2d_grad_input",
-      [](const py::object& dy, const py::object& w, const Shape& input_shape,
-         const py::object& output, Pair strides, PaddingOption padding, Pair dilation_rate,
-         int64_t groups, std::string activation, std::string data_format,
-         std::optional<std::string> algorithm, const py::object& out) {
-        return conv2d_grad_input<operations>(
-            dy, w, input_shape, output,
-            {strides, std::move(padding), dilation_rate, groups, std::move(activation),
-             std::move(data_format), std::move(algorithm)},
-            out);
-      },
-      py::arg("dy"), py::arg("w"), py::arg("input_shape"), py::arg("output"), py::arg("strides"),
-      py::arg("padding"), py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"),
-      py::arg("data_format"), py::arg("algorithm") = py::none(), py::arg("out") = py::none());
-  m.def(
-      "conv2d_grad_filter",
-      [](const py::object& x, const py::object& dy, const Shape& filter_shape,
-         const py::object& output, bool return_bias_grad, Pair strides, PaddingOption padding,
-         Pair dilation_rate, int64_t groups, std::string activation, std::string data_format,
-         std::optional<std::string> algorithm, const py::object& out) {
-        return conv2d_grad_filter<operations>(
-            x, dy, filter_shape, output, return_bias_grad,
-            {strides, std::move(padding), dilation_rate, groups, std::move(activation),
-             std::move(data_format), std::move(algorithm)},
-            out);
-      },
-      py::arg("x"), py::arg("dy"), py::arg("filter_shape"), py::arg("output"),
-      py::arg("return_bias_grad"), py::arg("strides"), py::arg("padding"), py::arg("dilation_rate"),
-      py::arg("groups"), py::arg("activation"), py::arg("data_format"),
-      py::arg("algorithm") = py::none(), py::arg("out") = py::none());
-  m.def(
-      "max_pool2d",
-      [](const py::object& x, bool return_argmax, Pair pool_size, Pair strides,
-         PaddingOption padding, std::string data_format, const py::object& out) {
-        return max_pool2d<operations>(
-            x, return_argmax, {pool_size, strides, std::move(padding), std::move(data_format)},
-            out);
-      },
-      py::arg("x"), py::arg("return_argmax"), py::arg("pool_size"), py::arg("strides"),
-      py::arg("padding"), py::arg("data_format"), py::arg("out") = py::none());
-  m.def(
-      "max_pool2d_grad",
-      [](const py::object& dy, const py::object& argmax, const Shape& input_shape, Pair pool_size,
-         Pair strides, PaddingOption padding, std::string data_format, const py::object& out) {
-        return max_pool2d_grad<operations>(
-            dy, argmax, input_shape,
-            {pool_size, strides, std::move(padding), std::move(data_format)}, out);
-      },
-      py::arg("dy"), py::arg("argmax"), py::arg("input_shape"), py::arg("pool_size"),
-      py::arg("strides"), py::arg("padding"), py::arg("data_format"), py::arg("out") = py::none());
-  m.def(
-      "avg_pool2d",
-      [](const py::object& x, Pair pool_size, Pair strides, PaddingOption padding,
-         std::string data_format, const py::object& out) {
-        return avg_pool2d<operations>(
-            x, {pool_size, strides, std::move(padding), std::move(data_format)}, out);
-      },
-      py::arg("x"), py::arg("pool_size"), py::arg("strides"), py::arg("padding"),
-      py::arg("data_format"), py::arg("out") = py::none());
-  m.def(
-      "avg_pool2d_grad",
-      [](const py::object& dy, const Shape& input_shape, Pair pool_size, Pair strides,
-         PaddingOption padding, std::string data_format, const py::object& out) {
-        return avg_pool2d_grad<operations>(
-            dy, input_shape, {pool_size, strides, std::move(padding), std::move(data_format)}, out);
-      },
-      py::arg("dy"), py::arg("input_shape"), py::arg("pool_size"), py::arg("strides"),
-      py::arg("padding"), py::arg("data_format"), py::arg("out") = py::none());
-}
+struct OnHost {
+  static constexpr auto conv2d = &::conv2d<operations>;
+  static constexpr auto conv2d_grad_input = &::conv2d_grad_input<operations>;
+  static constexpr auto conv2d_grad_filter = &::conv2d_grad_filter<operations>;
+  static constexpr auto max_pool2d = &::max_pool2d<operations>;
+  static constexpr auto max_pool2d_grad = &::max_pool2d_grad<operations>;
+  static constexpr auto avg_pool2d = &::avg_pool2d<operations>;
+  static constexpr auto avg_pool2d_grad = &::avg_pool2d_grad<operations>;
+};
 
 template <const Operations& operations>
 void define_fused_operations(py::module_& m) {
@@ -725,11 +533,8 @@ py::dict explain(const Shape& input_shape, const Shape& filter_shape, const std:
   const Conv2dOptions options{strides, std::move(padding),    dilation_rate,
                               groups,  std::move(activation), std::move(data_format),
                               {}};
-  using fastconv::Direction;
   const auto problem = options.problem(input_shape, filter_shape, "input_shape", "filter_shape");
-  const Direction parsed = parse<Direction, 3>(
-      "direction", direction,
-      {{{"fprop", Direction::fprop}, {"dgrad", Direction::dgrad}, {"wgrad", Direction::wgrad}}});
+  const fastconv::Direction parsed = parse_direction(direction);
   fastconv::Explanation explanation;
   {
     const GilReleased unlocked;  // the first call measures the machine
@@ -756,21 +561,23 @@ py::dict explain(const Shape& input_shape, const Shape& filter_shape, const std:
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "The compiled part of fastconv; use it through fastconv's own functions.";
   m.attr("__version__") = FASTCONV_VERSION;
-  define_operations<kKernels>(m);
+  define_operations<OnHost<kKernels>>(m);
   define_fused_operations<kKernels>(m);
   py::module_ reference = m.def_submodule(
       "reference", "The same operations, slow and obvious: what tests compare the kernels with.");
-  define_operations<kReference>(reference);
+  define_operations<OnHost<kReference>>(reference);
   define_fused_operations<kReference>(reference);
   py::module_ timed = m.def_submodule(
       "timed", "The kernels again, each run `calls` times in one call; for benchmarks.");
-  define_operations<kTimed>(timed);
+  define_operations<OnHost<kTimed>>(timed);
   define_fused_operations<kTimed>(timed);
   timed.def("set_calls", &set_timed_calls, py::arg("calls"));
   timed.def("nanoseconds", [] { return t_stopwatch.nanoseconds; });
   timed.def("flops", &measured_flops, py::arg("seconds"));
   timed.def("bandwidth", &measured_bandwidth, py::arg("stream"), py::arg("bytes"),
             py::arg("seconds"));
+  py::module_ cuda = m.def_submodule("cuda", "The operations on a GPU, and arrays there.");
+  define_cuda(cuda);
   m.def("set_num_threads", &set_num_threads, py::arg("num_threads"));
   m.def("get_num_threads", &fastconv::num_threads);
   m.def("num_threads_is_default", &fastconv::num_threads_is_default);
