@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+import cuda_support
 from fastconv import _core
 from running import running_on
 
@@ -54,3 +55,10 @@ def executed_in_xla():
 
     xla.available()  # which runs a kernel the first time
     return _counter(xla.ops_executed)
+
+
+@pytest.fixture(scope="module", params=cuda_support.BACKENDS)
+def gpu(request):
+    """The name of the module that computes for ``fastconv.cuda``."""
+    with cuda_support.using_library(cuda_support.library(request.param)):
+        yield request.param

@@ -38,7 +38,6 @@ _COMMON = [
     "-fno-math-errno",
     "-fvisibility=hidden",
     "-DFASTCONV_CUDA_EMULATE",
-    "-DFASTCONV_CUDA_MODULE",
 ]
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 # Of the kernels, and of the emulator itself.
@@ -85,6 +84,7 @@ def build(name, sources, kind):
             [
                 *compiler(),
                 "-shared",
+                "-Wl,-Bsymbolic",
                 *(_SANITIZERS if kind == "asan" else ["-Wl,--no-undefined"]),
                 *map(str, made),
                 "-o",

@@ -4,7 +4,8 @@
 //
 //   Attributes   integers<N>(name), text(name)
 //   Tensor       type(), rank(), dim(axis), data(), floats()
-//   Context      num_inputs(), num_outputs(), output_type(i), input(i), output(i, shape)
+//   Context      num_inputs(), num_outputs(), output_type(i), input(i), output(i, shape);
+//                operations(), unless they are those of the host
 //
 // The gradient ops take the forward op's input itself rather than its shape: a shape tensor would
 // cost one or two more ops a step, and the input lives until then anyway (the filter's gradient, or
@@ -95,6 +96,85 @@ void check_shape(const auto& tensor, const char* name, std::span<const int64_t> 
                         ".shape=" + shape_text(tensor));
 }
 
+// --- where a kernel computes ------------------------------------------------------------------
+
+// What a window takes from its argmax's pixel: the transpose of max_pool2d_bprop. It serves second
+// derivatives alone, so it is plain.
+template <class Tap>
+void gather_at_argmax(const Pool2dProblem& p, const float* x, const Tap* argmax, float* y) {
+  const bool channels_first = p.layout == Layout::nchw;
+  const int64_t channel_step = channels_first ? p.h * p.w : 1;
+  const int64_t pixel_step = channels_first ? 1 : p.c;
+  const Shape4 shape = p.y_shape();
+  int64_t at = 0;
+  for (int64_t n = 0; n < shape[0]; ++n) {
+    for (int64_t a = 0; a < shape[1]; ++a) {
+      for (int64_t b = 0; b < shape[2]; ++b) {
+        for (int64_t d = 0; d < shape[3]; ++d, ++at) {
+          const int64_t i = channels_first ? b : a, j = channels_first ? d : b;
+          const int64_t c = channels_first ? a : d;
+          const int64_t row = i * p.stride_h - p.pad_top + argmax[at] / p.s;
+          const int64_t column = j * p.stride_w - p.pad_left + argmax[at] % p.s;
+          // An argmax is data: one that names no pixel must not make us read outside.
+          const bool inside = row >= 0 && row < p.h && column >= 0 && column < p.w;
+          y[at] =
+              inside ? x[n * p.h * p.w * p.c + (row * p.w + column) * pixel_step + c * channel_step]
+                     : 0.0f;
+        }
+      }
+    }
+  }
+}
+
+struct HostOperations {
+  void conv2d_fprop(const Conv2dProblem& p, const float* x, const float* filter, const float* bias,
+                    float* y) const {
+    fastconv::conv2d_fprop(p, x, filter, bias, y);
+  }
+  void conv2d_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, const float* y,
+                    float* dx) const {
+    fastconv::conv2d_dgrad(p, dy, filter, y, dx);
+  }
+  void conv2d_wgrad(const Conv2dProblem& p, const float* x, const float* dy, const float* y,
+                    float* dfilter, float* dbias) const {
+    fastconv::conv2d_wgrad(p, x, dy, y, dfilter, dbias);
+  }
+  void max_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y, void* argmax) const {
+    fastconv::max_pool2d_fprop(p, x, y, argmax);
+  }
+  void max_pool2d_bprop(const Pool2dProblem& p, const float* dy, const void* argmax,
+                        float* dx) const {
+    fastconv::max_pool2d_bprop(p, dy, argmax, dx);
+  }
+  template <class Tap>
+  void gather_at_argmax(const Pool2dProblem& p, const float* x, const Tap* argmax, float* y) const {
+    framework::gather_at_argmax(p, x, argmax, y);
+  }
+  void avg_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y) const {
+    fastconv::avg_pool2d_fprop(p, x, y);
+  }
+  void avg_pool2d_bprop(const Pool2dProblem& p, const float* dy, float* dx) const {
+    fastconv::avg_pool2d_bprop(p, dy, dx);
+  }
+  void conv2d_pool_fprop(const Conv2dProblem& p, const float* x, const float* filter,
+                         const float* bias, float* y, std::uint8_t* argmax) const {
+    fastconv::conv2d_pool_fprop(p, x, filter, bias, y, argmax);
+  }
+  void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filter,
+                         const float* dy, const float* y, const std::uint8_t* argmax, float* dx,
+                         float* dfilter, float* dbias) const {
+    fastconv::conv2d_pool_bprop(p, x, filter, dy, y, argmax, dx, dfilter, dbias);
+  }
+};
+
+auto operations_of(const auto& context) {
+  if constexpr (requires { context.operations(); }) {
+    return context.operations();
+  } else {
+    return HostOperations{};
+  }
+}
+
 // --- convolution ------------------------------------------------------------------------------
 //
 // A kernel class names its op, its attributes, inputs and outputs, and the input that has the shape
@@ -173,7 +253,8 @@ class Conv2d : public Conv2dKernel {
     const Conv2dProblem p = problem(rank4_shape(x, "x"), filter);
     if (bias) check_shape(*bias, "bias", std::array{p.k});
     const auto y = context.output(0, p.y_shape());
-    conv2d_fprop(p, x.floats(), filter.floats(), bias ? bias->floats() : nullptr, y.floats());
+    operations_of(context).conv2d_fprop(p, x.floats(), filter.floats(),
+                                        bias ? bias->floats() : nullptr, y.floats());
   }
 };
 
@@ -194,7 +275,7 @@ class Conv2dGradInput : public Conv2dKernel {
     check_shape(dy, "dy", p.y_shape());
     const float* mask = checked_mask(p, context, output);
     const auto dx = context.output(0, p.x_shape());
-    conv2d_dgrad(p, dy.floats(), filter.floats(), mask, dx.floats());
+    operations_of(context).conv2d_dgrad(p, dy.floats(), filter.floats(), mask, dx.floats());
   }
 };
 
@@ -216,7 +297,8 @@ class Conv2dGradFilter : public Conv2dKernel {
     const float* mask = checked_mask(p, context, output);
     const auto dfilter = context.output(0, p.filter_shape());
     if (context.num_outputs() == 1) {
-      conv2d_wgrad(p, x.floats(), dy.floats(), mask, dfilter.floats(), nullptr);
+      operations_of(context).conv2d_wgrad(p, x.floats(), dy.floats(), mask, dfilter.floats(),
+                                          nullptr);
       return;
     }
     if (context.num_outputs() > 2) {
@@ -224,7 +306,8 @@ class Conv2dGradFilter : public Conv2dKernel {
                             std::to_string(context.num_outputs() - 1));
     }
     const auto dbias = context.output(1, std::array{p.k});
-    conv2d_wgrad(p, x.floats(), dy.floats(), mask, dfilter.floats(), dbias.floats());
+    operations_of(context).conv2d_wgrad(p, x.floats(), dy.floats(), mask, dfilter.floats(),
+                                        dbias.floats());
   }
 };
 
@@ -266,7 +349,7 @@ class Conv2dTranspose : public Conv2dKernel {
     const Conv2dProblem p = problem(y_shape, filter);
     check_shape(x, "x", p.y_shape());  // the stride and the offset may not fit each other
     const auto y = context.output(0, y_shape);
-    conv2d_dgrad(p, x.floats(), filter.floats(), nullptr, y.floats());
+    operations_of(context).conv2d_dgrad(p, x.floats(), filter.floats(), nullptr, y.floats());
   }
 
  private:
@@ -333,7 +416,7 @@ class MaxPool2d : public Pool2dKernel {
     const auto x = context.input(0);
     const Pool2dProblem p = problem(x);
     const auto y = context.output(0, p.y_shape());
-    max_pool2d_fprop(p, x.floats(), y.floats(), nullptr);
+    operations_of(context).max_pool2d_fprop(p, x.floats(), y.floats(), nullptr);
   }
 };
 
@@ -354,7 +437,7 @@ class MaxPool2dWithArgmax : public Pool2dKernel {
     check_argmax_type(p, context.output_type(1));
     const auto y = context.output(0, p.y_shape());
     const auto argmax = context.output(1, p.y_shape());
-    max_pool2d_fprop(p, x.floats(), y.floats(), argmax.data());
+    operations_of(context).max_pool2d_fprop(p, x.floats(), y.floats(), argmax.data());
   }
 };
 
@@ -375,37 +458,9 @@ class MaxPool2dGrad : public Pool2dKernel {
     check_shape(argmax, "argmax", p.y_shape());
     check_shape(dy, "dy", p.y_shape());
     const auto dx = context.output(0, p.x_shape());
-    max_pool2d_bprop(p, dy.floats(), argmax.data(), dx.floats());
+    operations_of(context).max_pool2d_bprop(p, dy.floats(), argmax.data(), dx.floats());
   }
 };
-
-// What a window takes from its argmax's pixel: the transpose of max_pool2d_bprop. It serves second
-// derivatives alone, so it is plain.
-template <class Tap>
-void gather_at_argmax(const Pool2dProblem& p, const float* x, const Tap* argmax, float* y) {
-  const bool channels_first = p.layout == Layout::nchw;
-  const int64_t channel_step = channels_first ? p.h * p.w : 1;
-  const int64_t pixel_step = channels_first ? 1 : p.c;
-  const Shape4 shape = p.y_shape();
-  int64_t at = 0;
-  for (int64_t n = 0; n < shape[0]; ++n) {
-    for (int64_t a = 0; a < shape[1]; ++a) {
-      for (int64_t b = 0; b < shape[2]; ++b) {
-        for (int64_t d = 0; d < shape[3]; ++d, ++at) {
-          const int64_t i = channels_first ? b : a, j = channels_first ? d : b;
-          const int64_t c = channels_first ? a : d;
-          const int64_t row = i * p.stride_h - p.pad_top + argmax[at] / p.s;
-          const int64_t column = j * p.stride_w - p.pad_left + argmax[at] % p.s;
-          // An argmax is data: one that names no pixel must not make us read outside.
-          const bool inside = row >= 0 && row < p.h && column >= 0 && column < p.w;
-          y[at] =
-              inside ? x[n * p.h * p.w * p.c + (row * p.w + column) * pixel_step + c * channel_step]
-                     : 0.0f;
-        }
-      }
-    }
-  }
-}
 
 class MaxPool2dGradGrad : public Pool2dKernel {
  public:
@@ -424,11 +479,11 @@ class MaxPool2dGradGrad : public Pool2dKernel {
     check_shape(argmax, "argmax", p.y_shape());
     const auto ddy = context.output(0, p.y_shape());
     if (p.argmax_fits_byte()) {
-      gather_at_argmax(p, ddx.floats(), static_cast<const std::uint8_t*>(argmax.data()),
-                       ddy.floats());
+      operations_of(context).gather_at_argmax(
+          p, ddx.floats(), static_cast<const std::uint8_t*>(argmax.data()), ddy.floats());
     } else {
-      gather_at_argmax(p, ddx.floats(), static_cast<const std::int32_t*>(argmax.data()),
-                       ddy.floats());
+      operations_of(context).gather_at_argmax(
+          p, ddx.floats(), static_cast<const std::int32_t*>(argmax.data()), ddy.floats());
     }
   }
 };
@@ -447,7 +502,7 @@ class AveragePool2d : public Pool2dKernel {
     const auto x = context.input(0);
     const Pool2dProblem p = problem(x);
     const auto y = context.output(0, p.y_shape());
-    avg_pool2d_fprop(p, x.floats(), y.floats());
+    operations_of(context).avg_pool2d_fprop(p, x.floats(), y.floats());
   }
 };
 
@@ -466,7 +521,7 @@ class AveragePool2dGrad : public Pool2dKernel {
     const Pool2dProblem p = problem(x);
     check_shape(dy, "dy", p.y_shape());
     const auto dx = context.output(0, p.x_shape());
-    avg_pool2d_bprop(p, dy.floats(), dx.floats());
+    operations_of(context).avg_pool2d_bprop(p, dy.floats(), dx.floats());
   }
 };
 
@@ -496,12 +551,13 @@ class Conv2dMaxPool2d : public Conv2dKernel {
     const auto y = context.output(0, pool.y_shape());
     const float* const bias_data = bias ? bias->floats() : nullptr;
     if (context.num_outputs() == 1) {
-      conv2d_pool_fprop(p, x.floats(), filter.floats(), bias_data, y.floats(), nullptr);
+      operations_of(context).conv2d_pool_fprop(p, x.floats(), filter.floats(), bias_data,
+                                               y.floats(), nullptr);
       return;
     }
     const auto argmax = context.output(1, pool.y_shape());
-    conv2d_pool_fprop(p, x.floats(), filter.floats(), bias_data, y.floats(),
-                      static_cast<std::uint8_t*>(argmax.data()));
+    operations_of(context).conv2d_pool_fprop(p, x.floats(), filter.floats(), bias_data, y.floats(),
+                                             static_cast<std::uint8_t*>(argmax.data()));
   }
 };
 
@@ -544,9 +600,10 @@ class Conv2dMaxPool2dGrad : public Conv2dKernel {
     std::optional<Tensor> dx, dbias;
     if (num_dx) dx.emplace(context.output(1, p.x_shape()));
     if (num_bias) dbias.emplace(context.output(static_cast<int>(1 + num_dx), std::array{p.k}));
-    conv2d_pool_bprop(p, x.floats(), filter.floats(), dy.floats(), y.floats(),
-                      static_cast<const std::uint8_t*>(argmax.data()), dx ? dx->floats() : nullptr,
-                      dfilter.floats(), dbias ? dbias->floats() : nullptr);
+    operations_of(context).conv2d_pool_bprop(
+        p, x.floats(), filter.floats(), dy.floats(), y.floats(),
+        static_cast<const std::uint8_t*>(argmax.data()), dx ? dx->floats() : nullptr,
+        dfilter.floats(), dbias ? dbias->floats() : nullptr);
   }
 
  private:

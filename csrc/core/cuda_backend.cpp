@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
@@ -58,8 +59,8 @@ const Library* open_module(const std::string& path, std::string& reason) {
   }
   const auto get = reinterpret_cast<LibraryFunction*>(dlsym(module, kLibrarySymbol));
   const Library* const found = get != nullptr ? get() : nullptr;
-  if (found == nullptr || found->version != Library::kVersion ||
-      found->bytes != sizeof(Library) || found->conv2d_call_bytes != sizeof(Conv2dCall) ||
+  if (found == nullptr || found->version != Library::kVersion || found->bytes != sizeof(Library) ||
+      found->conv2d_call_bytes != sizeof(Conv2dCall) ||
       found->pool2d_call_bytes != sizeof(Pool2dCall)) {
     reason = path + " belongs to another version of fastconv";
     return nullptr;
@@ -126,6 +127,13 @@ void use_library(const std::string& path) {
   const std::lock_guard lock(mutex);
   current() = std::move(opened);
 }
+
+namespace {
+std::atomic<Float32Math> math_in_force{Float32Math::ieee};
+}
+
+Float32Math float32_math() { return math_in_force.load(); }
+void set_float32_math(Float32Math math) { math_in_force = math; }
 
 void check(const Library& library, Status status) {
   switch (status) {

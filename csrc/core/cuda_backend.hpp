@@ -23,10 +23,10 @@ class FASTCONV_API CudaError : public std::runtime_error {
 
 struct Availability {
   bool available = false;
-  std::string reason;        // why not
-  std::string library;       // path of the module; empty if there is none
-  int runtime_version = 0;   // 1000 * major + 10 * minor
-  int driver_version = 0;    // 0: no driver
+  std::string reason;       // why not
+  std::string library;      // path of the module; empty if there is none
+  int runtime_version = 0;  // 1000 * major + 10 * minor
+  int driver_version = 0;   // 0: no driver
   std::vector<DeviceDescription> devices;
 };
 
@@ -40,6 +40,10 @@ FASTCONV_API const Library& library();
 // Opens another module for the calls from now on; memory stays with the module that gave it. Tests
 // run the builds of the emulator side by side. Throws CudaError where it cannot be used.
 FASTCONV_API void use_library(const std::string& path);
+
+// What float32 products are computed in, in the whole process; ieee until it is set.
+FASTCONV_API Float32Math float32_math();
+FASTCONV_API void set_float32_math(Float32Math math);
 
 // Throws InvalidArgument, std::bad_alloc or CudaError for what is no success.
 FASTCONV_API void check(const Library& library, Status status);

@@ -20,25 +20,25 @@
 #endif
 
 #if defined(FASTCONV_CUDA_EMULATE)
-#define FASTCONV_SHARED(name, ...)                                       \
-  using name##_shared_type = __VA_ARGS__;                                \
-  static const char name##_identity = 0;                                 \
-  auto& name = *static_cast<name##_shared_type*>(                        \
+#define FASTCONV_SHARED(name, ...)                \
+  using name##_shared_type = __VA_ARGS__;         \
+  static const char name##_identity = 0;          \
+  auto& name = *static_cast<name##_shared_type*>( \
       ::fastconv::emulator::static_shared(&name##_identity, sizeof(name##_shared_type), 128))
 #define FASTCONV_DYNAMIC_SHARED(type, name) \
   type* const name = static_cast<type*>(::fastconv::emulator::dynamic_shared())
 #else
-#define FASTCONV_SHARED(name, ...)       \
+#define FASTCONV_SHARED(name, ...)        \
   using name##_shared_type = __VA_ARGS__; \
   __shared__ __align__(128) name##_shared_type name
-#define FASTCONV_DYNAMIC_SHARED(type, name)                            \
+#define FASTCONV_DYNAMIC_SHARED(type, name)                                 \
   extern __shared__ __align__(128) unsigned char fastconv_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(fastconv_dynamic_shared)
 #endif
 
 // Returns from a function that returns cudaError_t where `call` fails.
-#define FASTCONV_CUDA_TRY(call)                                       \
-  do {                                                                \
+#define FASTCONV_CUDA_TRY(call)                                                  \
+  do {                                                                           \
     if (const cudaError_t error_ = (call); error_ != cudaSuccess) return error_; \
   } while (false)
 

@@ -272,16 +272,13 @@ Status destroy_stream(int device, void* stream) {
 }
 
 Status wait(int device, void* stream) {
-  return on_device(device, [&] {
-    check(cudaStreamSynchronize(stream_of(stream)), "waiting for a stream");
-  });
+  return on_device(
+      device, [&] { check(cudaStreamSynchronize(stream_of(stream)), "waiting for a stream"); });
 }
 
 class Event {
  public:
-  Event() {
-    check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "making an event");
-  }
+  Event() { check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "making an event"); }
   ~Event() {
     if (event_ != nullptr) cudaEventDestroy(event_);
   }
@@ -354,8 +351,8 @@ void check_sizes(const Conv2dProblem& p) {
 // other.
 struct Conv2dPlan {
   Conv2dSpec spec;
-  bool masked = false;        // dz is needed
-  bool reduces = false;       // activation_grad has something to do
+  bool masked = false;                         // dz is needed
+  bool reduces = false;                        // activation_grad has something to do
   const Conv2dAlgorithm* algorithm = nullptr;  // null: dbias alone is wanted
   std::size_t dz_bytes = 0, reduction_bytes = 0, algorithm_bytes = 0;
 
@@ -411,9 +408,9 @@ void run(const Conv2dCall& call, const Conv2dPlan& made, const Device& device, c
   operands.bias = call.bias;
   operands.dy = made.masked ? dz : call.dy;
   operands.out = call.out;
-  check(made.algorithm->run(made.spec, operands,
-                            {device, stream, reduction + made.reduction_bytes}),
-        made.algorithm->name);
+  check(
+      made.algorithm->run(made.spec, operands, {device, stream, reduction + made.reduction_bytes}),
+      made.algorithm->name);
 }
 
 Status conv2d_workspace(int device, const Conv2dCall* call, std::size_t* bytes) {

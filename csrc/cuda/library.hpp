@@ -45,9 +45,9 @@ struct Conv2dCall {
   const void* filter = nullptr;
   const void* bias = nullptr;
   const void* dy = nullptr;
-  const void* y = nullptr;   // fprop's output, of the backward directions with ReLU
-  void* out = nullptr;       // y, dx or dfilter
-  void* dbias = nullptr;     // of wgrad
+  const void* y = nullptr;  // fprop's output, of the backward directions with ReLU
+  void* out = nullptr;      // y, dx or dfilter
+  void* dbias = nullptr;    // of wgrad
 };
 
 enum class Pooling : std::uint8_t { max, average };
@@ -87,8 +87,7 @@ struct Library {
   Status (*allocate)(int device, void* stream, std::size_t bytes, void** pointer);
   Status (*release)(int device, void* stream, void* pointer);
   // What comes from the host has been read when it returns; what goes there has been written.
-  Status (*copy_from_host)(int device, void* stream, void* to, const void* from,
-                           std::size_t bytes);
+  Status (*copy_from_host)(int device, void* stream, void* to, const void* from, std::size_t bytes);
   Status (*copy_to_host)(int device, void* stream, void* to, const void* from, std::size_t bytes);
   Status (*fill_zero)(int device, void* stream, void* to, std::size_t bytes);
 

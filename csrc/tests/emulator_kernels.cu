@@ -140,8 +140,8 @@ __global__ void __launch_bounds__(kThreads) reverse(const float* in, float* out,
 template <int kBug>
 cudaError_t run_bug(int bug, const float* in, float* out, int blocks, int n) {
   if (bug == kBug)
-    return launch(reverse<kBug>, dim3(unsigned(blocks)), dim3(kThreads),
-                  kThreads * sizeof(float), nullptr, in, out, n);
+    return launch(reverse<kBug>, dim3(unsigned(blocks)), dim3(kThreads), kThreads * sizeof(float),
+                  nullptr, in, out, n);
   if constexpr (kBug == kWriteOfConstant)
     return cudaErrorInvalidValue;
   else
@@ -216,8 +216,8 @@ EXPORT test_load_rows(const float* in, float* out, int distance) {
   return launch(load_rows, dim3(1), dim3(32), std::size_t(32 * distance + 4) * 4, nullptr, in, out,
                 distance);
 }
-EXPORT test_convert(const float* in, __half* half_out, __nv_bfloat16* bfloat_out,
-                    float* half_back, float* bfloat_back, int n) {
+EXPORT test_convert(const float* in, __half* half_out, __nv_bfloat16* bfloat_out, float* half_back,
+                    float* bfloat_back, int n) {
   return launch(convert, dim3(unsigned(n + 255) / 256), dim3(256), 0, nullptr, in, half_out,
                 bfloat_out, half_back, bfloat_back, n);
 }

@@ -56,8 +56,6 @@ __all__ = [
     "using_stream",
 ]
 
-_MATHS = ("ieee", "tf32")
-
 
 def is_available() -> bool:
     """Whether there is a GPU to compute on; ``fastconv.info()["cuda"]`` says why not."""

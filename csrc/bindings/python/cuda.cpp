@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -31,7 +30,6 @@ using cuda::Library;
 using cuda::Memory;
 
 thread_local void* t_stream = nullptr;
-std::atomic<cuda::Float32Math> g_math{cuda::Float32Math::ieee};
 
 // Handles of the protocols: 1 is the legacy default stream too.
 void* stream_of_handle(std::uintptr_t handle) {
@@ -60,9 +58,10 @@ std::size_t bytes_of(Element element) { return kElementTypes[element].bits / 8; 
 Element element_named(const std::string& name) {
   for (std::size_t i = 0; i < kElementTypes.size(); ++i)
     if (name == kElementTypes[i].name) return Element(i);
-  throw py::type_error(text("Arrays on a GPU must be of float32, float16, bfloat16, uint8 or int32. "
-                            "Received: dtype=",
-                            name));
+  throw py::type_error(
+      text("Arrays on a GPU must be of float32, float16, bfloat16, uint8 or int32. "
+           "Received: dtype=",
+           name));
 }
 
 cuda::DataType data_type(Element element) {
@@ -212,8 +211,8 @@ ArrayPointer import_capsule(PyObject* capsule, const char* capsule_name, const c
   bool read_only = false;
   if constexpr (requires { managed->flags; }) {
     if (managed->version.major != 1) {
-      throw InvalidArgument(text("DLPack's version must be 0 or 1. Received: version ",
-                                 managed->version.major));
+      throw InvalidArgument(
+          text("DLPack's version must be 0 or 1. Received: version ", managed->version.major));
     }
     read_only = (managed->flags & 1) != 0;
   }
@@ -232,7 +231,8 @@ ArrayPointer import_dlpack(const py::object& object, const char* name) {
 }
 
 std::shared_ptr<void> python_owner(const py::object& object) {
-  return {object.inc_ref().ptr(), [](void* pointer) { Py_DECREF(static_cast<PyObject*>(pointer)); }};
+  return {object.inc_ref().ptr(),
+          [](void* pointer) { Py_DECREF(static_cast<PyObject*>(pointer)); }};
 }
 
 ArrayPointer import_interface(const py::object& object, const py::dict& interface,
@@ -263,8 +263,8 @@ ArrayPointer import_interface(const py::object& object, const py::dict& interfac
   if (array->size() > 0) {
     cuda::check(*array->library, array->library->device_of(array->data, &array->device));
     if (array->device < 0) {
-      throw InvalidArgument(text("`", name, "` must be on a CUDA device. Received: ", name,
-                                 " whose memory is not"));
+      throw InvalidArgument(
+          text("`", name, "` must be on a CUDA device. Received: ", name, " whose memory is not"));
     }
   }
   if (interface.contains("stream") && !interface["stream"].is_none()) {
@@ -348,8 +348,8 @@ py::capsule export_capsule(const ArrayPointer& array, void* consumer, const char
 py::capsule to_dlpack(const ArrayPointer& array, const py::object& stream,
                       const py::object& max_version, const py::object& device,
                       const py::object& copy) {
-  if (!device.is_none() && device.cast<std::pair<int, int>>() !=
-                               std::pair<int, int>{dlpack::kCuda, array->device}) {
+  if (!device.is_none() &&
+      device.cast<std::pair<int, int>>() != std::pair<int, int>{dlpack::kCuda, array->device}) {
     throw py::buffer_error("An array on a GPU is handed over where it is. Received: dl_device=" +
                            python_text(device));
   }
@@ -357,8 +357,8 @@ py::capsule to_dlpack(const ArrayPointer& array, const py::object& stream,
     throw py::buffer_error("An array on a GPU is handed over as it is. Received: copy=True");
   const int64_t handle = stream.is_none() ? 1 : stream.cast<int64_t>();
   if (handle == 0 || handle < -1) {
-    throw InvalidArgument(
-        text("`stream` must be None, -1, 1, 2 or the handle of a stream. Received: stream=", handle));
+    throw InvalidArgument(text(
+        "`stream` must be None, -1, 1, 2 or the handle of a stream. Received: stream=", handle));
   }
   void* consumer = array->stream;
   if (handle != -1) {
@@ -378,8 +378,8 @@ py::dict to_interface(const DeviceArray& array) {
   }
   return py::dict(py::arg("version") = 3, py::arg("shape") = py::tuple(py::cast(array.shape)),
                   py::arg("typestr") = type.interface,
-                  py::arg("data") = py::make_tuple(reinterpret_cast<std::uintptr_t>(array.data),
-                                                   array.read_only),
+                  py::arg("data") =
+                      py::make_tuple(reinterpret_cast<std::uintptr_t>(array.data), array.read_only),
                   py::arg("strides") = py::none(),
                   py::arg("stream") = handle_of_stream(array.stream));
 }
@@ -468,8 +468,7 @@ class Arrays {
     const DeviceArray& first = *all_.front();
     if (array.element > kBfloat16) {
       throw py::type_error(text("`", name, "` must have dtype float32, float16 or bfloat16. ",
-                                "Received: ", name,
-                                ".dtype=", kElementTypes[array.element].name));
+                                "Received: ", name, ".dtype=", kElementTypes[array.element].name));
     }
     if (array.element != first.element) {
       throw py::type_error(text("All arrays must have the dtype of the first, ",
@@ -514,8 +513,7 @@ class Arrays {
     for (const ArrayPointer& input : inputs) {
       if (begin(array) < begin(*input) + input->bytes() &&
           begin(*input) < begin(array) + array.bytes()) {
-        throw InvalidArgument(
-            "`out` must not share memory with an input. Received: out that does");
+        throw InvalidArgument("`out` must not share memory with an input. Received: out that does");
       }
     }
     return all_.back();
@@ -537,8 +535,7 @@ class Arrays {
     {
       const GilReleased unlocked;
       for (const ArrayPointer& array : all_) {
-        if (array->memory)
-          cuda::check(library(), library().order(device(), array->stream, stream));
+        if (array->memory) cuda::check(library(), library().order(device(), array->stream, stream));
       }
       enqueue();
     }
@@ -550,10 +547,10 @@ class Arrays {
  private:
   const DeviceArray& add(const py::object& object, const char* name) {
     ArrayPointer array = import_array(object, name);
-    if (!all_.empty() &&
-        (array->device != device() || array->library != all_.front()->library)) {
-      throw InvalidArgument(text("All arrays must be on one device. Received: ", name, " on device ",
-                                 array->device, ", the first array on device ", device()));
+    if (!all_.empty() && (array->device != device() || array->library != all_.front()->library)) {
+      throw InvalidArgument(text("All arrays must be on one device. Received: ", name,
+                                 " on device ", array->device, ", the first array on device ",
+                                 device()));
     }
     all_.push_back(std::move(array));
     return *all_.back();
@@ -578,7 +575,7 @@ cuda::Conv2dCall conv2d_call(const Arrays& arrays, const Conv2dProblem& problem,
   call.problem = problem;
   call.direction = direction;
   call.type = arrays.type();
-  call.math = g_math.load();
+  call.math = cuda::float32_math();
   call.algorithm = options.algorithm_name();
   return call;
 }
@@ -590,8 +587,7 @@ void enqueue(Arrays& arrays, const cuda::Conv2dCall& call) {
 void enqueue(Arrays& arrays, cuda::Pool2dCall& call) {
   call.type = arrays.type();
   arrays.run([&] {
-    cuda::check(arrays.library(),
-                arrays.library().pool2d(arrays.device(), arrays.stream, &call));
+    cuda::check(arrays.library(), arrays.library().pool2d(arrays.device(), arrays.stream, &call));
   });
 }
 
@@ -665,8 +661,8 @@ struct OnDevice {
     call.out = y->data;
     ArrayPointer argmax;
     if (return_argmax) {
-      argmax = arrays.result(call.problem.argmax_fits_byte() ? kUint8 : kInt32,
-                             call.problem.y_shape());
+      argmax =
+          arrays.result(call.problem.argmax_fits_byte() ? kUint8 : kInt32, call.problem.y_shape());
       call.argmax = argmax->data;
     }
     enqueue(arrays, call);
@@ -731,12 +727,12 @@ py::dict availability() {
   }();
   py::list devices;
   for (const cuda::DeviceDescription& device : facts.devices) {
-    devices.append(py::dict(
-        py::arg("name") = device.name,
-        py::arg("compute_capability") =
-            text(device.compute_capability / 10, ".", device.compute_capability % 10),
-        py::arg("multiprocessors") = device.multiprocessors,
-        py::arg("memory_bytes") = device.memory_bytes));
+    devices.append(
+        py::dict(py::arg("name") = device.name,
+                 py::arg("compute_capability") =
+                     text(device.compute_capability / 10, ".", device.compute_capability % 10),
+                 py::arg("multiprocessors") = device.multiprocessors,
+                 py::arg("memory_bytes") = device.memory_bytes));
   }
   py::dict answer(py::arg("available") = facts.available);
   if (!facts.available) answer["reason"] = facts.reason;
@@ -755,9 +751,12 @@ py::list candidates(const Shape& input_shape, const Shape& filter_shape,
                     PaddingOption padding, Pair dilation_rate, int64_t groups,
                     std::string activation, std::string data_format,
                     std::optional<std::string> algorithm) {
-  const Conv2dOptions options{strides,           std::move(padding),
-                              dilation_rate,     groups,
-                              std::move(activation), std::move(data_format),
+  const Conv2dOptions options{strides,
+                              std::move(padding),
+                              dilation_rate,
+                              groups,
+                              std::move(activation),
+                              std::move(data_format),
                               std::move(algorithm)};
   cuda::Conv2dCall call;
   call.problem = options.problem(input_shape, filter_shape, "input_shape", "filter_shape");
@@ -766,7 +765,7 @@ py::list candidates(const Shape& input_shape, const Shape& filter_shape,
   if (element > kBfloat16)
     throw py::type_error("`dtype` must be float32, float16 or bfloat16. Received: dtype=" + type);
   call.type = data_type(element);
-  call.math = g_math.load();
+  call.math = cuda::float32_math();
   call.algorithm = options.algorithm_name();
   py::list all;
   const Library& library = cuda::library();
@@ -774,11 +773,10 @@ py::list candidates(const Shape& input_shape, const Shape& filter_shape,
                            device, &call,
                            [](void* context, const char* name, const char* blocking,
                               std::uint64_t workspace, double seconds) {
-                             static_cast<py::list*>(context)->append(
-                                 py::dict(py::arg("algorithm") = name,
-                                          py::arg("blocking") = blocking,
-                                          py::arg("workspace_bytes") = workspace,
-                                          py::arg("predicted_seconds") = seconds));
+                             static_cast<py::list*>(context)->append(py::dict(
+                                 py::arg("algorithm") = name, py::arg("blocking") = blocking,
+                                 py::arg("workspace_bytes") = workspace,
+                                 py::arg("predicted_seconds") = seconds));
                            },
                            &all));
   return all;
@@ -816,8 +814,8 @@ void define_cuda(py::module_& m) {
       .def_property_readonly(
           "shape", [](const DeviceArray& a) { return py::tuple(py::cast(a.shape)); },
           "Extent of each dimension.")
-      .def_property_readonly("ndim", [](const DeviceArray& a) { return a.shape.size(); },
-                             "Number of dimensions.")
+      .def_property_readonly(
+          "ndim", [](const DeviceArray& a) { return a.shape.size(); }, "Number of dimensions.")
       .def_property_readonly("size", &DeviceArray::size, "Number of elements.")
       .def_property_readonly("nbytes", &DeviceArray::bytes, "Bytes of memory.")
       .def_property_readonly(
@@ -855,16 +853,19 @@ void define_cuda(py::module_& m) {
         py::arg("direction"), py::arg("type"), py::arg("device"), py::arg("strides"),
         py::arg("padding"), py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"),
         py::arg("data_format"), py::arg("algorithm"));
-  m.def("set_float32_math", [](const std::string& math) {
-    using cuda::Float32Math;
-    g_math = parse<Float32Math, 2>("math", math,
-                                   {{{"ieee", Float32Math::ieee}, {"tf32", Float32Math::tf32}}});
-  }, py::arg("math"));
-  m.def("float32_math", [] {
-    return g_math.load() == cuda::Float32Math::ieee ? "ieee" : "tf32";
-  });
-  m.def("set_stream", [](std::uintptr_t handle) { t_stream = stream_of_handle(handle); },
-        py::arg("handle"));
+  m.def(
+      "set_float32_math",
+      [](const std::string& math) {
+        using cuda::Float32Math;
+        cuda::set_float32_math(parse<Float32Math, 2>(
+            "math", math, {{{"ieee", Float32Math::ieee}, {"tf32", Float32Math::tf32}}}));
+      },
+      py::arg("math"));
+  m.def("float32_math",
+        [] { return cuda::float32_math() == cuda::Float32Math::ieee ? "ieee" : "tf32"; });
+  m.def(
+      "set_stream", [](std::uintptr_t handle) { t_stream = stream_of_handle(handle); },
+      py::arg("handle"));
   m.def("stream", [] { return handle_of_stream(t_stream); });
   m.def("create_stream", &create_stream, py::arg("device"));
   m.def("destroy_stream", &destroy_stream, py::arg("device"), py::arg("handle"));

@@ -203,9 +203,9 @@ void define_operations(py::module_& m) {
       "max_pool2d",
       [](const py::object& x, bool return_argmax, Pair pool_size, Pair strides,
          PaddingOption padding, std::string data_format, const py::object& out) {
-        return Backend::max_pool2d(
-            x, return_argmax, {pool_size, strides, std::move(padding), std::move(data_format)},
-            out);
+        return Backend::max_pool2d(x, return_argmax,
+                                   {pool_size, strides, std::move(padding), std::move(data_format)},
+                                   out);
       },
       py::arg("x"), py::arg("return_argmax"), py::arg("pool_size"), py::arg("strides"),
       py::arg("padding"), py::arg("data_format"), py::arg("out") = py::none());

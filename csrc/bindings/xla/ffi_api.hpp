@@ -117,6 +117,14 @@ struct RegisterArguments {
   std::uint32_t traits;
 };
 
+// The stream that a handler on a GPU is to work on.
+struct StreamArguments {
+  std::size_t struct_size;
+  Extension* extensions;
+  void* context;
+  void* stream;  // out: a cudaStream_t
+};
+
 struct Api {
   std::size_t struct_size;
   Extension* extensions;
@@ -126,6 +134,7 @@ struct Api {
   void (*get_error_message)(ErrorMessageArguments*);
   void (*destroy_error)(ErrorDestroyArguments*);
   Error* (*register_handler)(RegisterArguments*);
+  Error* (*get_stream)(StreamArguments*);
 };
 
 }  // namespace fastconv::xla

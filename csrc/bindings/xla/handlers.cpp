@@ -1,9 +1,11 @@
-// XLA's door: the ops of framework_ops.hpp as handlers of custom calls on the host, which is how
-// they run inside a computation that XLA compiled (jit_compile=True). Nothing of XLA's is linked:
-// the interface is found in the TensorFlow that this process has loaded.
+// XLA's door: the ops of framework_ops.hpp as handlers of custom calls, on the host and on NVIDIA GPUs,
+// which is how they run inside a computation that XLA compiled (jit_compile=True, JAX). Nothing of
+// XLA's is linked: the interface is found in the TensorFlow that this process has loaded, or comes
+// with the call.
 #include <dlfcn.h>
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <new>
@@ -12,7 +14,9 @@
 #include <string_view>
 
 #include "bindings/framework_ops.hpp"
+#include "bindings/xla/device_operations.hpp"
 #include "bindings/xla/ffi_api.hpp"
+#include "core/cuda_backend.hpp"
 #include "core/error.hpp"
 #include "core/export.hpp"
 
@@ -107,6 +111,9 @@ class Context {
     return tensor;
   }
 
+ protected:
+  const CallFrame& frame() const { return frame_; }
+
  private:
   static Tensor buffer(const Buffers& buffers, int index) {
     if (index >= buffers.size || buffers.types[index] != ArgumentType::buffer) {
@@ -118,6 +125,32 @@ class Context {
 
   const CallFrame& frame_;
   int64_t num_inputs_;
+};
+
+// Of a call on a GPU: all of its buffers are on one.
+class DeviceContext : public Context {
+ public:
+  explicit DeviceContext(const CallFrame& frame) : Context(frame) {}
+
+  DeviceOperations operations() const {
+    const cuda::Library& library = cuda::library();
+    StreamArguments arguments{sizeof(StreamArguments), nullptr, frame().context, nullptr};
+    if (Error* failure = frame().api->get_stream(&arguments)) {
+      ErrorDestroyArguments destroy{sizeof(ErrorDestroyArguments), nullptr, failure};
+      frame().api->destroy_error(&destroy);
+      throw std::runtime_error("fastconv: XLA gives no stream");
+    }
+    // The interface tells the device's number in later versions only; memory does in all. A call
+    // without memory has nothing to do, wherever that is.
+    int device = -1;
+    for (const Buffers* buffers : {&frame().results, &frame().arguments}) {
+      for (int64_t i = 0; i < buffers->size && device < 0; ++i) {
+        const void* data = static_cast<const Buffer*>(buffers->items[i])->data;
+        if (data != nullptr) cuda::check(library, library.device_of(data, &device));
+      }
+    }
+    return {library, device < 0 ? 0 : device, arguments.stream};
+  }
 };
 
 // --- from kernels to handlers -----------------------------------------------------------------
@@ -136,11 +169,11 @@ bool answer_metadata(CallFrame& frame) {
   return true;
 }
 
-template <class Kernel>
+template <class Kernel, class ContextOfPlatform>
 Error* handle(CallFrame* frame) noexcept {
   if (answer_metadata(*frame)) return nullptr;
   try {
-    Kernel{Attributes(frame->attributes)}(Context(*frame));
+    Kernel{Attributes(frame->attributes)}(ContextOfPlatform(*frame));
     framework::g_executions<Kernel>.fetch_add(1, std::memory_order_relaxed);
     return nullptr;
   } catch (const InvalidArgument& e) {
@@ -157,12 +190,12 @@ Error* handle(CallFrame* frame) noexcept {
 Text text(std::string_view view) { return {view.data(), view.size()}; }
 
 template <class Kernel>
-void register_handler(const Api* api) {
+void register_handler(const Api* api, const char* platform, Handler* handler) {
   RegisterArguments arguments{};
   arguments.struct_size = sizeof(RegisterArguments);
   arguments.name = text(Kernel::kName);
-  arguments.platform = text("Host");
-  arguments.stages.execute = handle<Kernel>;
+  arguments.platform = text(platform);
+  arguments.stages.execute = handler;
   Error* failure = api->register_handler(&arguments);
   if (!failure) return;
   ErrorMessageArguments message{sizeof(ErrorMessageArguments), nullptr, failure, nullptr};
@@ -181,7 +214,7 @@ constexpr const char* kTensorFlowLibrary = "libtensorflow_cc.so.2";
 #endif
 constexpr const char* kGetApi = "_ZN3xla3ffi12GetXlaFfiApiEv";  // xla::ffi::GetXlaFfiApi()
 
-void register_all() {
+const Api* find_api() {
   // NOLOAD: handlers must reach the XLA that runs, not a second one.
   void* library = dlopen(kTensorFlowLibrary, RTLD_LAZY | RTLD_NOLOAD);
   if (!library) {
@@ -191,11 +224,32 @@ void register_all() {
   const auto get_api = reinterpret_cast<const Api* (*)()>(dlsym(library, kGetApi));
   if (!get_api) throw std::runtime_error("TensorFlow does not offer XLA's interface");
   const Api* api = get_api();
-  if (!api || api->struct_size < sizeof(Api) || api->version.major_version != kMajorVersion ||
-      api->version.minor_version < kMinorVersion) {
+  if (!api || api->struct_size < offsetof(Api, get_stream) ||
+      api->version.major_version != kMajorVersion || api->version.minor_version < kMinorVersion) {
     throw std::runtime_error("XLA's interface is of another version than 0.1 or later");
   }
-  Ops::for_each([&]<class Kernel>() { register_handler<Kernel>(api); });
+  return api;
+}
+
+template <class ContextOfPlatform>
+void register_all(const char* platform) {
+  const Api* const api = find_api();
+  Ops::for_each([&]<class Kernel>() {
+    register_handler<Kernel>(api, platform, handle<Kernel, ContextOfPlatform>);
+  });
+}
+
+template <class Register>
+const char* reason_of_failure(std::string& reason, const Register& attempt) {
+  try {
+    attempt();
+    return nullptr;
+  } catch (const std::exception& error) {
+    reason = error.what();
+  } catch (...) {
+    reason = "unknown exception";
+  }
+  return reason.c_str();
 }
 
 }  // namespace
@@ -207,15 +261,33 @@ extern "C" {
 // Registers the handlers. Null when all is well, else why they cannot be. To be called once.
 FASTCONV_API const char* fastconv_xla_register() {
   static std::string reason;
-  try {
-    fastconv::xla::register_all();
-    return nullptr;
-  } catch (const std::exception& error) {
-    reason = error.what();
-  } catch (...) {
-    reason = "unknown exception";
-  }
-  return reason.c_str();
+  return fastconv::xla::reason_of_failure(
+      reason, [] { fastconv::xla::register_all<fastconv::xla::Context>("Host"); });
+}
+
+// The same for GPUs, where there is one.
+FASTCONV_API const char* fastconv_xla_register_cuda() {
+  static std::string reason;
+  return fastconv::xla::reason_of_failure(reason, [] {
+    fastconv::cuda::library();
+    if (fastconv::xla::find_api()->struct_size <= offsetof(fastconv::xla::Api, get_stream))
+      throw std::runtime_error("XLA's interface gives no stream");
+    fastconv::xla::register_all<fastconv::xla::DeviceContext>("CUDA");
+  });
+}
+
+// The handler of an op, for those who register it themselves, as jax.ffi does: on a GPU or the host.
+// Null beyond the last op.
+FASTCONV_API void* fastconv_xla_handler(std::size_t index, int on_gpu) {
+  using namespace fastconv::xla;
+  void* found = nullptr;
+  std::size_t at = 0;
+  Ops::for_each([&]<class Kernel>() {
+    if (at++ != index) return;
+    found = on_gpu ? reinterpret_cast<void*>(&handle<Kernel, DeviceContext>)
+                   : reinterpret_cast<void*>(&handle<Kernel, Context>);
+  });
+  return found;
 }
 
 // Null beyond the last op.

@@ -43,7 +43,11 @@ enum cudaDeviceAttr {
 };
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaMemoryType { cudaMemoryTypeUnregistered = 0, cudaMemoryTypeHost = 1, cudaMemoryTypeDevice = 2 };
+enum cudaMemoryType {
+  cudaMemoryTypeUnregistered = 0,
+  cudaMemoryTypeHost = 1,
+  cudaMemoryTypeDevice = 2
+};
 
 struct cudaDeviceProp {
   char name[256];
@@ -112,8 +116,7 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEve
 
 namespace fastconv::emulator {
 cudaError_t set_most_dynamic_shared(const void* kernel, int bytes);
-cudaError_t launch(const LaunchShape& shape, std::unique_ptr<KernelCall> call,
-                   cudaStream_t stream);
+cudaError_t launch(const LaunchShape& shape, std::unique_ptr<KernelCall> call, cudaStream_t stream);
 }  // namespace fastconv::emulator
 
 template <class... Parameters>

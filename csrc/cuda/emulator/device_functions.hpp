@@ -112,13 +112,15 @@ inline unsigned __ballot_sync(
   return fastconv::emulator::ballot(mask, predicate != 0, where);
 }
 
-inline int __any_sync(unsigned mask, int predicate, fastconv::emulator::Location where =
-                                                        fastconv::emulator::Location::current()) {
+inline int __any_sync(
+    unsigned mask, int predicate,
+    fastconv::emulator::Location where = fastconv::emulator::Location::current()) {
   return fastconv::emulator::ballot(mask, predicate != 0, where) != 0;
 }
 
-inline int __all_sync(unsigned mask, int predicate, fastconv::emulator::Location where =
-                                                        fastconv::emulator::Location::current()) {
+inline int __all_sync(
+    unsigned mask, int predicate,
+    fastconv::emulator::Location where = fastconv::emulator::Location::current()) {
   return fastconv::emulator::ballot(mask, predicate != 0, where) == mask;
 }
 

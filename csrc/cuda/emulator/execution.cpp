@@ -87,8 +87,7 @@ constexpr std::size_t kSharedGap = 128;  // keeps banks as they are: 32 of 4 byt
 }
 
 SharedMemory::SharedMemory() {
-  void* memory =
-      mmap(nullptr, kArena, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* memory = mmap(nullptr, kArena, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   base_ = static_cast<char*>(memory);
   ASAN_POISON_MEMORY_REGION(base_, kArena);
@@ -175,8 +174,8 @@ void block_barrier(Location where) {
   wait(*e.thread, Thread::State::at_barrier, where);
 }
 
-void warp_meeting(unsigned mask, void* operand, void (*combine)(void* const*, void*),
-                  void* context, bool orders_memory, Location where) {
+void warp_meeting(unsigned mask, void* operand, void (*combine)(void* const*, void*), void* context,
+                  bool orders_memory, Location where) {
   const InEmulator scope;
   Execution& e = execution();
   Thread& self = *e.thread;
@@ -236,12 +235,12 @@ void copy_async(void* shared, const void* global, int bytes, int valid, Location
     report_fatal("asynchronous copy", std::to_string(valid) + " of " + std::to_string(bytes) +
                                           " bytes at " + describe(where));
   if (misaligned(shared) || (valid > 0 && misaligned(global)))
-    report_fatal("misaligned access", "asynchronous copy of " + std::to_string(bytes) +
-                                          " bytes at " + describe(where));
+    report_fatal("misaligned access",
+                 "asynchronous copy of " + std::to_string(bytes) + " bytes at " + describe(where));
   if (!e.shared.in_arena(reinterpret_cast<std::uintptr_t>(shared)) ||
       !e.shared.addressable(reinterpret_cast<std::uintptr_t>(shared), std::size_t(bytes)))
-    report_fatal("out of bounds", "asynchronous copy to what is not shared memory at " +
-                                      describe(where));
+    report_fatal("out of bounds",
+                 "asynchronous copy to what is not shared memory at " + describe(where));
   if (valid > 0) check_access(global, std::size_t(valid), false, where);
 #if defined(__SANITIZE_ADDRESS__)
   // The copy itself is made later, far from the line that asks for it.
@@ -299,9 +298,9 @@ void release_barrier(Execution& e) {
     }
   }
   if (e.live < int(e.threads.size()))
-    report("divergent barrier", std::to_string(e.live) + " of " +
-                                    std::to_string(e.threads.size()) + " threads wait at " +
-                                    describe(first->where) + ", the others have ended");
+    report("divergent barrier", std::to_string(e.live) + " of " + std::to_string(e.threads.size()) +
+                                    " threads wait at " + describe(first->where) +
+                                    ", the others have ended");
   check_barrier();
   e.at_barrier = 0;
   for (Thread& thread : e.threads) {
@@ -405,8 +404,7 @@ void execute(const LaunchShape& shape, const KernelCall& call) {
   e.first_block_serial = e.block_serial + 1;
   check_launch_start();
   for (const std::uint32_t i : block_order) {
-    e.block = {i % shape.grid.x, i / shape.grid.x % shape.grid.y,
-               i / shape.grid.x / shape.grid.y};
+    e.block = {i % shape.grid.x, i / shape.grid.x % shape.grid.y, i / shape.grid.x / shape.grid.y};
     run_block(e, order);
     if (e.abandoned) break;
   }

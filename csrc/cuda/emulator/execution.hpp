@@ -46,8 +46,9 @@ void copy_async_wait(int pending);
 // The threads of `mask` meet; the last to come calls combine(operands, context), operands[lane] of
 // each lane in the mask being what that lane gave, null for the others. They go on with the memory
 // accesses before it ordered before those after it if `orders_memory`.
-void warp_meeting(unsigned mask, void* operand, void (*combine)(void* const* operands, void* context),
-                  void* context, bool orders_memory, Location where);
+void warp_meeting(unsigned mask, void* operand,
+                  void (*combine)(void* const* operands, void* context), void* context,
+                  bool orders_memory, Location where);
 
 // The same for any type of operand: combine(Operand* const (&operands)[32]) reads what the lanes put
 // into theirs and writes their results there. Shuffles, ldmatrix and mma are made of this.

@@ -16,7 +16,7 @@ namespace fastconv::emulator {
 
 #if defined(FASTCONV_EMULATOR_CHECK)
 void check_launch_start();
-void check_barrier();    // all threads of the block have met
+void check_barrier();  // all threads of the block have met
 void check_block_end();
 void check_launch_end();
 // An access on behalf of the running thread by the emulator itself.

@@ -72,7 +72,7 @@ struct Execution {
   Order order = Order::forward;
   bool early_copies = false;
   std::mt19937 random;
-  std::uint32_t block_serial = 0;  // counts all blocks of the process
+  std::uint32_t block_serial = 0;        // counts all blocks of the process
   std::uint32_t first_block_serial = 1;  // of this launch
   uint3 block{};
   Thread* thread = nullptr;  // the running one; null in the scheduler

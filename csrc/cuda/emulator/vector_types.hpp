@@ -20,13 +20,11 @@ template <int kBytes>
 struct Whole;
 template <>
 struct Whole<4> {
-  typedef std::uint32_t type
-      __attribute__((may_alias, FASTCONV_EMULATOR_ACCESS_ALIGNMENT(4)));
+  typedef std::uint32_t type __attribute__((may_alias, FASTCONV_EMULATOR_ACCESS_ALIGNMENT(4)));
 };
 template <>
 struct Whole<8> {
-  typedef std::uint64_t type
-      __attribute__((may_alias, FASTCONV_EMULATOR_ACCESS_ALIGNMENT(8)));
+  typedef std::uint64_t type __attribute__((may_alias, FASTCONV_EMULATOR_ACCESS_ALIGNMENT(8)));
 };
 template <>
 struct Whole<16> {
@@ -42,20 +40,20 @@ inline __attribute__((always_inline)) void copy_whole(Vector* to, const Vector* 
 
 }  // namespace fastconv::emulator
 
-#define FASTCONV_EMULATOR_COPIES(name)                                       \
-  name() = default;                                                          \
-  name(const name& other) { fastconv::emulator::copy_whole(this, &other); }  \
-  name& operator=(const name& other) {                                       \
-    fastconv::emulator::copy_whole(this, &other);                            \
-    return *this;                                                            \
+#define FASTCONV_EMULATOR_COPIES(name)                                      \
+  name() = default;                                                         \
+  name(const name& other) { fastconv::emulator::copy_whole(this, &other); } \
+  name& operator=(const name& other) {                                      \
+    fastconv::emulator::copy_whole(this, &other);                           \
+    return *this;                                                           \
   }
 
-#define FASTCONV_EMULATOR_VECTOR2(name, scalar)                              \
-  struct alignas(2 * sizeof(scalar)) name {                                  \
-    scalar x, y;                                                             \
-    name(scalar x, scalar y) : x(x), y(y) {}                                 \
-    FASTCONV_EMULATOR_COPIES(name)                                           \
-  };                                                                         \
+#define FASTCONV_EMULATOR_VECTOR2(name, scalar) \
+  struct alignas(2 * sizeof(scalar)) name {     \
+    scalar x, y;                                \
+    name(scalar x, scalar y) : x(x), y(y) {}    \
+    FASTCONV_EMULATOR_COPIES(name)              \
+  };                                            \
   inline name make_##name(scalar x, scalar y) { return name(x, y); }
 
 #define FASTCONV_EMULATOR_VECTOR4(name, scalar)                              \
