@@ -71,8 +71,8 @@ def build(name, sources, kind):
     """The path of lib<name>.so made of ``sources`` and the emulator, in one of BUILDS."""
     folder = ROOT / "build" / "emulator" / kind
     folder.mkdir(parents=True, exist_ok=True)
-    flags = {source: _KERNEL_FLAGS[kind] for source in sources}
-    flags.update({source: _EMULATOR_FLAGS[kind] for source in emulator_sources(kind)})
+    flags = dict.fromkeys(sources, _KERNEL_FLAGS[kind])
+    flags.update(dict.fromkeys(emulator_sources(kind), _EMULATOR_FLAGS[kind]))
     launcher = shlex.split(os.environ.get("CMAKE_CXX_COMPILER_LAUNCHER", ""))
     with _locked(folder), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         made = list(

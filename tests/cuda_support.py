@@ -20,7 +20,11 @@ from conv2d_problems import solve
 from fastconv import _core
 
 ASAN_PROCESS = "FASTCONV_TESTS_UNDER_ASAN"
-BACKENDS = ["asan"] if ASAN_PROCESS in os.environ else ["fast", "check", "cuda"]
+BACKENDS = (
+    ["asan"]
+    if ASAN_PROCESS in os.environ
+    else os.environ.get("FASTCONV_TEST_BACKENDS", "fast check cuda").split()
+)
 
 EMULATOR_ONLY = pytest.mark.skipif(
     platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"),

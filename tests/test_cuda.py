@@ -195,7 +195,7 @@ def test_dlpack_refuses():
 
 def test_interface_refuses():
     array = gpu_functions.array(np.zeros((2, 3), np.float32))
-    with pytest.raises(ValueError, match="must be C-contiguous. Received: object of shape"):
+    with pytest.raises(ValueError, match=r"must be C-contiguous. Received: source of shape"):
         gpu_functions.asarray(Interface(array, strides=(4, 8)))
     with pytest.raises(TypeError, match="typestr '<f8'"):
         gpu_functions.asarray(Interface(array, typestr="<f8"))
@@ -204,7 +204,7 @@ def test_interface_refuses():
         gpu_functions.asarray(Interface(array, data=(host.ctypes.data, False)))
     gpu_functions.asarray(Interface(array, strides=(12, 4)))
     for nothing in (host, [1.0], None):
-        with pytest.raises(TypeError, match="`object` must be an array on a CUDA device"):
+        with pytest.raises(TypeError, match=r"`source` must be an array on a CUDA device"):
             gpu_functions.asarray(nothing)
 
 
@@ -212,7 +212,7 @@ def test_read_only_out(pair):
     x, w, y = pair
     out = gpu_functions.array(np.zeros(y.shape, np.float16))
     data, _ = out.__cuda_array_interface__["data"]
-    with pytest.raises(ValueError, match="`out` must be writeable"):
+    with pytest.raises(ValueError, match=r"`out` must be writeable"):
         fastconv.conv2d(x, w, out=Interface(out, data=(data, True)))
 
 
@@ -221,29 +221,31 @@ def test_read_only_out(pair):
 
 def test_no_arrays_of_the_host(pair):
     x, w, _ = pair
-    with pytest.raises(TypeError, match="`w` must be an array on a CUDA device.*ndarray"):
+    with pytest.raises(TypeError, match=r"`w` must be an array on a CUDA device.*ndarray"):
         fastconv.conv2d(x, w.numpy())
-    with pytest.raises(TypeError, match="`x` must be an array on a CUDA device"):
+    with pytest.raises(TypeError, match=r"`x` must be an array on a CUDA device"):
         gpu_functions.conv2d(x.numpy(), w)
-    with pytest.raises(TypeError, match="`w` must be a NumPy array. Received: w of type DeviceArr"):
+    with pytest.raises(
+        TypeError, match=r"`w` must be a NumPy array. Received: w of type DeviceArr"
+    ):
         fastconv.conv2d(x.numpy().astype(np.float32), w)
-    with pytest.raises(TypeError, match="`out` must be an array on a CUDA device"):
+    with pytest.raises(TypeError, match=r"`out` must be an array on a CUDA device"):
         fastconv.conv2d(x, w, out=np.zeros(3, np.float32))
 
 
 def test_checks_are_those_of_numpy(pair):
     x, w, y = pair
-    with pytest.raises(ValueError, match="`strides` must be positive"):
+    with pytest.raises(ValueError, match=r"`strides` must be positive"):
         fastconv.conv2d(x, w, strides=0)
     with pytest.raises(ValueError, match=r"`bias` must have shape \(16,\). Received: bias.shape="):
         fastconv.conv2d(x, w, gpu_functions.array(np.zeros(3, np.float16)))
-    with pytest.raises(ValueError, match="`x` must have 4 dimensions"):
+    with pytest.raises(ValueError, match=r"`x` must have 4 dimensions"):
         fastconv.conv2d(gpu_functions.array(np.zeros(3, np.float16)), w)
     with pytest.raises(ValueError, match="is required with activation='relu'"):
         fastconv.conv2d_grad_input(gpu_functions.array(y, "float16"), w, x.shape, activation="relu")
     with pytest.raises(ValueError, match=r"`out` must have shape"):
         fastconv.conv2d(x, w, out=x)
-    with pytest.raises(ValueError, match="`out` must not share memory with an input"):
+    with pytest.raises(ValueError, match=r"`out` must not share memory with an input"):
         fastconv.conv2d(x, gpu_functions.array(np.zeros((1, 1, 8, 8), np.float16)), out=x)
     with pytest.raises(ValueError, match=r"`algorithm` on a GPU must be one of '.*algorithm='fft'"):
         fastconv.conv2d(x, w, algorithm="fft")
@@ -251,9 +253,9 @@ def test_checks_are_those_of_numpy(pair):
 
 def test_one_type(pair):
     x, w, _ = pair
-    with pytest.raises(TypeError, match="dtype of the first, float16. Received: w.dtype=float32"):
+    with pytest.raises(TypeError, match=r"dtype of the first, float16. Received: w.dtype=float32"):
         fastconv.conv2d(x, gpu_functions.array(w.numpy(), "float32"))
-    with pytest.raises(TypeError, match="float32, float16 or bfloat16. Received: x.dtype=uint8"):
+    with pytest.raises(TypeError, match=r"float32, float16 or bfloat16. Received: x.dtype=uint8"):
         fastconv.conv2d(gpu_functions.array(np.zeros((1, 3, 3, 1), np.uint8)), w)
 
 
@@ -273,7 +275,7 @@ def test_too_large():
     huge = Interface(x, shape=(2**31, 1, 1, 1), data=(x.pointer or 256, False))
     with pytest.raises((ValueError, fastconv.cuda.CudaError)):
         fastconv.max_pool2d(huge, 1)
-    with pytest.raises(ValueError, match="must have fewer than 2\\*\\*31 elements. Received: `x`"):
+    with pytest.raises(ValueError, match=r"must have fewer than 2\*\*31 elements. Received: `x`"):
         gpu_functions.explain((2**31, 1, 1, 1), (1, 1, 1, 1), dtype="float16")
 
 
@@ -296,9 +298,9 @@ def test_float32_math():
         assert "tensor_core_gemm" in names
     finally:
         gpu_functions.set_float32_math("ieee")
-    with pytest.raises(ValueError, match="`math` must be one of 'ieee', 'tf32'"):
+    with pytest.raises(ValueError, match=r"`math` must be one of 'ieee', 'tf32'"):
         gpu_functions.set_float32_math("bf16")
-    with pytest.raises(TypeError, match="`math` must be one of 'ieee', 'tf32'"):
+    with pytest.raises(TypeError, match=r"`math` must be one of 'ieee', 'tf32'"):
         gpu_functions.set_float32_math(16)
 
 
@@ -414,10 +416,10 @@ def test_streams_of_other_libraries():
     for stream, handle in [(Torch, 7), (Cupy, 8), (Protocol(), 9), (0, LEGACY), (2, PER_THREAD)]:
         with gpu_functions.using_stream(stream):
             assert _core.cuda.stream() == handle
-    with pytest.raises(TypeError, match="`stream` must be an integer"), \
+    with pytest.raises(TypeError, match=r"`stream` must be an integer"), \
             gpu_functions.using_stream("x"):  # fmt: skip
         pass
-    with pytest.raises(ValueError, match="`stream` must be a stream or its handle"), \
+    with pytest.raises(ValueError, match=r"`stream` must be a stream or its handle"), \
             gpu_functions.using_stream(-1):  # fmt: skip
         pass
 

@@ -12,18 +12,6 @@
 #include "core/error.hpp"
 #include "cuda/kernels.hpp"
 
-#if !__has_include("cuda/activation_grad.cuh")
-namespace fastconv::cuda {
-std::size_t activation_grad_workspace_bytes(const Conv2dProblem&, DataType, const Device&) {
-  throw InvalidArgument("Gradients of bias and ReLU on a GPU are not in this build. Received: one");
-}
-cudaError_t activation_grad(const Conv2dProblem&, DataType, const void*, const void*, void*, void*,
-                            const Call&) {
-  throw InvalidArgument("Gradients of bias and ReLU on a GPU are not in this build. Received: one");
-}
-}  // namespace fastconv::cuda
-#endif
-
 namespace fastconv::cuda {
 namespace {
 
@@ -153,7 +141,7 @@ Status describe(int device, DeviceDescription* description) {
     cudaDeviceProp properties{};
     check(cudaGetDeviceProperties(&properties, device), "asking for a device's properties");
     *description = {};
-    std::strncpy(description->name, properties.name, sizeof description->name - 1);
+    std::memcpy(description->name, properties.name, sizeof description->name);
     description->compute_capability = 10 * properties.major + properties.minor;
     description->multiprocessors = properties.multiProcessorCount;
     description->memory_bytes = properties.totalGlobalMem;
@@ -450,9 +438,6 @@ Status pool2d(int device, void* stream, const Pool2dCall* call) {
     check_size("x", p.x_size());
     check_size("y", p.y_size());
     if (p.n == 0) return;
-#if !__has_include("cuda/pool.cuh")
-    throw InvalidArgument("Pooling on a GPU is not in this build. Received: a pooling");
-#else
     const Call where{device_at(device), stream_of(stream), nullptr};
     const bool is_max = call->pooling == Pooling::max;
     cudaError_t error = cudaSuccess;
@@ -465,7 +450,6 @@ Status pool2d(int device, void* stream, const Pool2dCall* call) {
     else
       error = avg_pool2d_bprop(p, call->type, call->in, call->out, where);
     check(error, "launching a pooling");
-#endif
   });
 }
 

@@ -7,7 +7,7 @@
 namespace fastconv::cuda {
 namespace {
 
-const std::array kAlgorithms{&kTensorCoreGemm};
+const std::array kAlgorithms{&kDepthwise, &kTensorCoreGemm, &kSimtGemm};
 
 const char* type_name(DataType type) {
   switch (type) {

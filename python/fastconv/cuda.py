@@ -160,16 +160,16 @@ def using_stream(stream: Any) -> Iterator[None]:
         _core.cuda.set_stream(before)
 
 
-def array(object: Any, dtype: Any = None, *, device: int = 0, stream: Any = None) -> DeviceArray:
+def array(source: Any, dtype: Any = None, *, device: int = 0, stream: Any = None) -> DeviceArray:
     """A copy of an array of the host on the device.
 
     Parameters
     ----------
-    object
+    source
         What ``numpy.asarray`` takes.
     dtype
         ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"uint8"``, ``"int32"`` or a dtype of one;
-        None for that of ``object``. bfloat16 without ml_dtypes: an array of uint16 that holds the
+        None for that of ``source``. bfloat16 without ml_dtypes: an array of uint16 that holds the
         bits, and ``dtype="bfloat16"``.
     device
         Number of the device.
@@ -185,13 +185,13 @@ def array(object: Any, dtype: Any = None, *, device: int = 0, stream: Any = None
     """
     name = dtype if isinstance(dtype, str) else None if dtype is None else np.dtype(dtype).name
     if name == "bfloat16":
-        host = np.asarray(object)
+        host = np.asarray(source)
         if host.dtype not in (np.uint16, "bfloat16"):
             from ml_dtypes import bfloat16
 
             host = host.astype(bfloat16)
     else:
-        host = np.asarray(object, dtype=name)
+        host = np.asarray(source, dtype=name)
         name = host.dtype.name
     host = np.ascontiguousarray(host).reshape(host.shape)
     host = host.astype(host.dtype.newbyteorder("="), copy=False)
@@ -201,12 +201,12 @@ def array(object: Any, dtype: Any = None, *, device: int = 0, stream: Any = None
         return _core.cuda.from_numpy(host, name, normalize_integer(device, "device"))
 
 
-def asarray(object: Any, *, stream: Any = None) -> DeviceArray:
+def asarray(source: Any, *, stream: Any = None) -> DeviceArray:
     """An array of another library on the device, as it is: without a copy.
 
     Parameters
     ----------
-    object
+    source
         An array on a GPU that offers DLPack or ``__cuda_array_interface__``, C-contiguous.
     stream
         As for :func:`using_stream`; None for the current one. It waits for what the array's own
@@ -215,12 +215,12 @@ def asarray(object: Any, *, stream: Any = None) -> DeviceArray:
     Raises
     ------
     TypeError
-        If ``object`` is no such array, or its type is none that fastconv computes with.
+        If ``source`` is no such array, or its type is none that fastconv computes with.
     ValueError
         If it is not C-contiguous.
     """
     with _maybe_using(stream):
-        return _core.cuda.import_array(object, "object")
+        return _core.cuda.import_array(source, "source")
 
 
 def _maybe_using(stream: Any) -> contextlib.AbstractContextManager[None]:
