@@ -68,11 +68,11 @@ PROBLEMS = both_layouts(
 )
 # Tiles by the dozen, and sums over pixels that are split.
 LARGE = [
-    Problem((4, 16, 16, 32), 72, padding="same"),
-    Problem((2, 20, 21, 16), 136, strides=(2, 2), padding="same"),
-    Problem((2, 24, 24, 3), 40, padding="same"),
-    Problem((2, 20, 21, 20), 20, groups=20, padding="same"),
-    Problem((2, 13, 13, 24), 40, padding="same", data_format="channels_first"),
+    Problem((1, 14, 15, 32), 72, padding="same"),
+    Problem((1, 20, 21, 16), 136, strides=(2, 2), padding="same"),
+    Problem((1, 24, 24, 3), 40, padding="same"),
+    Problem((1, 13, 14, 20), 20, groups=20, padding="same"),
+    Problem((1, 13, 13, 24), 40, padding="same", data_format="channels_first"),
 ]
 
 over = functools.partial(pytest.mark.parametrize, "problem", ids=str)
@@ -159,10 +159,8 @@ def test_exact(problem, dtype):
 
 
 @over(LARGE)
-@pytest.mark.parametrize("dtype", TYPES)
-def test_exact_large(gpu, problem, dtype):
-    if gpu in ("check", "asan") and dtype == "bfloat16":
-        pytest.skip("its kernels are float16's with another type")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_exact_large(problem, dtype):
     data, expected = exact_case(problem)
     assert_exact(solve_one_by_one(problem, data, dtype), expected, dtype)
 
@@ -332,7 +330,7 @@ def test_avg_pool2d(problem, dtype):
     assert_within({"dx": dx}, {"dx": expected}, {"dx": magnitude}, bound)
 
 
-def test_an_argmax_of_another_pooling_is_harmless(gpu):
+def test_an_argmax_of_another_pooling_is_harmless():
     """Its values cannot be looked at without waiting: what names no pixel is skipped."""
     problem = pool2d_problems.Problem((1, 6, 6, 8), (3, 3), (2, 2), "same")
     argmax = gpu_functions.array(np.full((1, 3, 3, 8), 255, np.uint8))
