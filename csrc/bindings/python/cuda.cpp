@@ -14,6 +14,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -108,13 +109,16 @@ ArrayPointer new_array(const Library& library, int device, void* stream, Element
   return array;
 }
 
-// Memory of others that the device still reads, with the point at which it has. Under the GIL.
+// Memory of others that the device still reads, with the point at which it has. Under a mutex, for
+// Pythons without a GIL.
 struct Held {
   const Library* library;
   int device;
   void* point;
   std::shared_ptr<void> owner;
 };
+
+std::mutex held_mutex;
 
 std::vector<Held>& held() {
   static auto* const all = new std::vector<Held>;  // outlives the interpreter
@@ -123,6 +127,8 @@ std::vector<Held>& held() {
 
 void release_held() {
   std::vector<Held> done;
+  const std::unique_lock lock(held_mutex, std::try_to_lock);
+  if (!lock) return;  // another thread is at it
   std::erase_if(held(), [&](Held& one) {
     bool happened = true;
     // An error of the device's counts as the end: it will be heard of by who waits.
@@ -144,6 +150,7 @@ void note_use(const DeviceArray& array, void* stream) {
   }
   Held one{array.library, array.device, nullptr, array.owner};
   cuda::check(*array.library, array.library->record(array.device, stream, &one.point));
+  const std::lock_guard lock(held_mutex);
   held().push_back(std::move(one));
 }
 
