@@ -640,7 +640,8 @@ struct OnDevice {
                                        const py::object& out) {
     Arrays arrays;
     const DeviceArray& x = arrays.floats(x_object, "x");
-    const Conv2dProblem problem = options.problem(shape_of(x, "x"), filter_shape, "x.shape", "filter_shape");
+    const Conv2dProblem problem =
+        options.problem(shape_of(x, "x"), filter_shape, "x.shape", "filter_shape");
     cuda::Conv2dCall call = conv2d_call(arrays, problem, Direction::wgrad, options);
     call.x = x.data;
     call.dy = arrays.floats(dy, "dy", problem.y_shape()).data;
