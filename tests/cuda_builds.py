@@ -97,11 +97,16 @@ def build(name, sources, kind):
 
 def asan_environment():
     """The environment variables of a process that opens an ``asan`` build."""
-    runtime = subprocess.run(
-        [*compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    )
+    # libstdc++ too, which Python does not load at its start: where ASan has not found the function
+    # that throws exceptions, the first one ends the process.
+    preloaded = [
+        subprocess.run(
+            [*compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
     return {
-        "LD_PRELOAD": runtime.stdout.strip(),
+        "LD_PRELOAD": ":".join(preloaded),
         # Python leaks as it likes; and NumPy asks for more memory than there is, to be refused it.
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
