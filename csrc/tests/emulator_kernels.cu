@@ -163,14 +163,16 @@ __global__ void exchange(const int* in, int* out) {
   out[threadIdx.x] = mine.taken;
 }
 
-// Loads rows of 16 bytes whose distance decides how many lanes meet in one bank.
+// Stores rows of 16 bytes, whose distance decides how many lanes meet in one bank, and loads those of
+// the neighbours.
 __global__ void load_rows(const float* in, float* out, int distance) {
   FASTCONV_DYNAMIC_SHARED(float, tile);
   const int thread = int(threadIdx.x);
   *reinterpret_cast<float4*>(&tile[thread * distance]) =
       *reinterpret_cast<const float4*>(&in[thread * 4]);
+  __syncwarp();
   *reinterpret_cast<float4*>(&out[thread * 4]) =
-      *reinterpret_cast<const float4*>(&tile[thread * distance]);
+      *reinterpret_cast<const float4*>(&tile[(thread ^ 1) * distance]);
 }
 
 __global__ void convert(const float* in, __half* half_out, __nv_bfloat16* bfloat_out,
