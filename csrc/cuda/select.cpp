@@ -7,7 +7,7 @@
 namespace fastconv::cuda {
 namespace {
 
-const std::array kAlgorithms{&kDepthwise, &kTensorCoreGemm, &kSimtGemm};
+const std::array kAlgorithms{&kDepthwise, &kSmallChannel, &kTensorCoreGemm, &kSimtGemm};
 
 const char* type_name(DataType type) {
   switch (type) {

@@ -378,6 +378,8 @@ inline void on_access(void* pointer, std::size_t bytes, bool write, bool may_be_
                       void* return_address) {
   Execution& e = execution();
   if (!e.in_kernel || e.stacks.contains(pointer)) return;
+  // Launch code is instrumented too, and may be another system thread's while a kernel runs.
+  if (!e.stacks.contains(__builtin_frame_address(0))) return;
   const auto address = reinterpret_cast<std::uintptr_t>(pointer);
   const auto call = reinterpret_cast<std::uintptr_t>(e.call);
   if (address - call < e.call->size) return;  // the kernel's arguments
