@@ -1,8 +1,13 @@
 #include "core/workspace.hpp"
 
 #include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -46,22 +51,100 @@ constinit Cache g_cache;
 [[maybe_unused]] const int g_registered = pthread_atfork(
     [] { g_cache.mutex.lock(); }, [] { g_cache.mutex.unlock(); }, [] { g_cache.mutex.unlock(); });
 
+std::atomic<std::size_t> g_in_use{0};
+
+// --- a test mode ----------------------------------------------------------------------------------
+// With FASTCONV_GUARD_PAGES=1 in the environment a block is fresh, holds NaN and ends at a page that
+// cannot be touched, or up to 60 bytes before it where its size is no multiple of the alignment; there
+// is such a page before it too. What lies between it and the pages must be as it was in the end.
+
+bool guarded() {
+  static const bool asked = [] {
+    const char* value = std::getenv("FASTCONV_GUARD_PAGES");
+    return value && *value == '1';
+  }();
+  return asked;
+}
+
+constexpr std::uint32_t kPoison = 0x7FC0DEAD;  // a quiet NaN
+
+struct GuardedBlock {
+  std::size_t page, inner, before;  // `before`: bytes from the first page to the data
+
+  explicit GuardedBlock(std::size_t bytes)
+      : page(static_cast<std::size_t>(sysconf(_SC_PAGESIZE))),
+        inner((bytes + page - 1) / page * page),
+        before((inner - bytes) / Workspace::kAlignment * Workspace::kAlignment) {}
+
+  void* allocate() const {
+    void* const map =
+        mmap(nullptr, inner + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map == MAP_FAILED) throw std::bad_alloc();
+    char* const first = static_cast<char*>(map) + page;
+    if (mprotect(first, inner, PROT_READ | PROT_WRITE) != 0) {
+      munmap(map, inner + 2 * page);
+      throw std::bad_alloc();
+    }
+    auto* const words = reinterpret_cast<std::uint32_t*>(first);
+    std::fill_n(words, inner / sizeof kPoison, kPoison);
+    return first + before;
+  }
+
+  void release(void* data, std::size_t bytes) const {
+    char* const first = static_cast<char*>(data) - before;
+    const std::size_t behind = (before + bytes + sizeof kPoison - 1) / sizeof kPoison;
+    const auto* const words = reinterpret_cast<const std::uint32_t*>(first);
+    for (std::size_t i = 0; i < inner / sizeof kPoison; ++i) {
+      if ((i < before / sizeof kPoison || i >= behind) && words[i] != kPoison) {
+        std::fprintf(stderr, "fastconv: scratch memory of %zu bytes was written beside\n", bytes);
+        std::abort();  // which only the test mode does
+      }
+    }
+    munmap(first - page, inner + 2 * page);
+  }
+};
+
 }  // namespace
+
+WorkspaceBytes workspace_bytes() {
+  const std::lock_guard lock(g_cache.mutex);
+  return {g_in_use.load(std::memory_order_relaxed), g_cache.bytes};
+}
+
+Workspace::Workspace(std::size_t bytes) {
+  if (bytes == 0) return;
+  if (guarded()) {
+    data_ = GuardedBlock(bytes).allocate();
+    capacity_ = bytes;
+  } else {
+    acquire(bytes);
+  }
+  g_in_use.fetch_add(capacity_, std::memory_order_relaxed);
+}
+
+Workspace::~Workspace() {
+  if (!data_) return;
+  g_in_use.fetch_sub(capacity_, std::memory_order_relaxed);
+  if (guarded()) {
+    GuardedBlock(capacity_).release(data_, capacity_);
+  } else {
+    release();
+  }
+}
 
 #if defined(FASTCONV_EXACT_WORKSPACE)
 
 // For tests: no byte more than asked for, and nothing kept.
-Workspace::Workspace(std::size_t bytes) {
-  if (bytes == 0) return;
+void Workspace::acquire(std::size_t bytes) {
   // Not aligned_alloc, which takes multiples of the alignment alone.
-  if (posix_memalign(&data_, 64, bytes) != 0) throw std::bad_alloc();
+  if (posix_memalign(&data_, kAlignment, bytes) != 0) throw std::bad_alloc();
+  capacity_ = bytes;
 }
-Workspace::~Workspace() { std::free(data_); }
+void Workspace::release() { std::free(data_); }
 
 #else
 
-Workspace::Workspace(std::size_t bytes) {
-  if (bytes == 0) return;
+void Workspace::acquire(std::size_t bytes) {
   {
     Cache& kept = g_cache;
     const std::lock_guard lock(kept.mutex);
@@ -83,12 +166,11 @@ Workspace::Workspace(std::size_t bytes) {
   constexpr std::size_t kGrain = std::size_t{64} << 10;
   capacity_ = (bytes + kGrain - 1) / kGrain * kGrain;
   if (capacity_ < bytes) throw std::bad_alloc();
-  data_ = std::aligned_alloc(64, capacity_);
+  data_ = std::aligned_alloc(kAlignment, capacity_);
   if (!data_) throw std::bad_alloc();
 }
 
-Workspace::~Workspace() {
-  if (!data_) return;
+void Workspace::release() {
   void* drop[kMostKeptBlocks + 1];
   std::size_t drops = 0;
   if (capacity_ > kMostKeptBytes) {

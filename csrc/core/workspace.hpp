@@ -4,11 +4,15 @@
 
 #include <cstddef>
 
+#include "core/export.hpp"
+
 namespace fastconv {
 
 class Workspace {
  public:
-  // At least `bytes`, aligned to 64; contents undefined. Throws std::bad_alloc.
+  static constexpr std::size_t kAlignment = 64;
+
+  // At least `bytes`, so aligned; contents undefined. Throws std::bad_alloc.
   explicit Workspace(std::size_t bytes);
   ~Workspace();
   Workspace(const Workspace&) = delete;
@@ -19,8 +23,17 @@ class Workspace {
   }
 
  private:
+  void acquire(std::size_t bytes);
+  void release();
+
   void* data_ = nullptr;
   std::size_t capacity_ = 0;
 };
+
+// What the process holds of it now: in calls that run, and kept for those to come.
+struct WorkspaceBytes {
+  std::size_t in_use = 0, kept = 0;
+};
+FASTCONV_API WorkspaceBytes workspace_bytes();
 
 }  // namespace fastconv

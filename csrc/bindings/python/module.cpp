@@ -24,6 +24,7 @@
 #include "core/problem.hpp"
 #include "core/selection.hpp"
 #include "core/thread_pool.hpp"
+#include "core/workspace.hpp"
 #include "cpu/probe.hpp"
 #include "cpu/reference.hpp"
 
@@ -589,6 +590,10 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("accuracy", [] { return fastconv::accuracy_name(fastconv::current_accuracy()); });
   m.def("set_algorithm", &fastconv::set_preferred_algorithm, py::arg("algorithm"));
   m.def("algorithm", &fastconv::preferred_algorithm);
+  m.def("workspace_bytes", [] {
+    const fastconv::WorkspaceBytes bytes = fastconv::workspace_bytes();
+    return std::pair(bytes.in_use, bytes.kept);
+  });
   m.def("explain", &explain, py::arg("input_shape"), py::arg("filter_shape"), py::arg("direction"),
         py::arg("strides"), py::arg("padding"), py::arg("dilation_rate"), py::arg("groups"),
         py::arg("activation"), py::arg("data_format"));
