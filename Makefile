@@ -23,7 +23,7 @@ ifneq ($(VENV_STATE),sound)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test lint format docs fuzz sanitize bench performance gpu-check clean
+.PHONY: help mnist test lint format docs fuzz soak sanitize bench performance gpu-check clean
 
 help:
 	@echo "make mnist   train the article's MNIST network on the fast layers;"
@@ -32,8 +32,9 @@ help:
 	@echo "make docs    build the documentation's pages in build/docs"
 	@echo "make lint    ruff, mypy, clang-format and clang-tidy; make format rewrites the sources"
 	@echo "make fuzz    compare 100,000 random problems with float64; ARGS passes options"
-	@echo "make sanitize   run the library's stress test under ASan, UBSan and TSan (needs"
-	@echo "             CMake); ARGS passes options"
+	@echo "make soak    train and infer for 30 minutes and watch the memory; ARGS passes options"
+	@echo "make sanitize   run the library's stress test under ASan, UBSan and TSan"
+	@echo "             and between guard pages; ARGS passes options"
 	@echo "make bench   run the benchmarks; ARGS passes options to pytest"
 	@echo "make performance   measure every suite beside other libraries (large downloads)"
 	@echo "             and write docs/performance.md"
@@ -71,8 +72,11 @@ format: $(LINT_VENV)/.installed
 fuzz: $(INSTALLED)
 	cd tests && ../$(VENV_PYTHON) fuzz.py $(ARGS)
 
-sanitize:
-	@tools/sanitize.sh $(ARGS)
+soak: $(INSTALLED)
+	cd tests && ../$(VENV_PYTHON) soak.py $(ARGS)
+
+sanitize: $(INSTALLED)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/sanitize.sh $(ARGS)
 
 bench: $(INSTALLED)
 	$(VENV_PYTHON) -m pytest bench $(ARGS)

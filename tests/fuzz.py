@@ -607,8 +607,10 @@ def _pooling_behind(case):
 
 def _taps(whole, nchw):
     """The four values of each 2 x 2 window, the first axis that of the taps."""
-    rows, columns = (whole.shape[2:] if nchw else whole.shape[1:3])
-    at = [(slice(i, rows // 2 * 2, 2), slice(j, columns // 2 * 2, 2)) for i in (0, 1) for j in (0, 1)]
+    rows, columns = whole.shape[2:] if nchw else whole.shape[1:3]
+    at = [
+        (slice(i, rows // 2 * 2, 2), slice(j, columns // 2 * 2, 2)) for i in (0, 1) for j in (0, 1)
+    ]
     before = (slice(None),) * (2 if nchw else 1)
     return np.stack([whole[(*before, *tap)] for tap in at])
 
@@ -841,9 +843,8 @@ def _directions(case):
 
 
 def _serving(case, direction, options):
-    if case.n == 0:
-        return ["direct"]
-    explanation = _core.explain(case.x_shape, case.w_shape, direction, **options)
+    x_shape = (max(case.n, 1), *case.x_shape[1:])
+    explanation = _core.explain(x_shape, case.w_shape, direction, **options)
     return [candidate["algorithm"] for candidate in explanation["candidates"]]
 
 
@@ -880,7 +881,10 @@ def _flushed_maximum(case):
 
 def _check_pooling(case, direction, results, expected):
     name = "y" if direction == "fprop" else "dx"
-    allowed = BOUND * expected[f"{name}_magnitude"]
+    bound = BOUND
+    if case.values == "mixed":  # as for convolutions
+        bound *= 1 + math.sqrt(case.r * case.s)
+    allowed = bound * expected[f"{name}_magnitude"]
     small = case.values in SMALL
     if small:
         allowed = allowed + 2 * case.r * case.s * LEAST_NORMAL

@@ -183,3 +183,16 @@ def test_foreign_argmax_is_refused():
         fastconv.conv2d_max_pool2d_grad(x, w, y, y, argmax)
     with pytest.raises(TypeError, match="uint8"):
         fastconv.conv2d_max_pool2d_grad(x, w, y, y, argmax.astype(np.int32))
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "winograd2", "winograd4"])
+def test_algorithm_of_the_gradient_of_no_images(algorithm):
+    """It names that of the gradient by x, which is empty; the others are zero."""
+    x, w = np.ones((0, 6, 6, 2), np.float32), np.ones((3, 3, 2, 4), np.float32)
+    y, argmax = fastconv.conv2d_max_pool2d(x, w, return_argmax=True, algorithm=algorithm)
+    dx, dw, dbias = fastconv.conv2d_max_pool2d_grad(x, w, y, y, argmax, algorithm=algorithm)
+    assert dx.shape == x.shape
+    assert (dw == 0).all()
+    assert (dbias == 0).all()
+    with pytest.raises(ValueError, match="must be one that serves this dgrad"):
+        fastconv.conv2d_max_pool2d_grad(x, w, y, y, argmax, algorithm="depthwise")

@@ -1,25 +1,70 @@
 #!/usr/bin/env bash
-# The stress test of the library under the sanitizers: `make sanitize`. Arguments go to the stress
-# test, such as --problems 2000 or --seed 7.
+# The stress test of the library (csrc/tests/stress.cpp) under the sanitizers and between guard
+# pages: `make sanitize`. Arguments go to the stress test, such as --problems 2000 or --seed 7.
+#
+#   tools/sanitize.sh [--only BUILD[,BUILD...]] [--scalar] [ARGUMENTS...]
+#
+# BUILD is address (ASan and UBSan), thread (TSan) or guard (no sanitizer: guard pages, refused
+# allocations). --scalar leaves out the vector instruction sets, most of the compiler's work.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# run NAME SANITIZERS ARGUMENTS...: builds with -fsanitize=SANITIZERS, if there are any, and runs the
-# stress test.
-run() {
-  local name=$1 sanitizers=$2
-  shift 2
-  echo "== $name: building"
-  cmake -S . -B "build/sanitize-$name" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-    -DFASTCONV_STRESS=ON -DFASTCONV_SANITIZE="$sanitizers" >"build/sanitize-$name.log"
-  cmake --build "build/sanitize-$name" --parallel "$(nproc)" >>"build/sanitize-$name.log" 2>&1 ||
-    { tail -40 "build/sanitize-$name.log"; exit 1; }
-  echo "== $name: running"
-  "build/sanitize-$name/stress" "$@"
+builds=address,thread,guard
+scalar=OFF
+while [ $# -gt 0 ]; do
+  case $1 in
+    --only) builds=$2; shift 2 ;;
+    --scalar) scalar=ON; shift ;;
+    *) break ;;
+  esac
+done
+
+# build NAME SANITIZERS: build/sanitize-NAME/stress with -fsanitize=SANITIZERS, if there are any.
+build() {
+  local folder=build/sanitize-$1
+  echo "== $1: building"
+  mkdir -p build
+  { cmake -S . -B "$folder" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTCONV_STRESS=ON \
+    -DFASTCONV_SANITIZE="$2" -DFASTCONV_SCALAR_ONLY="$scalar" &&
+    cmake --build "$folder" --parallel "${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}"; } \
+    >"$folder.log" 2>&1 || { tail -40 "$folder.log"; exit 1; }
 }
 
-mkdir -p build
-run address address,undefined "$@"
-run thread thread --callers 4 "$@"
-# The sanitizers bring allocators of their own, which refuse nothing.
-run refused-allocations "" --fail-allocations "$@"
+# run NAME ARGUMENTS...
+run() {
+  local stress=build/sanitize-$1/stress
+  shift
+  echo "== $stress $*"
+  "${steady[@]}" "$stress" "$@"
+}
+
+# TSan needs its addresses where it expects them, which newer kernels randomise too far.
+steady=()
+if setarch "$(uname -m)" -R true 2>/dev/null; then steady=(setarch "$(uname -m)" -R); fi
+
+suffix=
+[ $scalar = ON ] && suffix=-scalar
+for name in ${builds//,/ }; do
+  here=$name$suffix
+  case $name in
+    address)
+      build "$here" address,undefined
+      run "$here" --prove
+      run "$here" "$@"
+      ;;
+    thread)
+      build "$here" thread
+      run "$here" --prove
+      run "$here" --callers 4 "$@"
+      ;;
+    guard)
+      build "$here" ""
+      run "$here" --prove
+      run "$here" --guard-pages "$@"
+      # The sanitizers bring allocators of their own, which refuse nothing.
+      run "$here" --fail-allocations "$@"
+      run "$here" --fail-allocations --guard-pages "$@"
+      ;;
+    *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+  esac
+done

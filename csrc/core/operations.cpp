@@ -294,7 +294,10 @@ void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filt
   const Pool2dProblem pool = pool_behind(p);
   const Conv2dProblem seen = seen_by_windows(p);
   const bool relu = p.activation == Activation::relu;
-  if (p.n == 0) return conv2d_wgrad(p, x, dy, y, dfilter, dbias, algorithm);
+  if (p.n == 0) {
+    if (dx) cpu::choose(as_nhwc(p), Direction::dgrad, algorithm);  // for its refusal
+    return conv2d_wgrad(p, x, dy, y, dfilter, dbias, dx ? nullptr : algorithm);
+  }
   if (!dx && p.layout == Layout::nhwc) {
     const cpu::Conv2dAlgorithm& chosen = cpu::choose(seen, Direction::wgrad, algorithm);
     if (chosen.fuses_pool(seen, Direction::wgrad)) {

@@ -8,7 +8,7 @@
 
 namespace fastconv {
 
-class Workspace {
+class FASTCONV_API Workspace {
  public:
   static constexpr std::size_t kAlignment = 64;
 

@@ -2,19 +2,24 @@
 // the sanitizers run. No Python, so that they need no preloading. Data are small integers, whose
 // sums of products are exact in any order.
 //
-//   stress [--problems N] [--seed S] [--callers C] [--fail-allocations]
+//   stress [--problems N] [--seed S] [--callers C] [--guard-pages] [--fail-allocations] [--prove]
 //
 // With --callers, C threads run problems at once while the number of threads changes. With
 // --fail-allocations, every call is repeated with its first, second, ... allocation refused until
-// it goes through: each must throw std::bad_alloc and leave all as it was.
+// it goes through: each must throw std::bad_alloc and leave all as it was. With --prove, it commits
+// the faults that it is there to find, each in a process of its own, which must not survive it.
 //
-// Tensors lie against a page that cannot be touched, behind or before them by turns; under
-// AddressSanitizer in memory of their exact size.
+// Tensors lie against a page that cannot be touched, behind or before them by turns, and with
+// --guard-pages scratch memory does too; under AddressSanitizer, all in memory of its exact size.
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -22,6 +27,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <optional>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -33,6 +39,7 @@
 #include "core/problem.hpp"
 #include "core/selection.hpp"
 #include "core/thread_pool.hpp"
+#include "core/workspace.hpp"
 #include "cpu/reference.hpp"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -83,6 +90,19 @@ extern "C" void* aligned_alloc(std::size_t alignment, std::size_t bytes) {
   void* block = nullptr;
   return refuse() || posix_memalign(&block, alignment, bytes) != 0 ? nullptr : block;
 }
+
+#if defined(__GLIBC__)
+// Scratch memory between guard pages.
+extern "C" void* mmap(void* address, std::size_t bytes, int protection, int flags, int file,
+                      off_t offset) noexcept {
+  if (refuse()) {
+    errno = ENOMEM;
+    return MAP_FAILED;
+  }
+  const long at = syscall(SYS_mmap, address, bytes, protection, flags, file, offset);
+  return reinterpret_cast<void*>(at);
+}
+#endif
 #endif
 
 namespace {
@@ -332,6 +352,68 @@ void run_conv(const Conv2dProblem& p, ConvData& d, bool end, const std::string& 
           conv2d_wgrad(p, d.x.data(), d.dy.data(), d.output.data(), nullptr, alone.data());
         });
         check(alone, d.dbias, 0, what + " dbias alone");
+        run(what, [&] {
+          conv2d_wgrad(p, d.x.data(), d.dy.data(), d.output.data(), dw.data(), nullptr, algorithm);
+        });
+        check(dw, d.dw, 0, what + " alone");
+      }
+    }
+  }
+}
+
+struct ConvPoolData {
+  Tensor<float> dy, output;
+  Tensor<std::uint8_t> taps;
+  Tensor<float> y, dx, dw, dbias;  // by the reference
+  Tensor<std::uint8_t> argmax;
+  ConvPoolData(const Conv2dProblem& p, ConvData& d, Random& random, bool end)
+      : dy(size(p), end), output(size(p), end), taps(size(p), end), y(size(p), end),
+        dx(p.x_size(), end), dw(p.filter_size(), end), dbias(p.k, end), argmax(size(p), end) {
+    fill(dy, random);
+    fill(output, random);
+    for (std::uint8_t& tap : taps) tap = static_cast<std::uint8_t>(random() % 4);
+    reference::conv2d_pool_fprop(p, d.x.data(), d.w.data(), d.bias.data(), y.data(), argmax.data());
+    reference::conv2d_pool_bprop(p, d.x.data(), d.w.data(), dy.data(), output.data(), taps.data(),
+                                 dx.data(), dw.data(), dbias.data());
+  }
+  static int64_t size(const Conv2dProblem& p) { return pool_behind(p).y_size(); }
+};
+
+void run_conv_pool(const Conv2dProblem& p, ConvData& d, ConvPoolData& pooled, bool end,
+                   const std::string& label) {
+  for (Direction direction : {Direction::fprop, Direction::dgrad, Direction::wgrad}) {
+    for (const std::string& name : algorithms(p, direction)) {
+      const char* algorithm = name.c_str();
+      const std::string what =
+          text(p) + " " + label + " " + name + " pooled " + direction_name(direction);
+      const bool exact = name.rfind("winograd", 0) != 0;
+      if (direction == Direction::fprop) {
+        const double tolerance = exact ? 0 : 1e-2 + 1e-4 * largest(d.y);
+        Tensor<float> y(pooled.y.size(), end);
+        Tensor<std::uint8_t> argmax(pooled.y.size(), end);
+        run(what, [&] {
+          conv2d_pool_fprop(p, d.x.data(), d.w.data(), d.bias.data(), y.data(), argmax.data(),
+                            algorithm);
+        });
+        check(y, pooled.y, tolerance, what);
+        check(argmax, pooled.argmax, exact ? 0 : 3, what + " argmax");
+        run(what, [&] {
+          conv2d_pool_fprop(p, d.x.data(), d.w.data(), d.bias.data(), y.data(), nullptr, algorithm);
+        });
+        check(y, pooled.y, tolerance, what + " without argmax");
+        continue;
+      }
+      const bool with_dx = direction == Direction::dgrad;
+      Tensor<float> dx(p.x_size(), end), dw(p.filter_size(), end), dbias(p.k, end);
+      for (float* bias : {dbias.data(), static_cast<float*>(nullptr)}) {
+        run(what, [&] {
+          conv2d_pool_bprop(p, d.x.data(), d.w.data(), pooled.dy.data(), pooled.output.data(),
+                            pooled.taps.data(), with_dx ? dx.data() : nullptr, dw.data(), bias,
+                            algorithm);
+        });
+        if (with_dx) check(dx, pooled.dx, exact ? 0 : 1e-2 + 1e-4 * largest(pooled.dx), what);
+        check(dw, pooled.dw, 0, what + " dw");
+        if (bias) check(dbias, pooled.dbias, 0, what + " dbias");
       }
     }
   }
@@ -383,9 +465,13 @@ void run_problems(std::uint64_t seed, int64_t problems, const std::vector<Isa>& 
     }
     const Conv2dProblem p = draw_conv(random);
     ConvData data(p, random, end);
+    const bool pools = p.oh > 1 && p.ow > 1;
+    std::optional<ConvPoolData> pooled;
+    if (pools) pooled.emplace(p, data, random, end);
     for (Isa isa : isas) {
       if (isas.size() > 1) set_isa(isa_name(isa));
       run_conv(p, data, end, isa_name(isa));
+      if (pools) run_conv_pool(p, data, *pooled, end, isa_name(isa));
     }
   }
 }
@@ -410,16 +496,95 @@ void run_callers(std::uint64_t seed, int64_t problems, int callers) {
   }
 }
 
+// --- the faults that are to be found --------------------------------------------------------------
+
+volatile float g_sink = 0;
+
+// Whether a process that commits `fault` survives it.
+template <class Fault>
+bool survives(const Fault& fault) {
+  const pid_t child = fork();
+  if (child < 0) fail("fork");
+  if (child == 0) {
+    const int silence = open("/dev/null", O_WRONLY);
+    if (silence >= 0) dup2(silence, 2);
+    fault();
+    // ThreadSanitizer tells at an orderly exit.
+    std::exit(0);
+  }
+  int status = 0;
+  if (waitpid(child, &status, 0) != child) fail("waitpid");
+  return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+void prove() {
+  int64_t faults = 0;
+  const auto expect = [&](const char* name, const auto& fault) {
+    if (survives(fault)) fail(std::string("not found: ") + name);
+    ++faults;
+  };
+#if defined(__SANITIZE_THREAD__)
+  expect("two threads that write one variable", [] {
+    float shared = 0;
+    std::thread other([&] { shared = 1; });
+    shared = 2;
+    other.join();
+    g_sink = shared;
+  });
+#else
+  // A vector that begins inside and ends one element behind.
+  for (int64_t count : {1, 7, 64, 4096}) {
+    expect("a read behind a tensor", [=] {
+      Tensor<float> tensor(count, true);
+      g_sink = *(static_cast<volatile float*>(tensor.data()) + count);
+    });
+    expect("a write behind a tensor", [=] {
+      Tensor<float> tensor(count, true);
+      *(static_cast<volatile float*>(tensor.data()) + count) = 1;
+    });
+    expect("a read before a tensor", [=] {
+      Tensor<float> tensor(count, false);
+      g_sink = *(static_cast<volatile float*>(tensor.data()) - 1);
+    });
+    expect("a write behind scratch memory", [=] {
+      const Workspace workspace(static_cast<std::size_t>(count) * 4);
+      *(static_cast<volatile float*>(workspace.floats()) + count) = 1;
+    });
+    expect("a write before scratch memory", [=] {
+      const Workspace workspace(static_cast<std::size_t>(count) * 4);
+      *(static_cast<volatile float*>(workspace.floats()) - 1) = 1;
+    });
+  }
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  expect("a sum that no int holds", [] {
+    volatile int most = 0x7FFFFFFF;
+    most = most + 1;
+  });
+#elif !FASTCONV_SANITIZED
+  expect("scratch memory that is read before it is written", [] {
+    const Workspace workspace(400);
+    if (std::isnan(workspace.floats()[99])) std::exit(1);
+  });
+#endif
+  std::printf("stress: %ld faults of our making, all found\n", long(faults));
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   int64_t problems = 200;
   std::uint64_t seed = 1;
   int callers = 0;
+  bool proves = false;
   for (int i = 1; i < count; ++i) {
     const std::string option = arguments[i];
     if (option == "--fail-allocations" && !FASTCONV_SANITIZED) {
       g_fail_allocations = true;
+    } else if (option == "--guard-pages" && !FASTCONV_SANITIZED) {
+      setenv("FASTCONV_GUARD_PAGES", "1", 1);
+    } else if (option == "--prove") {
+      proves = true;
     } else if (option == "--problems" && i + 1 < count) {
       problems = std::atoll(arguments[++i]);
     } else if (option == "--seed" && i + 1 < count) {
@@ -429,6 +594,11 @@ int main(int count, char** arguments) {
     } else {
       fail("what is " + option + "?");
     }
+  }
+  if (proves) {
+    if (!FASTCONV_SANITIZED) setenv("FASTCONV_GUARD_PAGES", "1", 1);
+    prove();
+    return 0;
   }
   set_num_threads(2);
   if (callers > 0) {
