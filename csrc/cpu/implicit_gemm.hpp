@@ -478,6 +478,7 @@ struct TapConvolutionRunner {
   bool by_chunks;
   int64_t packed_bytes, entries_bytes;  // entries: of one worker
   int64_t workspace_bytes;
+  int workers;
 
   explicit TapConvolutionRunner(const TapConvolution& convolution) : g(convolution), panels(g) {
     pixels = g.images * g.out_h * g.out_w;
@@ -525,14 +526,13 @@ struct TapConvolutionRunner {
     blocks = max64(1, blocks);
     tasks = g.groups * panel_groups * blocks;
     entries_bytes = round_up(2 * TapTiles<V>::most_entries(g) * 8, 64);
-    const int64_t workers = workers_for(tasks);
+    workers = workers_for(tasks);  // asked once: their number may change at any time
     workspace_bytes = (by_chunks ? workers : 1) * packed_bytes + workers * entries_bytes;
   }
 
   void execute(const float* x, const float* filter, const float* bias, float* y) const {
     if (pixels == 0) return;
     const Workspace workspace(static_cast<std::size_t>(workspace_bytes));
-    const int workers = workers_for(tasks);
     const TapTiles<V> tap_tiles{g, x, bias, y};
     char* const entries = reinterpret_cast<char*>(workspace.floats());
     float* const packed = workspace.floats(static_cast<std::size_t>(workers * entries_bytes));
