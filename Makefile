@@ -23,7 +23,7 @@ ifneq ($(VENV_STATE),sound)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test lint format docs fuzz soak sanitize bench performance gpu-check clean
+.PHONY: help mnist test lint format wheels bounds docs fuzz soak sanitize bench performance gpu-check clean
 
 help:
 	@echo "make mnist   train the article's MNIST network on the fast layers;"
@@ -31,6 +31,8 @@ help:
 	@echo "make test    run the tests; ARGS passes options to pytest"
 	@echo "make docs    build the documentation's pages in build/docs"
 	@echo "make lint    ruff, mypy, clang-format and clang-tidy; make format rewrites the sources"
+	@echo "make wheels  build and try a wheel for every Python found, in dist/"
+	@echo "make bounds  run tests with the oldest and the newest NumPy, TensorFlow and Keras"
 	@echo "make fuzz    compare 100,000 random problems with float64; ARGS passes options"
 	@echo "make soak    train and infer for 30 minutes and watch the memory; ARGS passes options"
 	@echo "make sanitize   run the library's stress test under ASan, UBSan and TSan"
@@ -68,6 +70,12 @@ lint: $(LINT_VENV)/.installed
 
 format: $(LINT_VENV)/.installed
 	@LINT_VENV=$(LINT_VENV) tools/lint.sh format
+
+bounds:
+	@PYTHON=$(PYTHON) tools/check_bounds.sh $(ARGS)
+
+wheels:
+	@tools/build_wheels.sh $(ARGS)
 
 fuzz: $(INSTALLED)
 	cd tests && ../$(VENV_PYTHON) fuzz.py $(ARGS)

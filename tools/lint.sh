@@ -31,6 +31,7 @@ run_check() {
     return 1
   }
   cpp_files | xargs "$bin/clang-format" --dry-run -Werror
+  "$bin/check-jsonschema" --builtin-schema vendor.github-workflows .github/workflows/*.yml
 }
 
 run_types() {
