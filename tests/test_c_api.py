@@ -189,7 +189,7 @@ def good():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"struct_size": 8}, "`struct_size` must be 160, as FASTCONV_CONV2D_INIT sets it. "),
+        ({"struct_size": 8}, "`struct_size` must be 152, as FASTCONV_CONV2D_INIT sets it. "),
         ({"stride_h": 0}, "`strides` must be positive integers"),
         ({"groups": 0}, "`groups` must be positive and divide `c`. Received: groups=0, c=2"),
         ({"groups": 3}, "`groups` must be positive and divide `c`. Received: groups=3, c=2"),
