@@ -36,8 +36,8 @@ class Kernels:
         if error:
             raise CudaFailure(self._library.test_error_text(error).decode())
 
-    def to_device(self, values, format="f"):
-        host = array.array(format, values)
+    def to_device(self, values, typecode="f"):
+        host = array.array(typecode, values)
         pointer = self.allocate(len(host) * host.itemsize)
         data = (ctypes.c_char * (len(host) * host.itemsize)).from_buffer(host)
         self.call("to_device", pointer, data, ctypes.c_size_t(len(data)))
@@ -48,8 +48,8 @@ class Kernels:
         self.call("malloc", ctypes.byref(pointer), ctypes.c_size_t(size))
         return pointer
 
-    def to_host(self, pointer, count, format="f"):
-        host = array.array(format, [0]) * count
+    def to_host(self, pointer, count, typecode="f"):
+        host = array.array(typecode, [0]) * count
         data = (ctypes.c_char * (count * host.itemsize)).from_buffer(host)
         self.call("to_host", data, pointer, ctypes.c_size_t(len(data)))
         return host

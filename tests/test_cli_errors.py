@@ -111,9 +111,7 @@ TABLE = {
     ],
     ("bench", "--brief"): [(["--brief=1"], USAGE, "does not take a value")],
 }
-ROWS = [
-    (command, option, *row) for (command, option), rows in TABLE.items() for row in rows
-]
+ROWS = [(command, option, *row) for (command, option), rows in TABLE.items() for row in rows]
 
 
 def test_the_table_has_every_command_and_option():

@@ -143,8 +143,10 @@ def test_damaged_results(path, tmp_path):
     """A member is gone or something else: refused with a reason, or shown."""
     file = tmp_path / "run.json"
     damaged = [changed(path, lambda part, key: part.pop(key))]
-    for value in WRONG_VALUES:
-        damaged.append(changed(path, lambda part, key, value=value: part.__setitem__(key, value)))
+    damaged += [
+        changed(path, lambda part, key, value=value: part.__setitem__(key, value))
+        for value in WRONG_VALUES
+    ]
     for run in damaged:
         file.write_text(json.dumps(run))
         for arguments in (
@@ -290,9 +292,9 @@ def test_damaged_files(ending, keras_files, tmp_path):
         path.write_bytes(content)
         try:
             loaded = load(model, ending, path)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - h5py, zipfile and Keras have each their own
             refused += 1
-            assert str(error)
+            assert str(error)  # noqa: PT017 - a file that loads is right too
         else:
             assert len(loaded.layers) == len(model.layers)
     assert refused >= (20 if ending == ".keras" else 1)

@@ -69,11 +69,11 @@ def check_convolutions(height, width, kernel, options, channels):
         for candidate in told["candidates"]:
             name = candidate["algorithm"]
             call = {
-                "fprop": lambda: fastconv.conv2d(x, w, algorithm=name, **options),
-                "dgrad": lambda: fastconv.conv2d_grad_input(
+                "fprop": lambda name=name: fastconv.conv2d(x, w, algorithm=name, **options),
+                "dgrad": lambda name=name: fastconv.conv2d_grad_input(
                     dy, w, x.shape, algorithm=name, **options
                 ),
-                "wgrad": lambda: fastconv.conv2d_grad_filter(
+                "wgrad": lambda name=name: fastconv.conv2d_grad_filter(
                     x, dy, w.shape, algorithm=name, **options
                 ),
             }[direction]

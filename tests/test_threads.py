@@ -686,9 +686,7 @@ def test_multiprocessing_after_use(method, tmp_path):
             assert right()
             print("right")
     """
-    program.write_text(
-        f"METHOD = {method!r}\n{textwrap.dedent(PREPARE)}\n{textwrap.dedent(body)}"
-    )
+    program.write_text(f"METHOD = {method!r}\n{textwrap.dedent(PREPARE)}\n{textwrap.dedent(body)}")
     result = subprocess.run(
         [sys.executable, program], capture_output=True, text=True, timeout=120, check=False
     )

@@ -11,9 +11,9 @@ import statistics
 import sys
 from functools import partial
 
-import fastconv.cuda as ours
 import numpy as np
 
+import fastconv.cuda as ours
 from fastconv.bench import suites
 from fastconv.bench.problem import DIRECTIONS
 

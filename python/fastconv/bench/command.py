@@ -44,7 +44,9 @@ SUITE_NAMES = (
     help="fastconv, tensorflow, torch, onnxruntime, openvino, onednn, jax, or importable modules, "
     "with commas. Default: all that are installed.",
 )
-@click.option("--batch", type=click.IntRange(1, 2**31 - 1), help="Instead of each problem's batch size.")
+@click.option(
+    "--batch", type=click.IntRange(1, 2**31 - 1), help="Instead of each problem's batch size."
+)
 @click.option("--threads", type=click.IntRange(1, 1024), help="Default: fastconv's.")
 @click.option(
     "--layout", type=click.Choice(["nhwc", "nchw"]), default="nhwc", show_default=True,
@@ -379,7 +381,7 @@ def _show(run, options, report_path):
         try:
             if path:
                 write(path, run)
-        except OSError as error:
+        except OSError as error:  # noqa: PERF203 - two files
             failures.append(f"{path} cannot be written: {error}")
     console = _console()
     console.print(tables.results(run, console.width, details=not options["brief"]))
