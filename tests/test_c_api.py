@@ -201,7 +201,7 @@ def good():
         ({"activation": 9}, "`activation` must be one of its enumeration"),
         ({"reserved": 1}, "`reserved` must be 0"),
         ({"n": -1}, "must not be negative"),
-        ({"n": 2**62}, "must have fewer than 2**57 elements"),
+        ({"n": 2**62}, "fewer than 2**57 elements"),
         ({"r": 5}, "must not be larger than the padded input"),
     ],
 )
