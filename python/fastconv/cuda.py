@@ -6,8 +6,8 @@ results are a :class:`DeviceArray`, which those libraries take the same way. Sum
 whatever the type. The functions have the names, arguments and messages of fastconv's own, which take
 such arrays too; those here take ``stream`` besides.
 
-Everything is enqueued on a stream and nothing waits for it but :meth:`DeviceArray.numpy` and
-:meth:`Stream.synchronize`. What other streams have been given to do with the inputs comes first.
+Everything is enqueued on a stream and nothing waits for it but ``DeviceArray.numpy()`` and
+``Stream.synchronize()``. What other streams have been given to do with the inputs comes first.
 
 Not yet run on hardware: in the tests the kernels run on an emulator.
 """
@@ -292,7 +292,7 @@ def explain(
     device
         Number of the device.
     strides, padding, dilation_rate, groups, activation, data_format, algorithm
-        As for :func:`conv2d`.
+        As for :func:`fastconv.conv2d`.
 
     Returns
     -------
