@@ -206,3 +206,4 @@ def test_readme_lists_every_example():
     for example in EXAMPLES.glob("*.*"):
         if example.name != "README.md":
             assert f"]({example.name})" in text
+    assert "](c)" in text

@@ -117,10 +117,11 @@ int64_t least_limit(const std::string& root, const Mount& mount, const std::stri
     below = within ? path.substr(mount.cgroup.size()) : "";
   }
   if (below.find("/..") != std::string::npos) below.clear();  // outside of what is mounted
+  const std::string mounted = root + mount.point;
   int64_t least = 0;
   for (;;) {
     while (!below.empty() && below.back() == '/') below.pop_back();
-    const int64_t own = own_limit(root + mount.point + below, mount.v2);
+    const int64_t own = own_limit(mounted + below, mount.v2);
     if (own > 0 && (least == 0 || own < least)) least = own;
     if (below.empty()) return least;
     const std::size_t slash = below.rfind('/');

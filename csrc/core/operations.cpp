@@ -262,8 +262,7 @@ void conv2d_pool_fprop(const Conv2dProblem& p, const float* x, const float* filt
   // That of the convolution alone, so that both have the same bits.
   const cpu::Conv2dAlgorithm& alone = cpu::choose(as_nhwc(p), Direction::fprop, algorithm);
   const cpu::Conv2dAlgorithm& chosen =
-      alone.serves(seen, Direction::fprop) ? alone
-                                           : cpu::choose(seen, Direction::fprop, algorithm);
+      alone.serves(seen, Direction::fprop) ? alone : cpu::choose(seen, Direction::fprop, algorithm);
   if (p.n == 0) return;
   const int64_t pixels = pool.oh * pool.ow;
   const bool turned = argmax && p.layout == Layout::nchw;

@@ -158,7 +158,7 @@ FASTCONV_API fastconv_status fastconv_set_num_threads(int threads) {
 
 FASTCONV_API fastconv_status fastconv_get_isa(const char** name) {
   return guarded([&] {
-    require(name, "name");
+    require(static_cast<const void*>(name), "name");
     *name = fastconv::isa_name(fastconv::current_isa());
   });
 }

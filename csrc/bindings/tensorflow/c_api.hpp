@@ -81,6 +81,7 @@ using DeleteFunction = void (*)(void*);
       (TF_OpKernelConstruction*, const char* name, char* value, std::size_t most, TF_Status*))
 
 // The functions, null until resolve_c_api() has run.
+// NOLINTBEGIN(bugprone-macro-parentheses): of types and declarators
 #define FASTCONV_DEFINE(result, name, parameters) inline result(*name) parameters = nullptr;
 FASTCONV_TENSORFLOW_C_API(FASTCONV_DEFINE)
 #undef FASTCONV_DEFINE
@@ -109,6 +110,7 @@ inline void resolve_c_api() {
   }
   FASTCONV_TENSORFLOW_C_API(FASTCONV_RESOLVE)
 #undef FASTCONV_RESOLVE
+  // NOLINTEND(bugprone-macro-parentheses)
 }
 
 }  // namespace fastconv::tensorflow

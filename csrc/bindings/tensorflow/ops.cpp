@@ -196,10 +196,10 @@ void destroy(void* kernel) {
 template <class Kernel>
 void infer_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
   TF_ShapeInferenceContextSetUnknownShape(context, status);
-  constexpr int input = Kernel::kOutputLikeInput;
-  if (input < 0 || TF_GetCode(status) != kOk) return;
+  constexpr int kInput = Kernel::kOutputLikeInput;
+  if (kInput < 0 || TF_GetCode(status) != kOk) return;
   TF_ShapeHandle* shape = TF_NewShapeHandle();
-  TF_ShapeInferenceContextGetInput(context, input, shape, status);
+  TF_ShapeInferenceContextGetInput(context, kInput, shape, status);
   if (TF_GetCode(status) == kOk) TF_ShapeInferenceContextSetOutput(context, 0, shape, status);
   TF_DeleteShapeHandle(shape);
 }
