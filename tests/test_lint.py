@@ -1,6 +1,8 @@
-"""The versions that `make lint` and the pre-commit hooks use are the same."""
+"""What `make lint` asks of Python's types, and the versions that it and the pre-commit hooks use."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -12,3 +14,25 @@ def test_pre_commit_has_the_versions_of_make_lint():
     project = (ROOT / "pyproject.toml").read_text()
     for requirement in pinned:
         assert f'"{requirement}"' in project
+
+
+def run_checker(*arguments):
+    result = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_types_are_strict(tmp_path):
+    run_checker("mypy", "--cache-dir", str(tmp_path))
+
+
+def test_stubs_are_those_of_the_compiled_module():
+    """What the .pyi files say is there, and nothing else; signatures: see test_package.py."""
+    options = ("--mypy-config-file", "pyproject.toml", "--allowlist", "tools/stubtest.txt")
+    run_checker("mypy.stubtest", *options, "fastconv._core")

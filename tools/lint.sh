@@ -3,7 +3,7 @@
 # What `make lint` runs, with the tools of the environment at $LINT_VENV (the extra `lint`).
 #   format  rewrite sources as clang-format and ruff would have them
 #   check   ruff, clang-format, the workflows; quick
-#   types   mypy --strict
+#   types   mypy --strict, and whether the stubs are those of the compiled module
 #   tidy    clang-tidy over every C++ source; minutes
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -36,6 +36,8 @@ run_check() {
 
 run_types() {
   "$bin/mypy"
+  "$bin/pip" install --quiet --no-deps --force-reinstall .
+  "$bin/stubtest" --mypy-config-file pyproject.toml --allowlist tools/stubtest.txt fastconv._core
 }
 
 run_tidy() {
@@ -54,7 +56,12 @@ run_tidy() {
 for step; do
   case $step in
     format | check | types | tidy) "run_$step" ;;
-    all) run_check && run_tidy && echo "lint: nothing found" ;;
+    all) # not joined by &&, under which `set -e` does not hold
+      run_check
+      run_types
+      run_tidy
+      echo "lint: nothing found"
+      ;;
     *) sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
   esac
 done

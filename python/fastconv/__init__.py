@@ -7,7 +7,7 @@ The functions of this package work on NumPy arrays, and on arrays on a GPU (``fa
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastconv._core import __version__
 from fastconv.functional import (
@@ -25,6 +25,12 @@ from fastconv.functional import (
     set_num_threads,
 )
 from fastconv.selection import explain, get_accuracy, set_accuracy
+
+if TYPE_CHECKING:  # what __getattr__ imports when it is asked for
+    from fastconv import cuda as cuda
+    from fastconv import keras as keras
+    from fastconv.keras import accelerate as accelerate
+    from fastconv.keras import restore as restore
 
 __all__ = [
     "__version__",

@@ -2,6 +2,8 @@
 
 Only kinds are checked here, and what no 64-bit integer can hold; whether a value makes sense for
 its operation is decided once, in C++, where the problem is described.
+
+NumPy is imported where it is needed: it takes ten times as long to import as all of fastconv.
 """
 
 from __future__ import annotations
@@ -9,8 +11,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
-
-import numpy as np
 
 if TYPE_CHECKING:
     from typing import SupportsIndex
@@ -127,6 +127,10 @@ def _choose(value: Any, name: str, choices: tuple[str, ...], also: str = "") -> 
 
 def _as_integer(value: Any) -> int | None:
     """``value`` as an int; None where it is no integer. A bool is a truth, not a number."""
+    if type(value) is int:
+        return value
+    import numpy as np
+
     if isinstance(value, (bool, np.bool_)):
         return None
     try:
@@ -145,9 +149,11 @@ def _as_integers(value: Any, name: str, rule: str, received: Any) -> list[int]:
 
 
 def _is_sequence(value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.ndim > 0
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    if isinstance(value, Sequence):
+        return not isinstance(value, (str, bytes))
+    import numpy as np
+
+    return isinstance(value, np.ndarray) and value.ndim > 0
 
 
 def _fit(integer: int, name: str, received: Any) -> int:

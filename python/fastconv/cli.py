@@ -4,22 +4,36 @@ Whatever takes long to import (rich, and above all TensorFlow) is imported by th
 needs it, so that help comes at once and everything but ``mnist`` works without TensorFlow.
 """
 
+from __future__ import annotations
+
 import contextlib
 import importlib.util
 import json
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
 from fastconv.bench.command import bench, require_matplotlib, require_sound_environment
 from fastconv.bench.gpu_roofline import roofline
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+
+    import keras
+
+    from fastconv.mnist.article import Result
+    from fastconv.mnist.data import Mnist
+
+Trained: TypeAlias = "dict[str, tuple[keras.Model, Result]]"  # by the name of the layers
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fastconv", message="%(prog)s %(version)s")
-def main():
+def main() -> None:
     """Fast convolution and pooling for Keras and NumPy."""
 
 
@@ -29,7 +43,7 @@ main.add_command(roofline)
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-def info(as_json):
+def info(as_json: bool) -> None:
     """Say what runs here: version, instruction sets, threads, CUDA."""
     require_sound_environment()
     import fastconv
@@ -92,7 +106,15 @@ def info(as_json):
     help="Draw training curves, confusion matrix, filters and feature maps there, as SVG and PNG "
     "(needs matplotlib).",
 )
-def mnist(epochs, batch_size, layers, path, seed, limit, plot_directory):
+def mnist(
+    epochs: int,
+    batch_size: int,
+    layers: str,
+    path: Path | None,
+    seed: int,
+    limit: int | None,
+    plot_directory: Path | None,
+) -> None:
     """Train a small convolutional network on MNIST, as the article does."""
     _require_tensorflow()
     require_sound_environment()
@@ -115,7 +137,7 @@ def mnist(epochs, batch_size, layers, path, seed, limit, plot_directory):
             click.echo(f"drawn: {drawn}")
 
 
-def _train_one(article, layers, data, options):
+def _train_one(article: ModuleType, layers: str, data: Mnist, options: dict[str, int]) -> Trained:
     import keras
 
     namespace = article.STOCK if layers == "stock" else _fast_layers(article)
@@ -127,7 +149,7 @@ def _train_one(article, layers, data, options):
     return {layers: (model, result)}
 
 
-def _compare(article, data, options):
+def _compare(article: ModuleType, data: Mnist, options: dict[str, int]) -> Trained:
     from rich.console import Console
 
     from fastconv.mnist import report
@@ -148,7 +170,7 @@ def _compare(article, data, options):
     return {"stock": (stock, results[0]), "fast": (fast, results[1])}
 
 
-def _print_line(text):
+def _print_line(text: str) -> None:
     """Prints a long line, wrapped between words on a terminal and left whole in a file."""
     from rich.console import Console
 
@@ -156,11 +178,11 @@ def _print_line(text):
     console.print(text, markup=False, soft_wrap=not console.is_terminal)
 
 
-def _report(result):
+def _report(result: Result) -> None:
     click.echo(f"Loss: {result.loss:.4f}, Accuracy: {result.accuracy:.4f}")
 
 
-def _load_data(path):
+def _load_data(path: Path | None) -> Mnist:
     from fastconv.mnist import data
 
     try:
@@ -169,7 +191,7 @@ def _load_data(path):
         raise click.BadParameter(str(error), param_hint="'--data'") from error
 
 
-def _require_tensorflow():
+def _require_tensorflow() -> None:
     for module in ("tensorflow", "keras"):
         try:
             found = importlib.util.find_spec(module) is not None
@@ -182,7 +204,7 @@ def _require_tensorflow():
             )
 
 
-def _import_article():
+def _import_article() -> ModuleType:
     from rich.console import Console
 
     # The layers run on Keras's TensorFlow backend, whatever keras.json says for other programs.
@@ -196,7 +218,7 @@ def _import_article():
 
 
 @contextlib.contextmanager
-def _quiet_tensorflow():
+def _quiet_tensorflow() -> Iterator[None]:
     """Keeps TensorFlow's start-up notes off the screen, unless TF_CPP_MIN_LOG_LEVEL is set.
 
     The variable alone does not do: some notes are written before TensorFlow reads it, straight to
@@ -220,14 +242,14 @@ def _quiet_tensorflow():
             os.close(stderr)
 
 
-def _fast_layers(article):
+def _fast_layers(article: ModuleType) -> Any:
     try:
         return article.fast_layers()
     except (ImportError, OSError) as error:
         raise click.ClickException(f"fastconv's layers cannot be loaded: {error}") from error
 
 
-def _print_facts(facts):
+def _print_facts(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -239,7 +261,7 @@ def _print_facts(facts):
     Console(highlight=False).print(table)
 
 
-def _readable(value):
+def _readable(value: object) -> str:
     """One fact on a line: yes, no, or a list with commas, instead of Python's spelling."""
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -1,4 +1,4 @@
-"""Convolution and max-pooling of NumPy arrays, forward and backward.
+"""Convolution and pooling (maximum and average) of NumPy arrays, forward and backward.
 
 Arguments and their names are those of Keras. Activations are float32 arrays of shape (batch,
 height, width, channels), or (batch, channels, height, width) with ``data_format=
@@ -22,8 +22,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import numpy as np
-
 from fastconv import _core
 from fastconv._arguments import (
     conv2d_options,
@@ -40,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import SupportsIndex
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from fastconv._arguments import IntegerOrPair, Padding
@@ -128,7 +127,7 @@ def conv2d(
         If a shape or the value of an option is not one of those stated above, the dilated filter
         is larger than the padded input, or ``algorithm`` does not serve the problem.
     """
-    return _for(x).conv2d(
+    result: FloatArray = _for(x).conv2d(
         x,
         w,
         bias,
@@ -136,6 +135,7 @@ def conv2d(
         algorithm=normalize_algorithm(algorithm),
         out=out,
     )
+    return result
 
 
 def conv2d_grad_input(
@@ -190,7 +190,7 @@ def conv2d_grad_input(
         If the shapes do not belong to one convolution, an option has a value that ``conv2d``
         refuses, ``output`` is missing, or ``algorithm`` does not serve the problem.
     """
-    return _for(dy).conv2d_grad_input(
+    result: FloatArray = _for(dy).conv2d_grad_input(
         dy,
         w,
         normalize_shape(input_shape, "input_shape"),
@@ -199,6 +199,7 @@ def conv2d_grad_input(
         algorithm=normalize_algorithm(algorithm),
         out=out,
     )
+    return result
 
 
 @overload
@@ -292,7 +293,7 @@ def conv2d_grad_filter(
         If the shapes do not belong to one convolution, an option has a value that ``conv2d``
         refuses, ``output`` is missing, or ``algorithm`` does not serve the problem.
     """
-    return _for(x).conv2d_grad_filter(
+    result: FloatArray | tuple[FloatArray, FloatArray] = _for(x).conv2d_grad_filter(
         x,
         dy,
         normalize_shape(filter_shape, "filter_shape"),
@@ -302,6 +303,7 @@ def conv2d_grad_filter(
         algorithm=normalize_algorithm(algorithm),
         out=out,
     )
+    return result
 
 
 @overload
@@ -378,12 +380,13 @@ def max_pool2d(
         If a shape or the value of an option is not one of those stated above, or the window is
         larger than the padded input.
     """
-    return _for(x).max_pool2d(
+    result: FloatArray | tuple[FloatArray, ArgmaxArray] = _for(x).max_pool2d(
         x,
         bool(return_argmax),
         **_pool2d_options(pool_size, strides, padding, data_format),
         out=out,
     )
+    return result
 
 
 def max_pool2d_grad(
@@ -427,13 +430,14 @@ def max_pool2d_grad(
         If the shapes do not belong to one pooling, an option has a value that ``max_pool2d``
         refuses, or ``argmax`` holds a value outside the window.
     """
-    return _for(dy).max_pool2d_grad(
+    result: FloatArray = _for(dy).max_pool2d_grad(
         dy,
         argmax,
         normalize_shape(input_shape, "input_shape"),
         **_pool2d_options(pool_size, strides, padding, data_format),
         out=out,
     )
+    return result
 
 
 def avg_pool2d(
@@ -475,9 +479,10 @@ def avg_pool2d(
         If a shape or the value of an option is not one of those stated above, or the window is
         larger than the padded input.
     """
-    return _for(x).avg_pool2d(
+    result: FloatArray = _for(x).avg_pool2d(
         x, **_pool2d_options(pool_size, strides, padding, data_format), out=out
     )
+    return result
 
 
 def avg_pool2d_grad(
@@ -517,12 +522,13 @@ def avg_pool2d_grad(
         If the shapes do not belong to one pooling, or an option has a value that ``avg_pool2d``
         refuses.
     """
-    return _for(dy).avg_pool2d_grad(
+    result: FloatArray = _for(dy).avg_pool2d_grad(
         dy,
         normalize_shape(input_shape, "input_shape"),
         **_pool2d_options(pool_size, strides, padding, data_format),
         out=out,
     )
+    return result
 
 
 @overload
@@ -735,9 +741,7 @@ def info() -> dict[str, Any]:
 
 def _for(array: Any) -> Any:
     """The compiled functions for arrays like this one: on the host, or on a GPU."""
-    if type(array) is np.ndarray or not _cuda.is_device_array(array):
-        return _core
-    return _cuda
+    return _cuda if _cuda.is_device_array(array) else _core
 
 
 def _pool2d_options(pool_size: Any, strides: Any, padding: Any, data_format: Any) -> dict[str, Any]:

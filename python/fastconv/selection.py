@@ -110,9 +110,9 @@ def explain(
             raise TypeError(
                 "`filter_shape` must be given with an input shape. Received: filter_shape=None"
             )
-        import fastconv  # its `keras` says what is missing where TensorFlow is
+        from fastconv import keras  # says what is missing where TensorFlow is
 
-        return fastconv.keras.explain_layer(input_shape)
+        return keras.explain_layer(input_shape)
     return _core.explain(
         normalize_shape(input_shape, "input_shape"),
         normalize_shape(filter_shape, "filter_shape"),

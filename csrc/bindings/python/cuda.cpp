@@ -288,6 +288,7 @@ bool is_dlpack_of_cuda(py::handle object) {
 }
 
 bool is_device_array(const py::object& object) {
+  if (py::isinstance<py::array>(object)) return false;  // at once: most are
   return py::isinstance<DeviceArray>(object) || is_dlpack_of_cuda(object) ||
          py::hasattr(object, "__cuda_array_interface__");
 }
@@ -316,7 +317,7 @@ void delete_exported(Managed* managed) {
   auto* const exported = static_cast<Exported<Managed>*>(managed->context);
   try {
     if (exported->array->memory) exported->array->memory->note_use(exported->consumer);
-  } catch (...) {  // as in Memory's destructor: nobody is there to hear of it
+  } catch (...) {  // NOLINT(bugprone-empty-catch): as in Memory's destructor, nobody hears of it
   }
   delete exported;
 }

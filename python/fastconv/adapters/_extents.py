@@ -1,6 +1,13 @@
 """Output shapes as expressions of input shapes: static where known, left to XLA where not."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import tensorflow as tf
 
 
 class Extent(NamedTuple):
@@ -16,7 +23,7 @@ class Extent(NamedTuple):
     over: int = 1
     then: int = 0
 
-    def evaluate(self, inputs):
+    def evaluate(self, inputs: Sequence[tf.Tensor]) -> int | None:
         """None where the input's extent is unknown, or where the kernel will refuse it."""
         size = inputs[self.source].shape[self.axis]
         if size is None:
@@ -25,12 +32,20 @@ class Extent(NamedTuple):
         return room // self.over + self.then if room >= 0 else None
 
 
-def like(source, rank=4):
+# Of one output, in order; None where not even their number is known.
+Extents: TypeAlias = "list[Extent | int | None] | None"
+# The data type and the extents of each output.
+Outputs: TypeAlias = "Sequence[tuple[tf.DType, Extents]]"
+# An op's attributes by name: strings, and lists of integers.
+Attributes: TypeAlias = dict[str, Any]
+
+
+def like(source: int, rank: int = 4) -> list[Extent | int | None]:
     """The extents of the input number ``source``."""
     return [Extent(source, axis) for axis in range(rank)]
 
 
-def static_extents(extents, inputs):
+def static_extents(extents: Extents, inputs: Sequence[tf.Tensor]) -> list[int | None] | None:
     """``extents``, of which each is an Extent, a number or None, as numbers and None.
 
     None for all where the rank of an input that they depend on is unknown.

@@ -8,12 +8,14 @@ construction goes there. It cannot tell of a ``tf.function`` that is traced now 
 compiled one later; TensorFlow refuses to compile that one.
 """
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import tensorflow as tf
 from tensorflow.python.framework import ops as framework_ops
@@ -28,7 +30,13 @@ from fastconv._arguments import (
     normalize_pair,
 )
 from fastconv.adapters import xla
-from fastconv.adapters._extents import Extent, like, static_extents
+from fastconv.adapters._extents import Attributes, Extent, like, static_extents
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Sequence
+
+    from fastconv._arguments import IntegerOrPair, Padding
+    from fastconv.adapters._extents import Extents, Outputs
 
 __all__ = [
     "avg_pool2d",
@@ -50,7 +58,7 @@ _WHOLE_IMAGE = (0, 0)  # the window of global pooling
 _LARGEST_BYTE_WINDOW = 256  # taps; the argmax of a larger window does not fit uint8
 
 
-def _load_ops():
+def _load_ops() -> tuple[Any, ctypes.CDLL]:
     ops = tf.load_op_library(str(_LIBRARY))
     symbols = ctypes.CDLL(str(_LIBRARY))
     symbols.fastconv_tensorflow_load_error.restype = ctypes.c_char_p
@@ -72,36 +80,37 @@ _ops, _symbols = _load_ops()
 _op_functions = {name.replace("_", ""): getattr(_ops, name) for name in dir(_ops)}
 
 
-def ops_executed():
+def ops_executed() -> dict[str, int]:
     """How often each of our kernels has run as a TensorFlow op in this process, by the op's name.
 
     Returns:
         A dict such as ``{"FastconvConv2D": 3, "FastconvMaxPool2D": 0, ...}``.
     """
-    counts = {}
+    counts: dict[str, int] = {}
     while (name := _symbols.fastconv_tensorflow_op_name(len(counts))) is not None:
         counts[name.decode()] = _symbols.fastconv_tensorflow_op_executions(len(counts))
     return counts
 
 
-def inside_xla():
+def inside_xla() -> bool:
     """Whether ops created now become part of an XLA computation, such as jit_compile=True makes."""
     if tf.executing_eagerly():
         return False
-    return control_flow_util.GraphOrParentsInXlaContext(framework_ops.get_default_graph())
+    graph = framework_ops.get_default_graph()
+    return bool(control_flow_util.GraphOrParentsInXlaContext(graph))
 
 
 def conv2d(
-    x,
-    w,
-    bias=None,
+    x: tf.Tensor,
+    w: tf.Tensor,
+    bias: tf.Tensor | None = None,
     *,
-    strides=1,
-    padding="valid",
-    dilation_rate=1,
-    activation=None,
-    data_format="channels_last",
-):
+    strides: IntegerOrPair = 1,
+    padding: Padding = "valid",
+    dilation_rate: IntegerOrPair = 1,
+    activation: str | None = None,
+    data_format: str = "channels_last",
+) -> tf.Tensor:
     """2-D convolution with bias and ReLU fused, differentiable to any order.
 
     Args:
@@ -130,17 +139,17 @@ def conv2d(
 
 
 def conv2d_max_pool2d(
-    x,
-    w,
-    bias=None,
+    x: tf.Tensor,
+    w: tf.Tensor,
+    bias: tf.Tensor | None = None,
     *,
-    strides=1,
-    padding="valid",
-    dilation_rate=1,
-    activation=None,
-    data_format="channels_last",
-    keep_argmax=False,
-):
+    strides: IntegerOrPair = 1,
+    padding: Padding = "valid",
+    dilation_rate: IntegerOrPair = 1,
+    activation: str | None = None,
+    data_format: str = "channels_last",
+    keep_argmax: bool = False,
+) -> tf.Tensor:
     """``max_pool2d(conv2d(...), 2)`` in one op, which keeps no more than is pooled.
 
     Differentiable to any order.
@@ -164,7 +173,7 @@ def conv2d_max_pool2d(
     return _conv2d_max_pool2d(*_tensors(x, w, bias), attributes, int(keep_argmax))[0]
 
 
-def pooled_in_one(y, *, keep_argmax=False):
+def pooled_in_one(y: tf.Tensor, *, keep_argmax: bool = False) -> tf.Tensor | None:
     """What ``max_pool2d(y, 2)`` gives, by ``conv2d_max_pool2d``, where that can take y's place.
 
     Args:
@@ -182,14 +191,14 @@ def pooled_in_one(y, *, keep_argmax=False):
 
 
 def max_pool2d(
-    x,
-    pool_size,
+    x: tf.Tensor,
+    pool_size: IntegerOrPair,
     *,
-    strides=None,
-    padding="valid",
-    data_format="channels_last",
-    keep_argmax=False,
-):
+    strides: IntegerOrPair | None = None,
+    padding: Padding = "valid",
+    data_format: str = "channels_last",
+    keep_argmax: bool = False,
+) -> tf.Tensor:
     """2-D max-pooling, differentiable to any order.
 
     Args:
@@ -217,7 +226,14 @@ def max_pool2d(
     return _max_pool2d_with_argmax(x, attributes)[0] if keep_argmax else _max_pool2d(x, attributes)
 
 
-def avg_pool2d(x, pool_size, *, strides=None, padding="valid", data_format="channels_last"):
+def avg_pool2d(
+    x: tf.Tensor,
+    pool_size: IntegerOrPair,
+    *,
+    strides: IntegerOrPair | None = None,
+    padding: Padding = "valid",
+    data_format: str = "channels_last",
+) -> tf.Tensor:
     """2-D average-pooling, in which padding is not counted, differentiable to any order.
 
     Args:
@@ -238,7 +254,7 @@ def avg_pool2d(x, pool_size, *, strides=None, padding="valid", data_format="chan
     return _avg_pool2d(tf.convert_to_tensor(x), attributes)
 
 
-def global_avg_pool2d(x, *, data_format="channels_last"):
+def global_avg_pool2d(x: tf.Tensor, *, data_format: str = "channels_last") -> tf.Tensor:
     """The average of each channel of each image, differentiable to any order.
 
     Args:
@@ -257,7 +273,7 @@ def global_avg_pool2d(x, *, data_format="channels_last"):
     return _avg_pool2d(tf.convert_to_tensor(x), _global_pool_options(data_format))
 
 
-def global_max_pool2d(x, *, data_format="channels_last"):
+def global_max_pool2d(x: tf.Tensor, *, data_format: str = "channels_last") -> tf.Tensor:
     """The maximum of each channel of each image, differentiable to any order.
 
     Args:
@@ -277,15 +293,15 @@ def global_max_pool2d(x, *, data_format="channels_last"):
 
 
 def conv2d_transpose(
-    x,
-    w,
+    x: tf.Tensor,
+    w: tf.Tensor,
     *,
-    strides=1,
-    padding="valid",
-    output_padding=None,
-    dilation_rate=1,
-    data_format="channels_last",
-):
+    strides: IntegerOrPair = 1,
+    padding: Padding = "valid",
+    output_padding: IntegerOrPair | None = None,
+    dilation_rate: IntegerOrPair = 1,
+    data_format: str = "channels_last",
+) -> tf.Tensor:
     """Transposed 2-D convolution as ``keras.ops.conv_transpose``, differentiable to any order.
 
     Args:
@@ -317,7 +333,7 @@ def conv2d_transpose(
             "The filter `w` must have 4 dimensions, of which the first two are known. "
             f"Received: w.shape={w.shape}"
         )
-    added = (None, None)
+    added: tuple[int | None, int | None] = (None, None)
     if output_padding is not None:
         added = normalize_pair(output_padding, "output_padding")
     attributes["output_offset"] = [
@@ -329,7 +345,7 @@ def conv2d_transpose(
     return _conv2d_transpose(x, w, attributes)
 
 
-def _transpose_offset(window, stride, padding, output_padding):
+def _transpose_offset(window: int, stride: int, padding: str, output_padding: int | None) -> int:
     """What Keras's rule for the output's extent adds to the input's extent times the stride."""
     if padding == "VALID":
         return (
@@ -343,16 +359,22 @@ def _transpose_offset(window, stride, padding, output_padding):
 # --- arguments to attributes ----------------------------------------------------------------------
 
 
-def _layout(data_format):
+def _layout(data_format: str) -> str:
     return "NCHW" if normalize_data_format(data_format) == "channels_first" else "NHWC"
 
 
-def _padding_attributes(padding):
+def _padding_attributes(padding: Padding) -> Attributes:
     kind, sides = normalize_padding(padding)
     return {"padding": kind.upper(), "explicit_paddings": sides}
 
 
-def _conv2d_options(strides, padding, dilation_rate, activation, data_format):
+def _conv2d_options(
+    strides: IntegerOrPair,
+    padding: Padding,
+    dilation_rate: IntegerOrPair,
+    activation: str | None,
+    data_format: str,
+) -> Attributes:
     _follow_tensorflow_threads()
     return {
         "strides": normalize_pair(strides, "strides"),
@@ -363,12 +385,16 @@ def _conv2d_options(strides, padding, dilation_rate, activation, data_format):
     }
 
 
-def _tensors(x, w, bias):
+def _tensors(
+    x: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None
+) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
     x, w = tf.convert_to_tensor(x), tf.convert_to_tensor(w)
     return x, w, [] if bias is None else [tf.convert_to_tensor(bias)]
 
 
-def _pool_options(pool_size, strides, padding, data_format):
+def _pool_options(
+    pool_size: IntegerOrPair, strides: IntegerOrPair | None, padding: Padding, data_format: str
+) -> Attributes:
     _follow_tensorflow_threads()
     return {
         "pool_size": normalize_pair(pool_size, "pool_size"),
@@ -378,7 +404,7 @@ def _pool_options(pool_size, strides, padding, data_format):
     }
 
 
-def _global_pool_options(data_format):
+def _global_pool_options(data_format: str) -> Attributes:
     """The window (0, 0) is all of the image."""
     _follow_tensorflow_threads()
     return {
@@ -390,7 +416,7 @@ def _global_pool_options(data_format):
 
 
 @functools.cache
-def _follow_tensorflow_threads():
+def _follow_tensorflow_threads() -> None:
     """Takes over TensorFlow's intra-op setting, unless fastconv was told a number of its own.
 
     Runs at the first call rather than at import, for until then the setting may change; after it
@@ -405,15 +431,17 @@ def _follow_tensorflow_threads():
 # TensorFlow's C API shows an op's shape function no attributes, so shapes are set here.
 
 
-def _spatial_axes(attributes):
+def _spatial_axes(attributes: Attributes) -> tuple[int, int]:
     return (2, 3) if attributes["data_format"] in ("NCHW", b"NCHW") else (1, 2)
 
 
-def _channel_axis(attributes):
+def _channel_axis(attributes: Attributes) -> int:
     return 1 if attributes["data_format"] in ("NCHW", b"NCHW") else 3
 
 
-def _windowed(axis, window, stride, padding, before, after):
+def _windowed(
+    axis: int, window: int | None, stride: int, padding: str, before: int, after: int
+) -> Extent | None:
     """The output extent of a window that slides along one axis of input 0; None if unknown."""
     if window is None or stride < 1:
         return None
@@ -422,14 +450,18 @@ def _windowed(axis, window, stride, padding, before, after):
     return Extent(0, axis, plus=before + after - window, over=stride, then=1)
 
 
-def _arranged(batch, channels, extents, attributes):
+def _arranged(
+    batch: Extent, channels: Extent, extents: Iterable[Extent | int | None], attributes: Attributes
+) -> list[Extent | int | None]:
     """(batch, *extents, channels), in the layout of ``attributes``."""
     if _channel_axis(attributes) == 1:
         return [batch, channels, *extents]
     return [batch, *extents, channels]
 
 
-def _windows_of(window, channels, attributes):
+def _windows_of(
+    window: Sequence[int | None], channels: Extent, attributes: Attributes
+) -> list[Extent | int | None]:
     """The extents that windows of (rows, columns) make of input 0."""
     top, bottom, left, right = attributes["explicit_paddings"]
     padding = tf.compat.as_str(attributes["padding"])
@@ -444,7 +476,7 @@ def _windows_of(window, channels, attributes):
     return _arranged(Extent(0, 0), channels, extents, attributes)
 
 
-def _conv2d_extents(w, attributes):
+def _conv2d_extents(w: tf.Tensor, attributes: Attributes) -> Extents:
     if w.shape.rank != 4:
         return None
     window = [
@@ -454,7 +486,7 @@ def _conv2d_extents(w, attributes):
     return _windows_of(window, Extent(1, 3), attributes)
 
 
-def _transpose_extents(attributes):
+def _transpose_extents(attributes: Attributes) -> Extents:
     rows, columns = (
         Extent(0, axis, times=stride, plus=offset)
         for axis, stride, offset in zip(
@@ -467,7 +499,7 @@ def _transpose_extents(attributes):
     return _arranged(Extent(0, 0), Extent(1, 2), (rows, columns), attributes)
 
 
-def _pool_extents(attributes):
+def _pool_extents(attributes: Attributes) -> Extents:
     channels = Extent(0, _channel_axis(attributes))
     if tuple(attributes["pool_size"]) == _WHOLE_IMAGE:
         return _arranged(Extent(0, 0), channels, (1, 1), attributes)
@@ -477,7 +509,13 @@ def _pool_extents(attributes):
 # --- ops, and XLA's calls of the same kernels -----------------------------------------------------
 
 
-def _run(name, inputs, attributes, outputs, **own_attributes):
+def _run(
+    name: str,
+    inputs: Sequence[tf.Tensor | list[tf.Tensor]],
+    attributes: Attributes,
+    outputs: Outputs,
+    **own_attributes: Any,
+) -> list[tf.Tensor]:
     """The outputs of the op ``name``, a list.
 
     ``outputs`` holds the data type and the extents of each; no extents where not even the rank is
@@ -487,7 +525,7 @@ def _run(name, inputs, attributes, outputs, **own_attributes):
     if inside_xla() and xla.available():
         return _run_inside_xla(name, flat, attributes, outputs)
     function = _op_functions[name.lower()]
-    results = tf.nest.flatten(function(*inputs, **attributes, **own_attributes))
+    results: list[tf.Tensor] = tf.nest.flatten(function(*inputs, **attributes, **own_attributes))
     if not tf.executing_eagerly():
         for result, (_, extents) in zip(results, outputs, strict=True):
             result.set_shape(tf.TensorShape(static_extents(extents, flat)))
@@ -498,36 +536,46 @@ def _run(name, inputs, attributes, outputs, **own_attributes):
 class _Call:
     """A call inside XLA, as the gradient functions below see an op."""
 
-    inputs: list
-    outputs: list
-    attributes: dict[str, Any]
+    inputs: Sequence[tf.Tensor]
+    outputs: list[tf.Tensor]
+    attributes: Attributes
 
-    def get_attr(self, name):
+    def get_attr(self, name: str) -> Any:
         return self.attributes[name]
 
 
-def _run_inside_xla(name, inputs, attributes, outputs):
+# What the gradient functions below are given and give.
+Op: TypeAlias = "tf.Operation | _Call"
+Gradients: TypeAlias = "list[tf.Tensor | None]"
+Gradient: TypeAlias = "Callable[..., tf.Tensor | Gradients]"
+
+
+def _run_inside_xla(
+    name: str, inputs: Sequence[tf.Tensor], attributes: Attributes, outputs: Outputs
+) -> list[tf.Tensor]:
     @tf.custom_gradient
-    def run(*inputs):
+    def run(*inputs: tf.Tensor) -> tuple[list[tf.Tensor], Gradient]:
         results = xla.call(name, inputs, attributes, outputs)
 
-        def gradient(*upstream):
+        def gradient(*upstream: tf.Tensor) -> Gradients:
             return _gradients[name](_Call(inputs, results, attributes), *upstream)
 
         return results, gradient
 
-    return tf.nest.flatten(run(*inputs))
+    results: list[tf.Tensor] = tf.nest.flatten(run(*inputs))
+    return results
 
 
-_gradients = {}
+_gradients: dict[str, Gradient] = {}
 
 
-def _gradient_of(name):
+def _gradient_of(name: str) -> Callable[[Gradient], Gradient]:
     """Decorator: the function is the gradient of the op ``name``, in TensorFlow and in XLA."""
 
-    def register(function):
+    def register(function: Gradient) -> Gradient:
         _gradients[name] = function
-        return tf.RegisterGradient(name)(function)
+        tf.RegisterGradient(name)(function)
+        return function
 
     return register
 
@@ -543,11 +591,11 @@ class _Conv2dCall:
     graph: Any
     x: tf.Tensor
     w: tf.Tensor
-    bias: list
-    attributes: dict[str, Any]
+    bias: list[tf.Tensor]
+    attributes: Attributes
 
 
-def _conv2d(x, w, bias, attributes):
+def _conv2d(x: tf.Tensor, w: tf.Tensor, bias: list[tf.Tensor], attributes: Attributes) -> tf.Tensor:
     outputs = [(tf.float32, _conv2d_extents(w, attributes))]
     y = _run("FastconvConv2D", (x, w, bias), attributes, outputs)[0]
     if not tf.executing_eagerly():
@@ -556,53 +604,63 @@ def _conv2d(x, w, bias, attributes):
     return y
 
 
-def _conv2d_grad_input(x, w, dy, mask, attributes):
+def _conv2d_grad_input(
+    x: tf.Tensor, w: tf.Tensor, dy: tf.Tensor, mask: list[tf.Tensor], attributes: Attributes
+) -> tf.Tensor:
     outputs = [(tf.float32, like(0))]
     return _run("FastconvConv2DGradInput", (x, w, dy, mask), attributes, outputs)[0]
 
 
-def _conv2d_grad_filter(x, w, dy, mask, attributes, num_bias=0):
+def _conv2d_grad_filter(
+    x: tf.Tensor,
+    w: tf.Tensor,
+    dy: tf.Tensor,
+    mask: list[tf.Tensor],
+    attributes: Attributes,
+    num_bias: int = 0,
+) -> list[tf.Tensor]:
     """The gradients of the filter and of each bias."""
-    outputs = [(tf.float32, like(1)), *[(tf.float32, [Extent(1, 3)])] * num_bias]
+    filters: Extents = [Extent(1, 3)]
+    outputs = [(tf.float32, like(1)), *[(tf.float32, filters)] * num_bias]
     return _run(
         "FastconvConv2DGradFilter", (x, w, dy, mask), attributes, outputs, num_bias=num_bias
     )
 
 
-def _conv2d_transpose(x, w, attributes):
+def _conv2d_transpose(x: tf.Tensor, w: tf.Tensor, attributes: Attributes) -> tf.Tensor:
     outputs = [(tf.float32, _transpose_extents(attributes))]
     return _run("FastconvConv2DTranspose", (x, w), attributes, outputs)[0]
 
 
-def _attributes(op, *own):
+def _attributes(op: Op, *own: str) -> Attributes:
     names = ("strides", "padding", "explicit_paddings", "data_format", *own)
     return {name: op.get_attr(name) for name in names}
 
 
-def _conv2d_attributes(op):
+def _conv2d_attributes(op: Op) -> Attributes:
     return _attributes(op, "dilations", "activation")
 
 
-def _is_relu(attributes):
+def _is_relu(attributes: Attributes) -> bool:
     return attributes["activation"] in ("RELU", b"RELU")
 
 
-def _linear(attributes):
+def _linear(attributes: Attributes) -> Attributes:
     return {**attributes, "activation": "LINEAR"}
 
 
-def _masked(gradient, mask):
+def _masked(gradient: tf.Tensor, mask: list[tf.Tensor]) -> tf.Tensor:
     """``gradient`` where the ReLU let the value through. The mask itself has no gradient."""
     return tf.raw_ops.ReluGrad(gradients=gradient, features=mask[0]) if mask else gradient
 
 
-def _skipped(op):
+def _skipped(op: Op) -> Collection[int]:
     """The inputs whose gradient nobody wants. Only a tape knows; a graph prunes what is not used."""
     return getattr(op, "skip_input_indices", None) or ()
 
 
 @_gradient_of("FastconvConv2D")
-def _conv2d_gradient(op, dy):
+def _conv2d_gradient(op: Op, dy: tf.Tensor) -> Gradients:
     x, w, *bias = op.inputs
     attributes = _conv2d_attributes(op)
     mask = [op.outputs[0]] if _is_relu(attributes) else []
@@ -617,7 +675,7 @@ def _conv2d_gradient(op, dy):
 
 
 @_gradient_of("FastconvConv2DGradInput")
-def _conv2d_grad_input_gradient(op, ddx):
+def _conv2d_grad_input_gradient(op: Op, ddx: tf.Tensor) -> Gradients:
     # dx is linear in w and in dy; of x only the shape matters.
     _, w, dy, *mask = op.inputs
     attributes = _conv2d_attributes(op)
@@ -627,7 +685,7 @@ def _conv2d_grad_input_gradient(op, ddx):
 
 
 @_gradient_of("FastconvConv2DGradFilter")
-def _conv2d_grad_filter_gradient(op, ddw, *ddbias):
+def _conv2d_grad_filter_gradient(op: Op, ddw: tf.Tensor, *ddbias: tf.Tensor) -> Gradients:
     # dw is linear in x and in dy, and so is dbias in dy; of w only the shape matters.
     x, _, dy, *mask = op.inputs
     attributes = _conv2d_attributes(op)
@@ -637,7 +695,7 @@ def _conv2d_grad_filter_gradient(op, ddw, *ddbias):
 
 
 @_gradient_of("FastconvConv2DTranspose")
-def _conv2d_transpose_gradient(op, dy):
+def _conv2d_transpose_gradient(op: Op, dy: tf.Tensor) -> Gradients:
     # The transpose of the transpose is the convolution that it was named after.
     x, w = op.inputs
     attributes = _conv2d_attributes(op)
@@ -648,12 +706,12 @@ def _conv2d_transpose_gradient(op, dy):
 # --- pooling and its gradients --------------------------------------------------------------------
 
 
-def _max_pool2d(x, attributes):
+def _max_pool2d(x: tf.Tensor, attributes: Attributes) -> tf.Tensor:
     outputs = [(tf.float32, _pool_extents(attributes))]
     return _run("FastconvMaxPool2D", (x,), attributes, outputs)[0]
 
 
-def _max_pool2d_with_argmax(x, attributes):
+def _max_pool2d_with_argmax(x: tf.Tensor, attributes: Attributes) -> list[tf.Tensor]:
     rows, columns = attributes["pool_size"]
     argmax_type = tf.uint8 if rows * columns <= _LARGEST_BYTE_WINDOW else tf.int32
     extents = _pool_extents(attributes)
@@ -661,22 +719,24 @@ def _max_pool2d_with_argmax(x, attributes):
     return _run("FastconvMaxPool2DWithArgmax", (x,), attributes, outputs, Targmax=argmax_type)
 
 
-def _max_pool2d_grad(x, argmax, dy, attributes):
+def _max_pool2d_grad(
+    x: tf.Tensor, argmax: tf.Tensor, dy: tf.Tensor, attributes: Attributes
+) -> tf.Tensor:
     outputs = [(tf.float32, like(0))]
     return _run("FastconvMaxPool2DGrad", (x, argmax, dy), attributes, outputs)[0]
 
 
-def _max_pool2d_grad_grad(ddx, argmax, attributes):
+def _max_pool2d_grad_grad(ddx: tf.Tensor, argmax: tf.Tensor, attributes: Attributes) -> tf.Tensor:
     outputs = [(tf.float32, like(1))]
     return _run("FastconvMaxPool2DGradGrad", (ddx, argmax), attributes, outputs)[0]
 
 
-def _pool_attributes(op):
+def _pool_attributes(op: Op) -> Attributes:
     return _attributes(op, "pool_size")
 
 
 @_gradient_of("FastconvMaxPool2D")
-def _max_pool2d_gradient(op, dy):
+def _max_pool2d_gradient(op: Op, dy: tf.Tensor) -> tf.Tensor:
     x = op.inputs[0]
     attributes = _pool_attributes(op)
     if tuple(attributes["pool_size"]) == _WHOLE_IMAGE:
@@ -686,47 +746,49 @@ def _max_pool2d_gradient(op, dy):
 
 
 @_gradient_of("FastconvMaxPool2DWithArgmax")
-def _max_pool2d_with_argmax_gradient(op, dy, _):
+def _max_pool2d_with_argmax_gradient(op: Op, dy: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
     return _max_pool2d_grad(op.inputs[0], op.outputs[1], dy, _pool_attributes(op))
 
 
 @_gradient_of("FastconvMaxPool2DGrad")
-def _max_pool2d_grad_gradient(op, ddx):
+def _max_pool2d_grad_gradient(op: Op, ddx: tf.Tensor) -> Gradients:
     # dx is linear in dy; of x only the shape matters.
     _, argmax, _ = op.inputs
     return [None, None, _max_pool2d_grad_grad(ddx, argmax, _pool_attributes(op))]
 
 
 @_gradient_of("FastconvMaxPool2DGradGrad")
-def _max_pool2d_grad_grad_gradient(op, dddy):
+def _max_pool2d_grad_grad_gradient(op: Op, dddy: tf.Tensor) -> Gradients:
     ddx, argmax = op.inputs
     return [_max_pool2d_grad(ddx, argmax, dddy, _pool_attributes(op)), None]
 
 
-def _global_max_pool2d_grad(x, y, dy, attributes):
+def _global_max_pool2d_grad(
+    x: tf.Tensor, y: tf.Tensor, dy: tf.Tensor, attributes: Attributes
+) -> tf.Tensor:
     """As tf.reduce_max, the stock layer's op, has it: equal maxima get equal shares."""
     chosen = tf.cast(tf.equal(x, y), x.dtype)
     number = tf.reduce_sum(chosen, axis=_spatial_axes(attributes), keepdims=True)
     return chosen / number * dy
 
 
-def _avg_pool2d(x, attributes):
+def _avg_pool2d(x: tf.Tensor, attributes: Attributes) -> tf.Tensor:
     outputs = [(tf.float32, _pool_extents(attributes))]
     return _run("FastconvAveragePool2D", (x,), attributes, outputs)[0]
 
 
-def _avg_pool2d_grad(x, dy, attributes):
+def _avg_pool2d_grad(x: tf.Tensor, dy: tf.Tensor, attributes: Attributes) -> tf.Tensor:
     outputs = [(tf.float32, like(0))]
     return _run("FastconvAveragePool2DGrad", (x, dy), attributes, outputs)[0]
 
 
 @_gradient_of("FastconvAveragePool2D")
-def _avg_pool2d_gradient(op, dy):
+def _avg_pool2d_gradient(op: Op, dy: tf.Tensor) -> tf.Tensor:
     return _avg_pool2d_grad(op.inputs[0], dy, _pool_attributes(op))
 
 
 @_gradient_of("FastconvAveragePool2DGrad")
-def _avg_pool2d_grad_gradient(op, ddx):
+def _avg_pool2d_grad_gradient(op: Op, ddx: tf.Tensor) -> Gradients:
     # dx is linear in dy; of x only the shape matters.
     return [None, _avg_pool2d(ddx, _pool_attributes(op))]
 
@@ -734,7 +796,7 @@ def _avg_pool2d_grad_gradient(op, ddx):
 # --- convolution and pooling in one ---------------------------------------------------------------
 
 
-def _halved(extent):
+def _halved(extent: Extent | int | None) -> Extent | int | None:
     if isinstance(extent, Extent):
         # (a // over + then) // 2 is (a + then * over) // (2 * over)
         return extent._replace(
@@ -743,7 +805,7 @@ def _halved(extent):
     return None if extent is None else extent // 2
 
 
-def _conv2d_pool_extents(w, attributes):
+def _conv2d_pool_extents(w: tf.Tensor, attributes: Attributes) -> Extents:
     extents = _conv2d_extents(w, attributes)
     if extents is None:
         return None
@@ -751,19 +813,31 @@ def _conv2d_pool_extents(w, attributes):
     return [_halved(e) if axis in spatial else e for axis, e in enumerate(extents)]
 
 
-def _conv2d_max_pool2d(x, w, bias, attributes, num_argmax):
+def _conv2d_max_pool2d(
+    x: tf.Tensor, w: tf.Tensor, bias: list[tf.Tensor], attributes: Attributes, num_argmax: int
+) -> list[tf.Tensor]:
     """[y], or [y, argmax]."""
     extents = _conv2d_pool_extents(w, attributes)
     outputs = [(tf.float32, extents), *[(tf.uint8, extents)] * num_argmax]
     return _run("FastconvConv2DMaxPool2D", (x, w, bias), attributes, outputs, num_argmax=num_argmax)
 
 
-def _conv2d_max_pool2d_grad(x, w, dy, y, argmax, attributes, num_dx, num_bias):
+def _conv2d_max_pool2d_grad(
+    x: tf.Tensor,
+    w: tf.Tensor,
+    dy: tf.Tensor,
+    y: tf.Tensor,
+    argmax: tf.Tensor,
+    attributes: Attributes,
+    num_dx: int,
+    num_bias: int,
+) -> tuple[list[tf.Tensor], tf.Tensor, list[tf.Tensor]]:
     """([dx], dw, [dbias])"""
+    filters: Extents = [Extent(1, 3)]
     outputs = [
         (tf.float32, like(1)),
         *[(tf.float32, like(0))] * num_dx,
-        *[(tf.float32, [Extent(1, 3)])] * num_bias,
+        *[(tf.float32, filters)] * num_bias,
     ]
     dw, *others = _run(
         "FastconvConv2DMaxPool2DGrad",
@@ -777,7 +851,7 @@ def _conv2d_max_pool2d_grad(x, w, dy, y, argmax, attributes, num_dx, num_bias):
 
 
 @_gradient_of("FastconvConv2DMaxPool2D")
-def _conv2d_max_pool2d_gradient(op, dy, *_):
+def _conv2d_max_pool2d_gradient(op: Op, dy: tf.Tensor, *_: tf.Tensor) -> Gradients:
     x, w, *bias = op.inputs
     attributes = _conv2d_attributes(op)
     y, *argmax = op.outputs
@@ -790,7 +864,7 @@ def _conv2d_max_pool2d_gradient(op, dy, *_):
 
 
 @_gradient_of("FastconvConv2DMaxPool2DGrad")
-def _conv2d_max_pool2d_grad_gradient(op, *upstream):
+def _conv2d_max_pool2d_grad_gradient(op: Op, *upstream: tf.Tensor) -> Gradients:
     # Once more by the ops that it is made of, each of which knows its own gradient.
     x, w, dy, y, argmax = op.inputs
     attributes = _conv2d_attributes(op)

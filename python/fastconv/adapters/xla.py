@@ -6,15 +6,23 @@ XlaCallModule makes part of the compiled graph. Both are no part of TensorFlow's
 ``available()`` tries them and says whether they work in this process.
 """
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
 from fastconv.adapters._extents import Extent, static_extents
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from fastconv.adapters._extents import Extents, Outputs
 
 __all__ = ["available", "call", "ops_executed", "reason_unavailable"]
 
@@ -27,7 +35,7 @@ _TYPES = {tf.float32: "f32", tf.uint8: "ui8", tf.int32: "i32"}
 _logger = logging.getLogger("fastconv")
 
 
-def _register():
+def _register() -> tuple[ctypes.CDLL | None, Any, str | None]:
     """The library, and why its handlers cannot be used; one of them is None."""
     try:
         from tensorflow.compiler.tf2xla.python import xla as tf2xla
@@ -49,21 +57,21 @@ def _register():
 _library, _call_module, _registration_failure = _register()
 
 
-def ops_executed():
+def ops_executed() -> dict[str, int]:
     """How often each of our kernels has run inside XLA in this process, by the op's name."""
-    counts = {}
+    counts: dict[str, int] = {}
     while _library and (name := _library.fastconv_xla_op_name(len(counts))) is not None:
         counts[name.decode()] = _library.fastconv_xla_op_executions(len(counts))
     return counts
 
 
-def available():
+def available() -> bool:
     """Whether the kernels can run inside XLA. The first call compiles one to see."""
     return reason_unavailable() is None
 
 
 @functools.cache
-def reason_unavailable():
+def reason_unavailable() -> str | None:
     """Why the kernels cannot run inside XLA; None if they can."""
     reason = _registration_failure or _self_test_failure()
     if reason is not None:
@@ -71,7 +79,7 @@ def reason_unavailable():
     return reason
 
 
-def _self_test_failure():
+def _self_test_failure() -> str | None:
     try:
         with tf.init_scope(), tf.device("CPU:0"):
             ones = tf.ones((3, 2, 2, 1))
@@ -85,7 +93,7 @@ def _self_test_failure():
     return None
 
 
-def _self_test(x):
+def _self_test(x: tf.Tensor) -> tf.Tensor:
     attributes = {
         "strides": (1, 1),
         "dilations": (1, 1),
@@ -94,13 +102,15 @@ def _self_test(x):
         "data_format": "NHWC",
         "activation": "LINEAR",
     }
-    extents = [Extent(0, 0), Extent(0, 1, plus=-2, then=1), 1, 1]
+    extents: Extents = [Extent(0, 0), Extent(0, 1, plus=-2, then=1), 1, 1]
     return call("FastconvConv2D", [x, tf.ones((2, 2, 1, 1))], attributes, [(tf.float32, extents)])[
         0
     ]
 
 
-def call(name, inputs, attributes, outputs):
+def call(
+    name: str, inputs: Sequence[tf.Tensor], attributes: Mapping[str, Any], outputs: Outputs
+) -> list[tf.Tensor]:
     """Makes a call of the kernel ``name`` part of the graph that XLA compiles.
 
     Args:
@@ -112,13 +122,15 @@ def call(name, inputs, attributes, outputs):
     Returns:
         A list of tensors.
     """
-    shapes = [static_extents(extents, inputs) for _, extents in outputs]
-    if None in shapes:
+    shapes = [
+        shape for _, extents in outputs if (shape := static_extents(extents, inputs)) is not None
+    ]
+    if len(shapes) < len(outputs):
         raise ValueError(
             "Inside XLA the rank of every tensor must be known. Received: "
             f"{', '.join(str(tensor.shape) for tensor in inputs)}"
         )
-    return _call_module(
+    results: list[tf.Tensor] = _call_module(
         list(inputs),
         version=_MODULE_VERSION,
         module=_module(name, inputs, attributes, outputs, shapes),
@@ -127,12 +139,19 @@ def call(name, inputs, attributes, outputs):
         platforms=["CPU"],
         disabled_checks=[],
     )
+    return results
 
 
 # --- StableHLO ------------------------------------------------------------------------------------
 
 
-def _module(name, inputs, attributes, outputs, shapes):
+def _module(
+    name: str,
+    inputs: Sequence[tf.Tensor],
+    attributes: Mapping[str, Any],
+    outputs: Outputs,
+    shapes: list[list[int | None]],
+) -> str:
     """A module whose main function is one custom call.
 
     Where a result's shape is not known yet, an operand behind the others computes it from the
@@ -145,7 +164,7 @@ def _module(name, inputs, attributes, outputs, shapes):
     lines, shape_operands = [], ""
     if any(None in shape for shape in shapes):
         text = _Text(types)
-        for _, extents in outputs:
+        for extents in (extents for _, extents in outputs if extents is not None):
             operands.append(text.shape(extents, name))
             types.append(f"tensor<{len(extents)}xi32>")
         lines = text.lines
@@ -153,29 +172,29 @@ def _module(name, inputs, attributes, outputs, shapes):
         shape_operands = (
             f", indices_of_shape_operands = dense<[{indices}]> : tensor<{len(outputs)}xi64>"
         )
-    config = {**attributes, "num_inputs": (len(inputs),)}
-    config = ", ".join(f"{key} = {_attribute(value)}" for key, value in config.items())
-    results = ", ".join(results)
+    values = {**attributes, "num_inputs": (len(inputs),)}
+    config = ", ".join(f"{key} = {_attribute(value)}" for key, value in values.items())
+    returns = ", ".join(results)
     returned = "%out" if len(outputs) == 1 else ", ".join(f"%out#{i}" for i in range(len(outputs)))
     arity = "" if len(outputs) == 1 else f":{len(outputs)}"
     body = "\n".join(lines)
     return f"""module @fastconv attributes {{jax.uses_shape_polymorphism = true}} {{
-func.func public @main({parameters}) -> ({results}) {{
+func.func public @main({parameters}) -> ({returns}) {{
 {body}
 %out{arity} = stablehlo.custom_call @{name}({", ".join(operands)}) {{
   api_version = 4 : i32, backend_config = {{{config}}}{shape_operands}
-}} : ({", ".join(types)}) -> ({results})
-return {returned} : {results}
+}} : ({", ".join(types)}) -> ({returns})
+return {returned} : {returns}
 }}
 }}"""
 
 
-def _type(dtype, shape):
+def _type(dtype: tf.DType, shape: Iterable[int | None]) -> str:
     extents = "".join("?x" if extent is None else f"{extent}x" for extent in shape)
     return f"tensor<{extents}{_TYPES[dtype]}>"
 
 
-def _attribute(value):
+def _attribute(value: str | bytes | Iterable[int]) -> str:
     if isinstance(value, (str, bytes)):
         return f'"{tf.compat.as_str(value)}"'
     return f"array<i64: {', '.join(map(str, value))}>"
@@ -184,11 +203,11 @@ def _attribute(value):
 class _Text:
     """Lines of StableHLO that compute shapes."""
 
-    def __init__(self, input_types):
-        self.lines = []
+    def __init__(self, input_types: list[str]) -> None:
+        self.lines: list[str] = []
         self._input_types = input_types
 
-    def shape(self, extents, name):
+    def shape(self, extents: Sequence[Extent | int | None], name: str) -> str:
         parts = []
         for extent in extents:
             if extent is None:
@@ -204,7 +223,7 @@ class _Text:
             f"tensor<{len(parts)}xi32>"
         )
 
-    def _extent(self, extent):
+    def _extent(self, extent: Extent) -> str:
         size = self._add(
             f"stablehlo.get_dimension_size %in{extent.source}, dim = {extent.axis} : "
             f"({self._input_types[extent.source]}) -> tensor<i32>"
@@ -220,10 +239,10 @@ class _Text:
                 size = self._add(f"stablehlo.{operation} {size}, {other} : tensor<i32>")
         return size
 
-    def _constant(self, number):
+    def _constant(self, number: int) -> str:
         return self._add(f"stablehlo.constant dense<{number}> : tensor<i32>")
 
-    def _add(self, line):
+    def _add(self, line: str) -> str:
         name = f"%v{len(self.lines)}"
         self.lines.append(f"{name} = {line}")
         return name

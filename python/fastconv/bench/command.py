@@ -9,8 +9,20 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fastconv.bench._types import Record
+    from fastconv.bench.problem import Problem
+
+CaseOfSuite: TypeAlias = "tuple[Problem, str, str]"  # problem, direction, suite
 
 # What a shell takes for "ended by an interrupt".
 _INTERRUPTED = 130
@@ -111,16 +123,16 @@ SUITE_NAMES = (
 )
 @click.option("--brief", is_flag=True, help="Print the means alone.")
 def bench(
-    problems,
-    suites,
-    paths,
-    directions,
-    implementations,
-    compared,
-    from_path,
-    report_path,
-    **options,
-):
+    problems: tuple[str, ...],
+    suites: tuple[str, ...],
+    paths: tuple[Path, ...],
+    directions: str | None,
+    implementations: str | None,
+    compared: tuple[str, str] | None,
+    from_path: str | None,
+    report_path: Path | None,
+    **options: Any,
+) -> None:
     """Measure kernels beside other libraries', every result checked first.
 
     A PROBLEM is written as for oneDNN's benchdnn: mb32ic64ih56oc64oh56kh3ph1. Without one, and
@@ -157,7 +169,7 @@ def bench(
         sys.exit(_INTERRUPTED)
 
 
-def _read(path, times_alone=False):
+def _read(path: str, times_alone: bool = False) -> Record:
     from fastconv.bench import files
 
     try:
@@ -166,7 +178,7 @@ def _read(path, times_alone=False):
         raise click.ClickException(str(error)) from error
 
 
-def _compare(old, new, threshold):
+def _compare(old: str, new: str, threshold: float) -> None:
     from fastconv.bench import compare, tables
 
     found = compare.compare(_read(old, True), _read(new, True), threshold)
@@ -175,7 +187,7 @@ def _compare(old, new, threshold):
         sys.exit(1)
 
 
-def require_matplotlib():
+def require_matplotlib() -> None:
     """Complains where there is none, before anything takes long."""
     if importlib.util.find_spec("matplotlib") is None:
         raise click.ClickException(
@@ -184,7 +196,7 @@ def require_matplotlib():
         )
 
 
-def _require_room(path, makes_directories=False):
+def _require_room(path: str | Path | None, makes_directories: bool = False) -> None:
     """Complains where a file cannot be written, before what it will hold is measured."""
     if path is None:
         return
@@ -195,7 +207,7 @@ def _require_room(path, makes_directories=False):
         raise click.ClickException(f"{path} cannot be written: {directory} is no directory for it")
 
 
-def require_sound_environment():
+def require_sound_environment() -> None:
     """Complains of a wrong environment variable of fastconv's, before anything takes long."""
     import fastconv
 
@@ -206,7 +218,7 @@ def require_sound_environment():
         raise click.ClickException(str(error)) from error
 
 
-def _require_algorithm(name):
+def _require_algorithm(name: str | None) -> None:
     from fastconv import _core
 
     if name is None:
@@ -219,7 +231,13 @@ def _require_algorithm(name):
     _core.set_algorithm(before)
 
 
-def _cases(texts, suite_names, paths, directions, batch):
+def _cases(
+    texts: Sequence[str],
+    suite_names: Sequence[str],
+    paths: Sequence[Path],
+    directions: str | None,
+    batch: int | None,
+) -> list[CaseOfSuite]:
     """[(problem, direction, its suite)], each case once."""
     from fastconv.bench import problem as problems
     from fastconv.bench import suites
@@ -229,7 +247,9 @@ def _cases(texts, suite_names, paths, directions, batch):
         wanted = [problems.parse_direction(name) for name in directions.split(",")]
     if not texts and not suite_names and not paths:
         suite_names = DEFAULT_SUITES
-    listed = [(problems.parse(text), None, "problems") for text in texts]
+    listed: list[tuple[Problem, tuple[str, ...] | None, str]] = [
+        (problems.parse(text), None, "problems") for text in texts
+    ]
     for path in paths:
         try:
             lines = path.read_text().splitlines()
@@ -239,7 +259,7 @@ def _cases(texts, suite_names, paths, directions, batch):
     for name in suite_names:
         for one in suites.SUITES if name == "all" else [name]:
             listed += [(problem, None, one) for problem in suites.suite(one)]
-    cases = {}
+    cases: dict[tuple[Problem, str], str] = {}
     for problem, own, suite in listed:
         if batch is not None:
             problem = problem.with_batch(batch)
@@ -251,13 +271,13 @@ def _cases(texts, suite_names, paths, directions, batch):
     return [(*case, suite) for case, suite in cases.items()]
 
 
-def _names(text):
+def _names(text: str | None) -> list[str]:
     from fastconv.bench import adapters
 
     return list(adapters.NAMES) if text is None else list(dict.fromkeys(text.split(",")))
 
 
-def _measure(cases, names, options):
+def _measure(cases: list[CaseOfSuite], names: list[str], options: dict[str, Any]) -> Record:
     import fastconv
     from fastconv.bench.session import Conditions, Session
 
@@ -272,7 +292,7 @@ def _measure(cases, names, options):
         seconds=options["seconds"],
         seed=options["seed"],
     )
-    run = {"command": _command(), "complete": False, "planned": len(cases), "results": []}
+    run: Record = {"command": _command(), "complete": False, "planned": len(cases), "results": []}
     start = time.monotonic()
     with _progress(len(cases)) as progress:
         progress.say("starting " + ", ".join(names))
@@ -291,7 +311,7 @@ def _measure(cases, names, options):
     return run
 
 
-def _command():
+def _command() -> str:
     """The command line, without what changes no figure."""
     words = ["fastconv"]
     arguments = iter(sys.argv[1:])
@@ -306,33 +326,33 @@ def _command():
 class _Lines:
     """Progress where no terminal shows a bar."""
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         pass
 
-    def note(self, text):
+    def note(self, text: str) -> None:
         click.echo(text, err=True)
 
-    def step(self):
+    def step(self) -> None:
         pass
 
 
 class _Bar:
-    def __init__(self, progress, total):
+    def __init__(self, progress: Progress, total: int) -> None:
         self._progress = progress
         self._task = progress.add_task("", total=total)
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         self._progress.update(self._task, description=text)
 
-    def note(self, text):
+    def note(self, text: str) -> None:
         self._progress.console.print(text, style="dim", highlight=False, markup=False)
 
-    def step(self):
+    def step(self) -> None:
         self._progress.advance(self._task)
 
 
 @contextlib.contextmanager
-def _progress(total):
+def _progress(total: int) -> Iterator[_Lines | _Bar]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -361,7 +381,7 @@ def _progress(total):
         yield _Bar(progress, total)
 
 
-def _console():
+def _console() -> Console:
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -370,7 +390,7 @@ def _console():
     return Console(highlight=False, width=240)  # in a file, lines are left whole
 
 
-def _show(run, options, report_path):
+def _show(run: Record, options: dict[str, Any], report_path: Path | None) -> None:
     from fastconv.bench import files, tables
 
     failures = []

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from fastconv.bench.session import OURS
+
+if TYPE_CHECKING:
+    from fastconv.bench._types import Record
 
 # What must agree for times to be comparable.
 _SAME = ("cpu", "threads", "layout", "cold", "dtype")
@@ -22,7 +26,7 @@ class Change:
     clear: bool  # whether the quartiles of the two do not overlap
 
     @property
-    def slowdown(self):
+    def slowdown(self) -> float:
         return self.new / self.old
 
 
@@ -37,7 +41,7 @@ class Comparison:
     warnings: list[str]
 
 
-def compare(old, new, threshold=0.1):
+def compare(old: Record, new: Record, threshold: float = 0.1) -> Comparison:
     """Our kernels' times of two runs.
 
     A case has regressed where its median is more than ``threshold`` above the old one's and the
@@ -69,7 +73,7 @@ def compare(old, new, threshold=0.1):
     )
 
 
-def _times(run):
+def _times(run: Record) -> dict[tuple[str, str, str], Record]:
     """{(problem, name, direction): our kernel's times}"""
     return {
         (result["problem"], result["name"], result["direction"]): result["implementations"][OURS][
@@ -80,7 +84,7 @@ def _times(run):
     }
 
 
-def _warnings(old, new):
+def _warnings(old: Record, new: Record) -> list[str]:
     found = [
         f"{name} differs: {old.get(name)!r} and {new.get(name)!r}"
         for name in _SAME

@@ -8,8 +8,17 @@ import math
 import os
 import reprlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fastconv.bench import problem as problems
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import TypeGuard
+
+    from fastconv.bench._types import Record
+
+Check: TypeAlias = "Callable[[object], bool]"
 
 FORMAT = 1
 
@@ -25,7 +34,7 @@ class FileError(ValueError):
     """A file that holds no results of ours; the message says why."""
 
 
-def write_json(path, run):
+def write_json(path: str | os.PathLike[str], run: Record) -> None:
     """Writes it whole or not at all."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -33,7 +42,7 @@ def write_json(path, run):
     unfinished.replace(path)
 
 
-def read_json(path, times_alone=False):
+def read_json(path: str | os.PathLike[str], times_alone: bool = False) -> Record:
     """A run, as ``write_json`` was given it. All that is read of one later is checked here.
 
     With ``times_alone``, what a comparison of times does not read may be missing.
@@ -61,66 +70,70 @@ class _Wrong(Exception):
     """Where a run is wrong, in words."""
 
 
-def _text(value):
+def _text(value: object) -> TypeGuard[str]:
     return isinstance(value, str)
 
 
-def _truth(value):
+def _truth(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _texts(value):
+def _texts(value: object) -> bool:
     return isinstance(value, dict) and all(map(_text, value.values()))
 
 
-def _file_name(value):
+def _file_name(value: object) -> bool:
     """Figures are named by it."""
     return _text(value) and not set(value) & set("/\\\0")
 
 
-def _direction(value):
+def _direction(value: object) -> bool:
     return value in problems.DIRECTIONS
 
 
-def _number(value):
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _count(value):
+def _count(value: object) -> bool:
     return _number(value) and value >= 0
 
 
-def _positive(value):
+def _positive(value: object) -> bool:
     return _number(value) and value > 0
 
 
-def _problem(value):
+def _problem(value: object) -> bool:
     try:
         return _text(value) and problems.parse(value) is not None
     except problems.ProblemError:
         return False
 
 
-def _or_none(check):
+def _or_none(check: Check) -> Check:
     return lambda value: value is None or check(value)
 
 
-_TIMES = {"median": _positive, "low": _positive, "high": _positive}
-_LIMITS = {"flops": _positive, "read": _positive, "write": _positive}
-_CONDITIONS = {
+_TIMES: dict[str, Check] = {"median": _positive, "low": _positive, "high": _positive}
+_LIMITS: dict[str, Check] = {"flops": _positive, "read": _positive, "write": _positive}
+_CONDITIONS: dict[str, Check] = {
     "cpu": _text, "cpus": _count, "threads": _count, "system": _text, "versions": _texts,
     "absent": _texts, "malloc": _or_none(_text), "cold": _truth, "layout": _text, "dtype": _text,
     "rounds": _count, "when": _text,
 }  # fmt: skip
-_RESULT = {
+_RESULT: dict[str, Check] = {
     "kind": _text, "suite": _file_name, "flops": _count, "read": _positive, "written": _positive,
     "repeat": _text,
 }  # fmt: skip
-_RECORD = {"algorithm": _or_none(_text), "error": _count, "workspace": _or_none(_count)}
-_RATIO = {"peer": _text, "median": _positive, "low": _positive, "high": _positive}
+_RECORD: dict[str, Check] = {
+    "algorithm": _or_none(_text),
+    "error": _count,
+    "workspace": _or_none(_count),
+}
+_RATIO: dict[str, Check] = {"peer": _text, "median": _positive, "low": _positive, "high": _positive}
 
 
-def _check_run(run, times_alone):
+def _check_run(run: Record, times_alone: bool) -> None:
     conditions = _part(run, "conditions", "the run")
     limits = conditions.get("limits")
     if limits is not None:
@@ -140,7 +153,7 @@ def _check_run(run, times_alone):
         _check_result(result, f"results[{i}]", times_alone)
 
 
-def _check_result(result, place, times_alone):
+def _check_result(result: Any, place: str, times_alone: bool) -> None:
     _check(result, place, {"problem": _problem, "name": _text, "direction": _direction})
     if not times_alone:
         _check(result, place, {**_RESULT, "ratio": lambda _: True})
@@ -157,14 +170,15 @@ def _check_result(result, place, times_alone):
             _check(times, f"the {kind}'s times of {where}", {**_TIMES, "least": _positive})
 
 
-def _part(whole, name, place):
+def _part(whole: Any, name: str, place: str) -> Record:
     """The dict that ``whole`` holds by this name."""
-    if not isinstance(whole, dict) or not isinstance(whole.get(name), dict):
+    part = whole.get(name) if isinstance(whole, dict) else None
+    if not isinstance(part, dict):
         raise _Wrong(f"no object `{name}` in {place}")
-    return whole[name]
+    return part
 
 
-def _check(part, place, wanted):
+def _check(part: Any, place: str, wanted: Mapping[str, Check]) -> None:
     if not isinstance(part, dict):
         raise _Wrong(f"{place} that is no object")
     for name, check in wanted.items():
@@ -174,7 +188,7 @@ def _check(part, place, wanted):
             raise _Wrong(f"{name}={reprlib.repr(part[name])} in {place}")
 
 
-def write_csv(path, run):
+def write_csv(path: str | os.PathLike[str], run: Record) -> None:
     """One line for each case and implementation."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, CSV_COLUMNS)
@@ -205,7 +219,7 @@ def write_csv(path, run):
                 writer.writerow(row)
 
 
-def shares(result, nanoseconds, limits):
+def shares(result: Record, nanoseconds: float, limits: Record | None) -> dict[str, float | None]:
     """{"gflops", "peak", "bandwidth"} of a time; None for what has no meaning or is not known.
 
     bandwidth is the time that reading every input and writing every output once takes at the

@@ -13,11 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
 import click
 
 from fastconv.bench import suites
 from fastconv.bench.problem import DIRECTIONS, ProblemError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator
+
+    from fastconv.bench.problem import Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Gpu:
 
     name: str
     multiprocessors: int
-    peaks: dict  # by dtype
+    peaks: dict[str, float]  # by dtype
     bandwidth: float
     # The share of the tensor cores' peak that mma.sync reaches, where newer instructions do more.
     mma_share: float = 1.0
@@ -66,11 +72,11 @@ class Ceiling:
     bound: str  # "arithmetic" or "memory"
 
     @property
-    def tflops(self):
+    def tflops(self) -> float:
         return self.flops / self.seconds / 1e12
 
 
-def moved_bytes(problem, direction, dtype):
+def moved_bytes(problem: Problem, direction: str, dtype: str) -> int:
     """Every tensor once."""
     size = 2 if dtype == "float16" else 4
     total = sum(problem.bytes(direction))
@@ -81,19 +87,19 @@ def moved_bytes(problem, direction, dtype):
     return (math.prod(problem.x_shape) + y) * size + argmax
 
 
-def _matrices(problem, direction, dtype):
+def _matrices(problem: Problem, direction: str, dtype: str) -> tuple[int, int, float, int]:
     """Rows, columns and terms of the products, and how many products there are."""
     p = problem
-    channels, filters = p.c // p.groups, p.k // p.groups
+    channels, filters = p.c // p.groups, p.channels_out // p.groups
     if dtype != "float32":  # channels in chunks of 16 bytes
         chunk = 8 if dtype == "float16" else 4
         channels = math.ceil(channels / chunk) * chunk
         filters = math.ceil(filters / chunk) * chunk
     taps, pixels = p.r * p.s, p.n * p.oh * p.ow
     if direction == "fprop":
-        return pixels, p.k // p.groups, taps * channels, p.groups
+        return pixels, p.channels_out // p.groups, taps * channels, p.groups
     if direction == "wgrad":
-        return taps * channels, p.k // p.groups, pixels, p.groups
+        return taps * channels, p.channels_out // p.groups, pixels, p.groups
     # Pixels that see the same taps: as many classes as strides and taps have it.
     classes = [
         min(stride // math.gcd(stride, dilation), extent)
@@ -108,7 +114,7 @@ def _matrices(problem, direction, dtype):
     return rows, p.c // p.groups, per_class * filters, p.groups * math.prod(classes)
 
 
-def ceiling(problem, direction, gpu, dtype):
+def ceiling(problem: Problem, direction: str, gpu: Gpu, dtype: str) -> Ceiling:
     """The best of the tiles that may be chosen."""
     flops, moved = problem.flops(), moved_bytes(problem, direction, dtype)
     memory = moved / (gpu.bandwidth * 1e12)
@@ -121,7 +127,7 @@ def ceiling(problem, direction, gpu, dtype):
     tensor = dtype != "float32"
     peak = gpu.peaks[dtype] * (gpu.mma_share if tensor else 1.0) * 1e12
     rows, columns, terms, products = _matrices(problem, direction, dtype)
-    best = None
+    found = []
     for height, width, step, at_once in _TENSOR_TILES[dtype] if tensor else _SIMT_TILES:
         tiles = math.ceil(rows / height) * math.ceil(columns / width) * products
         steps = math.ceil(terms / step)
@@ -140,10 +146,9 @@ def ceiling(problem, direction, gpu, dtype):
             traffic += 8.0 * parts * math.prod(problem.w_shape) / (gpu.bandwidth * 1e12)
         arithmetic = computed / (peak * balance)
         seconds = max(arithmetic, traffic)
-        # Of tiles bound by the memory alike, the one that computes least in vain.
-        if best is None or (seconds, -flops / computed) < (best.seconds, -best.useful):
-            name = "tensor_core_gemm" if tensor else "simt_gemm"
-            best = Ceiling(
+        name = "tensor_core_gemm" if tensor else "simt_gemm"
+        found.append(
+            Ceiling(
                 f"{name} {height}x{width}" + (f" in {parts} parts" if parts > 1 else ""),
                 seconds,
                 flops,
@@ -152,7 +157,9 @@ def ceiling(problem, direction, gpu, dtype):
                 balance,
                 "arithmetic" if arithmetic > traffic else "memory",
             )
-    return best
+        )
+    # Of tiles bound by the memory alike, the one that computes least in vain.
+    return min(found, key=lambda tile: (tile.seconds, -tile.useful))
 
 
 HEADINGS = (
@@ -160,7 +167,9 @@ HEADINGS = (
 )  # fmt: skip
 
 
-def rows_of(problems, gpu, dtype, directions):
+def rows_of(
+    problems: Iterable[Problem], gpu: Gpu, dtype: str, directions: Collection[str]
+) -> Iterator[tuple[str, ...]]:
     for problem in problems:
         for direction in directions:
             if direction not in problem.directions:
@@ -198,7 +207,9 @@ def rows_of(problems, gpu, dtype, directions):
     help="fprop, dgrad, wgrad, with commas.",
 )  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), help="Instead of each problem's batch size.")
-def roofline(names, gpus, dtype, directions, batch):
+def roofline(
+    names: tuple[str, ...], gpus: tuple[str, ...], dtype: str, directions: str, batch: int | None
+) -> None:
     """Estimate what the CUDA kernels' tiles allow at most, layer by layer; as Markdown."""
     chosen = directions.lower().split(",")
     if not set(chosen) <= set(DIRECTIONS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -14,6 +15,11 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from fastconv.bench.problem import DIRECTIONS, parse
 from fastconv.bench.reference import tolerance
 from fastconv.bench.session import OURS
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
+    from fastconv.bench._types import Record
 
 # Okabe and Ito's colours, told apart by colour-blind readers too, and a marker each for print.
 _STYLES = {
@@ -55,7 +61,7 @@ _SETTINGS = {
 }
 
 
-def draw(run, directory, endings=("svg", "png")):
+def draw(run: Record, directory: str | Path, endings: Sequence[str] = ("svg", "png")) -> list[Path]:
     """Draws all that the run has data for, and returns the paths."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -71,12 +77,12 @@ def draw(run, directory, endings=("svg", "png")):
     return paths
 
 
-def _figures(run):
+def _figures(run: Record) -> Iterator[tuple[str, Figure]]:
     with_flops = [r for r in run["results"] if r["flops"] and OURS in r["implementations"]]
     limits = run["conditions"]["limits"]
     if with_flops and limits:
         yield "roofline", _roofline(with_flops, run["conditions"])
-    suites = {}
+    suites: dict[str, list[Record]] = {}
     for result in run["results"]:
         suites.setdefault(result["suite"], []).append(result)
     for suite, results in suites.items():
@@ -87,26 +93,26 @@ def _figures(run):
         yield "errors", _errors(with_flops)
 
 
-def _row(count, height, sharex=False):
+def _row(count: int, height: float, sharex: bool = False) -> tuple[Figure, Any]:
     """A figure of panels side by side, and these."""
     figure = Figure((_WIDTH, height), layout="constrained")
     return figure, figure.subplots(1, count, sharex=sharex, sharey=True, squeeze=False)
 
 
-def _style(name):
+def _style(name: str) -> tuple[str, str]:
     return _STYLES.get(name, _OTHER)
 
 
-def _label(name):
+def _label(name: str) -> str:
     return _NAMES.get(name, name)
 
 
-def _where(conditions):
+def _where(conditions: Record) -> str:
     threads = conditions["threads"]
     return f"{conditions['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def _roofline(results, conditions):
+def _roofline(results: list[Record], conditions: Record) -> Figure:
     limits = conditions["limits"]
     peak, bandwidth = limits["flops"] / 1e9, limits["read"] / 1e9
     directions = [d for d in DIRECTIONS if any(r["direction"] == d for r in results)]
@@ -123,7 +129,7 @@ def _roofline(results, conditions):
             ours = times.pop(OURS)
             colour, marker = _style(OURS)
             if times:
-                best = min(times, key=times.get)
+                best = min(times, key=lambda name: times[name])
                 axes.plot([x, x], [result["flops"] / ours, result["flops"] / times[best]],
                           color="#bbbbbb", lw=0.5, zorder=1)  # fmt: skip
                 axes.plot(x, result["flops"] / times[best], "o", ms=3.5, mfc="white",
@@ -155,19 +161,29 @@ def _roofline(results, conditions):
     return figure
 
 
-def _best_peer(result):
+def _best_peer(result: Record) -> list[Record]:
     """The record of the fastest other one, in a list, which is empty where there is none."""
     peers = [record for name, record in result["implementations"].items() if name != OURS]
     return sorted(peers, key=lambda record: record["kernel"]["median"])[:1]
 
 
-def _layers(suite, results, conditions):
+def _layers(suite: str, results: list[Record], conditions: Record) -> Figure:
     """A bar for our kernel of each layer, a mark for each peer's."""
     limits = conditions["limits"]
-    labels = list(dict.fromkeys(_layer_label(r) for r in results))
+    batches = {parse(r["problem"]).n for r in results}
+    batch = f", batch {batches.pop()}" if len(batches) == 1 else ""
+
+    def label_of(result: Record) -> str:
+        return _layer_label(result, with_batch=not batch)
+
+    labels = list(dict.fromkeys(label_of(r) for r in results))
     directions = [d for d in DIRECTIONS if any(r["direction"] == d for r in results)]
+    upright = len(labels) > 8
+    # Beside one another, labels of 7.5 points need 0.07 inches a letter, and a gap.
+    each = 0.17 if upright else 0.07 * (max(map(len, labels)) + 2)
     figure = Figure(
-        (max(3.6, 0.17 * len(labels) + 1.6), 1.7 * len(directions) + 1), layout="constrained"
+        (max(3.6, each * len(labels) + (1.6 if upright else 0.8)), 1.7 * len(directions) + 1),
+        layout="constrained",
     )
     panels = figure.subplots(len(directions), 1, sharex=True, squeeze=False)
     shown = set()
@@ -177,7 +193,7 @@ def _layers(suite, results, conditions):
         for result in results:
             if result["direction"] != direction:
                 continue
-            position = labels.index(_layer_label(result))
+            position = labels.index(label_of(result))
             work = result["flops"] if is_rate else result["read"] + result["written"]
             for name, record in result["implementations"].items():
                 kernel = record["kernel"]
@@ -204,8 +220,8 @@ def _layers(suite, results, conditions):
         axes.set_ylabel("GFLOP/s" if is_rate else "GB/s")
         axes.grid(axis="x", visible=False)
     bottom = panels[-1, 0]
-    bottom.set_xticks(range(len(labels)), labels, rotation=90 if len(labels) > 8 else 0,
-                      fontsize=6.5 if len(labels) > 8 else 7.5)  # fmt: skip
+    bottom.set_xticks(range(len(labels)), labels, rotation=90 if upright else 0,
+                      fontsize=6.5 if upright else 7.5)  # fmt: skip
     bottom.set_xlim(-0.6, len(labels) - 0.4)
     handles = [
         Rectangle((0, 0), 1, 1, color=_style(name)[0], label=_label(name))
@@ -220,12 +236,12 @@ def _layers(suite, results, conditions):
     columns = min(len(handles), int(1.4 * figure.get_figwidth()))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=7.5)
     figure.suptitle(
-        f"{suite}: {_where(conditions)}", fontsize=7, color="#555555", x=0.99, ha="right"
+        f"{suite}{batch}: {_where(conditions)}", fontsize=7, color="#555555", x=0.99, ha="right"
     )
     return figure
 
 
-def _layer_label(result):
+def _layer_label(result: Record, with_batch: bool) -> str:
     problem = parse(result["problem"])
     name = result["name"]
     if not name:
@@ -235,15 +251,15 @@ def _layer_label(result):
         name = f"{size}, {problem.c}{out}, {taps}"
         if problem.strides != (1, 1):
             name += f" s{problem.strides[0]}"
-    return f"{name}, b{problem.n}"
+    return f"{name}, b{problem.n}" if with_batch else name
 
 
-def _ordered(names):
+def _ordered(names: Collection[str]) -> list[str]:
     known = [name for name in _STYLES if name in names]
     return known + sorted(set(names) - set(known))
 
 
-def _ratios(results, conditions):
+def _ratios(results: list[Record], conditions: Record) -> Figure:
     """Every case's ratio to the best peer, sorted, with its interval."""
     directions = [d for d in DIRECTIONS if any(r["direction"] == d and r["ratio"] for r in results)]
     figure, panels = _row(len(directions), 2.8, sharex=False)
@@ -282,7 +298,7 @@ def _ratios(results, conditions):
     return figure
 
 
-def _errors(results):
+def _errors(results: list[Record]) -> Figure:
     """Largest errors by the number of products of a sum."""
     directions = [d for d in DIRECTIONS if any(r["direction"] == d for r in results)]
     figure, panels = _row(len(directions), 2.8, sharex=False)

@@ -15,8 +15,14 @@ import dataclasses
 import math
 import re
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fastconv.bench._types import Arrays, Floats, Shape, Sides
 
 DIRECTIONS = ("fprop", "dgrad", "wgrad")
 # benchdnn's names for them.
@@ -56,15 +62,15 @@ class Problem:
     name: str = dataclasses.field(default="", compare=False)
 
     @property
-    def is_pool(self):
+    def is_pool(self) -> bool:
         return self.k is None
 
     @property
-    def channels_out(self):
+    def channels_out(self) -> int:
         return self.c if self.k is None else self.k
 
     @property
-    def kind(self):
+    def kind(self) -> str:
         """What it has in common with others, for means."""
         if self.is_pool:
             return "max-pooling"
@@ -81,11 +87,11 @@ class Problem:
         return "other"
 
     @property
-    def directions(self):
+    def directions(self) -> tuple[str, ...]:
         return DIRECTIONS[:2] if self.is_pool else DIRECTIONS
 
     @cached_property
-    def sides(self):
+    def sides(self) -> Sides:
         """Padding as ((top, bottom), (left, right)), no more than the windows reach."""
         pairs = []
         for size, taps, out, stride, pad, dilation in zip(
@@ -99,27 +105,28 @@ class Problem:
         ):
             reach = (out - 1) * stride + (taps - 1) * dilation + 1
             pairs.append((pad, max(0, reach - size - pad)))
-        return tuple(pairs)
+        height, width = pairs
+        return height, width
 
     @property
-    def x_shape(self):
+    def x_shape(self) -> Shape:
         return (self.n, self.h, self.w, self.c)
 
     @property
-    def w_shape(self):
-        return (self.r, self.s, self.c // self.groups, self.k)
+    def w_shape(self) -> Shape:
+        return (self.r, self.s, self.c // self.groups, self.channels_out)
 
     @property
-    def y_shape(self):
+    def y_shape(self) -> Shape:
         return (self.n, self.oh, self.ow, self.channels_out)
 
-    def flops(self):
+    def flops(self) -> int:
         """Operations of the direct form, every tap counted, those on padding too; 0 for pooling."""
         if self.is_pool:
             return 0
         return 2 * math.prod(self.y_shape) * self.r * self.s * self.c // self.groups
 
-    def bytes(self, direction):
+    def bytes(self, direction: str) -> tuple[int, int]:
         """(read, written): what must move at least, each array once, float32."""
         x, y = 4 * math.prod(self.x_shape), 4 * math.prod(self.y_shape)
         if self.is_pool:
@@ -128,20 +135,20 @@ class Problem:
         w = 4 * math.prod(self.w_shape)
         return {"fprop": (x + w, y), "dgrad": (y + w, x), "wgrad": (x + y, w)}[direction]
 
-    def terms(self, direction):
+    def terms(self, direction: str) -> int:
         """How many products the longest sum has."""
         if self.is_pool:
             return self.r * self.s
         if direction == "wgrad":
             return self.n * self.oh * self.ow
-        channels = self.c if direction == "fprop" else self.k
+        channels = self.c if direction == "fprop" else self.channels_out
         return self.r * self.s * channels // self.groups
 
-    def with_batch(self, n):
+    def with_batch(self, n: int) -> Problem:
         return dataclasses.replace(self, n=n)
 
-    def __str__(self):
-        def axis(letter, values, absent=None):
+    def __str__(self) -> str:
+        def axis(letter: str, values: tuple[int, int], absent: int | None = None) -> str:
             height, width = values
             text = "" if height == width == absent else f"{letter}h{height}"
             return text + (f"{letter}w{width}" if width != height else "")
@@ -157,13 +164,13 @@ class Problem:
                 axis("k", (self.r, self.s)),
                 axis("s", self.strides, 1),
                 axis("p", self.pads, 0),
-                axis("d", tuple(d - 1 for d in self.dilations), 0),
+                axis("d", (self.dilations[0] - 1, self.dilations[1] - 1), 0),
             )
         )
 
     # --- data -------------------------------------------------------------------------------------
 
-    def draw(self, seed=0):
+    def draw(self, seed: int = 0) -> Arrays:
         """{"x", "w", "dy"}, NHWC and HWIO.
 
         Magnitudes lie between 1/2 and 1: no product is so small that its loss would pass the check,
@@ -183,7 +190,7 @@ class Problem:
         return arrays
 
 
-def _signed(rng, shape):
+def _signed(rng: np.random.Generator, shape: Shape) -> Floats:
     values = rng.random(shape, np.float32)
     # From 0 .. 1 to -1 .. -1/2 and 1/2 .. 1.
     values -= np.float32(0.5)
@@ -191,7 +198,7 @@ def _signed(rng, shape):
     return values
 
 
-def parse(text):
+def parse(text: str) -> Problem:
     """The problem ``text`` names.
 
     Raises
@@ -220,7 +227,7 @@ def parse(text):
             raise _wrong(text, f"{required} is missing")
     is_pool = "oc" not in values
 
-    def pair(letter, default):
+    def pair(letter: str, default: int | None) -> tuple[Any, Any]:
         height = values.get(letter + "h", default)
         return height, values.get(letter + "w", height)
 
@@ -258,7 +265,9 @@ def parse(text):
     )
 
 
-def _axis(text, size, taps, stride, dilation, out, pad):
+def _axis(
+    text: str, size: int, taps: int, stride: int, dilation: int, out: int | None, pad: int | None
+) -> tuple[int, int]:
     """(out, pad) of one axis, whichever of the two was given."""
     if stride < 1 or taps < 1 or size < 1:
         raise _wrong(text, "a size is 0")
@@ -275,14 +284,14 @@ def _axis(text, size, taps, stride, dilation, out, pad):
     return out, pad
 
 
-def _wrong(text, why):
+def _wrong(text: str, why: str) -> ProblemError:
     return ProblemError(
         "A problem must be written as benchdnn does it, such as mb32ic64ih56oc64oh56kh3ph1: "
         f"{why}. Received: {text.strip()!r}"
     )
 
 
-def parse_direction(text):
+def parse_direction(text: str) -> str:
     """``fprop``, ``dgrad`` or ``wgrad``, from these names or benchdnn's."""
     try:
         return _DIRECTION_NAMES[text.strip().lower()]
@@ -292,7 +301,7 @@ def parse_direction(text):
         ) from None
 
 
-def parse_lines(lines):
+def parse_lines(lines: Iterable[str]) -> list[tuple[Problem, tuple[str, ...] | None]]:
     """[(problem, directions or None)] of a benchdnn batch file.
 
     A line is a problem, after options of which ``--dir=A,B`` counts, for this line and those after

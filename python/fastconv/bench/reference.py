@@ -5,20 +5,31 @@ Patches are written out as a matrix, chunk by chunk, and multiplied by BLAS.
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from fastconv.bench._types import Arrays, Doubles, Floats
+    from fastconv.bench.problem import Problem
 
 # float64 elements of a chunk of patches.
 _CHUNK = 1 << 24
 
 
-def expected(problem, direction, arrays):
+def expected(problem: Problem, direction: str, arrays: Arrays) -> Doubles:
     """The right result, float64, of the shape that ``direction`` gives."""
     if problem.is_pool:
         return _pool(problem, direction, arrays)
     return _conv(problem, direction, arrays)
 
 
-def tolerance(problem, direction, accuracy="default"):
+def tolerance(problem: Problem, direction: str, accuracy: str = "default") -> float:
     """How far a float32 result may be off, relative to the largest value of the right one.
 
     Rounding errors of a sum of n products grow with sqrt(n) relative to its value, where signs
@@ -28,17 +39,17 @@ def tolerance(problem, direction, accuracy="default"):
     if problem.is_pool:
         return 0.0 if direction == "fprop" else 1e-6
     factor = {"strict": 1, "default": 1, "fast": 10}[accuracy]
-    return factor * max(2e-5, 4 * 2**-24 * problem.terms(direction) ** 0.5)
+    return factor * max(2e-5, 4 * 2**-24 * math.sqrt(problem.terms(direction)))
 
 
-def _chunks(problem):
+def _chunks(problem: Problem) -> list[slice]:
     """Slices of the batch whose patches fit a chunk."""
     each = problem.oh * problem.ow * problem.r * problem.s * problem.c
     step = max(1, _CHUNK // each)
     return [slice(i, min(i + step, problem.n)) for i in range(0, problem.n, step)]
 
 
-def _taps(problem):
+def _taps(problem: Problem) -> Iterator[tuple[int, int, tuple[slice, slice, slice]]]:
     """(row of the filter, its column, index of the padded input's pixels that they meet)."""
     for i in range(problem.r):
         for j in range(problem.s):
@@ -56,13 +67,13 @@ def _taps(problem):
             )
 
 
-def _padded(problem, x, value=0.0):
+def _padded(problem: Problem, x: Floats, value: float = 0.0) -> Doubles:
     (top, bottom), (left, right) = problem.sides
     pads = ((0, 0), (top, bottom), (left, right), (0, 0))
     return np.pad(x.astype(np.float64), pads, constant_values=value)
 
 
-def _patches(problem, x):
+def _patches(problem: Problem, x: Floats) -> Doubles:
     """(groups, pixels, taps * channels of a group)"""
     p, g = problem, problem.groups
     padded = _padded(p, x)
@@ -73,13 +84,13 @@ def _patches(problem, x):
     return out.reshape(g, len(x) * p.oh * p.ow, -1)
 
 
-def _by_group(array, groups):
+def _by_group(array: Floats, groups: int) -> Doubles:
     """(..., groups * a) as (groups, product of ..., a), float64."""
     split = array.reshape(-1, groups, array.shape[-1] // groups)
     return np.ascontiguousarray(np.moveaxis(split, 1, 0), np.float64)
 
 
-def _conv(p, direction, arrays):
+def _conv(p: Problem, direction: str, arrays: Arrays) -> Doubles:
     x, w, dy = arrays["x"], arrays["w"], arrays["dy"]
     g = p.groups
     filters = _by_group(w, g)  # (g, taps * channels, filters of a group)
@@ -94,7 +105,7 @@ def _conv(p, direction, arrays):
         images = part.stop - part.start
         if direction == "fprop":
             y = _patches(p, x[part]) @ filters
-            result[part] = np.moveaxis(y, 0, 1).reshape(images, p.oh, p.ow, p.k)
+            result[part] = np.moveaxis(y, 0, 1).reshape(images, p.oh, p.ow, p.channels_out)
         else:
             patches = _by_group(dy[part], g) @ np.swapaxes(filters, 1, 2)
             patches = patches.reshape(g, images, p.oh, p.ow, p.r, p.s, p.c // g)
@@ -106,7 +117,7 @@ def _conv(p, direction, arrays):
     return result
 
 
-def _pool(p, direction, arrays):
+def _pool(p: Problem, direction: str, arrays: Arrays) -> Doubles:
     padded = _padded(p, arrays["x"], -np.inf)
     y = np.full(p.y_shape, -np.inf)
     for _, _, index in _taps(p):
@@ -120,7 +131,7 @@ def _pool(p, direction, arrays):
     return dx[:, top : top + p.h, left : left + p.w]
 
 
-def error(result, right):
+def error(result: NDArray[Any], right: Doubles) -> float:
     """The largest difference relative to the largest right value; inf where NaN, or misshapen."""
     result = np.asarray(result)
     if result.shape != right.shape:

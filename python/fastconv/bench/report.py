@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastconv.bench.files import shares
 from fastconv.bench.problem import DIRECTIONS
 from fastconv.bench.session import OURS
 from fastconv.bench.statistics import geometric_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from fastconv.bench._types import Record
 
 _INTRODUCTION = """\
 # Performance
@@ -58,7 +64,7 @@ _METHOD = """\
 """
 
 
-def write(run, path, plot):
+def write(run: Record, path: str | Path, plot: Callable[..., list[Path]]) -> None:
     """Writes the page and, beside it, its figures, drawn by ``plot``."""
     path = Path(path)
     figures = path.parent / path.stem
@@ -79,7 +85,7 @@ def write(run, path, plot):
     unfinished.replace(path)
 
 
-def _conditions(run):
+def _conditions(run: Record) -> str:
     facts = run["conditions"]
     versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
     threads = facts["threads"]
@@ -103,11 +109,11 @@ def _conditions(run):
     return _table(("", ""), rows, "--")
 
 
-def _cache(facts):
+def _cache(facts: Record) -> str:
     return "caches emptied before each call" if facts["cold"] else "caches as the calls leave them"
 
 
-def _overview(run, drawn, directory):
+def _overview(run: Record, drawn: dict[str, str], directory: str) -> str:
     parts = ["## In short\n", "The best peer's kernel time divided by fastconv's:\n"]
     for key in ("kind", "suite"):
         rows = [
@@ -127,9 +133,9 @@ def _overview(run, drawn, directory):
     return "\n".join(parts)
 
 
-def _ratios(run, direction, key):
+def _ratios(run: Record, direction: str, key: str) -> dict[str, list[float]]:
     """{group: ratios}, and of all together."""
-    groups = {}
+    groups: dict[str, list[float]] = {}
     for result in run["results"]:
         if result["direction"] == direction and result["ratio"]:
             groups.setdefault(result[key], []).append(result["ratio"]["median"])
@@ -137,7 +143,7 @@ def _ratios(run, direction, key):
     return groups | ({"**all**": together} if together else {})
 
 
-def _spread(values):
+def _spread(values: Sequence[float]) -> tuple[str, str, str, str]:
     return (
         f"{geometric_mean(values):.2f}",
         f"{min(values):.2f}",
@@ -146,8 +152,8 @@ def _spread(values):
     )
 
 
-def _suites(run, drawn, directory):
-    suites = {}
+def _suites(run: Record, drawn: dict[str, str], directory: str) -> str:
+    suites: dict[str, list[Record]] = {}
     for result in run["results"]:
         suites.setdefault(result["suite"], []).append(result)
     parts = ["## Layers\n"]
@@ -162,7 +168,7 @@ def _suites(run, drawn, directory):
     return "\n".join(parts)
 
 
-def _cases(results, limits):
+def _cases(results: list[Record], limits: Record | None) -> str:
     rows = []
     for result in results:
         ours = result["implementations"].get(OURS)
@@ -193,7 +199,7 @@ def _cases(results, limits):
     return _table(header, rows, "llrrrrrllr")
 
 
-def _table(header, rows, alignment):
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], alignment: str) -> str:
     alignment = alignment.ljust(len(header), "r")
     rule = ["---:" if letter == "r" else "---" for letter in alignment]
     lines = [header, rule, *rows]

@@ -23,11 +23,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastconv.bench import adapters, reference, statistics
 from fastconv.bench.problem import parse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import IO
+
+    from numpy.typing import NDArray
+
+    from fastconv.bench._types import Record
+    from fastconv.bench.problem import Problem
 
 FORMAT = 1
 OURS = "fastconv"
@@ -62,7 +72,7 @@ class Conditions:
     seed: int = 0
 
     @property
-    def options(self):
+    def options(self) -> str:
         """The options of the command line that differ from what they are by default."""
         words = [f"--threads {self.threads}"]
         names = ("isa", "algorithm", "accuracy")
@@ -77,11 +87,11 @@ class Conditions:
 class Worker:
     """Our end of a worker process, which runs only while ``awake``."""
 
-    def __init__(self, name, conditions, log):
+    def __init__(self, name: str, conditions: Conditions, log: IO[bytes]) -> None:
         self.name = name
-        self.absent = None
-        self.versions = {}
-        self.malloc = None
+        self.absent: str | None = None
+        self.versions: dict[str, str] = {}
+        self.malloc: str | None = None
         self._ours, theirs = socket.socketpair()
         self._log = log
         values = dataclasses.asdict(conditions)
@@ -107,14 +117,14 @@ class Worker:
         self._stream = self._ours.makefile("rwb")
         self._stopped = False
 
-    def fileno(self):
+    def fileno(self) -> int:
         return self._ours.fileno()
 
     @property
-    def pid(self):
+    def pid(self) -> int:
         return self._process.pid
 
-    def send(self, request, **arguments):
+    def send(self, request: str, **arguments: Any) -> None:
         self.resume()
         try:
             self._stream.write((json.dumps({"request": request, **arguments}) + "\n").encode())
@@ -122,42 +132,43 @@ class Worker:
         except OSError:
             pass  # it has died, which receive() says
 
-    def receive(self):
+    def receive(self) -> Record:
         """The answer; {"failed": ...} where the process ended instead."""
         try:
             line = self._stream.readline()
         except OSError:
             line = b""
         if line:
-            return json.loads(line)
+            answer: Record = json.loads(line)
+            return answer
         status = self._process.wait()
         self.absent = f"its process ended with status {status}"
         return {"failed": self.absent}
 
-    def ask(self, request, **arguments):
+    def ask(self, request: str, **arguments: Any) -> Record:
         self.send(request, **arguments)
         answer = self.receive()
         self.stop()
         return answer
 
-    def stop(self):
+    def stop(self) -> None:
         if not self._stopped and self._process.poll() is None:
             self._process.send_signal(signal.SIGSTOP)
             self._stopped = True
 
-    def resume(self):
+    def resume(self) -> None:
         if self._stopped:
             self._process.send_signal(signal.SIGCONT)
             self._stopped = False
 
-    def close(self):
+    def close(self) -> None:
         self._process.kill()
         self._process.wait()
         self._stream.close()
         self._ours.close()
 
 
-def _environment(name, conditions):
+def _environment(name: str, conditions: Conditions) -> dict[str, str]:
     """What a worker's environment has besides ours."""
     threads = str(conditions.threads)
     variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_DYNAMIC": "false"}
@@ -176,7 +187,7 @@ def _environment(name, conditions):
     return variables | (prepare(dataclasses.asdict(conditions)) if prepare else {})
 
 
-def _cpus(threads):
+def _cpus(threads: int) -> list[int] | None:
     """As many CPUs as there are threads: some libraries count CPUs, whatever they are told."""
     if not hasattr(os, "sched_getaffinity"):
         return None
@@ -184,7 +195,7 @@ def _cpus(threads):
     return cpus[:threads] if threads < len(cpus) else None
 
 
-def last_level_cache():
+def last_level_cache() -> int:
     """Bytes; 64 MiB where the system does not say."""
     with contextlib.suppress(OSError, ValueError):
         found = 0
@@ -199,19 +210,24 @@ def last_level_cache():
 class Session:
     """The workers, while the ``with`` block runs."""
 
-    def __init__(self, names, conditions, on_note=lambda text: None):
+    def __init__(
+        self,
+        names: list[str],
+        conditions: Conditions,
+        on_note: Callable[[str], object] = lambda text: None,
+    ) -> None:
         self.conditions = conditions
         self._names = names
         self._note = on_note
         self._random = random.Random(conditions.seed)  # noqa: S311
 
-    def __enter__(self):
+    def __enter__(self) -> Session:
         self._directory = Path(tempfile.mkdtemp(prefix="fastconv-bench-", dir=_memory_directory()))
         self._log = tempfile.TemporaryFile()
-        self._workers = []
-        self.absent = {}
-        self._floors = {}
-        self.limits = None
+        self._workers: list[Worker] = []
+        self.absent: dict[str, str] = {}
+        self._floors: dict[tuple[str, bool, str], float] = {}
+        self.limits: dict[str, float] | None = None
         self._started = time.monotonic()
         self._busy = _busy_seconds()
         try:
@@ -223,13 +239,13 @@ class Session:
             raise
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for worker in self._workers:
             worker.close()
         shutil.rmtree(self._directory, ignore_errors=True)
         self._log.close()
 
-    def _greet(self):
+    def _greet(self) -> None:
         for worker in self._workers:
             greeting = worker.receive()
             worker.versions = greeting.get("versions", {})
@@ -237,6 +253,9 @@ class Session:
             if reason := greeting.get("absent") or greeting.get("failed"):
                 self._drop(worker, reason)
             worker.stop()
+        for worker in self._workers:
+            if worker.absent is not None:
+                worker.close()
         self._workers = [worker for worker in self._workers if worker.absent is None]
         if not self._workers:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.absent.items())
@@ -245,18 +264,18 @@ class Session:
             if worker.name == OURS:
                 self.limits = worker.ask("limits").get("limits")
 
-    def _drop(self, worker, reason):
+    def _drop(self, worker: Worker, reason: str) -> None:
         worker.absent = reason
         self.absent[worker.name] = reason
         self._note(f"{worker.name} is left out: {reason}")
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
         return [worker.name for worker in self._workers if worker.absent is None]
 
-    def describe(self):
+    def describe(self) -> Record:
         """The conditions, for the record."""
-        versions = {}
+        versions: dict[str, str] = {}
         for worker in self._workers:
             versions |= worker.versions
         return {
@@ -274,11 +293,12 @@ class Session:
             "limits": self.limits,
         }
 
-    def _others(self):
+    def _others(self) -> float | None:
         """The share of the machine's CPU time that others took since the start; None if unknown."""
         busy = _busy_seconds()
-        own = [_process_seconds(worker.pid) for worker in self._workers if worker.absent is None]
-        if busy is None or self._busy is None or None in own:
+        seconds = [_process_seconds(w.pid) for w in self._workers if w.absent is None]
+        own = [second for second in seconds if second is not None]
+        if busy is None or self._busy is None or len(own) < len(seconds):
             return None
         elapsed = time.monotonic() - self._started
         ours = sum(own) + time.process_time()
@@ -286,7 +306,9 @@ class Session:
 
     # --- a case -----------------------------------------------------------------------------------
 
-    def measure(self, problem, direction, on_turn=lambda: None):
+    def measure(
+        self, problem: Problem, direction: str, on_turn: Callable[[], object] = lambda: None
+    ) -> Record:
         """The record of one case.
 
         Raises
@@ -303,7 +325,7 @@ class Session:
                     f"{answer['error']:.1e} of the largest value, and {allowed:.1e} is allowed. "
                     f"Nothing is reported. Repeat it with: {self.repeat(problem, direction)}"
                 )
-        samples = {worker.name: {} for worker, _ in prepared}
+        samples: dict[str, dict[str, list[list[int]]]] = {worker.name: {} for worker, _ in prepared}
         rounds = self._rounds(prepared, samples, on_turn)
         for worker, _ in prepared:
             worker.ask("release")
@@ -339,21 +361,24 @@ class Session:
             "call_ratio": statistics.ratio(implementations, OURS, "call"),
         }
 
-    def repeat(self, problem, direction):
+    def repeat(self, problem: Problem, direction: str) -> str:
         names = ",".join(self._names)
         return (
             f"fastconv bench --dir {direction} {self.conditions.options} --impl {names} {problem}"
         )
 
-    def _prepare(self, problem, direction, floor=False):
+    def _prepare(
+        self, problem: Problem, direction: str, floor: bool = False
+    ) -> tuple[list[tuple[Worker, Record]], dict[str, str]]:
         """([(worker, its answer)], {name: why not}): all workers at once, before any is timed."""
         arrays = problem.draw(self.conditions.seed)
         right = reference.expected(problem, direction, arrays)
         files = {}
-        for name, array in {**arrays, "right": right}.items():
+        everything: dict[str, NDArray[Any]] = {**arrays, "right": right}
+        for name, array in everything.items():
             files[name] = str(self._directory / f"{name}.npy")
             np.save(files[name], array)
-        del arrays, right
+        del arrays, right, everything
         workers = [worker for worker in self._workers if worker.absent is None]
         for worker in workers:
             worker.send("prepare", problem=str(problem), direction=direction, files=files)
@@ -377,7 +402,12 @@ class Session:
         prepared.sort(key=lambda pair: self._names.index(pair[0].name))
         return prepared, left_out
 
-    def _rounds(self, prepared, samples, on_turn):
+    def _rounds(
+        self,
+        prepared: list[tuple[Worker, Record]],
+        samples: dict[str, dict[str, list[list[int]]]],
+        on_turn: Callable[[], object],
+    ) -> int:
         """Times all in turn, and returns how many rounds there were.
 
         Who takes many times what was meant for it sits out the rounds that are left.
@@ -402,7 +432,7 @@ class Session:
                 on_turn()
         return rounds
 
-    def _floor(self, worker, problem, direction):
+    def _floor(self, worker: Worker, problem: Problem, direction: str) -> float:
         """Nanoseconds of a call with next to nothing to compute, measured once."""
         key = (worker.name, problem.is_pool, direction)
         if key not in self._floors:
@@ -417,7 +447,7 @@ class Session:
                 )
         return self._floors[key]
 
-    def _without_floor(self, call, floor, problem):
+    def _without_floor(self, call: float, floor: float, problem: Problem) -> float:
         """An estimate of the kernel's share of a call, in nanoseconds.
 
         No less than half of the call, for beyond that it would say more of the floor than of the
@@ -427,7 +457,7 @@ class Session:
         return min(call, max(call - floor, call / 2, at_peak))
 
 
-def _busy_seconds():
+def _busy_seconds() -> float | None:
     """CPU time that the machine has not been idle, the share of other virtual machines included."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
@@ -437,7 +467,7 @@ def _busy_seconds():
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _process_seconds(pid):
+def _process_seconds(pid: int) -> float | None:
     """CPU time of a process and all its threads."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -446,7 +476,7 @@ def _process_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def cpu_model():
+def cpu_model() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -454,7 +484,7 @@ def cpu_model():
     return platform.processor() or platform.machine()
 
 
-def _memory_directory():
+def _memory_directory() -> Path | None:
     """Where files are kept in memory, if there is such a place with room."""
     shared = Path("/dev/shm")  # noqa: S108
     if shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 4 << 30:

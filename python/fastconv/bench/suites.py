@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from fastconv.bench.problem import DIRECTIONS, Problem, ProblemError, parse
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
 
-def _conv(n, size, c, k, taps, stride=1, pad=None, groups=1, name=""):
+
+def _conv(
+    n: int,
+    size: int,
+    c: int,
+    k: int | None,
+    taps: int,
+    stride: int = 1,
+    pad: int | None = None,
+    groups: int = 1,
+    name: str = "",
+) -> Problem:
     """A square layer; ``pad`` None keeps the size at stride 1."""
     pad = taps // 2 if pad is None else pad
     out = (size + 2 * pad - taps) // stride + 1
@@ -17,18 +32,20 @@ def _conv(n, size, c, k, taps, stride=1, pad=None, groups=1, name=""):
     )  # fmt: skip
 
 
-def _pool(n, size, c, window, stride, pad=0, name=""):
+def _pool(
+    n: int, size: int, c: int, window: int, stride: int, pad: int = 0, name: str = ""
+) -> Problem:
     return _conv(n, size, c, None, window, stride, pad, name=name)
 
 
-def mnist():
+def mnist() -> Iterator[Problem]:
     """The article's network, at its batch size and at 256."""
     for n in (32, 256):
         yield _conv(n, 28, 1, 32, 3, pad=0, name="conv1")
         yield _conv(n, 13, 32, 64, 3, pad=0, name="conv2")
 
 
-def alexnet(n=16):
+def alexnet(n: int = 16) -> Iterator[Problem]:
     """In one column, as its author's later paper has it."""
     yield _conv(n, 224, 3, 64, 11, 4, 2, name="conv1")
     yield _conv(n, 27, 64, 192, 5, name="conv2")
@@ -37,7 +54,7 @@ def alexnet(n=16):
     yield _conv(n, 13, 256, 256, 3, name="conv5")
 
 
-def vgg16(n=1):
+def vgg16(n: int = 1) -> Iterator[Problem]:
     """Its nine different layers."""
     layers = {
         "conv1_1": (224, 3, 64),
@@ -54,7 +71,7 @@ def vgg16(n=1):
         yield _conv(n, size, c, k, 3, name=name)
 
 
-def resnet50(batches=(1, 16)):
+def resnet50(batches: Iterable[int] = (1, 16)) -> Iterator[Problem]:
     """Its 23 different layers (version 1.5: the 3 x 3 layers stride)."""
     for n in batches:
         yield _conv(n, 224, 3, 64, 7, 2, name="conv1")
@@ -73,7 +90,7 @@ def resnet50(batches=(1, 16)):
             size, c = out, 4 * width
 
 
-def mobilenetv2(n=1):
+def mobilenetv2(n: int = 1) -> Iterator[Problem]:
     """Its different layers, depthwise and 1 x 1."""
     yield _conv(n, 224, 3, 32, 3, 2, name="conv1")
     for size, c, stride in (
@@ -90,7 +107,7 @@ def mobilenetv2(n=1):
         yield _conv(n, size, c, k, 1, name=f"pw{size}x{c}->{k}")
 
 
-def grouped(n=8):
+def grouped(n: int = 8) -> Iterator[Problem]:
     """ResNeXt's 3 x 3 layers of 32 groups, and AlexNet's layers of two columns."""
     for size, c in ((56, 128), (28, 256), (14, 512), (7, 1024)):
         yield _conv(n, size, c, c, 3, groups=32, name=f"resnext{size}")
@@ -99,7 +116,7 @@ def grouped(n=8):
     yield _conv(n, 28, 128, 128, 3, groups=8, name="g8")
 
 
-def deepbench():
+def deepbench() -> Iterator[Problem]:
     """The convolutions of DeepBench's list for training, at its smaller batch sizes."""
     rows = (  # width, height, channels, images, filters, taps, padding, strides (width, height)
         (700, 161, 1, 4, 32, (20, 5), (0, 0), (2, 2)),
@@ -133,7 +150,7 @@ def deepbench():
         )
 
 
-def pooling():
+def pooling() -> Iterator[Problem]:
     """The article's poolings and those of AlexNet, VGG-16 and ResNet-50."""
     for n in (32, 256):
         yield _pool(n, 26, 32, 2, 2, name="mnist1")
@@ -145,10 +162,10 @@ def pooling():
     yield _pool(16, 112, 64, 3, 2, 1, name="resnet")
 
 
-def random(seed=0, count=20):
+def random(seed: int = 0, count: int = 20) -> Iterator[Problem]:
     """Problems nobody tuned for: odd channels, one output column, strides beyond the filter."""
     rng = np.random.default_rng(seed)
-    found = []
+    found: list[Problem] = []
     while len(found) < count:
         n = int(rng.choice((1, 2, 5, 8, 16)))
         h = int(rng.integers(3, 80))
@@ -172,7 +189,7 @@ def random(seed=0, count=20):
     yield from found
 
 
-SUITES = {
+SUITES: dict[str, Callable[..., Iterator[Problem]]] = {
     "mnist": mnist,
     "alexnet": alexnet,
     "vgg16": vgg16,
@@ -185,7 +202,7 @@ SUITES = {
 }
 
 
-def suite(name):
+def suite(name: str) -> list[Problem]:
     """The problems of a suite; ``random:SEED`` and ``random:SEED:COUNT`` too.
 
     Raises
@@ -204,6 +221,6 @@ def suite(name):
         raise ProblemError(f"random:SEED:COUNT must hold integers. Received: {name!r}") from error
 
 
-def first_layer_dgrad(problem, direction):
+def first_layer_dgrad(problem: Problem, direction: str) -> bool:
     """Whether training never asks for this: the gradient by the images themselves."""
     return direction == DIRECTIONS[1] and not problem.is_pool and problem.c in (1, 3)

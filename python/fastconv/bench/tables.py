@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich import box
 from rich.console import Group
 from rich.table import Table
@@ -11,6 +13,10 @@ from fastconv.bench.files import shares
 from fastconv.bench.problem import DIRECTIONS
 from fastconv.bench.session import OURS
 from fastconv.bench.statistics import geometric_mean
+
+if TYPE_CHECKING:
+    from fastconv.bench._types import Record
+    from fastconv.bench.compare import Comparison
 
 # The share of CPU time taken by others from which on times mean little.
 BUSY = 0.05
@@ -25,13 +31,13 @@ error: largest difference to float64 / largest value.
 ratio: the best peer's kernel time / ours, median of the rounds (95 % bootstrap interval)."""
 
 
-def results(run, width, details=True):
+def results(run: Record, width: int, details: bool = True) -> Group:
     """A table of all cases, and one of geometric means."""
     shown = [cases(run, width)] if details else []
     return Group(conditions(run), *shown, means(run), _notes(run))
 
 
-def conditions(run):
+def conditions(run: Record) -> Text:
     facts = run["conditions"]
     versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
     lines = [
@@ -60,7 +66,7 @@ def conditions(run):
 _WIDE = {"IQR": 150, "call us": 120, "bandw.": 110, "algorithm": 140, "error": 100}
 
 
-def cases(run, width):
+def cases(run: Record, width: int) -> Table:
     """A row for each implementation of each case, the fastest first; ``width`` in characters."""
     limits = run["conditions"]["limits"]
     titles = ["kernel us", "IQR", "GFLOP/s", "peak", "bandw.", "call us", "error", "ratio"]
@@ -85,7 +91,7 @@ def cases(run, width):
     return table
 
 
-def _cells(result, name, limits):
+def _cells(result: Record, name: str, limits: Record | None) -> dict[str, str]:
     record = result["implementations"][name]
     kernel = record["kernel"]
     rates = shares(result, kernel["median"], limits)
@@ -102,9 +108,9 @@ def _cells(result, name, limits):
     }
 
 
-def means(run):
+def means(run: Record) -> Table | Text:
     """Geometric means of the ratios, by direction: to the best peer by kind, and to each peer."""
-    groups = {}
+    groups: dict[tuple[str, int, str, str], list[float]] = {}
     for result in run["results"]:
         ours = result["implementations"].get(OURS)
         if not ours or not result["ratio"]:
@@ -142,9 +148,11 @@ def means(run):
     return table
 
 
-def comparison(found, threshold):
+def comparison(found: Comparison, threshold: float) -> Group:
     """What ``compare`` found, the regressions by name."""
-    parts = [Text(f"Warning: {warning}", style="yellow") for warning in found.warnings]
+    parts: list[Text | Table] = [
+        Text(f"Warning: {warning}", style="yellow") for warning in found.warnings
+    ]
     if found.missing:
         parts.append(Text("Not in the new run: " + ", ".join(found.missing), style="yellow"))
     table = _table("problem", "")
@@ -179,7 +187,7 @@ def comparison(found, threshold):
     return Group(*parts)
 
 
-def _notes(run):
+def _notes(run: Record) -> Text:
     lines = _LEGEND.splitlines()
     if not run.get("complete", True):
         lines.append(f"Interrupted: {len(run['results'])} of {run['planned']} cases.")
@@ -188,29 +196,29 @@ def _notes(run):
     return Text("\n".join(lines), style="dim")
 
 
-def _table(*columns):
+def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title_style="bold", title_justify="left", pad_edge=False)
     for column in columns:
         table.add_column(column, no_wrap=True)
     return table
 
 
-def _microseconds(nanoseconds):
+def _microseconds(nanoseconds: float) -> str:
     value = nanoseconds / 1e3
     return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def _percent(share):
+def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f} %"
 
 
-def _ratio(ratio):
+def _ratio(ratio: Record | None) -> str:
     if not ratio:
         return ""
     return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
 
 
-def _algorithm(record):
+def _algorithm(record: Record) -> str:
     text = record["algorithm"] or ""
     if record["workspace"]:
         text += f" {record['workspace'] / 2**20:.1f} MiB"

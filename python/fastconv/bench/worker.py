@@ -23,6 +23,14 @@ import socket
 import sys
 import time
 import traceback
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from io import BufferedRWPair
+
+    from fastconv.bench._types import Record
+    from fastconv.bench.adapters import Case
 
 # glibc's mallopt: its parameters and what is set. By default glibc gives large blocks back to the
 # kernel at once, and a library that allocates its result at every call pays page faults that one
@@ -35,7 +43,7 @@ _WARM_UP = 2_000_000
 _SLOW = 20_000_000
 
 
-def keep_memory():
+def keep_memory() -> str | None:
     """Makes malloc keep what is freed; says how, or None where it cannot be done."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -48,7 +56,7 @@ def keep_memory():
     return "M_MMAP_THRESHOLD and M_TRIM_THRESHOLD at 2 GiB" if done else None
 
 
-def die_with_parent():
+def die_with_parent() -> None:
     """A stopped process would outlive a parent that was killed."""
     pr_set_pdeathsig = 1
     with contextlib.suppress(OSError, AttributeError):
@@ -58,14 +66,14 @@ def die_with_parent():
 class Sweeper:
     """Empties the caches of all CPUs of this process by reading through memory on each of them."""
 
-    def __init__(self, cache_bytes):
+    def __init__(self, cache_bytes: int) -> None:
         import numpy as np
 
         self._memory = np.ones(2 * cache_bytes // 8, np.int64)
         # Now, before an OpenMP binds this thread to one of them.
         self._cpus = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else ()
 
-    def __call__(self):
+    def __call__(self) -> None:
         if not self._cpus:
             self._memory.sum()
             return
@@ -79,17 +87,17 @@ class Sweeper:
 
 
 class Worker:
-    def __init__(self, name, conditions):
+    def __init__(self, name: str, conditions: Record) -> None:
         from fastconv.bench import adapters
 
-        self._case = None
+        self._case: Case | None = None
         self._sweep = Sweeper(conditions["cache_bytes"]) if conditions["cold"] else None
         self._implementation = adapters.find(name).Implementation(conditions)
 
-    def limits(self, **_):
+    def limits(self, **_: Any) -> Record:
         return {"limits": self._implementation.limits()}
 
-    def prepare(self, problem, direction, files):
+    def prepare(self, problem: str, direction: str, files: dict[str, str]) -> Record:
         """Makes the case, runs it once and checks what it computed."""
         import numpy as np
 
@@ -115,17 +123,16 @@ class Worker:
             "predicted": case.predicted,
         }
 
-    def time(self, seconds):
+    def time(self, seconds: float) -> Record:
         """Calls for about ``seconds``, at least one of each kind, after untimed ones.
 
         Those bring the data back into the caches and wake the threads; where a call takes so long
         that this does not show, its first one counts.
         """
+        if (case := self._case) is None:
+            raise RuntimeError("nothing is prepared")
         found = {}
-        for kind, measure in (
-            ("kernel", self._case.kernel_times),
-            ("call", self._case.call_times),
-        ):
+        for kind, measure in (("kernel", case.kernel_times), ("call", case.call_times)):
             last = self._warm_up(measure)
             if last is None:
                 continue
@@ -135,32 +142,32 @@ class Worker:
                 begin = time.perf_counter()
                 while not times or time.perf_counter() - begin < seconds:
                     self._sweep()
-                    times += measure(1)
+                    times += measure(1) or []
             else:
                 left = seconds * 1e9 - sum(times)
                 count = min(2000, int(left / max(last[0], 1)))
                 if count > 0 or not times:
-                    times = times + measure(max(1, count))
+                    times = times + (measure(max(1, count)) or [])
             found[kind] = times
         return {"times": found}
 
     @staticmethod
-    def _warm_up(measure):
+    def _warm_up(measure: Callable[[int], list[int] | None]) -> list[int] | None:
         """The last of some milliseconds of untimed calls."""
         begin = time.perf_counter_ns()
         while (last := measure(1)) is not None and time.perf_counter_ns() - begin < _WARM_UP:
             pass
         return last
 
-    def release(self):
+    def release(self) -> Record:
         self._case = None
         return {}
 
 
-def serve(connection, name, conditions):
+def serve(connection: BufferedRWPair, name: str, conditions: Record) -> None:
     from fastconv.bench.adapters import Unsupported
 
-    def answer(**message):
+    def answer(**message: Any) -> None:
         connection.write((json.dumps(message) + "\n").encode())
         connection.flush()
 
@@ -186,7 +193,7 @@ def serve(connection, name, conditions):
             answer(failed=f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-def main(descriptor, name, conditions_text):
+def main(descriptor: str, name: str, conditions_text: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     die_with_parent()
     conditions = json.loads(conditions_text)

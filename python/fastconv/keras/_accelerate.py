@@ -1,7 +1,10 @@
 """Making whole models fast, and stock again: accelerate(), restore(), summary() and patch()."""
 
+from __future__ import annotations
+
 import contextlib
 import threading
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import keras
 from rich.console import Console
@@ -10,8 +13,15 @@ from rich.table import Table
 from fastconv.keras._explain import explain_layer
 from fastconv.keras._stand_in import STAND_INS
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
-def accelerate(model):
+    from fastconv.keras._explain import Explanation
+
+Model = TypeVar("Model", bound=keras.layers.Layer)
+
+
+def accelerate(model: Model) -> Model:
     """Makes every layer of ``model`` that fastconv has a fast layer for that fast layer.
 
     The layers change their class and nothing else, so ``model`` keeps its weights, its optimizer's
@@ -30,7 +40,7 @@ def accelerate(model):
     return _change_classes(model, STAND_INS)
 
 
-def restore(model):
+def restore(model: Model) -> Model:
     """Makes every fast layer of ``model`` the stock layer it stands in for: undoes accelerate().
 
     Args:
@@ -42,7 +52,7 @@ def restore(model):
     return _change_classes(model, {fast: stock for stock, fast in STAND_INS.items()})
 
 
-def summary(model, console=None):
+def summary(model: keras.layers.Layer, console: Console | None = None) -> list[Explanation]:
     """Prints a table of ``model``'s layers: who computes each, and why.
 
     Args:
@@ -81,7 +91,7 @@ _patches = 0  # how many are active
 
 
 @contextlib.contextmanager
-def patch():
+def patch() -> Iterator[None]:
     """Context manager within which the stock classes make fast layers.
 
     For code that one cannot edit: whoever calls ``keras.layers.Conv2D(...)`` within it, under
@@ -104,8 +114,8 @@ def patch():
                     del stock.__new__
 
 
-def _maker(stock, fast):
-    def __new__(cls, *args, **kwargs):  # noqa: N807
+def _maker(stock: type[Any], fast: type[Any]) -> Callable[..., Any]:
+    def __new__(cls: type[Any], *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         # Python then calls __init__ of the class that this made, a subclass of `stock`.
         cls = fast if cls is stock else cls
         return super(stock, cls).__new__(cls, *args, **kwargs)
@@ -113,7 +123,7 @@ def _maker(stock, fast):
     return __new__
 
 
-def _layers(model):
+def _layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
     """``model`` and all layers within, each once."""
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(f"`model` must be a Keras model or layer. Received: model={model!r}")
@@ -121,7 +131,7 @@ def _layers(model):
     return list(unique.values())
 
 
-def _change_classes(model, classes):
+def _change_classes(model: Model, classes: dict[type[Any], type[Any]]) -> Model:
     layers = _layers(model)
     for layer in layers:
         if type(layer) in classes:
@@ -132,7 +142,7 @@ def _change_classes(model, classes):
     return model
 
 
-def _change_class(layer, cls):
+def _change_class(layer: keras.layers.Layer, cls: Any) -> None:
     # Not by Keras's __setattr__, which looks for variables in what it sets.
     object.__setattr__(layer, "__class__", cls)
     # Keras notes in each layer what its call() takes. Another layer of the class knows it.
@@ -143,7 +153,7 @@ def _change_class(layer, cls):
             layer.__dict__[name] = value
 
 
-def _forget_traced_functions(model):
+def _forget_traced_functions(model: keras.Model) -> None:
     model.train_function = model.test_function = model.predict_function = None
     config = getattr(model, "_compile_config", None)
     if model.compiled and config is not None:

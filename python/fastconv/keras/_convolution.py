@@ -1,11 +1,20 @@
 """What the fast convolution layers share."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import keras
 
 from fastconv.keras._stand_in import has_empty_output, reason_for_stock, tell
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def leaves_to_stock(layer, inputs):
+    import tensorflow as tf
+
+
+def leaves_to_stock(layer: keras.layers.Layer, inputs: tf.Tensor) -> bool:
     """Whether the stock code must take ``inputs``; says so in the log if it must."""
     reason = _reason_for_stock(layer, inputs)
     if reason is not None:
@@ -13,7 +22,7 @@ def leaves_to_stock(layer, inputs):
     return reason is not None
 
 
-def fused_activation(activation):
+def fused_activation(activation: Callable[..., Any] | None) -> str | None:
     """The name of the activation that the op computes itself; None if it leaves it to Keras."""
     if activation is None or activation is keras.activations.linear:
         return "linear"
@@ -22,7 +31,7 @@ def fused_activation(activation):
     return None
 
 
-def geometry(layer):
+def geometry(layer: keras.layers.Layer) -> dict[str, Any]:
     """Where the op's windows lie: its arguments but the tensors and the epilogue."""
     return {
         "strides": layer.strides,
@@ -32,7 +41,7 @@ def geometry(layer):
     }
 
 
-def epilogue(layer):
+def epilogue(layer: keras.layers.Layer) -> dict[str, Any]:
     """What the op does behind the convolution: its arguments ``bias`` and ``activation``."""
     return {
         "bias": layer.bias if layer.use_bias else None,
@@ -40,12 +49,12 @@ def epilogue(layer):
     }
 
 
-def activated(layer, outputs):
+def activated(layer: keras.layers.Layer, outputs: tf.Tensor) -> tf.Tensor:
     """``outputs`` of an op with the layer's epilogue, with an activation that it left to Keras."""
     return outputs if fused_activation(layer.activation) else layer.activation(outputs)
 
 
-def _reason_for_stock(layer, inputs):
+def _reason_for_stock(layer: keras.layers.Layer, inputs: tf.Tensor) -> str | None:
     reason = reason_for_stock(inputs, layer.compute_dtype, rank=layer.rank + 2)
     if reason is not None:
         return reason

@@ -1,5 +1,7 @@
 """Who computes a layer, fastconv's kernels or Keras's own code, and why."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import keras
@@ -30,11 +32,11 @@ class Explanation:
     served_by: str
     reason: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.type} {self.name!r} is computed by {self.served_by}: {self.reason}"
 
 
-def explain_layer(layer):
+def explain_layer(layer: keras.layers.Layer) -> Explanation:
     """Who computes ``layer``, as far as that does not depend on the input, and why.
 
     A fast layer decides by each input; what it decided against the kernels for is told as well.
@@ -51,7 +53,7 @@ def explain_layer(layer):
     return Explanation(layer.name, type(layer).__qualname__, served_by, reason)
 
 
-def _explain(layer):
+def _explain(layer: keras.layers.Layer) -> tuple[str, str]:
     if isinstance(layer, tuple(STAND_INS.values())):
         reason = reason_for_stock_always(layer)
         if reason is not None:
@@ -66,7 +68,7 @@ def _explain(layer):
     return "stock", f"fastconv has no layer for {kind.__qualname__}"
 
 
-def _how(layer):
+def _how(layer: keras.layers.Layer) -> str:
     parts = ["float32 on the CPU"]
     if isinstance(layer, _CONVOLUTIONS_WITH_EPILOGUE):
         fused = ["bias"] if layer.use_bias else []

@@ -1,5 +1,9 @@
 """What the fast pooling layers share."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from fastconv.keras._stand_in import (
     JitWhereXlaServes,
     has_empty_output,
@@ -9,8 +13,11 @@ from fastconv.keras._stand_in import (
 )
 from fastconv.keras.conv2d import FastConv2D
 
+if TYPE_CHECKING:
+    import keras
 
-def reason_against_window(layer, inputs):
+
+def reason_against_window(layer: keras.layers.Layer, inputs: tf.Tensor) -> str | None:
     """Why the stock code must take ``inputs`` of a layer with a window; None if it need not."""
     reason = reason_for_stock(inputs, layer.compute_dtype)
     if reason is not None:
@@ -25,7 +32,7 @@ def reason_against_window(layer, inputs):
     return None
 
 
-def window(layer):
+def window(layer: keras.layers.Layer) -> dict[str, Any]:
     """The adapter's arguments of a layer with a window."""
     return {
         "pool_size": layer.pool_size,
@@ -35,7 +42,7 @@ def window(layer):
     }
 
 
-def window_behind(data_format):
+def window_behind(data_format: str) -> dict[str, Any]:
     """The arguments, as of ``window()``, of the pooling that is one op with a convolution."""
     return {
         "pool_size": (2, 2),
@@ -45,7 +52,7 @@ def window_behind(data_format):
     }
 
 
-def follows_one_convolution(layer):
+def follows_one_convolution(layer: keras.layers.Layer) -> bool:
     """Whether Keras's graph says that a FastConv2D's output is read by ``layer``, once, alone.
 
     Nothing else may need that output: computed in one op with the pooling, it does not exist.
@@ -65,7 +72,7 @@ def follows_one_convolution(layer):
 class GlobalPooling(JitWhereXlaServes):
     """Mixin, before the stock layer of a global pooling; the class has ``_pool``, the adapter's."""
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         reason = _reason_against_global(self, inputs)
         if reason is not None:
             tell(self, reason)
@@ -76,7 +83,7 @@ class GlobalPooling(JitWhereXlaServes):
         return tf.squeeze(outputs, [2, 3] if self.data_format == "channels_first" else [1, 2])
 
 
-def _reason_against_global(layer, inputs):
+def _reason_against_global(layer: keras.layers.Layer, inputs: tf.Tensor) -> str | None:
     reason = reason_for_stock(inputs, layer.compute_dtype)
     if reason is not None:
         return reason

@@ -1,11 +1,14 @@
 """What the fast layers share: standing in for a stock layer, and leaving a call to it."""
 
+from __future__ import annotations
+
 import logging
 import weakref
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import keras
 
-if keras.backend.backend() == "tensorflow":
+if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
     from fastconv.adapters import tensorflow as adapter
@@ -13,13 +16,37 @@ if keras.backend.backend() == "tensorflow":
 else:
     tf = adapter = xla = None
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from keras.layers import Layer as _Layer
+else:
+    _Layer = object  # what the mixins are mixed into
+
+__all__ = [
+    "STAND_INS",
+    "JitWhereXlaServes",
+    "adapter",
+    "has_empty_output",
+    "reason_for_stock",
+    "reason_for_stock_always",
+    "reason_last_told",
+    "stand_in_for",
+    "tell",
+    "tf",
+    "xla",
+]
+
+Class = TypeVar("Class", bound=type)
+
 _logger = logging.getLogger("fastconv")
-_told = weakref.WeakKeyDictionary()  # layer: the reason it was last heard to use the stock code
+# layer: the reason it was last heard to use the stock code
+_told: weakref.WeakKeyDictionary[keras.layers.Layer, str] = weakref.WeakKeyDictionary()
 
-STAND_INS = {}  # stock class: the fast class that stands in for it
+STAND_INS: dict[type[Any], type[Any]] = {}  # stock class: the fast class that stands in for it
 
 
-def stand_in_for(stock):
+def stand_in_for(stock: type[Any]) -> Callable[[Class], Class]:
     """Class decorator: makes the class take ``stock``'s place in models and their files.
 
     Keras derives from a class's ``__name__`` the default names of layers and the keys of
@@ -29,7 +56,7 @@ def stand_in_for(stock):
     from now on.
     """
 
-    def decorate(cls):
+    def decorate(cls: Class) -> Class:
         keras.saving.register_keras_serializable(package="fastconv", name=cls.__name__)(cls)
         cls.__name__ = stock.__name__
         STAND_INS[stock] = cls
@@ -38,7 +65,7 @@ def stand_in_for(stock):
     return decorate
 
 
-class JitWhereXlaServes:
+class JitWhereXlaServes(_Layer):
     """Mixin: where our kernels cannot run inside XLA, has Keras run models with the layer outside.
 
     A property and not an attribute set in ``__init__``, so that the stock layer's ``__init__``
@@ -46,12 +73,12 @@ class JitWhereXlaServes:
     """
 
     @property
-    def supports_jit(self):
+    def supports_jit(self) -> bool:
         return self.__dict__.get("supports_jit", True) and (
             adapter is None or bool(_gpus()) or xla.available()
         )
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: object) -> None:
         # What the layer itself says is kept for when it becomes a stock layer again. Keras's own
         # __setattr__ would ask the property at once, for each layer that is made.
         if name == "supports_jit":
@@ -60,7 +87,7 @@ class JitWhereXlaServes:
             super().__setattr__(name, value)
 
 
-def reason_for_stock(inputs, compute_dtype, rank=4):
+def reason_for_stock(inputs: tf.Tensor, compute_dtype: str, rank: int = 4) -> str | None:
     """Why the kernels cannot take these inputs, whatever the layer's options; None if they can."""
     reason = _reason_of_the_backend()
     if reason is not None:
@@ -81,7 +108,7 @@ def reason_for_stock(inputs, compute_dtype, rank=4):
     return None
 
 
-def reason_for_stock_always(layer):
+def reason_for_stock_always(layer: keras.layers.Layer) -> str | None:
     """Why the kernels serve no input of ``layer``, as far as it is known; None if they may."""
     reason = _reason_of_the_backend()
     if reason is not None:
@@ -93,12 +120,12 @@ def reason_for_stock_always(layer):
     return None
 
 
-def reason_last_told(layer):
+def reason_last_told(layer: keras.layers.Layer) -> str | None:
     """The reason for which ``layer`` was last heard to use the stock code; None if it never was."""
     return _told.get(layer)
 
 
-def tell(layer, reason):
+def tell(layer: keras.layers.Layer, reason: str) -> None:
     """Logs why ``layer`` uses the stock code, once for as long as the reason stays the same."""
     if _told.get(layer) == reason:
         return
@@ -106,7 +133,9 @@ def tell(layer, reason):
     _logger.debug("%s %r uses the stock code: %s", type(layer).__qualname__, layer.name, reason)
 
 
-def has_empty_output(inputs, window, padding, data_format):
+def has_empty_output(
+    inputs: tf.Tensor, window: Sequence[int], padding: str, data_format: str
+) -> bool:
     """Whether no output pixel comes of ``inputs``, as far as is known: the stock layer refuses it.
 
     ``window`` is the height and width, or the length, that one output pixel sees.
@@ -120,11 +149,12 @@ def has_empty_output(inputs, window, padding, data_format):
     )
 
 
-def _reason_of_the_backend():
+def _reason_of_the_backend() -> str | None:
     if adapter is None:
         return f"the Keras backend is {keras.backend.backend()}, not tensorflow"
     return None
 
 
-def _gpus():
-    return tf.config.get_visible_devices("GPU")
+def _gpus() -> list[Any]:
+    gpus: list[Any] = tf.config.get_visible_devices("GPU")
+    return gpus

@@ -1,9 +1,16 @@
 """``keras.layers.AveragePooling2D`` on fastconv's kernels."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import keras
 
 from fastconv.keras._pooling import reason_against_window, window
 from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for, tell
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 
 @stand_in_for(keras.layers.AveragePooling2D)
@@ -21,7 +28,7 @@ class FastAveragePooling2D(JitWhereXlaServes, keras.layers.AveragePooling2D):
     new_width).
     """
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         reason = reason_against_window(self, inputs)
         if reason is not None:
             tell(self, reason)

@@ -1,5 +1,7 @@
 """``keras.layers.Conv1D`` on fastconv's kernels."""
 
+from __future__ import annotations
+
 import keras
 
 from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
@@ -20,7 +22,7 @@ class FastConv1D(JitWhereXlaServes, keras.layers.Conv1D):
     Output shape: (batch, new_steps, filters), or (batch, filters, new_steps).
     """
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         if leaves_to_stock(self, inputs):
             return super().call(inputs)
         padding = self.padding

@@ -1,9 +1,16 @@
 """``keras.layers.Conv2D`` on fastconv's kernels."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import keras
 
 from fastconv.keras._convolution import activated, epilogue, geometry, leaves_to_stock
 from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 
 @stand_in_for(keras.layers.Conv2D)
@@ -22,20 +29,20 @@ class FastConv2D(JitWhereXlaServes, keras.layers.Conv2D):
     new_width).
     """
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         # A subclass may override convolution_op, as keras.layers.Conv2D invites it to.
         if not _is_own_convolution_op(self) or leaves_to_stock(self, inputs):
             return super().call(inputs)
         return activated(self, self._convolve(inputs, self.kernel, **epilogue(self)))
 
-    def convolution_op(self, inputs, kernel):
+    def convolution_op(self, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
         if leaves_to_stock(self, inputs):
             return super().convolution_op(inputs, kernel)
         return self._convolve(inputs, kernel)
 
-    def _convolve(self, inputs, kernel, **options):
+    def _convolve(self, inputs: tf.Tensor, kernel: tf.Tensor, **options: Any) -> tf.Tensor:
         return adapter.conv2d(inputs, kernel, **geometry(self), **options)
 
 
-def _is_own_convolution_op(layer):
+def _is_own_convolution_op(layer: FastConv2D) -> bool:
     return type(layer).convolution_op is FastConv2D.convolution_op

@@ -1,5 +1,7 @@
 """``keras.layers.Conv2DTranspose`` on fastconv's kernels."""
 
+from __future__ import annotations
+
 import keras
 
 from fastconv.keras._stand_in import (
@@ -30,7 +32,7 @@ class FastConv2DTranspose(JitWhereXlaServes, keras.layers.Conv2DTranspose):
     new_width).
     """
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         reason = self._reason_for_stock(inputs)
         if reason is not None:
             tell(self, reason)
@@ -49,7 +51,7 @@ class FastConv2DTranspose(JitWhereXlaServes, keras.layers.Conv2DTranspose):
             outputs = tf.nn.bias_add(outputs, self.bias, "NCHW" if channels_first else "NHWC")
         return outputs if self.activation is None else self.activation(outputs)
 
-    def _reason_for_stock(self, inputs):
+    def _reason_for_stock(self, inputs: tf.Tensor) -> str | None:
         reason = reason_for_stock(inputs, self.compute_dtype)
         if reason is not None:
             return reason

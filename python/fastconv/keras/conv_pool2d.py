@@ -1,11 +1,20 @@
 """A convolution with 2 x 2 max-pooling behind it as one layer."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import keras
 
 from fastconv.keras._convolution import epilogue, fused_activation, geometry, leaves_to_stock
 from fastconv.keras._pooling import window_behind
 from fastconv.keras._stand_in import adapter
 from fastconv.keras.conv2d import FastConv2D
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import tensorflow as tf
 
 
 @keras.saving.register_keras_serializable(package="fastconv")
@@ -24,7 +33,7 @@ class FastConvPool2D(FastConv2D):
     new_height // 2, new_width // 2), of which new_height and new_width are those of the convolution.
     """
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         if not self._in_one_op(inputs):
             window = window_behind(self.data_format)
             return keras.ops.max_pool(super().call(inputs), **window)
@@ -36,7 +45,7 @@ class FastConvPool2D(FastConv2D):
             keep_argmax=training is True,
         )
 
-    def _in_one_op(self, inputs):
+    def _in_one_op(self, inputs: tf.Tensor) -> bool:
         own_convolution = type(self).convolution_op is FastConv2D.convolution_op
         fused = fused_activation(self.activation) is not None
         if not own_convolution or not fused or leaves_to_stock(self, inputs):
@@ -44,7 +53,7 @@ class FastConvPool2D(FastConv2D):
         # The stock code tells of an output that has no window.
         return 0 not in self.compute_output_shape(inputs.shape)[1:]
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         shape = list(super().compute_output_shape(input_shape))
         for axis in (2, 3) if self.data_format == "channels_first" else (1, 2):
             shape[axis] = None if shape[axis] is None else shape[axis] // 2

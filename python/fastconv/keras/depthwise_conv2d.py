@@ -1,5 +1,9 @@
 """``keras.layers.DepthwiseConv2D`` on fastconv's kernels."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import keras
 
 from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
@@ -21,14 +25,16 @@ class FastDepthwiseConv2D(JitWhereXlaServes, keras.layers.DepthwiseConv2D):
     depth_multiplier, new_height, new_width).
     """
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         if leaves_to_stock(self, inputs):
             return super().call(inputs)
         outputs = depthwise_convolution(self, inputs, self.kernel, **epilogue(self))
         return activated(self, outputs)
 
 
-def depthwise_convolution(layer, inputs, kernel, **options):
+def depthwise_convolution(
+    layer: keras.layers.Layer, inputs: tf.Tensor, kernel: tf.Tensor, **options: Any
+) -> tf.Tensor:
     """The convolution of each channel with ``kernel`` (rows, columns, channels, multiplier)."""
     rows, columns, channels, multiplier = kernel.shape
     return adapter.conv2d(

@@ -1,9 +1,16 @@
 """``keras.layers.GlobalAveragePooling2D`` on fastconv's kernels."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import keras
 
 from fastconv.keras._pooling import GlobalPooling
 from fastconv.keras._stand_in import adapter, stand_in_for
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 
 @stand_in_for(keras.layers.GlobalAveragePooling2D)
@@ -21,5 +28,5 @@ class FastGlobalAveragePooling2D(GlobalPooling, keras.layers.GlobalAveragePoolin
     channels, 1, 1).
     """
 
-    def _pool(self, inputs, **options):
+    def _pool(self, inputs: tf.Tensor, **options: Any) -> tf.Tensor:
         return adapter.global_avg_pool2d(inputs, **options)

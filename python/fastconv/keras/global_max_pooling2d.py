@@ -1,9 +1,16 @@
 """``keras.layers.GlobalMaxPooling2D`` on fastconv's kernels."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import keras
 
 from fastconv.keras._pooling import GlobalPooling
 from fastconv.keras._stand_in import adapter, stand_in_for
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 
 @stand_in_for(keras.layers.GlobalMaxPooling2D)
@@ -22,5 +29,5 @@ class FastGlobalMaxPooling2D(GlobalPooling, keras.layers.GlobalMaxPooling2D):
     channels, 1, 1).
     """
 
-    def _pool(self, inputs, **options):
+    def _pool(self, inputs: tf.Tensor, **options: Any) -> tf.Tensor:
         return adapter.global_max_pool2d(inputs, **options)

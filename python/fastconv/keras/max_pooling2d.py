@@ -1,5 +1,9 @@
 """``keras.layers.MaxPooling2D`` on fastconv's kernels."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import keras
 
 from fastconv.keras._pooling import (
@@ -9,6 +13,9 @@ from fastconv.keras._pooling import (
     window_behind,
 )
 from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for, tell
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 
 @stand_in_for(keras.layers.MaxPooling2D)
@@ -30,7 +37,7 @@ class FastMaxPooling2D(JitWhereXlaServes, keras.layers.MaxPooling2D):
     new_width).
     """
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         reason = reason_against_window(self, inputs)
         if reason is not None:
             tell(self, reason)

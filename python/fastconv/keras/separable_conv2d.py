@@ -1,10 +1,17 @@
 """``keras.layers.SeparableConv2D`` on fastconv's kernels."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import keras
 
 from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
 from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
 from fastconv.keras.depthwise_conv2d import depthwise_convolution
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 
 @stand_in_for(keras.layers.SeparableConv2D)
@@ -23,7 +30,7 @@ class FastSeparableConv2D(JitWhereXlaServes, keras.layers.SeparableConv2D):
     new_width).
     """
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         if leaves_to_stock(self, inputs):
             return super().call(inputs)
         outputs = adapter.conv2d(

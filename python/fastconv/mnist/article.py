@@ -1,13 +1,22 @@
 """The article's program: its model on either set of layers, its training, and a comparison."""
 
+from __future__ import annotations
+
 import dataclasses
 import sys
 import time
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import keras
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from fastconv.mnist.data import Mnist
+
+Array: TypeAlias = NDArray[Any]
 
 STOCK = SimpleNamespace(Conv2D=keras.layers.Conv2D, MaxPooling2D=keras.layers.MaxPooling2D)
 
@@ -36,14 +45,14 @@ class Difference:
     relative: float
 
 
-def fast_layers():
+def fast_layers() -> SimpleNamespace:
     """fastconv's layers. A function, so that the stock program needs nothing of fastconv's."""
     from fastconv.keras import FastConv2D, FastMaxPooling2D
 
     return SimpleNamespace(Conv2D=FastConv2D, MaxPooling2D=FastMaxPooling2D)
 
 
-def build_model(layers):
+def build_model(layers: Any) -> keras.Model:
     """The article's model, compiled, with Conv2D and MaxPooling2D taken from ``layers``.
 
     XLA is off for either: on a CPU it slows the stock layers down, so a comparison with them as
@@ -70,13 +79,13 @@ def build_model(layers):
     return model
 
 
-def prepare(images, labels):
+def prepare(images: Array, labels: Array) -> tuple[Array, Array]:
     """Images as (n, 28, 28, 1) float32 in 0..1, and one-hot labels."""
     images = images.reshape((len(images), 28, 28, 1)).astype("float32") / 255
     return images, keras.utils.to_categorical(labels, num_classes=10)
 
 
-def train(model, data, *, epochs, batch_size, seed):
+def train(model: keras.Model, data: Mnist, *, epochs: int, batch_size: int, seed: int) -> Result:
     """Fits and evaluates ``model`` as the article does; the order of images follows ``seed``."""
     x_train, y_train = prepare(data.x_train, data.y_train)
     x_test, y_test = prepare(data.x_test, data.y_test)
@@ -98,12 +107,16 @@ def train(model, data, *, epochs, batch_size, seed):
         loss=float(loss),
         accuracy=float(accuracy),
         seconds=clock.end - clock.begin,
-        images_per_second=images / (clock.end - clock.first_step) if images else None,
+        images_per_second=images / (clock.end - clock.first_step)
+        if images and clock.first_step
+        else None,
         history=history.history,
     )
 
 
-def differences(stock, fast, data, batch_size):
+def differences(
+    stock: keras.Model, fast: keras.Model, data: Mnist, batch_size: int
+) -> list[Difference]:
     """Compares one forward pass and every gradient of two models of equal weights.
 
     Takes the first ``batch_size`` training images and runs them as ``fit`` would: as a graph.
@@ -121,7 +134,7 @@ def differences(stock, fast, data, batch_size):
     ]
 
 
-def same_start(seed):
+def same_start(seed: int) -> tuple[keras.Model, keras.Model]:
     """A stock and a fast model with the same initial weights."""
     keras.utils.set_random_seed(seed)
     stock = build_model(STOCK)
@@ -133,22 +146,26 @@ def same_start(seed):
 class _Clock(keras.callbacks.Callback):
     """Notes when fit began, when its first step (which traces the graph) was done, and its end."""
 
-    def on_train_begin(self, logs=None):
+    begin: float
+    first_step: float | None
+    end: float
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self.begin = time.perf_counter()
         self.first_step = None
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         if self.first_step is None:
             self.first_step = time.perf_counter()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         self.end = time.perf_counter()
 
 
-def _variable_names(model):
+def _variable_names(model: keras.Model) -> list[str]:
     """Names such as "conv2d 2 kernel", which do not depend on how many models there were."""
     names = []
-    seen = {}
+    seen: dict[str, int] = {}
     for layer in model.layers:
         kind = type(layer).__name__
         seen[kind] = seen.get(kind, 0) + 1
@@ -156,9 +173,9 @@ def _variable_names(model):
     return names
 
 
-def _forward_and_gradients(model, images, labels):
+def _forward_and_gradients(model: keras.Model, images: Array, labels: Array) -> list[Array]:
     @tf.function
-    def step(x, y):
+    def step(x: tf.Tensor, y: tf.Tensor) -> list[tf.Tensor]:
         with tf.GradientTape() as tape:
             prediction = model(x, training=True)
             loss = tf.reduce_mean(keras.losses.categorical_crossentropy(y, prediction))
@@ -168,7 +185,7 @@ def _forward_and_gradients(model, images, labels):
     return [value.numpy() for value in step(images, labels)]
 
 
-def _difference(name, ours, theirs):
+def _difference(name: str, ours: Array, theirs: Array) -> Difference:
     largest = float(np.max(np.abs(ours - theirs)))
     scale = float(np.max(np.abs(theirs)))
     relative = largest / scale if scale else (0.0 if largest == 0 else float("inf"))

@@ -3,6 +3,8 @@
 Nothing here imports TensorFlow, except that a download is left to ``keras.datasets.mnist``.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import os
 import socket
@@ -12,8 +14,15 @@ import zipfile
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Array: TypeAlias = NDArray[Any]
 
 SUBSET = Path(__file__).with_name("subset.npz")
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -44,18 +53,18 @@ class DataError(ValueError):
 class Mnist:
     """Images (n, 28, 28) with values 0..255, labels 0..9, and a line on where they came from."""
 
-    x_train: np.ndarray
-    y_train: np.ndarray
-    x_test: np.ndarray
-    y_test: np.ndarray
+    x_train: Array
+    y_train: Array
+    x_test: Array
+    y_test: Array
     source: str
 
-    def limit(self, count):
+    def limit(self, count: int) -> Mnist:
         """The first ``count`` training images and the first ``count`` test images."""
         first = {key: getattr(self, key)[:count] for key in KEYS}
         return dataclasses.replace(self, **first)
 
-    def describe(self):
+    def describe(self) -> str:
         """One line for people: how many images, from where, and why from there."""
         return (
             f"MNIST: {len(self.x_train):,} training and {len(self.x_test):,} test images, "
@@ -63,7 +72,7 @@ class Mnist:
         )
 
 
-def load(path=None):
+def load(path: str | os.PathLike[str] | None = None) -> Mnist:
     """Reads ``path``; without one, Keras's cache, else its download, else the packaged subset.
 
     Raises:
@@ -88,7 +97,7 @@ def load(path=None):
     )
 
 
-def read_npz(path, source):
+def read_npz(path: str | os.PathLike[str], source: str) -> Mnist:
     """Reads and checks an .npz file in Keras's layout. Never unpickles."""
     try:
         arrays = _read_arrays(path)
@@ -104,7 +113,7 @@ def read_npz(path, source):
     return Mnist(**arrays, source=source)
 
 
-def _read_arrays(path):
+def _read_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
     archive = np.load(path, allow_pickle=False)
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise DataError(f"{path} must be an .npz archive. Received: a single array")
@@ -119,13 +128,13 @@ def _read_arrays(path):
         return {key: np.asarray(archive[key]) for key in KEYS}
 
 
-def keras_cache():
+def keras_cache() -> Path:
     """The file ``keras.datasets.mnist`` keeps, found as Keras finds it but without importing it."""
     home = Path(os.environ.get("KERAS_HOME") or Path("~", ".keras")).expanduser()
     return home / "datasets" / "mnist.npz"
 
 
-def download():
+def download() -> Mnist:
     """Lets ``keras.datasets.mnist`` download the whole set, if its host answers soon."""
     wait_for_answer(ORIGIN, ANSWER_SECONDS)
     import keras
@@ -135,15 +144,15 @@ def download():
     return Mnist(x_train, y_train, x_test, y_test, "downloaded by keras.datasets.mnist")
 
 
-def wait_for_answer(url, seconds):
+def wait_for_answer(url: str, seconds: float) -> None:
     """Raises OSError unless ``url`` answers within ``seconds``.
 
     In a thread, because a socket's timeout bounds neither the look-up of the name nor the walk
     through all addresses of a host; behind a silent firewall those two take minutes.
     """
-    outcome = []
+    outcome: list[Exception | None] = []
 
-    def ask():
+    def ask() -> None:
         try:
             with urllib.request.urlopen(url, timeout=seconds):  # noqa: S310 - Keras's address
                 outcome.append(None)
@@ -160,7 +169,7 @@ def wait_for_answer(url, seconds):
 
 
 @contextmanager
-def _socket_timeout(seconds):
+def _socket_timeout(seconds: float) -> Iterator[None]:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -169,7 +178,7 @@ def _socket_timeout(seconds):
         socket.setdefaulttimeout(before)
 
 
-def _check_images(path, key, images):
+def _check_images(path: str | os.PathLike[str], key: str, images: Array) -> None:
     if images.ndim != 3 or images.shape[1:] != (28, 28) or len(images) == 0:
         raise DataError(
             f"{key} in {path} must have the shape (n, 28, 28), n > 0. Received: {images.shape}"
@@ -183,7 +192,7 @@ def _check_images(path, key, images):
         )
 
 
-def _check_labels(path, key, labels, count):
+def _check_labels(path: str | os.PathLike[str], key: str, labels: Array, count: int) -> None:
     if labels.shape != (count,):
         raise DataError(
             f"{key} in {path} must hold one label an image, the shape ({count},). "
@@ -196,7 +205,7 @@ def _check_labels(path, key, labels, count):
         raise DataError(f"{key} in {path} must lie between 0 and 9. Received: from {low} to {high}")
 
 
-def _one_line(error):
+def _one_line(error: BaseException) -> str:
     """What an exception says, on one line, without urllib's wrapping and OSError's path."""
     reason = getattr(error, "reason", None)
     if isinstance(reason, BaseException):

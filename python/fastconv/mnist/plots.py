@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import keras
 import matplotlib as mpl
@@ -10,6 +11,15 @@ import numpy as np
 from matplotlib.figure import Figure  # without pyplot: no display is asked for
 
 from fastconv.mnist.article import prepare
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from fastconv.cli import Trained
+    from fastconv.mnist.article import Result
+    from fastconv.mnist.data import Mnist
 
 _COLOURS = {"fast": "#0072B2", "stock": "#D55E00"}
 
@@ -27,7 +37,7 @@ _SETTINGS = {
 }
 
 
-def draw(trained, data, directory):
+def draw(trained: Trained, data: Mnist, directory: str | Path) -> list[Path]:
     """Draws ``trained``, {name of the layers: (model, Result)}, and returns the paths."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -41,7 +51,7 @@ def draw(trained, data, directory):
     return paths
 
 
-def _figures(trained, data):
+def _figures(trained: Trained, data: Mnist) -> Iterator[tuple[str, Figure]]:
     yield "training", _training({name: result for name, (_, result) in trained.items()})
     images, _ = prepare(data.x_test, data.y_test)
     for name, (model, _) in trained.items():
@@ -55,7 +65,7 @@ def _figures(trained, data):
         yield f"features{suffix}", _features(data.x_test[0], [m[0] for m in maps])
 
 
-def _training(results):
+def _training(results: dict[str, Result]) -> Figure:
     """Loss and accuracy an epoch, and what came of the test."""
     figure = Figure((6.2, 2.6), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -77,7 +87,7 @@ def _training(results):
     return figure
 
 
-def _confusion(labels, predicted):
+def _confusion(labels: NDArray[Any], predicted: NDArray[Any]) -> Figure:
     """How many images of each digit were taken for which."""
     counts = np.zeros((10, 10), int)
     np.add.at(counts, (np.asarray(labels, int), predicted), 1)
@@ -101,7 +111,7 @@ def _confusion(labels, predicted):
     return figure
 
 
-def _filters(convolutions):
+def _filters(convolutions: list[keras.layers.Conv2D]) -> Figure:
     """The taps of every filter: those of one channel as tiles, of more as a row a channel."""
     figure = Figure((6.8, 4.9), layout="constrained")
     shapes = [layer.kernel.shape for layer in convolutions]
@@ -130,7 +140,7 @@ def _filters(convolutions):
     return figure
 
 
-def _features(digit, maps):
+def _features(digit: NDArray[Any], maps: list[NDArray[Any]]) -> Figure:
     """What each filter of each convolution makes of one image, after ReLU."""
     per_row = 16
     pictures = [_mosaic(features, per_row) for features in maps]
@@ -152,7 +162,7 @@ def _features(digit, maps):
     return figure
 
 
-def _mosaic(features, per_row):
+def _mosaic(features: NDArray[Any], per_row: int) -> NDArray[np.float32]:
     """Maps (row, column, channel) side by side in one picture, a gap of NaN between them."""
     height, width, channels = features.shape
     rows = -(-channels // per_row)
@@ -160,4 +170,5 @@ def _mosaic(features, per_row):
     tiles = np.full((rows * per_row, height + gap, width + gap), np.nan, np.float32)
     tiles[:channels, :height, :width] = features.transpose(2, 0, 1)
     picture = tiles.reshape(rows, per_row, height + gap, width + gap).transpose(0, 2, 1, 3)
-    return picture.reshape(rows * (height + gap), -1)[:-gap, :-gap]
+    whole: NDArray[np.float32] = picture.reshape(rows * (height + gap), -1)[:-gap, :-gap]
+    return whole

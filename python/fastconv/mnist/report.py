@@ -1,15 +1,22 @@
 """How the comparison of stock and fast layers is shown, within 80 columns."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+if TYPE_CHECKING:
+    from fastconv.mnist.article import Difference, Result
+
 # What fastconv promises for float32; a row beyond it is shown in red.
 BOUND = 1e-5
 
 
-def differences_table(differences, batch_size):
+def differences_table(differences: list[Difference], batch_size: int) -> Group:
     """One row for the forward pass and one for each gradient."""
     table = _table(
         "Difference from the same weights, fast to stock", "Shape", "Largest", "Relative"
@@ -26,7 +33,7 @@ def differences_table(differences, batch_size):
     return _with_note(table, f"On the first {images}; relative to stock's largest absolute value.")
 
 
-def results_table(stock, fast):
+def results_table(stock: Result, fast: Result) -> Group:
     """Loss, accuracy and speed of the two trainings."""
     table = _table("Trained from the same weights", "Stock", "Fast", "Fast / stock")
     rows = (
@@ -45,7 +52,7 @@ def results_table(stock, fast):
     )
 
 
-def _table(title, *columns):
+def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("")
     for column in columns:
@@ -53,13 +60,13 @@ def _table(title, *columns):
     return table
 
 
-def _with_note(table, note):
+def _with_note(table: Table, note: str) -> Group:
     return Group(table, Text(note, style="dim"), "")
 
 
-def _number(value, form):
+def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _ratio(ours, theirs):
+def _ratio(ours: float | None, theirs: float | None) -> str:
     return "-" if ours is None or not theirs else f"{ours / theirs:.2f}x"

@@ -16,6 +16,15 @@ from __future__ import annotations
 
 import importlib
 import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+
+    from numpy.typing import NDArray
+
+    from fastconv.bench._types import Floats
 
 NAMES = ("fastconv", "tensorflow", "torch", "onnxruntime", "openvino", "onednn", "jax")
 
@@ -30,64 +39,79 @@ class Unsupported(Exception):
 class Case:
     """One operation on one set of arrays, ready to run again and again."""
 
-    algorithm = None  # what the implementation says it runs, if it says so
-    blocking = None  # and how it splits the work
-    workspace = None  # bytes of scratch memory, if it says so
-    predicted = None  # seconds that a cost model expects, if there is one
+    algorithm: str | None = None  # what the implementation says it runs, if it says so
+    blocking: str | None = None  # and how it splits the work
+    workspace: int | None = None  # bytes of scratch memory, if it says so
+    kept: object = None  # what must live as long as the case
+    predicted: float | None = None  # seconds that a cost model expects, if there is one
 
-    def call(self):
+    def call(self) -> Any:
         """Runs it once, as a user of the library would, and waits for the result."""
         raise NotImplementedError
 
-    def result(self):
+    def result(self) -> NDArray[Any]:
         """Runs it once; what it computed, as a NumPy array, NHWC or HWIO."""
         raise NotImplementedError
 
-    def call_times(self, count):
+    def call_times(self, count: int) -> list[int] | None:
         """Nanoseconds of each of ``count`` calls; None where only the kernel can be called."""
-        times = []
-        for _ in range(count):
-            start = time.perf_counter_ns()
-            self.call()
-            times.append(time.perf_counter_ns() - start)
-        return times
+        return _timed(self.call, count)
 
-    def kernel_times(self, count):
+    def kernel_times(self, count: int) -> list[int] | None:
         """The same for the bare kernel, measured inside; None where that cannot be had."""
+
+
+def _timed(function: Callable[[], Any], count: int) -> list[int]:
+    times = []
+    for _ in range(count):
+        start = time.perf_counter_ns()
+        function()
+        times.append(time.perf_counter_ns() - start)
+    return times
 
 
 class FunctionCase(Case):
     """A case from two functions: one that runs it, one that turns its value to a NumPy array."""
 
-    def __init__(self, function, to_numpy):
-        self.call = function
+    def __init__(
+        self, function: Callable[[], Any], to_numpy: Callable[[Any], NDArray[Any]]
+    ) -> None:
+        self._function = function
         self._to_numpy = to_numpy
 
-    def result(self):
-        return self._to_numpy(self.call())
+    def call(self) -> Any:
+        return self._function()
+
+    def result(self) -> NDArray[Any]:
+        return self._to_numpy(self._function())
+
+    def call_times(self, count: int) -> list[int] | None:
+        return _timed(self._function, count)
 
 
-def find(name):
+def find(name: str) -> ModuleType:
     """The module of an implementation."""
     return importlib.import_module(f"fastconv.bench.adapters.{name}" if name in NAMES else name)
 
 
-def to_nchw(array):
+def to_nchw(array: Floats) -> Floats:
     """NHWC to NCHW, or HWIO to OIHW (``to_oihw``), dense."""
     import numpy as np
 
     return np.ascontiguousarray(array.transpose(0, 3, 1, 2))
 
 
-def to_nhwc(array):
-    return array.transpose(0, 2, 3, 1)
+def to_nhwc(array: NDArray[Any]) -> NDArray[Any]:
+    nhwc: NDArray[Any] = array.transpose(0, 2, 3, 1)
+    return nhwc
 
 
-def to_oihw(array):
+def to_oihw(array: Floats) -> Floats:
     import numpy as np
 
     return np.ascontiguousarray(array.transpose(3, 2, 0, 1))
 
 
-def to_hwio(array):
-    return array.transpose(2, 3, 1, 0)
+def to_hwio(array: Floats) -> Floats:
+    hwio: Floats = array.transpose(2, 3, 1, 0)
+    return hwio

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 import fastconv
 from fastconv import _core
 from fastconv.bench.adapters import Case, to_nchw, to_nhwc
 
+if TYPE_CHECKING:
+    from fastconv.bench._types import Arrays, Floats, Record, Shape
+    from fastconv.bench.problem import Problem
 
-def environment(conditions):
+
+def environment(conditions: Record) -> dict[str, str]:
     variables = {"FASTCONV_NUM_THREADS": str(conditions["threads"])}
     if conditions["isa"]:
         variables["FASTCONV_ISA"] = conditions["isa"]
@@ -19,7 +25,7 @@ def environment(conditions):
 
 
 class Implementation:
-    def __init__(self, conditions):
+    def __init__(self, conditions: Record) -> None:
         self._nchw = conditions["layout"] == "nchw"
         self._seconds = conditions["seconds"]
         if conditions["accuracy"]:
@@ -27,10 +33,10 @@ class Implementation:
         facts = fastconv.info()
         self.versions = {"fastconv": facts["version"], "isa": facts["isa"]}
 
-    def prepare(self, problem, direction, arrays):
+    def prepare(self, problem: Problem, direction: str, arrays: Arrays) -> Case:
         return _FastconvCase(problem, direction, arrays, self._nchw)
 
-    def limits(self):
+    def limits(self) -> dict[str, float]:
         """Measured: operations a second in registers, bytes a second in memory."""
         seconds = min(0.25, 2.5 * self._seconds)  # a quick run is to be quick
         # The cost model measures the machine at its first question: now, while nothing else runs.
@@ -46,11 +52,11 @@ class Implementation:
 
 
 class _FastconvCase(Case):
-    def __init__(self, problem, direction, arrays, nchw):
+    def __init__(self, problem: Problem, direction: str, arrays: Arrays, nchw: bool) -> None:
         lay = to_nchw if nchw else np.ascontiguousarray
         self._unlay = to_nhwc if nchw and direction != "wgrad" else np.asarray
         x, dy = lay(arrays["x"]), lay(arrays["dy"])
-        options = {
+        options: dict[str, Any] = {
             "strides": problem.strides,
             "padding": problem.sides,
             "data_format": "channels_first" if nchw else "channels_last",
@@ -58,6 +64,8 @@ class _FastconvCase(Case):
         (top, bottom), (left, right) = problem.sides
         # As the functions of fastconv.functional hand them to the compiled part.
         raw = {**options, "padding": ("explicit", (top, bottom, left, right))}
+        arguments: dict[str, Any]
+        extra: dict[str, Any]
         if problem.is_pool:
             window = options["pool_size"] = raw["pool_size"] = (problem.r, problem.s)
             if direction == "fprop":
@@ -72,10 +80,10 @@ class _FastconvCase(Case):
             name = "max_pool2d" if direction == "fprop" else "max_pool2d_grad"
         else:
             w = np.ascontiguousarray(arrays["w"])
-            more = {"dilation_rate": problem.dilations, "groups": problem.groups}
+            more: dict[str, Any] = {"dilation_rate": problem.dilations, "groups": problem.groups}
             options |= more
             raw |= more | {"activation": "linear"}
-            name, arguments, extra, like = {
+            calls: dict[str, tuple[str, dict[str, Any], dict[str, Any], Floats]] = {
                 "fprop": ("conv2d", {"x": x, "w": w}, {"bias": None}, dy),
                 "dgrad": (
                     "conv2d_grad_input",
@@ -89,7 +97,8 @@ class _FastconvCase(Case):
                     {"output": None, "return_bias_grad": False},
                     w,
                 ),
-            }[direction]
+            }
+            name, arguments, extra, like = calls[direction]
             self._result = np.empty_like(like)
             self._explain(direction, x.shape, w.shape, options)
         self._function = getattr(fastconv, name)
@@ -97,26 +106,28 @@ class _FastconvCase(Case):
         self._call = {**arguments, **options, "out": self._result}
         self._raw = {**arguments, **extra, **raw, "out": self._result}
 
-    def _explain(self, direction, x_shape, w_shape, options):
+    def _explain(
+        self, direction: str, x_shape: Shape, w_shape: Shape, options: dict[str, Any]
+    ) -> None:
         plan = fastconv.explain(x_shape, w_shape, direction=direction, **options)
         self.algorithm = plan["algorithm"]
         self.blocking = plan["blocking"]
         self.workspace = plan["workspace_bytes"]
         self.predicted = plan["predicted_seconds"]
 
-    def call(self):
+    def call(self) -> None:
         self._function(**self._call)
 
-    def result(self):
+    def result(self) -> Floats:
         self._result.fill(np.nan)
         self.call()
         return self._unlay(self._result)
 
-    def kernel_times(self, count):
+    def kernel_times(self, count: int) -> list[int]:
         _core.timed.set_calls(count)
         self._timed(**self._raw)
         return _core.timed.nanoseconds()
 
 
-def _without_window(options):
+def _without_window(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name != "pool_size"}

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from fastconv.bench.adapters import FunctionCase, to_nchw, to_nhwc
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def environment(conditions):
+    from fastconv.bench._types import Arrays, Floats, Record
+    from fastconv.bench.adapters import Case
+    from fastconv.bench.problem import Problem
+
+
+def environment(conditions: Record) -> dict[str, str]:
     flags = []
     if conditions["isa"] == "avx2":
         flags.append("--xla_cpu_max_isa=AVX2")
@@ -18,14 +27,14 @@ def environment(conditions):
 
 
 class Implementation:
-    def __init__(self, conditions):
+    def __init__(self, conditions: Record) -> None:
         import jax
 
         self._jax = jax
         self._nchw = conditions["layout"] == "nchw"
         self.versions = {"jax": jax.__version__}
 
-    def prepare(self, problem, direction, arrays):
+    def prepare(self, problem: Problem, direction: str, arrays: Arrays) -> Case:
         jax = self._jax
         lay = to_nchw if self._nchw else np.ascontiguousarray
         unlay = to_nhwc if self._nchw else np.asarray
@@ -33,7 +42,7 @@ class Implementation:
         letters = "NCHW" if self._nchw else "NHWC"
         if problem.is_pool:
 
-            def around(pair):
+            def around(pair: tuple[int, int]) -> tuple[int, ...]:
                 return (1, 1, *pair) if self._nchw else (1, *pair, 1)
 
             window, strides = around((problem.r, problem.s)), around(problem.strides)
@@ -41,7 +50,7 @@ class Implementation:
                 (0, 0), *problem.sides, (0, 0)
             )  # fmt: skip
 
-            def forward(a):
+            def forward(a: Any) -> Any:
                 return jax.lax.reduce_window(a, -np.inf, jax.lax.max, window, strides, sides)
 
             if direction == "fprop":
@@ -49,7 +58,7 @@ class Implementation:
             return self._case(lambda a, b: jax.vjp(forward, a)[1](b)[0], (x, dy), unlay)
         w = jax.device_put(np.ascontiguousarray(arrays["w"]))
 
-        def convolve(a, b):
+        def convolve(a: Any, b: Any) -> Any:
             return jax.lax.conv_general_dilated(
                 a,
                 b,
@@ -74,7 +83,12 @@ class Implementation:
             np.asarray,
         )
 
-    def _case(self, function, operands, unlay):
+    def _case(
+        self,
+        function: Callable[..., Any],
+        operands: tuple[Any, ...],
+        unlay: Callable[[Any], Floats],
+    ) -> Case:
         compiled = self._jax.jit(function).lower(*operands).compile()
         return FunctionCase(
             lambda: compiled(*operands).block_until_ready(),

@@ -14,30 +14,37 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastconv.bench.adapters import Case, Unsupported, to_nchw, to_nhwc
 from fastconv.bench.problem import DIRECTIONS
 
+if TYPE_CHECKING:
+    from fastconv.bench._types import Arrays, Floats, Record
+    from fastconv.bench.problem import Problem
+
 _SOURCE = Path(__file__).with_name("onednn_driver.cpp")
 _PACKAGE = "onednn-devel-cpu-gomp"
 
 
 class Implementation:
-    def __init__(self, conditions):
+    def __init__(self, conditions: Record) -> None:
         self._nchw = conditions["layout"] == "nchw"
         self._library = _load(_build(*_find()))
         version = ctypes.create_string_buffer(64)
         self._library.fastconv_onednn_version(version, len(version))
         self.versions = {"onednn": version.value.decode()}
 
-    def prepare(self, problem, direction, arrays):
+    def prepare(self, problem: Problem, direction: str, arrays: Arrays) -> Case:
         return _OneDnnCase(self._library, problem, direction, arrays, self._nchw)
 
 
 class _OneDnnCase(Case):
-    def __init__(self, library, problem, direction, arrays, nchw):
+    def __init__(
+        self, library: ctypes.CDLL, problem: Problem, direction: str, arrays: Arrays, nchw: bool
+    ) -> None:
         lay = to_nchw if nchw else np.ascontiguousarray
         self._unlay = to_nhwc if nchw and direction != "wgrad" else np.asarray
         x, dy = lay(arrays["x"]), lay(arrays["dy"])
@@ -64,37 +71,37 @@ class _OneDnnCase(Case):
         self.workspace = library.fastconv_onednn_workspace(handle)
         self._result = np.empty_like({"fprop": dy, "dgrad": x, "wgrad": w}[direction])
 
-    def __del__(self):
+    def __del__(self) -> None:
         if handle := getattr(self, "_handle", None):
             self._library.fastconv_onednn_destroy(handle)
 
-    def call(self):
+    def call(self) -> None:
         self.kernel_times(1)
 
-    def call_times(self, count):
+    def call_times(self, count: int) -> None:
         return None  # a bare primitive has no caller
 
-    def kernel_times(self, count):
+    def kernel_times(self, count: int) -> list[int]:
         times = np.empty(count, np.int64)
         failed = self._library.fastconv_onednn_run(
             self._handle, count, times.ctypes.data_as(ctypes.POINTER(ctypes.c_int64))
         )
         if failed:
             raise RuntimeError("oneDNN could not execute the primitive")
-        return times.tolist()
+        return [int(time) for time in times]
 
-    def result(self):
+    def result(self) -> Floats:
         self.call()
         if self._library.fastconv_onednn_result(self._handle, _pointer(self._result)):
             raise RuntimeError("oneDNN could not reorder the result")
         return self._unlay(self._result)
 
 
-def _pointer(array):
+def _pointer(array: Floats | None) -> Any:
     return None if array is None else array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 
 
-def _find():
+def _find() -> tuple[Path, Path]:
     """(include directory, library). ImportError where there is none."""
     if root := os.environ.get("FASTCONV_ONEDNN_ROOT"):
         include = Path(root, "include")
@@ -112,7 +119,7 @@ def _find():
     return include, min(libraries, key=lambda path: len(path.name))
 
 
-def _build(include, library):
+def _build(include: Path, library: Path) -> Path:
     """The driver's shared library, compiled unless that was done before."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
@@ -134,7 +141,7 @@ def _build(include, library):
     return built
 
 
-def _load(path):
+def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     floats = ctypes.POINTER(ctypes.c_float)
     integers = ctypes.POINTER(ctypes.c_int64)

@@ -5,13 +5,20 @@ Its CPU provider computes in NCHW. Input and output stay in its own memory (I/O 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from fastconv.bench.adapters import FunctionCase, Unsupported, to_nchw, to_nhwc, to_oihw
 
+if TYPE_CHECKING:
+    from fastconv.bench._types import Arrays, Record
+    from fastconv.bench.adapters import Case
+    from fastconv.bench.problem import Problem
+
 
 class Implementation:
-    def __init__(self, conditions):
+    def __init__(self, conditions: Record) -> None:
         import onnx
         import onnxruntime
 
@@ -21,7 +28,7 @@ class Implementation:
         self._threads = conditions["threads"]
         self.versions = {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__}
 
-    def prepare(self, problem, direction, arrays):
+    def prepare(self, problem: Problem, direction: str, arrays: Arrays) -> Case:
         if direction != "fprop":
             raise Unsupported("inference only")
         onnx, runtime = self._onnx, self._runtime

@@ -5,13 +5,20 @@ Input and output are tensors of our own. Its layout is NCHW; inside it chooses i
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from fastconv.bench.adapters import FunctionCase, Unsupported, to_nchw, to_nhwc
 
+if TYPE_CHECKING:
+    from fastconv.bench._types import Arrays, Record
+    from fastconv.bench.adapters import Case
+    from fastconv.bench.problem import Problem
+
 
 class Implementation:
-    def __init__(self, conditions):
+    def __init__(self, conditions: Record) -> None:
         import openvino
 
         self._openvino = openvino
@@ -27,7 +34,7 @@ class Implementation:
             raise Unsupported("no way to limit its instruction set")
         self.versions = {"openvino": openvino.__version__.split("-")[0]}
 
-    def prepare(self, problem, direction, arrays):
+    def prepare(self, problem: Problem, direction: str, arrays: Arrays) -> Case:
         if direction != "fprop":
             raise Unsupported("inference only")
         ov = self._openvino
@@ -48,7 +55,9 @@ class Implementation:
                 node = ops.convolution(parameter, filters, *geometry)
             else:
                 # HWIO to (groups, filters of a group, channels of a group, rows, columns).
-                grouped = w.reshape(p.r, p.s, p.c // g, g, p.k // g).transpose(3, 4, 2, 0, 1)
+                grouped = w.reshape(p.r, p.s, p.c // g, g, p.channels_out // g).transpose(
+                    3, 4, 2, 0, 1
+                )
                 filters = ops.constant(np.ascontiguousarray(grouped))
                 node = ops.group_convolution(parameter, filters, *geometry)
         model = ov.Model([node], [parameter])
@@ -57,5 +66,5 @@ class Implementation:
         request.set_input_tensor(ov.Tensor(x, shared_memory=True))
         request.set_output_tensor(ov.Tensor(y, shared_memory=True))
         case = FunctionCase(request.infer, lambda _: to_nhwc(y))
-        case.memory = (x, y)  # which the tensors share but do not keep alive
+        case.kept = (x, y)  # which the tensors share but do not keep alive
         return case

@@ -6,16 +6,24 @@ TensorFlow's CPU kernels take NHWC alone; its oneDNN kernels are on, as they are
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
 
 from fastconv.bench.adapters import FunctionCase, Unsupported
 
+if TYPE_CHECKING:
+    import tensorflow as tf
 
-def environment(conditions):
+    from fastconv.bench._types import Arrays, Floats, Record
+    from fastconv.bench.adapters import Case
+    from fastconv.bench.problem import Problem
+
+
+def environment(conditions: Record) -> dict[str, str]:
     return {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
 
 
 class Implementation:
-    def __init__(self, conditions):
+    def __init__(self, conditions: Record) -> None:
         import tensorflow as tf
 
         tf.config.threading.set_intra_op_parallelism_threads(conditions["threads"])
@@ -26,7 +34,7 @@ class Implementation:
         one_dnn = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1") != "0"
         self.versions = {"tensorflow": tf.__version__ + (" with oneDNN" if one_dnn else "")}
 
-    def prepare(self, problem, direction, arrays):
+    def prepare(self, problem: Problem, direction: str, arrays: Arrays) -> Case:
         tf = self._tf
         (top, bottom), (left, right) = problem.sides
         strides = [1, *problem.strides, 1]
@@ -35,7 +43,7 @@ class Implementation:
             return self._pool(problem, direction, x, dy, strides)
         if problem.strides[0] != problem.strides[1] and problem.groups > 1:
             raise Unsupported("no depthwise convolution with unequal strides")
-        options = {"strides": strides, "dilations": [1, *problem.dilations, 1]}
+        options: dict[str, Any] = {"strides": strides, "dilations": [1, *problem.dilations, 1]}
         if top or bottom or left or right:
             options |= {
                 "padding": "EXPLICIT",
@@ -67,9 +75,17 @@ class Implementation:
             operands = (x, dy)
         return self._case(function, *operands)
 
-    def _depthwise(self, problem, direction, x, w, dy, options):
+    def _depthwise(
+        self,
+        problem: Problem,
+        direction: str,
+        x: tf.Tensor,
+        w: tf.Tensor,
+        dy: tf.Tensor,
+        options: dict[str, Any],
+    ) -> Case:
         tf = self._tf
-        multiplier = problem.k // problem.c
+        multiplier = problem.channels_out // problem.c
         # HWIO with I = 1 and O = channels * multiplier, channel by channel.
         shape = (problem.r, problem.s, problem.c, multiplier)
         if direction == "fprop":
@@ -93,10 +109,12 @@ class Implementation:
         )
         return self._case(function, x, dy, to_shape=problem.w_shape)
 
-    def _pool(self, problem, direction, x, dy, strides):
+    def _pool(
+        self, problem: Problem, direction: str, x: tf.Tensor, dy: tf.Tensor, strides: list[int]
+    ) -> Case:
         tf = self._tf
         sides = [side for pair in problem.sides for side in pair]
-        options = {"ksize": [1, problem.r, problem.s, 1], "strides": strides}
+        options: dict[str, Any] = {"ksize": [1, problem.r, problem.s, 1], "strides": strides}
         if any(sides):
             options |= {"padding": "EXPLICIT", "explicit_paddings": [0, 0, *sides, 0, 0]}
         else:
@@ -109,11 +127,13 @@ class Implementation:
         )
         return self._case(backward, x, forward(x), dy)
 
-    def _case(self, function, *operands, to_shape=None):
+    def _case(
+        self, function: Any, *operands: tf.Tensor, to_shape: tuple[int, ...] | None = None
+    ) -> Case:
         concrete = function.get_concrete_function(*operands)
 
-        def to_numpy(value):
-            array = value.numpy()
+        def to_numpy(value: tf.Tensor) -> Floats:
+            array: Floats = value.numpy()
             return array if to_shape is None else array.reshape(to_shape)
 
         errors = self._tf.errors

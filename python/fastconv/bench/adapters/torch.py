@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from fastconv.bench.adapters import FunctionCase, to_hwio, to_nhwc
 
+if TYPE_CHECKING:
+    import torch
 
-def environment(conditions):
+    from fastconv.bench._types import Arrays, Floats, Record
+    from fastconv.bench.adapters import Case
+    from fastconv.bench.problem import Problem
+
+
+def environment(conditions: Record) -> dict[str, str]:
     return {"ATEN_CPU_CAPABILITY": "avx2"} if conditions["isa"] == "avx2" else {}
 
 
 class Implementation:
-    def __init__(self, conditions):
+    def __init__(self, conditions: Record) -> None:
         import torch
 
         torch.set_num_threads(conditions["threads"])
@@ -24,21 +33,21 @@ class Implementation:
         )
         self.versions = {"torch": torch.__version__}
 
-    def _tensor(self, array, axes):
+    def _tensor(self, array: Floats, axes: tuple[int, ...]) -> torch.Tensor:
         tensor = self._torch.from_numpy(np.ascontiguousarray(array.transpose(axes)))
         return tensor.contiguous(memory_format=self._format)
 
-    def prepare(self, problem, direction, arrays):
+    def prepare(self, problem: Problem, direction: str, arrays: Arrays) -> Case:
         torch = self._torch
         functional = torch.nn.functional
         x = self._tensor(arrays["x"], (0, 3, 1, 2))
         dy = self._tensor(arrays["dy"], (0, 3, 1, 2))
         (top, bottom), (left, right) = problem.sides
-        pads = (top, left)
+        pads = [top, left]
         # torch pads both sides alike: what is beyond at the bottom and the right is padded by an
         # operation of its own, as torch's users have to.
         uneven = (top != bottom or left != right) and self._reads_beyond(problem)
-        options = (list(problem.strides), list(pads), list(problem.dilations))
+        options = (list(problem.strides), pads, list(problem.dilations))
         if problem.is_pool:
             window = [problem.r, problem.s]
             pad = [0, 0] if uneven else list(problem.pads)
@@ -69,7 +78,7 @@ class Implementation:
         index = 0 if direction == "dgrad" else 1
         mask = [direction == "dgrad", direction == "wgrad", False]
 
-        def call():
+        def call() -> Any:
             return backward(dy, x, w, None, strides, pads, dilations, False, [0, 0], groups, mask)[
                 index
             ]
@@ -79,7 +88,7 @@ class Implementation:
         return FunctionCase(call, lambda value: to_hwio(value.numpy()))
 
     @staticmethod
-    def _reads_beyond(problem):
+    def _reads_beyond(problem: Problem) -> bool:
         """Whether padding the top's rows at the bottom too gives another number of outputs."""
         for size, taps, out, stride, dilation, (low, high) in zip(
             (problem.h, problem.w),
@@ -96,5 +105,5 @@ class Implementation:
         return False
 
 
-def _activations(value):
+def _activations(value: torch.Tensor) -> Floats:
     return to_nhwc(value.numpy())
