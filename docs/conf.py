@@ -1,5 +1,7 @@
 """Sphinx's configuration. `make docs` builds the pages; a test builds them with every run."""
 
+import importlib.util
+
 import keras
 
 import fastconv
@@ -12,6 +14,9 @@ keras.config.disable_interactive_logging()
 # autodoc would call them aliases. In this process nothing is saved.
 for _fast in STAND_INS.values():
     _fast.__name__ = _fast.__qualname__
+
+# Their pages need no more than the names.
+autodoc_mock_imports = [name for name in ("jax", "torch") if importlib.util.find_spec(name) is None]
 
 project = "fastconv"
 author = "The fastconv authors"
@@ -30,7 +35,7 @@ myst_heading_anchors = 3  # "#a-heading" works as on GitHub
 nitpicky = True  # a reference that leads nowhere is a warning, and warnings are errors
 nitpick_ignore_regex = [
     # Names of other projects in the docstrings: this documentation does not reach out for theirs.
-    ("py:.*", r"(keras|tf|tensorflow|rich|numpy)\..*"),
+    ("py:.*", r"(jax|keras|tf|tensorflow|torch|rich|numpy)\..*"),
 ]
 
 smartquotes = False  # would make one dash of the two of an option

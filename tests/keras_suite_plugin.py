@@ -1,6 +1,7 @@
 """A pytest plugin: Keras's own tests on our layers, and a count of the kernels that ran.
 
-Run as ``python -m pytest -p keras_suite_plugin <keras test files>`` with this folder on PYTHONPATH.
+Run as ``python -m pytest -p keras_suite_plugin <keras test files>`` with this folder on PYTHONPATH,
+on any of Keras's backends.
 """
 
 import collections
@@ -8,8 +9,7 @@ import collections
 import keras
 from keras.src import layers as keras_layers
 
-from fastconv.adapters import tensorflow as adapter
-from fastconv.keras._stand_in import STAND_INS
+from fastconv.keras._stand_in import STAND_INS, adapter
 
 # Keras's tests take the layers from the second; the first is what everybody else uses.
 for stock, fast in STAND_INS.items():

@@ -1,6 +1,7 @@
 """Keras's own tests of convolution and pooling, which its wheel carries, on our layers."""
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import keras
+import pytest
 
 HERE = Path(__file__).parent
 LAYERS = Path(keras.__file__).parent / "src" / "layers"
@@ -24,7 +26,21 @@ SUITES = {  # file: the ops that its tests must run
 }
 
 
-def test_keras_own_suites():
+BACKENDS = [
+    "tensorflow",
+    "jax",
+    # A download of hundreds of MB, without which the tests must do.
+    pytest.param(
+        "torch",
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("torch") is None, reason="PyTorch is not installed"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keras_own_suites(backend):
     paths = [LAYERS / suite for suite in SUITES]
     for path in paths:
         assert path.is_file(), f"Keras {keras.__version__} has no {path}: find its tests elsewhere"
@@ -36,7 +52,11 @@ def test_keras_own_suites():
             # Not our pytest settings, and no conftest.py between Keras and the root.
             *("-c", os.devnull, "--rootdir", str(LAYERS), *map(str, paths)),
         ],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(search_path)},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(search_path),
+            "KERAS_BACKEND": backend,
+        },
         capture_output=True,
         text=True,
         timeout=600,

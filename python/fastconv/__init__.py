@@ -1,7 +1,8 @@
 """fastconv: fast convolution and pooling for Keras and NumPy.
 
 The functions of this package work on NumPy arrays, and on arrays on a GPU (``fastconv.cuda``);
-``fastconv.keras`` holds the Keras layers and needs TensorFlow.
+``fastconv.jax`` and ``fastconv.torch`` have them for JAX's arrays and PyTorch's tensors, and
+``fastconv.keras`` holds the Keras layers.
 """
 
 from __future__ import annotations
@@ -52,25 +53,33 @@ __all__ = [
 ]
 
 _OF_KERAS = ("accelerate", "restore")  # names of fastconv.keras that are ours as well
+_MODULES = ("cuda", "jax", "keras", "torch")
+# What each of the modules needs that may not be installed, and the extra that brings it.
+_NEEDS = {
+    "jax": (("jax", "jaxlib"), "jax", "JAX"),
+    "keras": (("keras", "tensorflow"), "tensorflow", "TensorFlow and Keras"),
+    "torch": (("torch",), "torch", "PyTorch"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "cuda":
-        return importlib.import_module("fastconv.cuda")
-    # TensorFlow takes seconds to import: only those who use the layers pay for it.
-    if name != "keras" and name not in _OF_KERAS:
+    # Frameworks take seconds to import: only those who use them pay for it.
+    module = "keras" if name in _OF_KERAS else name
+    if module not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        layers = importlib.import_module("fastconv.keras")
-        return layers if name == "keras" else getattr(layers, name)
+        loaded = importlib.import_module(f"fastconv.{module}")
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("keras", "tensorflow"):
+        missing = (error.name or "").partition(".")[0]
+        packages, extra, needed = _NEEDS.get(module, ((), "", ""))
+        if missing not in packages:
             raise
         raise ImportError(
-            f"fastconv.keras needs TensorFlow and Keras, and {error.name} is not installed. "
-            "Install both with: pip install 'fastconv[tensorflow]'"
+            f"fastconv.{module} needs {needed}, and {error.name} is not installed. "
+            f"Install {'both' if ' and ' in needed else 'it'} with: pip install 'fastconv[{extra}]'"
         ) from error
+    return loaded if name == module else getattr(loaded, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "cuda", "keras", *_OF_KERAS})
+    return sorted({*globals(), *_MODULES, *_OF_KERAS})

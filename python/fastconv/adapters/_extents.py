@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import tensorflow as tf
 
 
 class Extent(NamedTuple):
@@ -23,7 +22,7 @@ class Extent(NamedTuple):
     over: int = 1
     then: int = 0
 
-    def evaluate(self, inputs: Sequence[tf.Tensor]) -> int | None:
+    def evaluate(self, inputs: Sequence[Any]) -> Any:
         """None where the input's extent is unknown, or where the kernel will refuse it."""
         size = inputs[self.source].shape[self.axis]
         if size is None:
@@ -34,10 +33,10 @@ class Extent(NamedTuple):
 
 # Of one output, in order; None where not even their number is known.
 Extents: TypeAlias = "list[Extent | int | None] | None"
-# The data type and the extents of each output.
-Outputs: TypeAlias = "Sequence[tuple[tf.DType, Extents]]"
-# An op's attributes by name: strings, and lists of integers.
-Attributes: TypeAlias = dict[str, Any]
+# The data type, by name, and the extents of each output.
+Outputs: TypeAlias = "Sequence[tuple[str, Extents]]"
+# An operation's attributes by name: strings, integers and tuples of them.
+Attributes: TypeAlias = Mapping[str, Any]
 
 
 def like(source: int, rank: int = 4) -> list[Extent | int | None]:
@@ -45,7 +44,7 @@ def like(source: int, rank: int = 4) -> list[Extent | int | None]:
     return [Extent(source, axis) for axis in range(rank)]
 
 
-def static_extents(extents: Extents, inputs: Sequence[tf.Tensor]) -> list[int | None] | None:
+def static_extents(extents: Extents, inputs: Sequence[Any]) -> list[int | None] | None:
     """``extents``, of which each is an Extent, a number or None, as numbers and None.
 
     None for all where the rank of an input that they depend on is unknown.

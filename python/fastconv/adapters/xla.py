@@ -8,61 +8,69 @@ XlaCallModule makes part of the compiled graph. Both are no part of TensorFlow's
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
+from fastconv.adapters import _xla_library
 from fastconv.adapters._extents import Extent, static_extents
+from fastconv.adapters._xla_library import ops_executed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from fastconv.adapters._extents import Extents, Outputs
 
-__all__ = ["available", "call", "ops_executed", "reason_unavailable"]
+__all__ = [
+    "available",
+    "call",
+    "on_gpus",
+    "ops_executed",
+    "reason_against_gpus",
+    "reason_unavailable",
+]
 
-_LIBRARY = Path(__file__).parent.parent / (
-    "libfastconv_xla.so" if sys.platform != "darwin" else "libfastconv_xla.dylib"
-)
 _MODULE_VERSION = 9  # of XlaCallModule: StableHLO as text, platforms in an attribute
 _TYPES = {tf.float32: "f32", tf.uint8: "ui8", tf.int32: "i32"}
 
 _logger = logging.getLogger("fastconv")
 
 
-def _register() -> tuple[ctypes.CDLL | None, Any, str | None]:
-    """The library, and why its handlers cannot be used; one of them is None."""
+def _register() -> tuple[Any, str | None]:
+    """TensorFlow's op that calls a module, and why it cannot be used; one of them is None."""
     try:
         from tensorflow.compiler.tf2xla.python import xla as tf2xla
 
-        library = ctypes.CDLL(str(_LIBRARY))
-        library.fastconv_xla_register.restype = ctypes.c_char_p
-        library.fastconv_xla_op_name.restype = ctypes.c_char_p
-        library.fastconv_xla_op_name.argtypes = [ctypes.c_size_t]
-        library.fastconv_xla_op_executions.restype = ctypes.c_uint64
-        library.fastconv_xla_op_executions.argtypes = [ctypes.c_size_t]
-        reason = library.fastconv_xla_register()
-        return library, tf2xla.call_module, None if reason is None else reason.decode()
+        reason = _xla_library.load().fastconv_xla_register()
+        return tf2xla.call_module, None if reason is None else reason.decode()
     except Exception as error:  # noqa: BLE001 - Whatever it is, models must work without XLA.
-        return None, None, f"{type(error).__name__}: {error}"
+        return None, f"{type(error).__name__}: {error}"
 
 
 # At import, before anything is compiled. It runs nothing of TensorFlow's, whose devices can still
 # be configured after it.
-_library, _call_module, _registration_failure = _register()
+_call_module, _registration_failure = _register()
 
 
-def ops_executed() -> dict[str, int]:
-    """How often each of our kernels has run inside XLA in this process, by the op's name."""
-    counts: dict[str, int] = {}
-    while _library and (name := _library.fastconv_xla_op_name(len(counts))) is not None:
-        counts[name.decode()] = _library.fastconv_xla_op_executions(len(counts))
-    return counts
+@functools.cache
+def reason_against_gpus() -> str | None:
+    """Why XLA cannot call our CUDA kernels on a GPU; None if it can. The first call registers them."""
+    if _registration_failure is not None:
+        return _registration_failure
+    try:
+        if not _xla_library.gpu_is_available():
+            return "fastconv finds no GPU; fastconv.info()['cuda'] says why"
+        reason = _xla_library.load().fastconv_xla_register_cuda()
+        return None if reason is None else reason.decode()
+    except Exception as error:  # noqa: BLE001 - As above.
+        return f"{type(error).__name__}: {error}"
+
+
+def on_gpus() -> bool:
+    """Whether TensorFlow sees a GPU, and XLA can call our CUDA kernels on it."""
+    return bool(tf.config.get_visible_devices("GPU")) and reason_against_gpus() is None
 
 
 def available() -> bool:
@@ -81,7 +89,7 @@ def reason_unavailable() -> str | None:
 
 def _self_test_failure() -> str | None:
     try:
-        with tf.init_scope(), tf.device("CPU:0"):
+        with tf.init_scope(), tf.device("GPU:0" if on_gpus() else "CPU:0"):
             ones = tf.ones((3, 2, 2, 1))
             function = tf.function(_self_test, jit_compile=True, autograph=False)
             signature = tf.TensorSpec((None, None, 2, 1), tf.float32)
@@ -103,9 +111,7 @@ def _self_test(x: tf.Tensor) -> tf.Tensor:
         "activation": "LINEAR",
     }
     extents: Extents = [Extent(0, 0), Extent(0, 1, plus=-2, then=1), 1, 1]
-    return call("FastconvConv2D", [x, tf.ones((2, 2, 1, 1))], attributes, [(tf.float32, extents)])[
-        0
-    ]
+    return call("FastconvConv2D", [x, tf.ones((2, 2, 1, 1))], attributes, [("float32", extents)])[0]
 
 
 def call(
@@ -134,10 +140,11 @@ def call(
         list(inputs),
         version=_MODULE_VERSION,
         module=_module(name, inputs, attributes, outputs, shapes),
-        Tout=[dtype for dtype, _ in outputs],
+        Tout=[tf.as_dtype(dtype) for dtype, _ in outputs],
         Sout=[tf.TensorShape(shape) for shape in shapes],
         platforms=["CPU"],
-        disabled_checks=[],
+        # The module is the same on a GPU: XLA finds the handler by the operation and the platform.
+        disabled_checks=["platform"] if on_gpus() else [],
     )
     return results
 
@@ -159,7 +166,9 @@ def _module(
     """
     operands = [f"%in{i}" for i in range(len(inputs))]
     types = [_type(tensor.dtype, tensor.shape) for tensor in inputs]
-    results = [_type(dtype, shape) for (dtype, _), shape in zip(outputs, shapes, strict=True)]
+    results = [
+        _type(tf.as_dtype(dtype), shape) for (dtype, _), shape in zip(outputs, shapes, strict=True)
+    ]
     parameters = ", ".join(f"{o}: {t}" for o, t in zip(operands, types, strict=True))
     lines, shape_operands = [], ""
     if any(None in shape for shape in shapes):
@@ -194,10 +203,11 @@ def _type(dtype: tf.DType, shape: Iterable[int | None]) -> str:
     return f"tensor<{extents}{_TYPES[dtype]}>"
 
 
-def _attribute(value: str | bytes | Iterable[int]) -> str:
-    if isinstance(value, (str, bytes)):
-        return f'"{tf.compat.as_str(value)}"'
-    return f"array<i64: {', '.join(map(str, value))}>"
+def _attribute(value: str | int | Iterable[int]) -> str:
+    if isinstance(value, str):
+        return f'"{value}"'
+    values = (value,) if isinstance(value, int) else value
+    return f"array<i64: {', '.join(map(str, values))}>"
 
 
 class _Text:

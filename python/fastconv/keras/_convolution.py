@@ -11,10 +11,10 @@ from fastconv.keras._stand_in import has_empty_output, reason_for_stock, tell
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import tensorflow as tf
+    from fastconv.keras._stand_in import Tensor
 
 
-def leaves_to_stock(layer: keras.layers.Layer, inputs: tf.Tensor) -> bool:
+def leaves_to_stock(layer: keras.layers.Layer, inputs: Tensor) -> bool:
     """Whether the stock code must take ``inputs``; says so in the log if it must."""
     reason = _reason_for_stock(layer, inputs)
     if reason is not None:
@@ -49,12 +49,12 @@ def epilogue(layer: keras.layers.Layer) -> dict[str, Any]:
     }
 
 
-def activated(layer: keras.layers.Layer, outputs: tf.Tensor) -> tf.Tensor:
+def activated(layer: keras.layers.Layer, outputs: Tensor) -> Tensor:
     """``outputs`` of an op with the layer's epilogue, with an activation that it left to Keras."""
     return outputs if fused_activation(layer.activation) else layer.activation(outputs)
 
 
-def _reason_for_stock(layer: keras.layers.Layer, inputs: tf.Tensor) -> str | None:
+def _reason_for_stock(layer: keras.layers.Layer, inputs: Tensor) -> str | None:
     reason = reason_for_stock(inputs, layer.compute_dtype, rank=layer.rank + 2)
     if reason is not None:
         return reason

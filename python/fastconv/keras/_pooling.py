@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import keras
+
 from fastconv.keras._stand_in import (
     JitWhereXlaServes,
     has_empty_output,
     reason_for_stock,
+    static_shape,
     tell,
-    tf,
 )
 from fastconv.keras.conv2d import FastConv2D
 
 if TYPE_CHECKING:
-    import keras
+    from fastconv.keras._stand_in import Tensor
 
 
-def reason_against_window(layer: keras.layers.Layer, inputs: tf.Tensor) -> str | None:
+def reason_against_window(layer: keras.layers.Layer, inputs: Tensor) -> str | None:
     """Why the stock code must take ``inputs`` of a layer with a window; None if it need not."""
     reason = reason_for_stock(inputs, layer.compute_dtype)
     if reason is not None:
@@ -72,7 +74,7 @@ def follows_one_convolution(layer: keras.layers.Layer) -> bool:
 class GlobalPooling(JitWhereXlaServes):
     """Mixin, before the stock layer of a global pooling; the class has ``_pool``, the adapter's."""
 
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+    def call(self, inputs: Tensor) -> Tensor:
         reason = _reason_against_global(self, inputs)
         if reason is not None:
             tell(self, reason)
@@ -80,13 +82,14 @@ class GlobalPooling(JitWhereXlaServes):
         outputs = self._pool(inputs, data_format=self.data_format)
         if self.keepdims:
             return outputs
-        return tf.squeeze(outputs, [2, 3] if self.data_format == "channels_first" else [1, 2])
+        axes = (2, 3) if self.data_format == "channels_first" else (1, 2)
+        return keras.ops.squeeze(outputs, axes)
 
 
-def _reason_against_global(layer: keras.layers.Layer, inputs: tf.Tensor) -> str | None:
+def _reason_against_global(layer: keras.layers.Layer, inputs: Tensor) -> str | None:
     reason = reason_for_stock(inputs, layer.compute_dtype)
     if reason is not None:
         return reason
-    if 0 in inputs.shape[1:]:
+    if 0 in static_shape(inputs)[1:]:
         return f"an extent of the input is 0: {inputs.shape}"
     return None

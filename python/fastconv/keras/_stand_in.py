@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import weakref
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import keras
 
-if TYPE_CHECKING or keras.backend.backend() == "tensorflow":
-    import tensorflow as tf
+# By the backend's name, the module that brings the operations to its tensors.
+_ADAPTERS = {
+    "jax": "fastconv.adapters.jax",
+    "tensorflow": "fastconv.adapters.tensorflow",
+    "torch": "fastconv.adapters.torch",
+}
 
-    from fastconv.adapters import tensorflow as adapter
-    from fastconv.adapters import xla
-else:
-    tf = adapter = xla = None
+
+def _load_adapter(backend: str) -> tuple[Any, str | None]:
+    """The backend's adapter, and why there is none; one of them is None."""
+    if backend not in _ADAPTERS:
+        return None, f"the Keras backend is {backend}, not one of {', '.join(sorted(_ADAPTERS))}"
+    try:
+        return importlib.import_module(_ADAPTERS[backend]), None
+    except ModuleNotFoundError:
+        raise  # which Keras would have told
+    except Exception as error:
+        if backend == "tensorflow":
+            raise
+        return None, f"fastconv cannot work with this {backend}: {type(error).__name__}: {error}"
+
+
+adapter, _reason_without_adapter = _load_adapter(keras.backend.backend())
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,18 +43,19 @@ else:
 __all__ = [
     "STAND_INS",
     "JitWhereXlaServes",
+    "Tensor",
     "adapter",
     "has_empty_output",
     "reason_for_stock",
     "reason_for_stock_always",
     "reason_last_told",
     "stand_in_for",
+    "static_shape",
     "tell",
-    "tf",
-    "xla",
 ]
 
 Class = TypeVar("Class", bound=type)
+Tensor: TypeAlias = Any  # of the backend's
 
 _logger = logging.getLogger("fastconv")
 # layer: the reason it was last heard to use the stock code
@@ -75,7 +93,7 @@ class JitWhereXlaServes(_Layer):
     @property
     def supports_jit(self) -> bool:
         return self.__dict__.get("supports_jit", True) and (
-            adapter is None or bool(_gpus()) or xla.available()
+            adapter is None or bool(adapter.supports_jit())
         )
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -87,37 +105,39 @@ class JitWhereXlaServes(_Layer):
             super().__setattr__(name, value)
 
 
-def reason_for_stock(inputs: tf.Tensor, compute_dtype: str, rank: int = 4) -> str | None:
+def reason_for_stock(inputs: Tensor, compute_dtype: str, rank: int = 4) -> str | None:
     """Why the kernels cannot take these inputs, whatever the layer's options; None if they can."""
-    reason = _reason_of_the_backend()
+    if adapter is None:
+        return _reason_without_adapter
+    reason: str | None = adapter.reason_against_kind(inputs)
     if reason is not None:
         return reason
-    if not isinstance(inputs, tf.Tensor):
-        return f"the input is a {type(inputs).__name__}, not a dense tensor of TensorFlow's"
-    if compute_dtype != "float32" or inputs.dtype != tf.float32:
-        return f"the data type is not float32: {inputs.dtype.name}, computed in {compute_dtype}"
-    if inputs.shape.rank != rank:
+    dtype = keras.backend.standardize_dtype(inputs.dtype)
+    if compute_dtype != "float32" or dtype != "float32":
+        return f"the data type is not float32: {dtype}, computed in {compute_dtype}"
+    shape = static_shape(inputs)
+    if len(shape) != rank:
         return f"the input's rank is not {rank}: {inputs.shape}"
-    if _gpus():
-        return "TensorFlow sees a GPU, and the kernels are for CPUs"
-    if adapter.inside_xla() and not xla.available():
-        return (
-            "the graph is compiled by XLA, inside which the kernels cannot run here: "
-            f"{xla.reason_unavailable()}"
-        )
-    return None
+    reason = adapter.reason_against_place(inputs)
+    return reason
 
 
 def reason_for_stock_always(layer: keras.layers.Layer) -> str | None:
     """Why the kernels serve no input of ``layer``, as far as it is known; None if they may."""
-    reason = _reason_of_the_backend()
-    if reason is not None:
-        return reason
+    if adapter is None:
+        return _reason_without_adapter
     if layer.compute_dtype != "float32":
         return f"the data type is not float32: the layer computes in {layer.compute_dtype}"
-    if _gpus():
-        return "TensorFlow sees a GPU, and the kernels are for CPUs"
-    return None
+    reason: str | None = adapter.reason_against_all()
+    return reason
+
+
+def static_shape(inputs: Tensor) -> tuple[int | None, ...]:
+    """The shape of a tensor of the backend's, None where unknown; () if not even the rank is."""
+    shape = inputs.shape
+    if hasattr(shape, "as_list"):  # TensorFlow's
+        return () if shape.rank is None else tuple(shape.as_list())
+    return tuple(shape)
 
 
 def reason_last_told(layer: keras.layers.Layer) -> str | None:
@@ -133,28 +153,15 @@ def tell(layer: keras.layers.Layer, reason: str) -> None:
     _logger.debug("%s %r uses the stock code: %s", type(layer).__qualname__, layer.name, reason)
 
 
-def has_empty_output(
-    inputs: tf.Tensor, window: Sequence[int], padding: str, data_format: str
-) -> bool:
+def has_empty_output(inputs: Tensor, window: Sequence[int], padding: str, data_format: str) -> bool:
     """Whether no output pixel comes of ``inputs``, as far as is known: the stock layer refuses it.
 
     ``window`` is the height and width, or the length, that one output pixel sees.
     """
-    shape = inputs.shape.as_list()
+    shape = static_shape(inputs)
     if 0 in shape[1:]:
         return True
     sizes = shape[2:] if data_format == "channels_first" else shape[1:-1]
     return padding == "valid" and any(
         size is not None and size < extent for size, extent in zip(sizes, window, strict=True)
     )
-
-
-def _reason_of_the_backend() -> str | None:
-    if adapter is None:
-        return f"the Keras backend is {keras.backend.backend()}, not tensorflow"
-    return None
-
-
-def _gpus() -> list[Any]:
-    gpus: list[Any] = tf.config.get_visible_devices("GPU")
-    return gpus

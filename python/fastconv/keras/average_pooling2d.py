@@ -10,7 +10,7 @@ from fastconv.keras._pooling import reason_against_window, window
 from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for, tell
 
 if TYPE_CHECKING:
-    import tensorflow as tf
+    from fastconv.keras._stand_in import Tensor
 
 
 @stand_in_for(keras.layers.AveragePooling2D)
@@ -28,7 +28,7 @@ class FastAveragePooling2D(JitWhereXlaServes, keras.layers.AveragePooling2D):
     new_width).
     """
 
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+    def call(self, inputs: Tensor) -> Tensor:
         reason = reason_against_window(self, inputs)
         if reason is not None:
             tell(self, reason)

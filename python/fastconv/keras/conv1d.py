@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import keras
 
 from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
-from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for, tf
+from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
+
+if TYPE_CHECKING:
+    from fastconv.keras._stand_in import Tensor
 
 
 @stand_in_for(keras.layers.Conv1D)
@@ -22,7 +27,7 @@ class FastConv1D(JitWhereXlaServes, keras.layers.Conv1D):
     Output shape: (batch, new_steps, filters), or (batch, filters, new_steps).
     """
 
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+    def call(self, inputs: Tensor) -> Tensor:
         if leaves_to_stock(self, inputs):
             return super().call(inputs)
         padding = self.padding
@@ -30,12 +35,12 @@ class FastConv1D(JitWhereXlaServes, keras.layers.Conv1D):
             padding = ((0, 0), (self.dilation_rate[0] * (self.kernel_size[0] - 1), 0))
         height_axis = 2 if self.data_format == "channels_first" else 1
         outputs = adapter.conv2d(
-            tf.expand_dims(inputs, height_axis),
-            tf.expand_dims(self.kernel, 0),
+            keras.ops.expand_dims(inputs, height_axis),
+            keras.ops.expand_dims(self.kernel, 0),
             strides=(1, *self.strides),
             padding=padding,
             dilation_rate=(1, *self.dilation_rate),
             data_format=self.data_format,
             **epilogue(self),
         )
-        return activated(self, tf.squeeze(outputs, height_axis))
+        return activated(self, keras.ops.squeeze(outputs, height_axis))

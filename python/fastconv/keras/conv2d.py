@@ -9,9 +9,6 @@ import keras
 from fastconv.keras._convolution import activated, epilogue, geometry, leaves_to_stock
 from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
 
-if TYPE_CHECKING:
-    import tensorflow as tf
-
 
 @stand_in_for(keras.layers.Conv2D)
 class FastConv2D(JitWhereXlaServes, keras.layers.Conv2D):
@@ -29,19 +26,23 @@ class FastConv2D(JitWhereXlaServes, keras.layers.Conv2D):
     new_width).
     """
 
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+    def call(self, inputs: Tensor) -> Tensor:
         # A subclass may override convolution_op, as keras.layers.Conv2D invites it to.
         if not _is_own_convolution_op(self) or leaves_to_stock(self, inputs):
             return super().call(inputs)
         return activated(self, self._convolve(inputs, self.kernel, **epilogue(self)))
 
-    def convolution_op(self, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+    def convolution_op(self, inputs: Tensor, kernel: Tensor) -> Tensor:
         if leaves_to_stock(self, inputs):
             return super().convolution_op(inputs, kernel)
         return self._convolve(inputs, kernel)
 
-    def _convolve(self, inputs: tf.Tensor, kernel: tf.Tensor, **options: Any) -> tf.Tensor:
+    def _convolve(self, inputs: Tensor, kernel: Tensor, **options: Any) -> Tensor:
         return adapter.conv2d(inputs, kernel, **geometry(self), **options)
+
+
+if TYPE_CHECKING:
+    from fastconv.keras._stand_in import Tensor
 
 
 def _is_own_convolution_op(layer: FastConv2D) -> bool:

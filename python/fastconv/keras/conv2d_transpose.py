@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import keras
 
 from fastconv.keras._stand_in import (
@@ -9,9 +11,12 @@ from fastconv.keras._stand_in import (
     adapter,
     reason_for_stock,
     stand_in_for,
+    static_shape,
     tell,
-    tf,
 )
+
+if TYPE_CHECKING:
+    from fastconv.keras._stand_in import Tensor
 
 
 @stand_in_for(keras.layers.Conv2DTranspose)
@@ -19,11 +24,11 @@ class FastConv2DTranspose(JitWhereXlaServes, keras.layers.Conv2DTranspose):
     """A transposed 2-D convolution layer: ``keras.layers.Conv2DTranspose`` on fastconv's kernels.
 
     It is the input's gradient of a convolution, and its own gradients are that convolution and its
-    filter's gradient: the same three kernels. Bias and activation are TensorFlow's ops. Arguments,
+    filter's gradient: the same three kernels. Bias and activation are Keras's ops. Arguments,
     defaults, names, weights, errors and files are those of ``keras.layers.Conv2DTranspose``, and so
     is the code for inputs that the kernels do not serve: see ``FastConv2D``. Some ``"same"`` with
     ``output_padding`` and wide strides ask for an output that no convolution makes the input of:
-    TensorFlow's and ours alike raise ``tf.errors.InvalidArgumentError``.
+    TensorFlow's and ours alike raise an error.
 
     Input shape: float32 of (batch, height, width, channels), or (batch, channels, height, width)
     with ``data_format="channels_first"``.
@@ -32,7 +37,7 @@ class FastConv2DTranspose(JitWhereXlaServes, keras.layers.Conv2DTranspose):
     new_width).
     """
 
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+    def call(self, inputs: Tensor) -> Tensor:
         reason = self._reason_for_stock(inputs)
         if reason is not None:
             tell(self, reason)
@@ -48,13 +53,14 @@ class FastConv2DTranspose(JitWhereXlaServes, keras.layers.Conv2DTranspose):
             data_format=self.data_format,
         )
         if self.use_bias:
-            outputs = tf.nn.bias_add(outputs, self.bias, "NCHW" if channels_first else "NHWC")
+            shape = (1, -1, 1, 1) if channels_first else (1, 1, 1, -1)
+            outputs = keras.ops.add(outputs, keras.ops.reshape(self.bias, shape))
         return outputs if self.activation is None else self.activation(outputs)
 
-    def _reason_for_stock(self, inputs: tf.Tensor) -> str | None:
+    def _reason_for_stock(self, inputs: Tensor) -> str | None:
         reason = reason_for_stock(inputs, self.compute_dtype)
         if reason is not None:
             return reason
-        if 0 in inputs.shape[1:]:
+        if 0 in static_shape(inputs)[1:]:
             return f"the input is empty: {inputs.shape}"
         return None

@@ -14,7 +14,7 @@ from fastconv.keras.conv2d import FastConv2D
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import tensorflow as tf
+    from fastconv.keras._stand_in import Tensor
 
 
 @keras.saving.register_keras_serializable(package="fastconv")
@@ -33,7 +33,7 @@ class FastConvPool2D(FastConv2D):
     new_height // 2, new_width // 2), of which new_height and new_width are those of the convolution.
     """
 
-    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         if not self._in_one_op(inputs):
             window = window_behind(self.data_format)
             return keras.ops.max_pool(super().call(inputs), **window)
@@ -45,7 +45,7 @@ class FastConvPool2D(FastConv2D):
             keep_argmax=training is True,
         )
 
-    def _in_one_op(self, inputs: tf.Tensor) -> bool:
+    def _in_one_op(self, inputs: Tensor) -> bool:
         own_convolution = type(self).convolution_op is FastConv2D.convolution_op
         fused = fused_activation(self.activation) is not None
         if not own_convolution or not fused or leaves_to_stock(self, inputs):

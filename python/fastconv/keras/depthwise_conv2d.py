@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 
 from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
-from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for, tf
+from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
+
+if TYPE_CHECKING:
+    from fastconv.keras._stand_in import Tensor
 
 
 @stand_in_for(keras.layers.DepthwiseConv2D)
@@ -25,7 +28,7 @@ class FastDepthwiseConv2D(JitWhereXlaServes, keras.layers.DepthwiseConv2D):
     depth_multiplier, new_height, new_width).
     """
 
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+    def call(self, inputs: Tensor) -> Tensor:
         if leaves_to_stock(self, inputs):
             return super().call(inputs)
         outputs = depthwise_convolution(self, inputs, self.kernel, **epilogue(self))
@@ -33,14 +36,14 @@ class FastDepthwiseConv2D(JitWhereXlaServes, keras.layers.DepthwiseConv2D):
 
 
 def depthwise_convolution(
-    layer: keras.layers.Layer, inputs: tf.Tensor, kernel: tf.Tensor, **options: Any
-) -> tf.Tensor:
+    layer: keras.layers.Layer, inputs: Tensor, kernel: Tensor, **options: Any
+) -> Tensor:
     """The convolution of each channel with ``kernel`` (rows, columns, channels, multiplier)."""
     rows, columns, channels, multiplier = kernel.shape
     return adapter.conv2d(
         inputs,
         # Channel c's filters come c-th, which is where those of the c-th group are.
-        tf.reshape(kernel, (rows, columns, 1, channels * multiplier)),
+        keras.ops.reshape(kernel, (rows, columns, 1, channels * multiplier)),
         strides=layer.strides,
         padding=layer.padding,
         dilation_rate=layer.dilation_rate,

@@ -10,7 +10,7 @@ from fastconv.keras._pooling import GlobalPooling
 from fastconv.keras._stand_in import adapter, stand_in_for
 
 if TYPE_CHECKING:
-    import tensorflow as tf
+    from fastconv.keras._stand_in import Tensor
 
 
 @stand_in_for(keras.layers.GlobalMaxPooling2D)
@@ -29,5 +29,5 @@ class FastGlobalMaxPooling2D(GlobalPooling, keras.layers.GlobalMaxPooling2D):
     channels, 1, 1).
     """
 
-    def _pool(self, inputs: tf.Tensor, **options: Any) -> tf.Tensor:
+    def _pool(self, inputs: Tensor, **options: Any) -> Tensor:
         return adapter.global_max_pool2d(inputs, **options)

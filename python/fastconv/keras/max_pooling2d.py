@@ -15,7 +15,7 @@ from fastconv.keras._pooling import (
 from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for, tell
 
 if TYPE_CHECKING:
-    import tensorflow as tf
+    from fastconv.keras._stand_in import Tensor
 
 
 @stand_in_for(keras.layers.MaxPooling2D)
@@ -37,7 +37,7 @@ class FastMaxPooling2D(JitWhereXlaServes, keras.layers.MaxPooling2D):
     new_width).
     """
 
-    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         reason = reason_against_window(self, inputs)
         if reason is not None:
             tell(self, reason)

@@ -11,7 +11,7 @@ from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
 from fastconv.keras.depthwise_conv2d import depthwise_convolution
 
 if TYPE_CHECKING:
-    import tensorflow as tf
+    from fastconv.keras._stand_in import Tensor
 
 
 @stand_in_for(keras.layers.SeparableConv2D)
@@ -30,7 +30,7 @@ class FastSeparableConv2D(JitWhereXlaServes, keras.layers.SeparableConv2D):
     new_width).
     """
 
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+    def call(self, inputs: Tensor) -> Tensor:
         if leaves_to_stock(self, inputs):
             return super().call(inputs)
         outputs = adapter.conv2d(
