@@ -9,6 +9,7 @@ import pytest
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 if not jax._src.xla_bridge.backends_are_initialized():
     jax.config.update("jax_num_cpu_devices", 2)  # before JAX makes its devices
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes the time
 
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -46,7 +47,7 @@ def two_orders(function):
             jax.grad(penalty, numbers)(*inputs),
         )
 
-    return orders
+    return jax.jit(orders)  # operation by operation, JAX would compile each
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_conv2d(activation, strides, padding, dilation_rate, groups, data_format
     groups_given = {"groups": groups, **options}
     np.testing.assert_array_equal(y, fastconv.conv2d(x, w, bias, **groups_given))
     assert executed() == {"FastconvConv2D": 1}
-    assert_all_close(jax.jit(two_orders(fast))(x, w, bias), two_orders(stock)(x, w, bias))
+    assert_all_close(two_orders(fast)(x, w, bias), two_orders(stock)(x, w, bias))
     assert set(executed()) == {
         "FastconvConv2D",
         "FastconvConv2DGradInput",
@@ -155,7 +156,8 @@ def test_pooling(pool_size, strides, padding, data_format, draw):
 
     # JAX has no second derivative of the maximum by which it could be compared.
     first = jax.jit(jax.value_and_grad(lambda x: jnp.sin(fast_max(x)).sum()))
-    assert_all_close(first(x), jax.value_and_grad(lambda x: jnp.sin(stock_max(x)).sum())(x))
+    stock = jax.jit(jax.value_and_grad(lambda x: jnp.sin(stock_max(x)).sum()))
+    assert_all_close(first(x), stock(x))
     assert_all_close(two_orders(fast_average)(x), two_orders(stock_average)(x))
 
 
@@ -203,7 +205,7 @@ def test_convolution_with_pooling(draw, executed):
     def apart(x, w, bias):
         return ops.max_pool2d(ops.conv2d(x, w, bias, activation="relu", padding="same"), 2)
 
-    actual = jax.block_until_ready(jax.jit(two_orders(fused))(x, w, bias))
+    actual = jax.block_until_ready(two_orders(fused)(x, w, bias))
     assert {"FastconvConv2DMaxPool2D", "FastconvConv2DMaxPool2DGrad"} < set(executed())
     assert_all_close(actual, two_orders(apart)(x, w, bias))
 

@@ -56,6 +56,7 @@ def test_keras_own_suites(backend):
             **os.environ,
             "PYTHONPATH": os.pathsep.join(search_path),
             "KERAS_BACKEND": backend,
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # compiling is what takes JAX the time
         },
         capture_output=True,
         text=True,
