@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import weakref
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import keras
 
@@ -118,8 +118,7 @@ def reason_for_stock(inputs: Tensor, compute_dtype: str, rank: int = 4) -> str |
     shape = static_shape(inputs)
     if len(shape) != rank:
         return f"the input's rank is not {rank}: {inputs.shape}"
-    reason = adapter.reason_against_place(inputs)
-    return reason
+    return cast("str | None", adapter.reason_against_place(inputs))
 
 
 def reason_for_stock_always(layer: keras.layers.Layer) -> str | None:
@@ -128,8 +127,7 @@ def reason_for_stock_always(layer: keras.layers.Layer) -> str | None:
         return _reason_without_adapter
     if layer.compute_dtype != "float32":
         return f"the data type is not float32: the layer computes in {layer.compute_dtype}"
-    reason: str | None = adapter.reason_against_all()
-    return reason
+    return cast("str | None", adapter.reason_against_all())
 
 
 def static_shape(inputs: Tensor) -> tuple[int | None, ...]:
