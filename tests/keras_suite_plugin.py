@@ -7,6 +7,7 @@ on any of Keras's backends.
 import collections
 
 import keras
+import pytest
 from keras.src import layers as keras_layers
 
 from fastconv.keras._stand_in import STAND_INS, adapter
@@ -19,6 +20,9 @@ for stock, fast in STAND_INS.items():
 _executed = collections.defaultdict(collections.Counter)  # by test file, by op
 
 
+@pytest.hookimpl(
+    tryfirst=True
+)  # before the test is skipped, after which teardown comes all the same
 def pytest_runtest_setup(item):
     item.ops_before = adapter.ops_executed()
 

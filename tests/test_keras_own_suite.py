@@ -66,7 +66,11 @@ def test_keras_own_suites(backend):
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     skipped = [line for line in run.stdout.splitlines() if line.startswith("SKIPPED")]
     # Those say of their arguments that Keras's backends disagree on them.
-    unexpected = [line for line in skipped if "conv_transpose_test.py" not in line]
+    expected = (
+        "conv_transpose_test.py",
+        "Same padding in Torch backend produces different results",
+    )
+    unexpected = [line for line in skipped if not any(part in line for part in expected)]
     assert not unexpected, unexpected
     for suite, ops in SUITES.items():
         found = re.search(rf"^kernels run in {Path(suite).name}: (.*)$", run.stdout, re.MULTILINE)
