@@ -131,6 +131,11 @@ struct HostOperations {
                     float* y) const {
     fastconv::conv2d_fprop(p, x, filter, bias, y);
   }
+  void conv2d_scaled_fprop(const Conv2dProblem& p, const float* x, const float* filter,
+                           const float* scale, const float* bias, const float* residual,
+                           float* y) const {
+    fastconv::conv2d_scaled_fprop(p, x, filter, scale, bias, residual, y);
+  }
   void conv2d_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, const float* y,
                     float* dx) const {
     fastconv::conv2d_dgrad(p, dy, filter, y, dx);
@@ -255,6 +260,34 @@ class Conv2d : public Conv2dKernel {
     const auto y = context.output(0, p.y_shape());
     operations_of(context).conv2d_fprop(p, x.floats(), filter.floats(),
                                         bias ? bias->floats() : nullptr, y.floats());
+  }
+};
+
+// With what stands behind a convolution at inference: y = activation(conv(x, filter * scale) + bias +
+// residual).
+class Conv2dScaled : public Conv2dKernel {
+ public:
+  using Conv2dKernel::Conv2dKernel;
+  static constexpr const char* kName = "FastconvConv2DScaled";
+  static constexpr std::array kOwnAttributes{"num_residual: int >= 0 = 0"};
+  static constexpr std::array kInputs{"x: T", "filter: T", "scale: T", "bias: T",
+                                      "residual: num_residual * T"};
+  static constexpr std::array kOutputs{"y: T"};
+  static constexpr int kOutputLikeInput = -1;
+
+  template <class Context>
+  void operator()(const Context& context) const {
+    const auto x = context.input(0), filter = context.input(1);
+    const auto scale = context.input(2), bias = context.input(3);
+    const std::optional residual = optional_input(context, 4);
+    const Conv2dProblem p = problem(rank4_shape(x, "x"), filter);
+    check_shape(scale, "scale", std::array{p.k});
+    check_shape(bias, "bias", std::array{p.k});
+    if (residual) check_shape(*residual, "residual", p.y_shape());
+    const auto y = context.output(0, p.y_shape());
+    operations_of(context).conv2d_scaled_fprop(p, x.floats(), filter.floats(), scale.floats(),
+                                               bias.floats(),
+                                               residual ? residual->floats() : nullptr, y.floats());
   }
 };
 
@@ -630,5 +663,10 @@ struct OpList {
 using Ops = OpList<Conv2d, Conv2dGradInput, Conv2dGradFilter, Conv2dTranspose, MaxPool2d,
                    MaxPool2dWithArgmax, MaxPool2dGrad, MaxPool2dGradGrad, AveragePool2d,
                    AveragePool2dGrad, Conv2dMaxPool2d, Conv2dMaxPool2dGrad>;
+
+// XLA makes loops of its own of what stands behind a convolution.
+using OpsOutsideXla = OpList<Conv2d, Conv2dGradInput, Conv2dGradFilter, Conv2dTranspose, MaxPool2d,
+                             MaxPool2dWithArgmax, MaxPool2dGrad, MaxPool2dGradGrad, AveragePool2d,
+                             AveragePool2dGrad, Conv2dMaxPool2d, Conv2dMaxPool2dGrad, Conv2dScaled>;
 
 }  // namespace fastconv::framework

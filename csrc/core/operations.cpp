@@ -101,6 +101,30 @@ void wgrad_of_images(const Conv2dProblem& p, const cpu::Conv2dAlgorithm& chosen,
               .dbias = fused ? dbias : nullptr});
 }
 
+// out[row][column] = in[row][column] * scale[column].
+void multiply_columns(const float* in, const float* scale, int64_t rows, int64_t columns,
+                      float* out) {
+  const int64_t rows_a_task = std::max<int64_t>(1, 16384 / columns);
+  parallel_for((rows + rows_a_task - 1) / rows_a_task, [&](int64_t task) {
+    for (int64_t row = task * rows_a_task; row < std::min(rows, (task + 1) * rows_a_task); ++row) {
+      for (int64_t j = 0; j < columns; ++j)
+        out[row * columns + j] = in[row * columns + j] * scale[j];
+    }
+  });
+}
+
+// y = activation(y + from).
+void add_and_activate(const float* from, int64_t count, Activation activation, float* y) {
+  constexpr int64_t kATask = 16384;
+  const bool relu = activation == Activation::relu;
+  parallel_for((count + kATask - 1) / kATask, [&](int64_t task) {
+    for (int64_t i = task * kATask; i < std::min(count, (task + 1) * kATask); ++i) {
+      const float sum = y[i] + from[i];
+      y[i] = relu && sum < 0 ? 0 : sum;  // NaN stays
+    }
+  });
+}
+
 void add(const float* from, int64_t count, float* to) {
   constexpr int64_t kATask = 16384;
   parallel_for((count + kATask - 1) / kATask, [&](int64_t task) {
@@ -112,14 +136,41 @@ void add(const float* from, int64_t count, float* to) {
 
 void conv2d_fprop(const Conv2dProblem& p, const float* x, const float* filter, const float* bias,
                   float* y, const char* algorithm) {
+  conv2d_scaled_fprop(p, x, filter, nullptr, bias, nullptr, y, algorithm);
+}
+
+void conv2d_scaled_fprop(const Conv2dProblem& p, const float* x, const float* filter,
+                         const float* scale, const float* bias, const float* residual, float* y,
+                         const char* algorithm) {
   const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_nhwc(p), Direction::fprop, algorithm);
   if (p.n == 0) return;
+  const bool scaled_before = scale && !chosen.scales_filter;
+  const bool added_behind = residual && !chosen.adds_residual;
+  const Workspace scaled(scaled_before ? bytes(p.filter_size()) : 0);
+  if (scaled_before) {
+    multiply_columns(filter, scale, p.filter_size() / p.k, p.k, scaled.floats());
+    filter = scaled.floats();
+    scale = nullptr;
+  }
+  Conv2dProblem computed = as_nhwc(p);
+  if (added_behind) computed.activation = Activation::linear;
   for_each_part(
       p, images_a_part(p, bytes(p.filter_size())), [&](const Conv2dProblem& part, int64_t n) {
+        const int64_t at_y = n * p.oh * p.ow * p.k;
         const NhwcInput x_nhwc(part, x + n * p.h * p.w * p.c, p.h * p.w, p.c);
-        const NhwcOutput y_nhwc(part, y + n * p.oh * p.ow * p.k, p.oh * p.ow, p.k);
-        chosen.run(as_nhwc(part), Direction::fprop,
-                   {.x = x_nhwc.data(), .filter = filter, .bias = bias, .out = y_nhwc.data()});
+        const NhwcInput residual_nhwc(part, residual ? residual + at_y : nullptr, p.oh * p.ow, p.k);
+        const NhwcOutput y_nhwc(part, y + at_y, p.oh * p.ow, p.k);
+        computed.n = part.n;
+        chosen.run(computed, Direction::fprop,
+                   {.x = x_nhwc.data(),
+                    .filter = filter,
+                    .bias = bias,
+                    .scale = scale,
+                    .residual = added_behind ? nullptr : residual_nhwc.data(),
+                    .out = y_nhwc.data()});
+        if (added_behind) {
+          add_and_activate(residual_nhwc.data(), part.y_size(), p.activation, y_nhwc.data());
+        }
         y_nhwc.finish();
       });
 }

@@ -15,6 +15,14 @@ namespace fastconv {
 FASTCONV_API void conv2d_fprop(const Conv2dProblem& problem, const float* x, const float* filter,
                                const float* bias, float* y, const char* algorithm = nullptr);
 
+// y = activation(conv(x, filter * scale) + bias + residual): a convolution with what stands behind it in
+// a network at inference, batch normalisation (scale, bias), a shortcut and an activation. `scale` and
+// `bias` hold K values, `residual` has y's shape; each may be null.
+FASTCONV_API void conv2d_scaled_fprop(const Conv2dProblem& problem, const float* x,
+                                      const float* filter, const float* scale, const float* bias,
+                                      const float* residual, float* y,
+                                      const char* algorithm = nullptr);
+
 // dx = the gradient of fprop by x. With activation relu, `y` is fprop's output and dy counts only
 // where y > 0; with linear, `y` is not read and may be null.
 FASTCONV_API void conv2d_dgrad(const Conv2dProblem& problem, const float* dy, const float* filter,

@@ -15,7 +15,8 @@ struct Direct {
 
   static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
     switch (direction) {
-      case Direction::fprop: return implicit_gemm_fprop<V>(p, t.x, t.filter, t.bias, t.out);
+      case Direction::fprop:
+        return implicit_gemm_fprop<V>(p, t.x, t.filter, t.scale, t.bias, t.residual, t.out);
       case Direction::dgrad: return implicit_gemm_dgrad<V>(p, t.dy, t.filter, t.out);
       case Direction::wgrad: return implicit_gemm_wgrad<V>(p, t);
     }
@@ -50,11 +51,17 @@ struct Direct {
   }
 
   static std::string blocking(const Conv2dProblem& p, Direction direction) {
-    const std::string tile = std::to_string(int{V::kRows}) + " x " +
-                             std::to_string(V::kVectors * V::kWidth) + " tile of ";
-    if (direction != Direction::wgrad) return tile + "pixels x channels";
-    return tile + "filter taps x filters, " + std::to_string(WgradPlan<V>(p, true).parts) +
-           " partial sums";
+    const auto tile = [](int64_t rows, int64_t columns) {
+      return std::to_string(rows) + " x " + std::to_string(columns) + " tile of ";
+    };
+    if (direction == Direction::wgrad) {
+      const WgradPlan<V> plan(p, true);
+      return tile(plan.rows, plan.panel) + "filter taps x filters, " + std::to_string(plan.parts) +
+             " partial sums";
+    }
+    const int64_t columns = direction == Direction::fprop ? p.k_per_group() : p.c_per_group();
+    const int64_t vectors = min64(kGemmVectors<V>, ceil_div(columns, V::kWidth));
+    return tile(V::kGemmRows[vectors], vectors * V::kWidth) + "pixels x channels";
   }
 
   static constexpr Conv2dAlgorithm kAlgorithm{.name = "direct",
@@ -64,6 +71,8 @@ struct Direct {
                                               .estimate = estimate,
                                               .blocking = blocking,
                                               .run = run,
+                                              .scales_filter = true,
+                                              .adds_residual = true,
                                               .fuses_pool = fuses_pool};
 
  private:

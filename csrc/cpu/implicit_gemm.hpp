@@ -1,8 +1,9 @@
 // Convolution fprop and dgrad as an implicit GEMM: no im2col buffer. Both are "tap convolutions":
 // every output pixel sums, over a list of taps, a run of source floats times packed filter rows.
 //
-// The register tile is V::kRows output pixels x V::kVectors vectors of output channels. The A
-// operand is indirect, a pointer a pixel, so that stride and dilation cost the inner loop nothing.
+// The register tile is V::kGemmRows[v] output pixels x v vectors of output channels, as many vectors
+// as there are channels for: the more there are, the fewer loads a multiply-add takes. The A operand is
+// indirect, a pointer a pixel, so that stride and dilation cost the inner loop nothing.
 // (M. Dukhan, "The Indirect Convolution Algorithm", 2019; the packed panels are those of Goto and
 // van de Geijn, 2008.) Padding costs nothing at all: output pixels are taken region by region, and
 // all pixels of a region meet the source with the same taps.
@@ -11,9 +12,11 @@
 // input pixels: no zeros are stuffed.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -40,20 +43,30 @@ inline bool mostly_padding(const Conv2dProblem& p, int64_t rows, int64_t columns
   return copy > kFloats && copy > kTimes * static_cast<double>(p.h * p.w * p.c);
 }
 
-// One register tile: y[i][0 .. columns) += sum over taps, c of rows[i][tap + c] * filter.
+// One register tile: pixel i's y[0 .. columns) += sum over taps, c of x[tap + c] * filter.
 struct TapTile {
-  const float* const* rows;       // a pointer a pixel
-  int64_t row_offset, y_offset;   // floats, added to all of them and to those of y
-  const int64_t* tap_offsets;     // floats, added to the pointers
+  // Of pixel 0, and floats from pixel to pixel.
+  const float* x;
+  float* y;
+  int64_t x_step, y_step;
+  // Where pixels are not evenly spaced, a pointer a pixel; else null.
+  const float* const* x_pixels;
+  float* const* y_pixels;
+  int64_t x_offset, y_offset;     // floats, added to all of them
+  int64_t residual;               // bytes from y to what is added to the sums; 0 for nothing
+  const int64_t* tap_offsets;     // floats, added to those of x
   const int64_t* filter_offsets;  // rows of the panel, `vectors` vectors each
   int64_t taps;
   int64_t run;          // contiguous source floats a tap
   const float* filter;  // [tap][run][vectors * width]
   const float* bias;    // `columns` values or null
-  float* const* y;
-  int columns;  // of the last vector: 1 .. width
+  int columns;          // of the last vector: 1 .. width
   bool relu;
   bool first, last;  // of the parts that a sum is made of: y holds it in between
+  // What is asked for meanwhile, for later: `run` cache lines, a step apart. And how many more times.
+  const float* ahead;
+  int64_t ahead_step;
+  int64_t ahead_lines;
 };
 
 // What the sums of a register tile's vector v begin with: the bias, or zero where that is null.
@@ -63,10 +76,14 @@ typename V::Reg start_of_sum(const float* bias, int v, const typename V::Tail& t
   return v == Vectors - 1 ? V::load(bias + v * V::kWidth, tail) : V::load(bias + v * V::kWidth);
 }
 
-template <class V, int Rows, int Vectors>
+template <class V, int Rows, int Vectors, bool Ahead = false>
 void tap_tile(const TapTile& t) {
   const auto tail = V::tail(t.columns);
   typename V::Reg sum[Rows][Vectors];
+  float* const y = t.y + t.y_offset;
+  float* const* const y_pixels = t.y_pixels;
+  const int64_t y_step = t.y_step, y_offset = t.y_offset;
+  const auto y_of = [&](int i) { return y_pixels ? y_pixels[i] + y_offset : y + i * y_step; };
   if (t.first) {
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
@@ -74,62 +91,113 @@ void tap_tile(const TapTile& t) {
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) sum[i][v] = start;
     }
+    if (t.residual != 0) {
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) {
+        const char* const at = reinterpret_cast<const char*>(y_of(i)) + t.residual;
+        const float* const from = reinterpret_cast<const float*>(at);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) {
+          const bool last = v == Vectors - 1;
+          const typename V::Reg added =
+              last ? V::load(from + v * V::kWidth, tail) : V::load(from + v * V::kWidth);
+          sum[i][v] = V::add(sum[i][v], added);
+        }
+      }
+    }
   } else {
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i)
+    for (int i = 0; i < Rows; ++i) {
+      const float* const from = y_of(i);
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
-        const float* y = t.y[i] + t.y_offset + v * V::kWidth;
-        sum[i][v] = v == Vectors - 1 ? V::load(y, tail) : V::load(y);
+        sum[i][v] =
+            v == Vectors - 1 ? V::load(from + v * V::kWidth, tail) : V::load(from + v * V::kWidth);
       }
+    }
   }
   for (int64_t tap = 0; tap < t.taps; ++tap) {
-    const float* a[Rows];
-    const int64_t offset = t.row_offset + t.tap_offsets[tap];
+    const float* x[Rows];
+    const int64_t offset = t.x_offset + t.tap_offsets[tap];
     const float* filter = t.filter + t.filter_offsets[tap] * (Vectors * V::kWidth);
+    if (t.x_pixels) {
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) a[i] = t.rows[i] + offset;
+      for (int i = 0; i < Rows; ++i) x[i] = t.x_pixels[i] + offset;
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) x[i] = t.x + offset + i * t.x_step;
+    }
+    const float* ahead = t.ahead;
     for (int64_t c = 0; c < t.run; ++c, filter += Vectors * V::kWidth) {
+      if constexpr (Ahead) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += t.ahead_step;
+      }
       typename V::Reg b[Vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) b[v] = V::load(filter + v * V::kWidth);
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
-        const typename V::Reg x = V::broadcast(a[i] + c);
+        const typename V::Reg a = V::broadcast(x[i] + c);
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(x, b[v], sum[i][v]);
+        for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(a, b[v], sum[i][v]);
       }
     }
   }
   const bool relu = t.relu && t.last;
 #pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
+  for (int i = 0; i < Rows; ++i) {
+    float* const to = y_of(i);
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       const typename V::Reg out = relu ? V::relu(sum[i][v]) : sum[i][v];
-      float* y = t.y[i] + t.y_offset + v * V::kWidth;
       if (v == Vectors - 1) {
-        V::store(y, out, tail);
+        V::store(to + v * V::kWidth, out, tail);
       } else {
-        V::store(y, out);
+        V::store(to + v * V::kWidth, out);
       }
     }
+  }
 }
 
 using TapTileFunction = void (*)(const TapTile&);
 
-// By rows - 1 and vectors - 1.
-template <class V, std::size_t... I>
-constexpr auto make_tap_tile_table(std::index_sequence<I...>) {
-  static_assert(V::kVectors == 2);
-  return std::array<TapTileFunction, sizeof...(I)>{tap_tile<V, I / 2 + 1, I % 2 + 1>...};
+// The most vectors of a register tile, and the rows of such a tile.
+template <class V>
+constexpr int kGemmVectors = static_cast<int>(std::size(V::kGemmRows)) - 1;
+template <class V>
+constexpr std::size_t kFullTileRows = V::kGemmRows[kGemmVectors<V>];
+
+template <class V>
+constexpr int kMostGemmRows = *std::max_element(std::begin(V::kGemmRows), std::end(V::kGemmRows));
+
+// Of `Vectors` vectors, by rows - 1.
+template <class V, int Vectors, bool Ahead = false, std::size_t... I>
+constexpr auto make_tap_tiles(std::index_sequence<I...>) {
+  return std::array<TapTileFunction, kMostGemmRows<V>>{tap_tile<V, I + 1, Vectors, Ahead>...};
 }
 
+// By vectors - 1 and rows - 1.
+template <class V, std::size_t... I>
+constexpr auto make_tap_tile_table(std::index_sequence<I...>) {
+  return std::array{
+      make_tap_tiles<V, I + 1>(std::make_index_sequence<std::size_t{V::kGemmRows[I + 1]}>{})...};
+}
+
+// For at most V::kGemmRows[vectors] rows.
 template <class V>
 TapTileFunction tap_tile_function(int rows, int vectors) {
   static constexpr auto kTable =
-      make_tap_tile_table<V>(std::make_index_sequence<2 * std::size_t{V::kRows}>{});
-  return kTable[static_cast<std::size_t>(2 * (rows - 1) + vectors - 1)];
+      make_tap_tile_table<V>(std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
+  return kTable[static_cast<std::size_t>(vectors - 1)][static_cast<std::size_t>(rows - 1)];
+}
+
+// Of kGemmVectors, for t.ahead.
+template <class V>
+TapTileFunction tap_tile_ahead_function(int rows) {
+  static constexpr auto kTable =
+      make_tap_tiles<V, kGemmVectors<V>, true>(std::make_index_sequence<kFullTileRows<V>>{});
+  return kTable[static_cast<std::size_t>(rows - 1)];
 }
 
 // The taps of one axis, in ascending order of what they meet: source index = i * step + offset(tap),
@@ -167,6 +235,21 @@ struct TapConvolution {
   bool relu;
 };
 
+// Where one tap meets pixel after pixel, images and rows do not matter: they make one long row.
+inline TapConvolution flattened(TapConvolution g) {
+  if (g.vertical.count != 1 || g.horizontal.count != 1 || g.vertical.step != 1 ||
+      g.horizontal.step != 1 || g.vertical.first != 0 || g.horizontal.first != 0 ||
+      g.out_h != g.source_h || g.out_w != g.source_w || g.y_row != g.out_w * g.y_column ||
+      g.y_image != g.out_h * g.y_row) {
+    return g;
+  }
+  g.out_w = g.source_w = g.images * g.out_h * g.out_w;
+  g.images = g.out_h = g.source_h = 1;
+  g.source_image = g.source_w * g.source_c;
+  g.y_row = g.y_image = g.out_w * g.y_column;
+  return g;
+}
+
 // A rectangle of output pixels and the taps that all of them meet the source with.
 struct TapRegion {
   int64_t row, row_end, column, column_end;
@@ -200,11 +283,11 @@ void for_each_region(const TapConvolution& g, const Body& body) {
   }
 }
 
-// The filter as register tiles read it: panels of V::kVectors vectors of output channels (the last
-// one of fewer, its spare lanes zero), in each [tap][source channel][output channel].
-template <class V>
+// The filter as register tiles read it: panels of `Vectors` vectors of output channels (the last one of
+// fewer, its spare lanes zero), in each [tap][source channel][output channel].
+template <class V, int Vectors = V::kVectors>
 struct FilterPanels {
-  static constexpr int64_t kPanel = V::kVectors * V::kWidth;
+  static constexpr int64_t kPanel = Vectors * V::kWidth;
 
   const TapConvolution& g;
   int64_t panels, reduce, group_floats;  // reduce: the products of one sum
@@ -216,7 +299,7 @@ struct FilterPanels {
 
   int64_t bytes() const { return ceil_div(g.groups * group_floats * 4, 64) * 64; }
   int vectors_of(int64_t panel) const {
-    return static_cast<int>(min64(V::kVectors, ceil_div(g.columns - panel * kPanel, V::kWidth)));
+    return static_cast<int>(min64(Vectors, ceil_div(g.columns - panel * kPanel, V::kWidth)));
   }
   // Channels in the last vector of a panel.
   int last_columns(int64_t panel) const {
@@ -227,32 +310,48 @@ struct FilterPanels {
     return group * group_floats + panel * kPanel * reduce;
   }
 
-  void pack_all(const float* filter, float* packed) const {
+  void pack_all(const float* filter, const float* scale, float* packed) const {
     const int64_t taps = g.vertical.count * g.horizontal.count;
     const int64_t rows_a_task = 64, parts = ceil_div(g.reduce, rows_a_task);
     parallel_for(g.groups * taps * parts, [&](int64_t task) {
       const int64_t group = task / parts / taps, tap = task / parts % taps;
       const int64_t c = task % parts * rows_a_task, c_end = min64(g.reduce, c + rows_a_task);
-      pack(filter, group, 0, panels, tap, tap + 1, c, c_end, packed + offset(group, 0), reduce,
-           tap * g.reduce + c);
+      pack(filter, scale, group, 0, panels, tap, tap + 1, c, c_end, packed + offset(group, 0),
+           reduce, tap * g.reduce + c);
     });
   }
 
   // Rows of some panels: taps tap .. tap_end - 1 (counted r * S + s), channels c .. c_end - 1 of each.
   // The panels lie `panel_rows` rows apart in `out`; the first row goes to row `at`. A row of the
-  // filter is read in one go, whichever panels it goes to.
-  void pack(const float* filter, int64_t group, int64_t panel_begin, int64_t panel_end, int64_t tap,
-            int64_t tap_end, int64_t c, int64_t c_end, float* out, int64_t panel_rows,
-            int64_t at) const {
+  // filter is read in one go, whichever panels it goes to. Output channel k is multiplied by scale[k],
+  // if that is not null; fprop alone has one.
+  void pack(const float* filter, const float* scale, int64_t group, int64_t panel_begin,
+            int64_t panel_end, int64_t tap, int64_t tap_end, int64_t c, int64_t c_end, float* out,
+            int64_t panel_rows, int64_t at) const {
     for (; tap < tap_end; ++tap, at += c_end - c) {
-      const float* in = tap_of(filter, group, panel_begin, tap) + c * g.filter_reduce;
+      const float* in = row_of(filter, group, panel_begin, tap, c);
       if (g.filter_column == 1) {
+        const int64_t whole_end = min64(panel_end, g.columns / kPanel);
+        const float* const scales =
+            scale ? scale + group * g.columns + panel_begin * kPanel : nullptr;
         for (int64_t row = 0; row < c_end - c; ++row, in += g.filter_reduce) {
-          for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-            const int64_t skipped = (panel - panel_begin) * kPanel;
-            copy_row(in + skipped, panel,
-                     out + skipped * panel_rows + (at + row) * vectors_of(panel) * V::kWidth);
+          const float* from = in;
+          float* to = out + (at + row) * kPanel;
+          for (int64_t panel = panel_begin; panel < whole_end; ++panel) {
+#pragma GCC unroll 4
+            for (int v = 0; v < Vectors; ++v) {
+              typename V::Reg value = V::load(from + v * V::kWidth);
+              if (scales) value = V::multiply(value, V::load(scales + (from - in) + v * V::kWidth));
+              V::store(to + v * V::kWidth, value);
+            }
+            from += kPanel;
+            to += kPanel * panel_rows;
           }
+          if (whole_end == panel_end) continue;
+          const int64_t panel = panel_end - 1;
+          const int64_t skipped = (panel - panel_begin) * kPanel;
+          copy_row(in + skipped, scales ? scales + skipped : nullptr, panel,
+                   out + skipped * panel_rows + (at + row) * vectors_of(panel) * V::kWidth);
         }
       } else {
         for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
@@ -264,22 +363,27 @@ struct FilterPanels {
     }
   }
 
- private:
-  const float* tap_of(const float* filter, int64_t group, int64_t panel, int64_t tap) const {
+  // Where the filter has the first channel of a panel.
+  const float* row_of(const float* filter, int64_t group, int64_t panel, int64_t tap,
+                      int64_t c) const {
     const int64_t r = tap / g.horizontal.count, s = tap % g.horizontal.count;
     return filter + group * g.filter_group + panel * kPanel * g.filter_column +
            (g.vertical.filter_first + r * g.vertical.filter_stride) * g.filter_tap_row +
-           (g.horizontal.filter_first + s * g.horizontal.filter_stride) * g.filter_tap_column;
+           (g.horizontal.filter_first + s * g.horizontal.filter_stride) * g.filter_tap_column +
+           c * g.filter_reduce;
   }
 
-  void copy_row(const float* in, int64_t panel, float* out) const {
+ private:
+  void copy_row(const float* in, const float* scale, int64_t panel, float* out) const {
     const int vectors = vectors_of(panel);
     const auto tail = V::tail(last_columns(panel));
 #pragma GCC unroll 4
-    for (int v = 0; v < V::kVectors; ++v) {
+    for (int v = 0; v < Vectors; ++v) {
       if (v == vectors) break;
-      const float* from = in + v * V::kWidth;
-      V::store(out + v * V::kWidth, v == vectors - 1 ? V::load(from, tail) : V::load(from));
+      const auto load = [&](const float* at) {
+        return v == vectors - 1 ? V::load(at + v * V::kWidth, tail) : V::load(at + v * V::kWidth);
+      };
+      V::store(out + v * V::kWidth, scale ? V::multiply(load(in), load(scale)) : load(in));
     }
   }
 
@@ -304,15 +408,32 @@ struct FilterPanels {
   }
 };
 
+// Register tiles of one width: some panels, the regions' pixels in tiles of at most `rows`, and the
+// order in which tasks take them.
+struct TapPass {
+  int64_t first_panel, last_panel;
+  int vectors, columns;  // of each panel; `columns`: of its last vector
+  int rows;
+  std::vector<int64_t> first_tile;       // of each region, and behind the last
+  int64_t blocks;                        // runs of tiles
+  int64_t panel_groups, panels_a_group;  // runs of panels
+  int64_t first_task;
+
+  int64_t tiles() const { return first_tile.back(); }
+  int64_t panels() const { return last_panel - first_panel; }
+};
+
 // Computes tiles of a tap convolution from a packed filter. Allocates nothing and throws nothing: it
 // serves the tasks of a runner.
 template <class V>
 struct TapTiles {
-  static constexpr int64_t kPanel = V::kVectors * V::kWidth;
+  static constexpr int64_t kPanel = kGemmVectors<V> * V::kWidth;
+  static constexpr int64_t kLine = 16;  // floats of a cache line
 
   const TapConvolution& g;
   const float* x;
   const float* bias;
+  const float* residual;
   float* y;
 
   static int64_t most_entries(const TapConvolution& g) {
@@ -361,98 +482,105 @@ struct TapTiles {
   }
 
   // Walks a region's pixels tile by tile: tiles of like sizes, the larger ones first.
-  struct Cursor {
-    int64_t width, height, pixels_a_tile, larger_tiles;
-    int64_t n, i, j;
-
-    Cursor(const TapRegion& region, int64_t images, int64_t tile)
-        : width(region.column_end - region.column), height(region.row_end - region.row) {
-      const int64_t pixels = region.pixels(images), tiles = ceil_div(pixels, V::kRows);
-      pixels_a_tile = pixels / tiles;
-      larger_tiles = pixels % tiles;
-      const int64_t begin = tile * pixels_a_tile + min64(tile, larger_tiles);
-      n = begin / (width * height);
-      i = region.row + begin / width % height;
-      j = region.column + begin % width;
-      row = region.row;
-      row_end = region.row_end;
-      column = region.column;
-      column_end = region.column_end;
-    }
-    int count_of(int64_t tile) const {
-      return static_cast<int>(pixels_a_tile + (tile < larger_tiles));
+  class Cursor {
+   public:
+    Cursor(const TapTiles& tiles, const TapRegion& region, int rows, int64_t tile)
+        : tiles_(tiles), region_(region), tile_(tile) {
+      const int64_t pixels = region.pixels(tiles.g.images), count = ceil_div(pixels, rows);
+      pixels_a_tile_ = pixels / count;
+      larger_tiles_ = pixels % count;
+      const int64_t begin = tile * pixels_a_tile_ + min64(tile, larger_tiles_);
+      const int64_t width = region.column_end - region.column;
+      const int64_t height = region.row_end - region.row;
+      n_ = begin / (width * height);
+      row_ = region.row + begin / width % height;
+      go_to(region.column + begin % width);
     }
 
-    int64_t row, row_end, column, column_end;
+    // Source and output addresses of the next tile's pixels; returns how many. `x` and `y` have room
+    // for them.
+    int locate(TapTile& t, const float** x, float** y) {
+      const int count = static_cast<int>(pixels_a_tile_ + (tile_++ < larger_tiles_));
+      if (left_ == 0) next_row();
+      if (count <= left_) {
+        t.x = x_;
+        t.y = y_;
+        t.x_pixels = nullptr;
+        t.y_pixels = nullptr;
+        x_ += count * t.x_step;
+        y_ += count * t.y_step;
+        left_ -= count;
+        return count;
+      }
+      t.x_pixels = x;
+      t.y_pixels = y;
+      for (int pixel = 0; pixel < count; ++pixel, --left_) {
+        if (left_ == 0) next_row();
+        x[pixel] = x_;
+        y[pixel] = y_;
+        x_ += t.x_step;
+        y_ += t.y_step;
+      }
+      return count;
+    }
+
+   private:
+    void next_row() {
+      if (++row_ == region_.row_end) {
+        row_ = region_.row;
+        ++n_;
+      }
+      go_to(region_.column);
+    }
+    void go_to(int64_t column) {
+      const TapConvolution& g = tiles_.g;
+      left_ = region_.column_end - column;
+      x_ = tiles_.x + n_ * g.source_image +
+           (row_ * g.vertical.step * g.source_w + column * g.horizontal.step) * g.source_c;
+      y_ = tiles_.y + n_ * g.y_image + row_ * g.y_row + column * g.y_column;
+    }
+
+    const TapTiles& tiles_;
+    const TapRegion& region_;
+    int64_t pixels_a_tile_, larger_tiles_;
+    int64_t tile_, n_, row_, left_;  // left: pixels of the row
+    const float* x_;
+    float* y_;
   };
 
-  // Source and output addresses of the next tile's pixels; returns how many.
-  int locate(Cursor& at, int64_t tile, const float** rows, float** out) const {
-    const int count = at.count_of(tile);
-    const int64_t to_step = g.y_column, from_step = g.horizontal.step * g.source_c;
-    for (int row = 0; row < count;) {
-      float* to = y + at.n * g.y_image + at.i * g.y_row + at.j * to_step;
-      const float* from = x + at.n * g.source_image +
-                          at.i * g.vertical.step * g.source_w * g.source_c + at.j * from_step;
-      const int64_t stretch = min64(count - row, at.column_end - at.j);
-      for (int64_t p = 0; p < stretch; ++p) {
-        out[row + p] = to + p * to_step;
-        rows[row + p] = from + p * from_step;
-      }
-      row += static_cast<int>(stretch);
-      at.j += stretch;
-      if (at.j < at.column_end) break;
-      at.j = at.column;
-      if (++at.i == at.row_end) {
-        at.i = at.row;
-        ++at.n;
-      }
-    }
-    return count;
-  }
-
-  // One tile of `count` pixels and one panel, whose taps `t` lists already.
-  void tile(const FilterPanels<V>& panels, int64_t group, int64_t panel, int count,
-            const float* const* rows, float* const* out, const float* filter, TapTile& t) const {
-    const int vectors = panels.vectors_of(panel);
-    const int64_t column = group * g.columns + panel * kPanel;
-    t.rows = rows;
-    t.row_offset = group * g.reduce;
-    t.y = out;
-    t.y_offset = column;
-    t.filter = filter;
-    t.bias = bias ? bias + column : nullptr;
-    t.columns = panels.last_columns(panel);
+  // A run of a region's tiles for panels `panel` .. `panel_end` - 1 of a pass. `filter` has those of
+  // them, `filter_panel` floats apart; `t` says which part of them.
+  void run(const TapPass& pass, const TapRegion& region, int64_t group, int64_t panel,
+           int64_t panel_end, int64_t tile, int64_t tile_end, const float* filter,
+           int64_t filter_panel, TapTile& t) const {
+    const float* x_pixels[kMostGemmRows<V>];
+    float* y_pixels[kMostGemmRows<V>];
+    t.x_step = g.horizontal.step * g.source_c;
+    t.y_step = g.y_column;
+    t.x_offset = group * g.reduce;
+    t.columns = pass.columns;
     t.relu = g.relu;
-    tap_tile_function<V>(count, vectors)(t);
-  }
-
-  // A run of a region's tiles: all panels of `first_panel` .. `last_panel` - 1, from a filter packed
-  // as a whole.
-  void run(const FilterPanels<V>& panels, const float* packed, const TapRegion& region,
-           int64_t group, int64_t first_panel, int64_t last_panel, int64_t tile_begin,
-           int64_t tile_end, int64_t* entries) const {
-    const float* rows[V::kRows];
-    float* out[V::kRows];
-    TapTile t{};
-    t.first = t.last = true;
-    list_taps(region, entries, t);
-    Cursor cursor(region, g.images, tile_begin);
-    for (int64_t i = tile_begin; i < tile_end; ++i) {
-      const int count = locate(cursor, i, rows, out);
-      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-        tile(panels, group, panel, count, rows, out, packed + panels.offset(group, panel), t);
+    t.residual =
+        residual ? reinterpret_cast<std::intptr_t>(residual) - reinterpret_cast<std::intptr_t>(y)
+                 : 0;
+    Cursor cursor(*this, region, pass.rows, tile);
+    for (; tile < tile_end; ++tile) {
+      const int count = cursor.locate(t, x_pixels, y_pixels);
+      const bool ahead = t.ahead_lines > 0;
+      const TapTileFunction multiply =
+          ahead ? tap_tile_ahead_function<V>(count) : tap_tile_function<V>(count, pass.vectors);
+      t.filter = filter;
+      t.y_offset = group * g.columns + panel * kPanel;
+      for (int64_t i = panel; i < panel_end; ++i) {
+        t.bias = bias ? bias + t.y_offset : nullptr;
+        multiply(t);
+        t.filter += filter_panel;
+        t.y_offset += kPanel;
       }
-    }
-  }
-
-  // The whole convolution on the calling thread.
-  void run_all(const FilterPanels<V>& panels, const float* packed, int64_t* entries) const {
-    for (int64_t group = 0; group < g.groups; ++group) {
-      for_each_region(g, [&](const TapRegion& region) {
-        const int64_t tiles = ceil_div(region.pixels(g.images), V::kRows);
-        run(panels, packed, region, group, 0, panels.panels, 0, tiles, entries);
-      });
+      if (ahead) {
+        t.ahead += kLine;
+        --t.ahead_lines;
+      }
     }
   }
 };
@@ -464,126 +592,184 @@ struct TapTiles {
 // at a time, which stays in the first-level cache while the pixels pass; sums wait in y.
 template <class V>
 struct TapConvolutionRunner {
-  static constexpr int64_t kPanel = V::kVectors * V::kWidth;
-  static constexpr int64_t kChunkRows = 256;  // filter rows: 32 KiB a panel with AVX-512
-  static constexpr int64_t kMostPanelsAChunk = 8;
+  using Panels = FilterPanels<V, kGemmVectors<V>>;
+  static constexpr int64_t kPanel = Panels::kPanel;
+  static constexpr int64_t kChunkRows = 128;  // filter rows: 32 KiB a panel with AVX-512
+  static constexpr int64_t kMostColumnsAChunk = 256;
 
   const TapConvolution g;
-  const FilterPanels<V> panels;
+  const Panels panels;
   std::vector<TapRegion> regions;
-  std::vector<int64_t> first_tile;  // of each region, and behind the last
+  std::vector<TapPass> passes;  // whole panels, and the last one if it has fewer vectors or columns
   int64_t pixels, tasks;
-  int64_t blocks;                        // runs of tiles
-  int64_t panel_groups, panels_a_group;  // with the filter packed as a whole
   bool by_chunks;
   int64_t packed_bytes, entries_bytes;  // entries: of one worker
   int64_t workspace_bytes;
   int workers;
 
-  explicit TapConvolutionRunner(const TapConvolution& convolution) : g(convolution), panels(g) {
+  explicit TapConvolutionRunner(const TapConvolution& convolution)
+      : g(flattened(convolution)), panels(g) {
     pixels = g.images * g.out_h * g.out_w;
-    first_tile.push_back(0);
-    if (pixels > 0) {
-      for_each_region(g, [&](const TapRegion& region) {
-        regions.push_back(region);
-        first_tile.push_back(first_tile.back() + ceil_div(region.pixels(g.images), V::kRows));
-      });
-    }
-    const int64_t tiles = first_tile.back();
-    const int64_t enough_tasks = 4 * int64_t{num_threads()};
+    if (pixels > 0) for_each_region(g, [&](const TapRegion& region) { regions.push_back(region); });
+
+    const int64_t whole = g.columns / kPanel;
+    if (whole > 0) add_pass(0, whole);
+    if (whole < panels.panels) add_pass(whole, panels.panels);
 
     // Time to pack, in vector operations a filter vector: by chunks it stays in the cache, but every
     // block packs anew; as a whole it goes to memory and comes back if it is large.
+    const int64_t enough_tasks = 4 * int64_t{num_threads()};
     constexpr int64_t kMostPixelsAChunk = 512;
     const int64_t filter_floats = g.groups * panels.group_floats;
     const int64_t chunked_blocks =
         max64(ceil_div(pixels, kMostPixelsAChunk),
-              min64(tiles, ceil_div(enough_tasks, g.groups * panels.panels)));
+              min64(ceil_div(pixels, V::kRows), ceil_div(enough_tasks, g.groups * panels.panels)));
     const int64_t whole_cost = filter_floats * 4 > (int64_t{512} << 10) ? 24 : 6;
     by_chunks = chunked_blocks * 5 < whole_cost;
 
-    if (by_chunks) {
-      blocks = chunked_blocks;
-      // A few neighbouring panels a task: rows of the filter are read in longer pieces.
-      const int64_t spare = g.groups * panels.panels * blocks / enough_tasks;
-      panels_a_group = max64(1, min64(spare, kMostPanelsAChunk));
-      panel_groups = ceil_div(panels.panels, panels_a_group);
-      panels_a_group = ceil_div(panels.panels, panel_groups);
-      packed_bytes = chunk_rows() * panels_a_group * kPanel * 4;
-    } else {
-      // Filter panels that stay in half of a 1 MiB second-level cache while tiles pass by.
-      const int64_t panel_bytes = max64(panels.reduce * kPanel * 4, 1);
-      panels_a_group = max64(1, min64(panels.panels, (int64_t{512} << 10) / panel_bytes));
-      constexpr int64_t kTilesABlock = 8;
-      blocks = ceil_div(tiles, kTilesABlock);
-      if (blocks * g.groups * ceil_div(panels.panels, panels_a_group) < enough_tasks) {
-        blocks = min64(tiles, enough_tasks);
-        if (blocks * g.groups < enough_tasks) panels_a_group = 1;
+    packed_bytes = by_chunks ? 0 : panels.bytes();
+    tasks = 0;
+    for (TapPass& pass : passes) {
+      if (by_chunks) {
+        block_by_chunks(pass, chunked_blocks, enough_tasks);
+      } else {
+        block_whole(pass, enough_tasks);
       }
-      panel_groups = ceil_div(panels.panels, panels_a_group);
-      packed_bytes = panels.bytes();
+      pass.blocks = max64(1, pass.blocks);
+      pass.first_task = tasks;
+      tasks += g.groups * pass.panel_groups * pass.blocks;
     }
-    blocks = max64(1, blocks);
-    tasks = g.groups * panel_groups * blocks;
     entries_bytes = round_up(2 * TapTiles<V>::most_entries(g) * 8, 64);
     workers = workers_for(tasks);  // asked once: their number may change at any time
     workspace_bytes = (by_chunks ? workers : 1) * packed_bytes + workers * entries_bytes;
   }
 
-  void execute(const float* x, const float* filter, const float* bias, float* y) const {
+  // `scale`, `bias` and `residual` (of y's shape) may be null: y = activation(conv(x, filter * scale) +
+  // bias + residual).
+  void execute(const float* x, const float* filter, const float* scale, const float* bias,
+               const float* residual, float* y) const {
     if (pixels == 0) return;
     const Workspace workspace(static_cast<std::size_t>(workspace_bytes));
-    const TapTiles<V> tap_tiles{g, x, bias, y};
+    const TapTiles<V> tap_tiles{g, x, bias, residual, y};
     char* const entries = reinterpret_cast<char*>(workspace.floats());
     float* const packed = workspace.floats(static_cast<std::size_t>(workers * entries_bytes));
-    if (!by_chunks) panels.pack_all(filter, packed);
+    if (!by_chunks) panels.pack_all(filter, scale, packed);
     parallel_for(tasks, workers, [&](int64_t task, int worker) {
       int64_t* own_entries = reinterpret_cast<int64_t*>(entries + worker * entries_bytes);
-      const int64_t block = task % blocks;
-      const int64_t panel_group = task / blocks % panel_groups;
-      const int64_t group = task / blocks / panel_groups;
-      const int64_t tile_begin = first_tile.back() * block / blocks;
-      const int64_t tile_end = first_tile.back() * (block + 1) / blocks;
-      const int64_t first_panel = panel_group * panels_a_group;
-      const int64_t last_panel = min64(panels.panels, first_panel + panels_a_group);
+      const TapPass& pass = task < passes.back().first_task ? passes.front() : passes.back();
+      task -= pass.first_task;
+      Part part{};
+      const int64_t block = task % pass.blocks;
+      part.tile = pass.tiles() * block / pass.blocks;
+      part.tile_end = pass.tiles() * (block + 1) / pass.blocks;
+      part.panel = pass.first_panel + task / pass.blocks % pass.panel_groups * pass.panels_a_group;
+      part.panel_end = min64(pass.last_panel, part.panel + pass.panels_a_group);
+      part.group = task / pass.blocks / pass.panel_groups;
       if (by_chunks) {
         float* chunk = packed + worker * (packed_bytes / 4);
-        work_by_chunks(tap_tiles, filter, group, first_panel, last_panel, tile_begin, tile_end,
-                       chunk, own_entries);
+        work_by_chunks(tap_tiles, pass, part, filter, scale, chunk, own_entries);
         return;
       }
-      for_each_part(tile_begin, tile_end, [&](const TapRegion& region, int64_t from, int64_t to) {
-        tap_tiles.run(panels, packed, region, group, first_panel, last_panel, from, to,
-                      own_entries);
+      TapTile t{};
+      t.first = t.last = true;
+      for_each_region_of(pass, part, [&](const TapRegion& region, int64_t tile, int64_t tile_end) {
+        tap_tiles.list_taps(region, own_entries, t);
+        tap_tiles.run(pass, region, part.group, part.panel, part.panel_end, tile, tile_end,
+                      packed + panels.offset(part.group, part.panel), kPanel * panels.reduce, t);
       });
     });
   }
 
  private:
+  // What a task computes.
+  struct Part {
+    int64_t group, panel, panel_end, tile, tile_end;
+  };
+
+  void add_pass(int64_t first_panel, int64_t last_panel) {
+    TapPass pass{};
+    pass.first_panel = first_panel;
+    pass.last_panel = last_panel;
+    pass.vectors = panels.vectors_of(first_panel);
+    pass.columns = panels.last_columns(first_panel);
+    pass.rows = V::kGemmRows[pass.vectors];
+    pass.first_tile.push_back(0);
+    for (const TapRegion& region : regions) {
+      pass.first_tile.push_back(pass.tiles() + ceil_div(region.pixels(g.images), pass.rows));
+    }
+    passes.push_back(std::move(pass));
+  }
+
+  // A few neighbouring panels a task: rows of the filter are read in longer pieces.
+  void block_by_chunks(TapPass& pass, int64_t blocks, int64_t enough_tasks) {
+    pass.blocks = min64(pass.tiles(), blocks);
+    const int64_t spare = g.groups * pass.panels() * pass.blocks / enough_tasks;
+    pass.panels_a_group = max64(1, min64(spare, kMostColumnsAChunk / kPanel));
+    pass.panel_groups = ceil_div(pass.panels(), pass.panels_a_group);
+    pass.panels_a_group = ceil_div(pass.panels(), pass.panel_groups);
+    packed_bytes = max64(packed_bytes, chunk_rows() * pass.panels_a_group * kPanel * 4);
+  }
+
+  void block_whole(TapPass& pass, int64_t enough_tasks) const {
+    // Filter panels that stay in half of a 1 MiB second-level cache while tiles pass by.
+    const int64_t panel_bytes = max64(panels.reduce * kPanel * 4, 1);
+    pass.panels_a_group = max64(1, min64(pass.panels(), (int64_t{512} << 10) / panel_bytes));
+    constexpr int64_t kPixelsABlock = 96;
+    pass.blocks = ceil_div(pass.tiles(), kPixelsABlock / pass.rows);
+    if (pass.blocks * g.groups * ceil_div(pass.panels(), pass.panels_a_group) < enough_tasks) {
+      pass.blocks = min64(pass.tiles(), enough_tasks);
+      if (pass.blocks * g.groups < enough_tasks) pass.panels_a_group = 1;
+    }
+    pass.panel_groups = ceil_div(pass.panels(), pass.panels_a_group);
+  }
+
   // Rows of a chunk: of one tap if it has enough channels, else of several.
   int64_t channels_a_chunk() const { return min64(g.reduce, kChunkRows); }
   int64_t taps_a_chunk() const { return max64(1, kChunkRows / g.reduce); }
   int64_t chunk_rows() const { return channels_a_chunk() * taps_a_chunk(); }
 
-  // Calls body(region, first tile, last tile + 1) for each region that tiles begin .. end - 1 touch.
+  // Calls body(region, first tile, last tile + 1) for each region that a part's tiles touch.
   template <class Body>
-  void for_each_part(int64_t begin, int64_t end, const Body& body) const {
+  void for_each_region_of(const TapPass& pass, const Part& part, const Body& body) const {
     std::size_t at = 0;
-    while (first_tile[at + 1] <= begin) ++at;
-    while (begin < end) {
-      const int64_t part_end = min64(end, first_tile[at + 1]);
-      body(regions[at], begin - first_tile[at], part_end - first_tile[at]);
-      begin = part_end;
-      ++at;
+    while (pass.first_tile[at + 1] <= part.tile) ++at;
+    for (int64_t tile = part.tile; tile < part.tile_end; ++at) {
+      const int64_t end = min64(part.tile_end, pass.first_tile[at + 1]);
+      body(regions[at], tile - pass.first_tile[at], end - pass.first_tile[at]);
+      tile = end;
     }
   }
 
-  void work_by_chunks(const TapTiles<V>& tap_tiles, const float* filter, int64_t group,
-                      int64_t first_panel, int64_t last_panel, int64_t tile_begin, int64_t tile_end,
-                      float* chunk, int64_t* entries) const {
+  struct Chunk {
+    int64_t tap, c;
+  };
+
+  // While a panel of a chunk is used, its part of the next chunk comes from memory: that of the chunk's
+  // rows (or columns, whichever are contiguous) which lie under it, a line of all of them a tile.
+  void ask_for(const Chunk& next, const TapPass& pass, const Part& part, int64_t panel,
+               const float* filter, TapTile& t) const {
+    t.ahead_lines = 0;
+    const int64_t channels = channels_a_chunk(), columns = (part.panel_end - part.panel) * kPanel;
+    if (next.tap == g.vertical.count * g.horizontal.count || channels < kChunkRows ||
+        pass.vectors < kGemmVectors<V>) {
+      return;
+    }
+    const bool by_rows = g.filter_column == 1;
+    const int64_t contiguous = by_rows ? columns : channels;
+    if (!by_rows && columns < channels) return;
+    const int64_t lines = contiguous / TapTiles<V>::kLine,
+                  panels_here = part.panel_end - part.panel;
+    const int64_t line = lines * (panel - part.panel) / panels_here;
+    t.ahead_lines = lines * (panel - part.panel + 1) / panels_here - line;
+    t.ahead =
+        panels.row_of(filter, part.group, part.panel, next.tap, next.c) + line * TapTiles<V>::kLine;
+    t.ahead_step = by_rows ? g.filter_reduce : g.filter_column;
+  }
+
+  void work_by_chunks(const TapTiles<V>& tap_tiles, const TapPass& pass, const Part& part,
+                      const float* filter, const float* scale, float* chunk,
+                      int64_t* entries) const {
     const int64_t taps = g.vertical.count * g.horizontal.count;
-    const float* rows[V::kRows];
-    float* out[V::kRows];
     TapTile t{};
     // A sum without taps is still written.
     for (int64_t tap = 0; tap == 0 || tap < taps; tap += taps_a_chunk()) {
@@ -591,21 +777,20 @@ struct TapConvolutionRunner {
       for (int64_t c = 0; c < g.reduce; c += channels_a_chunk()) {
         const int64_t c_end = min64(g.reduce, c + channels_a_chunk());
         const int64_t rows_here = (tap_end - tap) * (c_end - c);
-        panels.pack(filter, group, first_panel, last_panel, tap, tap_end, c, c_end, chunk,
-                    rows_here, 0);
+        panels.pack(filter, scale, part.group, part.panel, part.panel_end, tap, tap_end, c, c_end,
+                    chunk, rows_here, 0);
         t.first = tap == 0 && c == 0;
         t.last = tap_end >= taps && c_end == g.reduce;
-        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-          const float* own = chunk + (panel - first_panel) * kPanel * rows_here;
-          for_each_part(tile_begin, tile_end,
-                        [&](const TapRegion& region, int64_t from, int64_t to) {
-                          tap_tiles.list_taps(region, tap, tap_end, c, c_end, entries, t);
-                          typename TapTiles<V>::Cursor cursor(region, g.images, from);
-                          for (int64_t i = from; i < to; ++i) {
-                            const int count = tap_tiles.locate(cursor, i, rows, out);
-                            tap_tiles.tile(panels, group, panel, count, rows, out, own, t);
-                          }
-                        });
+        const Chunk next = c_end < g.reduce ? Chunk{tap, c_end} : Chunk{tap_end, 0};
+        for (int64_t panel = part.panel; panel < part.panel_end; ++panel) {
+          const float* own = chunk + (panel - part.panel) * kPanel * rows_here;
+          ask_for(next, pass, part, panel, filter, t);
+          for_each_region_of(pass, part,
+                             [&](const TapRegion& region, int64_t tile, int64_t tile_end) {
+                               tap_tiles.list_taps(region, tap, tap_end, c, c_end, entries, t);
+                               tap_tiles.run(pass, region, part.group, panel, panel + 1, tile,
+                                             tile_end, own, 0, t);
+                             });
         }
       }
     }
@@ -701,15 +886,15 @@ void for_each_dgrad_class(const Conv2dProblem& p, const Body& body) {
 
 template <class V>
 void implicit_gemm_fprop(const Conv2dProblem& p, const float* x, const float* filter,
-                         const float* bias, float* y) {
+                         const float* scale, const float* bias, const float* residual, float* y) {
   const TapConvolution g = fprop_taps(p);
-  TapConvolutionRunner<V>(g).execute(x, filter, bias, y);
+  TapConvolutionRunner<V>(g).execute(x, filter, scale, bias, residual, y);
 }
 
 template <class V>
 void implicit_gemm_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, float* dx) {
   for_each_dgrad_class(p, [&](const TapConvolution& g, int64_t first) {
-    TapConvolutionRunner<V>(g).execute(dy, filter, nullptr, dx + first);
+    TapConvolutionRunner<V>(g).execute(dy, filter, nullptr, nullptr, nullptr, dx + first);
   });
 }
 

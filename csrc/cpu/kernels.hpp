@@ -19,10 +19,13 @@ struct Conv2dOperands {
   const float* x = nullptr;       // fprop, wgrad
   const float* filter = nullptr;  // fprop, dgrad
   const float* bias = nullptr;    // fprop; may be null
-  const float* dy = nullptr;      // dgrad, wgrad
-  const float* y = nullptr;       // dgrad, wgrad that mask: dy counts where y > 0; may be null
-  float* out = nullptr;           // y, dx or dfilter
-  float* dbias = nullptr;         // wgrad that masks: also the sum of the masked dy; may be null
+  // fprop, of an algorithm that takes them: y = activation(conv(x, filter * scale) + bias + residual).
+  const float* scale = nullptr;     // K values; may be null
+  const float* residual = nullptr;  // of y's shape; may be null
+  const float* dy = nullptr;        // dgrad, wgrad
+  const float* y = nullptr;         // dgrad, wgrad that mask: dy counts where y > 0; may be null
+  float* out = nullptr;             // y, dx or dfilter
+  float* dbias = nullptr;           // wgrad that masks: also the sum of the masked dy; may be null
   // With a 2 x 2 max-pooling behind the convolution, of an algorithm that fuses it. The problem's
   // output has even height and width.
   bool pooled = false;                        // fprop: `out` is pooled
@@ -48,6 +51,8 @@ struct Conv2dAlgorithm {
   Estimate (*estimate)(const Conv2dProblem&, Direction);
   std::string (*blocking)(const Conv2dProblem&, Direction);
   void (*run)(const Conv2dProblem&, Direction, const Conv2dOperands&);
+  // Whether its fprop takes `scale`, and `residual`.
+  bool scales_filter = false, adds_residual = false;
   // Whether it takes operands of a convolution with a pooling behind it.
   bool (*fuses_pool)(const Conv2dProblem&, Direction) = [](const Conv2dProblem&, Direction) {
     return false;

@@ -272,6 +272,7 @@ struct SmallChannel {
                                               .estimate = estimate,
                                               .blocking = blocking,
                                               .run = run,
+                                              .scales_filter = true,
                                               .fuses_pool = fuses_pool};
 
  private:
@@ -346,7 +347,7 @@ struct SmallChannel {
       const int64_t r = merged ? tap : tap / p.s, s = merged ? 0 : tap % p.s;
       tap_offsets[tap] = (r * p.dilation_h * strip.source_w + s * p.dilation_w) * p.c;
     }
-    panels.pack_all(operands.filter, packed);
+    panels.pack_all(operands.filter, operands.scale, packed);
     // Panels that stay in the first-level cache take turns at a tile: whole pixels are written at once.
     const int64_t panels_a_pass =
         max64(1, (int64_t{16} << 10) / max64(panels.reduce * FilterPanels<V>::kPanel * 4, 1));

@@ -1,5 +1,5 @@
 // Convolution wgrad: dfilter[q, k] = sum over output pixels of x[pixel + offset(q)] * dy[pixel, k],
-// q running over (r, s, c). A register tile of V::kRows q's x V::kVectors vectors of k stays in
+// q running over (r, s, c). A register tile of V::kGemmRows[v] q's x v vectors of k stays in
 // registers while a block of pixels streams by. dy comes from a packed copy of the block, which the
 // ReLU mask and the bias gradient are part of; x from a list of addresses.
 //
@@ -83,31 +83,36 @@ void wgrad_tile(const WgradTile& t) {
 
 using WgradTileFunction = void (*)(const WgradTile&);
 
-// By rows - 1, vectors - 1 and whether the rows lie apart.
-template <class V, std::size_t... I>
-constexpr auto make_wgrad_tile_table(std::index_sequence<I...>) {
-  static_assert(V::kVectors == 2);
-  return std::array<WgradTileFunction, sizeof...(I)>{
-      wgrad_tile<V, I / 4 + 1, I / 2 % 2 + 1, I % 2 == 1>...};
+// Of `Vectors` vectors, by rows - 1.
+template <class V, bool Apart, int Vectors, std::size_t... I>
+constexpr auto make_wgrad_tiles(std::index_sequence<I...>) {
+  return std::array<WgradTileFunction, kMostGemmRows<V>>{wgrad_tile<V, I + 1, Vectors, Apart>...};
 }
 
-template <class V>
-WgradTileFunction wgrad_tile_function(int rows, int vectors, bool apart) {
+// By vectors - 1 and rows - 1.
+template <class V, bool Apart, std::size_t... I>
+constexpr auto make_wgrad_tile_table(std::index_sequence<I...>) {
+  return std::array{make_wgrad_tiles<V, Apart, I + 1>(
+      std::make_index_sequence<std::size_t{V::kGemmRows[I + 1]}>{})...};
+}
+
+template <class V, bool Apart>
+WgradTileFunction wgrad_tile_function(int rows, int vectors) {
   static constexpr auto kTable =
-      make_wgrad_tile_table<V>(std::make_index_sequence<4 * std::size_t{V::kRows}>{});
-  return kTable[static_cast<std::size_t>(4 * (rows - 1) + 2 * (vectors - 1) + apart)];
+      make_wgrad_tile_table<V, Apart>(std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
+  return kTable[static_cast<std::size_t>(vectors - 1)][static_cast<std::size_t>(rows - 1)];
 }
 
 // The cut of one wgrad: input copies, partial sums, tasks and scratch memory.
 template <class V>
 struct WgradPlan {
-  static constexpr int64_t kPanel = V::kVectors * V::kWidth;
-
   int64_t floats, pixels;
-  bool by_taps;                                     // a tile's rows are channels of one tap
+  int64_t panels, panel;  // output channels of a group, cut into like panels of so many
+  int64_t rows;           // of a tile, at most
+  bool by_taps;           // a tile's rows are channels of one tap
   int64_t source_h, source_w, image_floats, chunk;  // the copy, where there is one
   bool copied, packed;
-  int64_t parts, panels, q_tiles, tiles_a_tap, q_groups;
+  int64_t parts, q_tiles, tiles_a_tap, q_groups;
   int64_t pixels_a_block;
   int64_t offsets_bytes, sums_bytes, bias_bytes, copy_bytes, block_bytes, lists_bytes;
 
@@ -115,31 +120,36 @@ struct WgradPlan {
     floats = p.filter_size();
     pixels = p.n * p.oh * p.ow;
 
+    const int64_t vectors = ceil_div(p.k_per_group(), V::kWidth);
+    panels = ceil_div(vectors, kGemmVectors<V>);
+    const int64_t panel_vectors = ceil_div(vectors, panels);
+    panel = panel_vectors * V::kWidth;
+    rows = V::kGemmRows[panel_vectors];
+
     // The input rows and columns that the taps reach, with their padding.
     const int64_t reach_h = (p.oh - 1) * p.stride_h + (p.r - 1) * p.dilation_h + 1;
     const int64_t reach_w = (p.ow - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1;
     const bool padded =
         p.pad_top || p.pad_left || reach_h - p.pad_top > p.h || reach_w - p.pad_left > p.w;
-    by_taps = p.c_per_group() >= V::kRows || (padded && mostly_padding(p, reach_h, reach_w));
+    by_taps = p.c_per_group() >= rows || (padded && mostly_padding(p, reach_h, reach_w));
     copied = !by_taps && padded;
     source_h = copied ? reach_h : p.h;
     source_w = copied ? reach_w : p.w;
 
     const int64_t cg = p.c_per_group(), taps = p.r * p.s;
-    tiles_a_tap = ceil_div(cg, V::kRows);
-    q_tiles = by_taps ? taps * tiles_a_tap : ceil_div(taps * cg, V::kRows);
-    panels = ceil_div(p.k_per_group(), kPanel);
+    tiles_a_tap = ceil_div(cg, rows);
+    q_tiles = by_taps ? taps * tiles_a_tap : ceil_div(taps * cg, rows);
 
     constexpr int64_t kTilesAPacking = 4;  // that read a pixel, for packing it to pay
-    packed = cg >= V::kRows && taps * panels / kTilesAPacking >= p.stride_h * p.stride_w;
+    packed = cg >= rows && taps * panels / kTilesAPacking >= p.stride_h * p.stride_w;
     // As many images at a time as 8 MiB hold; all of them where none is copied.
-    image_floats = source_h * source_w * (packed ? p.groups * tiles_a_tap * V::kRows : p.c);
+    image_floats = source_h * source_w * (packed ? p.groups * tiles_a_tap * rows : p.c);
     chunk = copied || packed ? max64(1, min64(p.n, (int64_t{8} << 20) / max64(image_floats * 4, 1)))
                              : p.n;
     // Tasks share dy: each packs what it needs, which some tiles of work make up for. Partial sums
     // serve where this leaves too few tasks; 1 MiB of them at most.
-    constexpr int64_t kTilesATask = 18, kEnoughTasks = 48;
-    q_groups = ceil_div(q_tiles, kTilesATask);
+    constexpr int64_t kRowsATask = 432, kEnoughTasks = 48;
+    q_groups = ceil_div(q_tiles, kRowsATask / rows);
     const int64_t whole_tasks = max64(q_groups * panels * p.groups, 1);
     parts = max64(1, min64(min64(ceil_div(kEnoughTasks, whole_tasks), ceil_div(pixels, 256)),
                            min64(16, (int64_t{1} << 20) / max64(floats * 4, 1))));
@@ -156,20 +166,20 @@ struct WgradPlan {
     copy_bytes = packed   ? p.groups * tiles_a_tap * packed_tile_floats(p) * 4
                  : copied ? round_up(chunk * image_floats * 4, 64)
                           : 0;
-    block_bytes = pixels_a_block * kPanel * 4;
+    block_bytes = round_up(pixels_a_block * panel * 4, 64);
     lists_bytes = by_taps ? round_up(2 * pixels_a_block * 8, 64) : 0;
   }
 
   // From the packed channels of one tile to the next: an odd number of cache lines, so that writing to
   // all of them in turns does not fill single sets of the cache.
   int64_t packed_tile_floats(const Conv2dProblem& p) const {
-    const int64_t floats_used = chunk * p.h * p.w * V::kRows + V::kWidth;
+    const int64_t floats_used = chunk * p.h * p.w * rows + V::kWidth;
     return (ceil_div(floats_used, 16) | 1) * 16;
   }
 
   void make_blocks_of_windows() {
     pixels_a_block = round_up(pixels_a_block, 4);
-    block_bytes = pixels_a_block * kPanel * 4;
+    block_bytes = round_up(pixels_a_block * panel * 4, 64);
   }
   int64_t tasks(const Conv2dProblem& p) const { return parts * p.groups * panels * q_groups; }
   int64_t worker_bytes() const { return block_bytes + lists_bytes; }
@@ -197,7 +207,7 @@ inline void copy_padded(const Conv2dProblem& p, const float* x, int64_t images, 
   });
 }
 
-// The channels of images, those of a tile side by side: [group][tile][pixel][V::kRows].
+// The channels of images, those of a tile side by side: [group][tile][pixel][plan.rows].
 template <class V>
 void pack_x(const Conv2dProblem& p, const WgradPlan<V>& plan, const float* x, int64_t images,
             float* packed) {
@@ -213,12 +223,12 @@ void pack_x(const Conv2dProblem& p, const WgradPlan<V>& plan, const float* x, in
       const int64_t last = (c_end - c - 1) / V::kWidth * V::kWidth;
       const auto tail = V::tail(static_cast<int>(c_end - c - last));
       const float* from = x + begin * p.c + group * cg + c;
-      float* to = out + tile * tile_floats + begin * V::kRows;
-      for (int64_t pixel = begin; pixel < end; ++pixel, from += p.c, to += V::kRows) {
+      float* to = out + tile * tile_floats + begin * plan.rows;
+      for (int64_t pixel = begin; pixel < end; ++pixel, from += p.c, to += plan.rows) {
         for (int64_t v = 0; v < last; v += V::kWidth) V::store(to + v, V::load(from + v));
         const typename V::Reg rest = V::load(from + last, tail);
-        // What a whole vector spills beyond a pixel, the next one covers; another task's would stay.
-        if (pixel + 1 < end) {
+        // What a whole vector spills beyond a pixel, the next ones cover; another task's would stay.
+        if ((end - pixel) * plan.rows >= last + V::kWidth) {
           V::store(to + last, rest);
         } else {
           V::store(to + last, rest, tail);
@@ -262,12 +272,13 @@ void pack_dy(const float* dy, const float* y, int64_t count, int64_t channels, i
       }
     }
   };
-  static_assert(V::kVectors == 2);
-  if (vectors == 1) {
-    y ? pack.template operator()<1, true>() : pack.template operator()<1, false>();
-  } else {
-    y ? pack.template operator()<2, true>() : pack.template operator()<2, false>();
-  }
+  const auto pack_vectors = [&]<std::size_t... I>(std::index_sequence<I...>) {
+    (void)((vectors == I + 1 && ((y ? pack.template operator()<I + 1, true>()
+                                    : pack.template operator()<I + 1, false>()),
+                                 true)) ||
+           ...);
+  };
+  pack_vectors(std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
 }
 
 // The same of dy behind a 2 x 2 max-pooling: `windows` of them, four pixels each, of which dy goes to
@@ -347,7 +358,6 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
   }
   WgradPlan<V> plan(p, dbias != nullptr);
   if (argmax) plan.make_blocks_of_windows();
-  constexpr int64_t kPanel = WgradPlan<V>::kPanel;
   const int64_t cg = p.c_per_group(), kg = p.k_per_group();
   const int workers = workers_for(plan.tasks(p));
   const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes(workers)));
@@ -400,8 +410,8 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
       const int64_t tile_end = plan.q_tiles * (q_group + 1) / plan.q_groups;
       const int64_t part_begin = chunk_pixels / unit * part / plan.parts * unit;
       const int64_t part_end = chunk_pixels / unit * (part + 1) / plan.parts * unit;
-      const int64_t column = group * kg + panel * kPanel;
-      const int64_t width = min64(kg - panel * kPanel, kPanel);
+      const int64_t column = group * kg + panel * plan.panel;
+      const int64_t width = min64(kg - panel * plan.panel, plan.panel);
       const int vectors = static_cast<int>(ceil_div(width, V::kWidth));
       float* packed = reinterpret_cast<float*>(scratch + worker * plan.worker_bytes());
       int64_t* x_pixels =
@@ -421,8 +431,8 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
         const int64_t from = skipped + begin / unit * p.k + column;
         float* own_bias = dbias && q_group == 0 ? bias_sums + part * p.k + column : nullptr;
         // A copy for a few tiles would cost more than it saves.
-        const bool in_place =
-            tile_end - tile_begin <= 4 && !y && !own_bias && !argmax && t.valid == V::kWidth;
+        const bool in_place = (tile_end - tile_begin) * plan.rows <= 96 && !y && !own_bias &&
+                              !argmax && t.valid == V::kWidth;
         const int64_t dy_pixel = in_place ? p.k : int64_t{vectors} * V::kWidth;
         t.dy = in_place ? dy + from : packed;
         if (argmax) {
@@ -445,7 +455,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
             const int64_t tap = tile / plan.tiles_a_tap, c_tile = tile % plan.tiles_a_tap;
             if (tap != listed) {
               t.pixels = list_pixels(p, tap / p.s, tap % p.s, begin, end,
-                                     plan.packed ? V::kRows : p.c, dy_pixel, x_pixels, dy_pixels);
+                                     plan.packed ? plan.rows : p.c, dy_pixel, x_pixels, dy_pixels);
               listed = tap;
             }
             const int64_t c = cg * c_tile / plan.tiles_a_tap;
@@ -460,7 +470,9 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
             t.x = source + image_at * plan.image_floats + group * cg;
           }
           t.sum = sums + part * plan.floats + q * p.k + column;
-          wgrad_tile_function<V>(static_cast<int>(q_end - q), vectors, !plan.by_taps)(t);
+          const int rows = static_cast<int>(q_end - q);
+          (plan.by_taps ? wgrad_tile_function<V, false>(rows, vectors)
+                        : wgrad_tile_function<V, true>(rows, vectors))(t);
         }
       }
     });

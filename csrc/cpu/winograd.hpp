@@ -109,9 +109,10 @@ struct Winograd {
   static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
     const Plan plan(p, direction);
     if (direction == Direction::fprop) {
-      execute(plan, t.x, nullptr, t.filter, t.bias, {t.out, t.argmax, t.pooled});
+      execute(plan, t.x, nullptr, t.filter, t.scale, t.bias,
+              {t.out, t.residual, t.argmax, t.pooled});
     } else {
-      execute(plan, t.dy, t.y, t.filter, nullptr, {t.out});
+      execute(plan, t.dy, t.y, t.filter, nullptr, nullptr, {t.out});
     }
   }
 
@@ -153,6 +154,8 @@ struct Winograd {
                                               .estimate = estimate,
                                               .blocking = blocking,
                                               .run = run,
+                                              .scales_filter = true,
+                                              .adds_residual = true,
                                               .fuses_pool = fuses_pool};
 
  private:
@@ -222,12 +225,13 @@ struct Winograd {
   // Where results go: the convolution's output, or what 2 x 2 max-pooling makes of it.
   struct Results {
     float* y;
-    std::uint8_t* argmax = nullptr;  // of the pooling; may be null
+    const float* residual = nullptr;  // added to y, which is not pooled then; may be null
+    std::uint8_t* argmax = nullptr;   // of the pooling; may be null
     bool pooled = false;
   };
 
   static void execute(const Plan& plan, const float* x, const float* mask, const float* filter,
-                      const float* bias, const Results& results) {
+                      const float* scale, const float* bias, const Results& results) {
     if (plan.tiles == 0) return;
     const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes()));
     float* at = workspace.floats();
@@ -247,8 +251,8 @@ struct Winograd {
     const int64_t c_parts = ceil_div(plan.c, V::kWidth);
     parallel_for(plan.panels * c_parts, [&](int64_t task) {
       const int64_t begin = task / plan.panels * V::kWidth;
-      transform_filter(plan, filter, task % plan.panels, begin, min64(plan.c, begin + V::kWidth),
-                       u);
+      transform_filter(plan, filter, scale, task % plan.panels, begin,
+                       min64(plan.c, begin + V::kWidth), u);
     });
     const int64_t block_floats = kPoints * plan.block_tiles * plan.padded_c;
     if (plan.two_phases) {
@@ -286,9 +290,10 @@ struct Winograd {
     });
   }
 
-  // Channels c .. c_end - 1 of a panel of filters: G g G^T.
-  static void transform_filter(const Plan& plan, const float* filter, int64_t panel, int64_t c,
-                               int64_t c_end, float* u) {
+  // Channels c .. c_end - 1 of a panel of filters: G g G^T. Output channel k is multiplied by scale[k],
+  // if that is not null; fprop alone has one.
+  static void transform_filter(const Plan& plan, const float* filter, const float* scale,
+                               int64_t panel, int64_t c, int64_t c_end, float* u) {
     const int vectors = plan.vectors_of(panel);
     const int64_t width = int64_t{vectors} * V::kWidth;
     const int64_t depth = c_end - c;
@@ -314,6 +319,7 @@ struct Winograd {
         }
       }
       const auto tail = V::tail(valid);
+      const Reg factor = scale ? V::load(scale + k, tail) : V::zero();
       for (int64_t i = 0; i < depth; ++i) {
         Reg columns[3][kTile];  // of G g
 #pragma GCC unroll 3
@@ -324,6 +330,7 @@ struct Winograd {
             g[r] = plan.turned
                        ? V::load(square[3 * r + s] + i * V::kWidth)
                        : V::load(filter + ((3 * r + s) * plan.c + c + i) * plan.k + k, tail);
+            if (scale) g[r] = V::multiply(g[r], factor);
           }
           Transform::filter(g, columns[s]);
         }
@@ -418,11 +425,9 @@ struct Winograd {
                        float* product) {
     const int64_t row_tiles = ceil_div(tiles, V::kRows);
     const int64_t zero = 0;
-    const float* rows[V::kRows];
-    float* out[V::kRows];
     TapTile t{};
-    t.rows = rows;
-    t.y = out;
+    t.x_step = plan.padded_c;
+    t.y_step = kPanel;
     t.tap_offsets = t.filter_offsets = &zero;
     t.taps = 1;
     t.run = plan.c;
@@ -435,10 +440,8 @@ struct Winograd {
       for (int64_t row_tile = 0; row_tile < row_tiles; ++row_tile) {
         const int64_t begin = tiles * row_tile / row_tiles;
         const int count = static_cast<int>(tiles * (row_tile + 1) / row_tiles - begin);
-        for (int i = 0; i < count; ++i) {
-          rows[i] = from + (begin + i) * plan.padded_c;
-          out[i] = to + (begin + i) * kPanel;
-        }
+        t.x = from + begin * plan.padded_c;
+        t.y = to + begin * kPanel;
         tap_tile_function<V>(count, vectors)(t);
       }
     }
@@ -475,21 +478,26 @@ struct Winograd {
 #pragma GCC unroll 4
         for (int i = 0; i < M; ++i) rows[i][j] = out[i];
       }
-      const auto finish = [&](int i, int j, Reg out) {
-        const Reg result = blank >> (i * M + j) & 1 ? start : V::add(out, start);
-        return plan.relu ? V::relu(result) : result;
+      const auto biased = [&](int i, int j, Reg out) {
+        return blank >> (i * M + j) & 1 ? start : V::add(out, start);
       };
+      const auto activated = [&](Reg sum) { return plan.relu ? V::relu(sum) : sum; };
       if (!results.pooled) {
 #pragma GCC unroll 4
         for (int i = 0; i < M; ++i) {
           if (i >= height) break;
           Reg out[M];
           Transform::output(rows[i], out);
-          float* row = results.y + corner + i * row_floats + at;
+          const int64_t first = corner + i * row_floats + at;
+          float* row = results.y + first;
 #pragma GCC unroll 4
           for (int j = 0; j < M; ++j) {
             if (j >= width) break;
-            const Reg result = finish(i, j, out[j]);
+            Reg sum = biased(i, j, out[j]);
+            if (results.residual) {
+              sum = V::add(sum, V::load(results.residual + first + j * plan.k, tail));
+            }
+            const Reg result = activated(sum);
             if (valid == V::kWidth) {
               V::store(row + j * plan.k, result);
             } else {
@@ -510,8 +518,8 @@ struct Winograd {
           if (j >= width) break;
           max_of_four<V>(
               [&](int64_t r, int64_t s) {
-                return finish(i + static_cast<int>(r), j + static_cast<int>(s),
-                              r ? lower[j + s] : upper[j + s]);
+                return activated(biased(i + static_cast<int>(r), j + static_cast<int>(s),
+                                        r ? lower[j + s] : upper[j + s]));
               },
               results.y, results.argmax, corner + i / 2 * row_floats + j / 2 * plan.k + at, valid);
         }

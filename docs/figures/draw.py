@@ -126,14 +126,14 @@ def indirect():
     f.heading(282, 26, "A: pointers")
     for i in range(4):
         y = 58 + 40 * i
-        f.box(282, y, 118, 28, "a", f"rows[{i}] + offset")
+        f.box(282, y, 118, 28, "a", f"x_pixels[{i}] + offset")
         f.arrow((282, y + 14), (20 + 26 * (2 + i) + 26, 131))
     f.soft(282, 238, "one float is broadcast")
 
     f.heading(440, 26, "B: a packed filter panel")
     f.box(440, 40, 130, 34, "b", "vector 0")
     f.box(572, 40, 130, 34, "b", "vector 1")
-    f.soft(440, 92, "[tap][c][2 vectors], contiguous")
+    f.soft(440, 92, "[tap][c][vector], contiguous")
 
     f.heading(440, 140, "sums, in registers")
     for i in range(4):
@@ -143,10 +143,12 @@ def indirect():
     f.arrow((660, 98), (660, 148))
     f.mono(20, 326, "for each tap:  its offset, its filter rows")
     f.mono(
-        20, 344, "  for c in run:  load 2 vectors of B; each pixel: broadcast A, 2 multiply-adds"
+        20,
+        344,
+        "  for c in run:  load a row of B; each pixel: broadcast A, multiply-add each vector",
     )
     f.soft(
-        20, 372, "AVX-512: 12 pixels x 2 vectors of 16 channels. AVX2: 6 pixels x 2 vectors of 8."
+        20, 372, "AVX-512: 6 pixels x 4 vectors of 16 channels. AVX2: 6 pixels x 2 vectors of 8."
     )
     return f
 

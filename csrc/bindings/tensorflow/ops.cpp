@@ -18,7 +18,7 @@ namespace {
 
 using framework::ElementType;
 using framework::g_executions;
-using framework::Ops;
+using Ops = framework::OpsOutsideXla;
 using std::int64_t;
 
 ElementType element_type(int type) {
@@ -255,13 +255,13 @@ FASTCONV_API const char* fastconv_tensorflow_load_error() {
 
 // Null beyond the last op.
 FASTCONV_API const char* fastconv_tensorflow_op_name(std::size_t index) {
-  using fastconv::framework::Ops;
+  using Ops = fastconv::framework::OpsOutsideXla;
   return index < Ops::kNames.size() ? Ops::kNames[index] : nullptr;
 }
 
 // How often the op's kernel ran to its end since the library was loaded.
 FASTCONV_API std::uint64_t fastconv_tensorflow_op_executions(std::size_t index) {
-  using fastconv::framework::Ops;
+  using Ops = fastconv::framework::OpsOutsideXla;
   return index < Ops::kNames.size() ? Ops::executions(index) : 0;
 }
 

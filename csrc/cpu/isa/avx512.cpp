@@ -1,6 +1,6 @@
-// The AVX-512 (F, BW, DQ, VL) instances. A register tile of 12 pixels x 32 channels: 24 sums, 2
-// filter vectors and a broadcast of the 32 registers, and 12 pixel pointers, the filter and the
-// channel counter in 14 of the 15 general registers.
+// The AVX-512 (F, BW, DQ, VL) instances. A register tile has 24 sums of the 32 registers. Of 6 pixels x
+// 64 channels, it takes 10 loads for 24 multiply-adds, and 6 pixel pointers; of 12 x 32, for fewer
+// channels, 14 loads, and more pointers than there are general registers for.
 #include <immintrin.h>
 
 #include "cpu/depthwise.hpp"
@@ -17,6 +17,7 @@ namespace {
 
 struct Avx512 {
   static constexpr int kWidth = 16, kRows = 12, kVectors = 2;
+  static constexpr int kGemmRows[] = {0, 12, 12, 8, 6};  // of a register tile, by its vectors
   static constexpr bool kFreeMasks = true;  // masked loads and stores cost what others do
   using Reg = __m512;
   using Int = __m512i;
