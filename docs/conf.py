@@ -6,13 +6,13 @@ import keras
 
 import fastconv
 import fastconv.keras
-from fastconv.keras._stand_in import STAND_INS
+from fastconv.keras._stand_in import JOINING, STAND_INS
 
 keras.config.disable_interactive_logging()
 
 # Layers take over the stock layer's __name__ for the sake of files (see stand_in_for), at which
 # autodoc would call them aliases. In this process nothing is saved.
-for _fast in STAND_INS.values():
+for _fast in (*STAND_INS.values(), *JOINING.values()):
     _fast.__name__ = _fast.__qualname__
 
 # Their pages need no more than the names.

@@ -89,7 +89,10 @@ def test_application(name, size, tolerance, rng, executed):
     # A separable layer, which is no Conv2D to Keras, is two convolutions.
     convolutions = count(L.Conv2D, L.DepthwiseConv2D) + 2 * count(L.SeparableConv2D)
     counts = executed()
-    for op in ("FastconvConv2D", "FastconvConv2DGradInput", "FastconvConv2DGradFilter"):
+    # With batch normalisation and ReLU, or without.
+    forward = counts.get("FastconvConv2D", 0) + counts["FastconvConv2DScaled"]
+    assert forward == convolutions
+    for op in ("FastconvConv2DGradInput", "FastconvConv2DGradFilter"):
         assert counts[op] == convolutions
     assert np.abs(wanted).max() > 1e-4
     assert distance([y], [wanted]) <= tolerance

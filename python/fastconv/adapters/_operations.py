@@ -27,6 +27,7 @@ FilterShape: TypeAlias = "Sequence[int | None] | None"
 Gradients: TypeAlias = "list[Tensor | None]"
 
 CONV2D = "FastconvConv2D"
+CONV2D_SCALED = "FastconvConv2DScaled"  # TensorFlow's alone: x, w, scale, bias, residual
 CONV2D_GRAD_INPUT = "FastconvConv2DGradInput"
 CONV2D_GRAD_FILTER = "FastconvConv2DGradFilter"
 CONV2D_TRANSPOSE = "FastconvConv2DTranspose"
@@ -244,7 +245,7 @@ def outputs(
         A list; the extents are None where not even the rank is known.
     """
     biases: list[Any] = [("float32", [Extent(1, 3)])] * attributes.get("num_bias", 0)
-    if name == CONV2D:
+    if name in (CONV2D, CONV2D_SCALED):
         return [("float32", _conv2d_extents(filter_shape, attributes))]
     if name == CONV2D_TRANSPOSE:
         return [("float32", _transpose_extents(attributes))]

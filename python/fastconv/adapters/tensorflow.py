@@ -11,6 +11,7 @@ compiled one later; TensorFlow refuses to compile that one.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import sys
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from fastconv.adapters._extents import Attributes, Outputs
 
 __all__ = [
+    "activated_in_one",
+    "added_in_one",
     "avg_pool2d",
     "conv2d",
     "conv2d_max_pool2d",
@@ -41,8 +44,10 @@ __all__ = [
     "global_max_pool2d",
     "inside_xla",
     "max_pool2d",
+    "normalized_in_one",
     "ops_executed",
     "pooled_in_one",
+    "scaled_in_one",
 ]
 
 _LIBRARY = Path(__file__).parent.parent / (
@@ -219,10 +224,97 @@ def pooled_in_one(y: tf.Tensor, *, keep_argmax: bool = False) -> tf.Tensor | Non
     Returns:
         A tensor as ``conv2d_max_pool2d`` returns it, or None.
     """
-    call = None if tf.executing_eagerly() else getattr(y, _CALL, None)
-    if call is None or call.graph is not tf.compat.v1.get_default_graph():
+    call = _replaceable(y)
+    if call is None or call.scale is not None:
         return None
     return _conv2d_max_pool2d(call.inputs, call.attributes, keep_argmax)
+
+
+def normalized_in_one(
+    y: tf.Tensor,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    *,
+    scale: tf.Tensor | None = None,
+    offset: tf.Tensor | None = None,
+    epsilon: float,
+) -> tf.Tensor | None:
+    """``(y - mean) / sqrt(variance + epsilon) * scale + offset``, as ``scaled_in_one``.
+
+    Args:
+        y: a tensor; see ``scaled_in_one``.
+        mean, variance, scale, offset: float32 tensors of shape (filters,), or variables; the last two
+            may be None.
+        epsilon: a number above 0.
+
+    Returns:
+        A tensor of ``y``'s shape, or None.
+    """
+    if _replaceable(y) is None:
+        return None
+    factor = tf.math.rsqrt(tf.convert_to_tensor(variance) + epsilon)
+    if scale is not None:
+        factor *= tf.convert_to_tensor(scale)
+    shift = -tf.convert_to_tensor(mean) * factor
+    if offset is not None:
+        shift += tf.convert_to_tensor(offset)
+    return scaled_in_one(y, factor, shift)
+
+
+def scaled_in_one(y: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tf.Tensor | None:
+    """``y * scale + offset`` by the convolution that made ``y``, where that can take its place.
+
+    The filters are scaled as the kernel packs them, so that it costs nothing. Differentiable to any
+    order.
+
+    Args:
+        y: a tensor. Only a result of ``conv2d`` without an activation, in a graph under construction
+            outside XLA, can be replaced; the convolution is left out of the graph's execution if
+            nothing else reads it.
+        scale, offset: float32 tensors of shape (filters,).
+
+    Returns:
+        A tensor of ``y``'s shape, or None.
+    """
+    call = _replaceable(y)
+    if call is None or call.scale is not None or call.is_relu or inside_xla():
+        return None
+    x, w, *bias = call.inputs
+    if bias:
+        offset += bias[0] * scale
+    return _conv2d_scaled(dataclasses.replace(call, inputs=[x, w, offset], scale=scale))
+
+
+def added_in_one(y: tf.Tensor, residual: tf.Tensor) -> tf.Tensor | None:
+    """``y + residual`` by the convolution that made ``y``, where that can take its place.
+
+    Args:
+        y: a tensor. Only a result of ``scaled_in_one`` can be replaced.
+        residual: a float32 tensor of ``y``'s shape.
+
+    Returns:
+        A tensor of ``y``'s shape, or None.
+    """
+    call = _replaceable(y)
+    if call is None or call.scale is None or call.residual is not None or call.is_relu:
+        return None
+    return _conv2d_scaled(dataclasses.replace(call, residual=residual))
+
+
+def activated_in_one(y: tf.Tensor) -> tf.Tensor | None:
+    """``relu(y)`` by the convolution that made ``y``, where that can take its place.
+
+    Args:
+        y: a tensor. Only a result of ``scaled_in_one`` or ``added_in_one`` can be replaced.
+
+    Returns:
+        A tensor of ``y``'s shape, or None.
+    """
+    call = _replaceable(y)
+    if call is None or call.scale is None or call.is_relu:
+        return None
+    attributes = {**call.attributes, "activation": "RELU"}
+    return _conv2d_scaled(dataclasses.replace(call, attributes=attributes))
 
 
 def max_pool2d(
@@ -414,6 +506,7 @@ def _follow_tensorflow_threads() -> None:
 # Ops whose last input is a list of none or one, by the number of inputs before it.
 _INPUTS_BEFORE_THE_LIST = {
     _operations.CONV2D: 2,
+    _operations.CONV2D_SCALED: 4,
     _operations.CONV2D_GRAD_INPUT: 3,
     _operations.CONV2D_GRAD_FILTER: 3,
     _operations.CONV2D_MAX_POOL2D: 2,
@@ -496,6 +589,20 @@ class _Conv2dCall:
     graph: Any
     inputs: list[tf.Tensor]
     attributes: Attributes
+    scale: tf.Tensor | None = None
+    residual: tf.Tensor | None = None
+
+    @property
+    def is_relu(self) -> bool:
+        return bool(self.attributes["activation"] == "RELU")
+
+
+def _replaceable(y: tf.Tensor) -> _Conv2dCall | None:
+    """The call that made ``y``, if the graph that it is part of is still under construction."""
+    call: _Conv2dCall | None = None if tf.executing_eagerly() else getattr(y, _CALL, None)
+    if call is None or call.graph is not tf.compat.v1.get_default_graph():
+        return None
+    return call
 
 
 def _conv2d(inputs: list[tf.Tensor], attributes: Attributes) -> tf.Tensor:
@@ -504,6 +611,37 @@ def _conv2d(inputs: list[tf.Tensor], attributes: Attributes) -> tf.Tensor:
         graph = tf.compat.v1.get_default_graph()
         setattr(y, _CALL, _Conv2dCall(graph, inputs, attributes))
     return y
+
+
+def _conv2d_scaled(call: _Conv2dCall) -> tf.Tensor:
+    x, w, offset = call.inputs
+    residual = [] if call.residual is None else [call.residual]
+    inputs = [x, w, call.scale, offset, *residual]
+    y = _framework.run_one(_operations.CONV2D_SCALED, inputs, call.attributes)
+    setattr(y, _CALL, call)
+    return y
+
+
+def _conv2d_scaled_rule(
+    framework: _operations.Framework, call: _operations.Call, dy: tf.Tensor
+) -> list[tf.Tensor | None]:
+    x, w, scale, _, *residual = call.inputs
+    (y,) = call.outputs
+    is_relu = call.attributes["activation"] == "RELU"
+    mask = [y] if is_relu else []
+    dx = framework.run_one(
+        _operations.CONV2D_GRAD_INPUT, [x, w * scale, dy, *mask], call.attributes
+    )
+    # Of the filter its gradient takes the shape alone.
+    dscaled, doffset = framework.run(
+        _operations.CONV2D_GRAD_FILTER, [x, w, dy, *mask], {**call.attributes, "num_bias": 1}
+    )
+    dscale = tf.reduce_sum(dscaled * w, axis=[0, 1, 2])
+    through = framework.where_positive(dy, y) if is_relu else dy
+    return [dx, dscaled * scale, dscale, doffset, *[through for _ in residual]]
+
+
+_register_gradient(_operations.CONV2D_SCALED, _conv2d_scaled_rule)
 
 
 def _conv2d_max_pool2d(

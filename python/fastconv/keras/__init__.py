@@ -12,6 +12,7 @@ and ``explain_layer()`` tell who computes what, and why; ``patch()`` is for code
 
 from fastconv.keras._accelerate import accelerate, patch, restore, summary
 from fastconv.keras._explain import Explanation, explain_layer
+from fastconv.keras._joining import FastActivation, FastAdd, FastBatchNormalization, FastReLU
 from fastconv.keras.average_pooling2d import FastAveragePooling2D
 from fastconv.keras.conv1d import FastConv1D
 from fastconv.keras.conv2d import FastConv2D
@@ -25,7 +26,10 @@ from fastconv.keras.separable_conv2d import FastSeparableConv2D
 
 __all__ = [
     "Explanation",
+    "FastActivation",
+    "FastAdd",
     "FastAveragePooling2D",
+    "FastBatchNormalization",
     "FastConv1D",
     "FastConv2D",
     "FastConv2DTranspose",
@@ -34,6 +38,7 @@ __all__ = [
     "FastGlobalAveragePooling2D",
     "FastGlobalMaxPooling2D",
     "FastMaxPooling2D",
+    "FastReLU",
     "FastSeparableConv2D",
     "accelerate",
     "explain_layer",

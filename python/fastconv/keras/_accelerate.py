@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastconv.keras._explain import explain_layer
-from fastconv.keras._stand_in import STAND_INS
+from fastconv.keras._joining import joins_a_convolution
+from fastconv.keras._stand_in import JOINING, STAND_INS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,6 +29,10 @@ def accelerate(model: Model) -> Model:
     state, what ``compile()`` was told and who shares which layer. It may be functional, Sequential,
     subclassed or nested, built or not, trained or not. ``summary(model)`` tells what was done.
 
+    Batch normalisations, sums of two and ReLUs behind a convolution of a functional model, whose
+    output nothing else reads, become part of it where a graph is made for inference. So results there
+    differ from the stock layers' by the rounding of one more product.
+
     Functions that you traced from the model yourself (``tf.function``) remain what they are; those
     of ``fit()``, ``evaluate()`` and ``predict()`` are made anew.
 
@@ -37,7 +42,14 @@ def accelerate(model: Model) -> Model:
     Returns:
         ``model``, which was changed in place.
     """
-    return _change_classes(model, STAND_INS)
+    _change_classes(model, STAND_INS)
+    for part in _layers(model):
+        if isinstance(part, keras.Model):
+            # In the order of the graph: one joins a convolution through the other.
+            for layer in part.layers:
+                if type(layer) in JOINING and joins_a_convolution(layer, part):
+                    _change_class(layer, JOINING[type(layer)])
+    return model
 
 
 def restore(model: Model) -> Model:
@@ -49,7 +61,8 @@ def restore(model: Model) -> Model:
     Returns:
         ``model``, which was changed in place.
     """
-    return _change_classes(model, {fast: stock for stock, fast in STAND_INS.items()})
+    classes = {**STAND_INS, **JOINING}
+    return _change_classes(model, {fast: stock for stock, fast in classes.items()})
 
 
 def summary(model: keras.layers.Layer, console: Console | None = None) -> list[Explanation]:

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 
 import keras
 
-from fastconv.keras._stand_in import STAND_INS, reason_for_stock_always, reason_last_told
+from fastconv.keras._stand_in import (
+    JOINING,
+    STAND_INS,
+    reason_for_stock_always,
+    reason_last_told,
+)
 
 _CONVOLUTIONS_WITH_EPILOGUE = (
     keras.layers.Conv1D,
@@ -59,6 +64,11 @@ def _explain(layer: keras.layers.Layer) -> tuple[str, str]:
         if reason is not None:
             return "stock", reason
         return "fastconv", _how(layer)
+    if isinstance(layer, tuple(JOINING.values())):
+        reason = reason_for_stock_always(layer)
+        if reason is not None:
+            return "stock", reason
+        return "fastconv", "part of the convolution before it, in graphs at inference; else stock"
     kind = type(layer)
     if kind in STAND_INS:
         return "stock", f"not replaced; accelerate() would make it a {STAND_INS[kind].__qualname__}"

@@ -41,6 +41,7 @@ else:
     _Layer = object  # what the mixins are mixed into
 
 __all__ = [
+    "JOINING",
     "STAND_INS",
     "JitWhereXlaServes",
     "Tensor",
@@ -62,22 +63,25 @@ _logger = logging.getLogger("fastconv")
 _told: weakref.WeakKeyDictionary[keras.layers.Layer, str] = weakref.WeakKeyDictionary()
 
 STAND_INS: dict[type[Any], type[Any]] = {}  # stock class: the fast class that stands in for it
+JOINING: dict[type[Any], type[Any]] = {}  # likewise, of layers that become part of a convolution
 
 
-def stand_in_for(stock: type[Any]) -> Callable[[Class], Class]:
+def stand_in_for(
+    stock: type[Any], table: dict[type[Any], type[Any]] = STAND_INS
+) -> Callable[[Class], Class]:
     """Class decorator: makes the class take ``stock``'s place in models and their files.
 
     Keras derives from a class's ``__name__`` the default names of layers and the keys of
     ``.weights.h5`` and ``.keras`` files. The class takes over that of the stock layer, so that both
     give the same names and weights can be loaded from one into the other. Its own name remains its
     ``__qualname__`` and the name it is registered by. ``accelerate()`` and ``patch()`` know it
-    from now on.
+    from now on, or whoever reads ``table``.
     """
 
     def decorate(cls: Class) -> Class:
         keras.saving.register_keras_serializable(package="fastconv", name=cls.__name__)(cls)
         cls.__name__ = stock.__name__
-        STAND_INS[stock] = cls
+        table[stock] = cls
         return cls
 
     return decorate

@@ -1,0 +1,352 @@
+"""Batch normalisations, sums and ReLUs that become part of the convolution before them."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import fastconv
+from fastconv import _core
+from fastconv.adapters import tensorflow as adapter
+from fastconv.keras import (
+    FastActivation,
+    FastAdd,
+    FastBatchNormalization,
+    FastReLU,
+    accelerate,
+    explain_layer,
+    restore,
+)
+from keras_support import two_orders
+from running import running_on
+from tensorflow_oracle import assert_all_close
+
+L = keras.layers
+SCALED = "FastconvConv2DScaled"
+
+
+@pytest.fixture
+def executed():
+    """How often each op has run since the last call; only of those that have."""
+    last = adapter.ops_executed()
+
+    def since():
+        nonlocal last
+        before, last = last, adapter.ops_executed()
+        return {name: last[name] - before[name] for name in last if last[name] != before[name]}
+
+    return since
+
+
+def assert_close(found, wanted, tolerance=3e-5):
+    assert_all_close([found], [wanted], tolerance)
+
+
+def normalized(x, layer, **options):
+    return L.BatchNormalization(**options)(layer(x))
+
+
+def with_varied_weights(model):
+    """No weight at its default, at which a scale of 1 or an offset of 0 would hide faults."""
+    rng = np.random.default_rng(7)
+    weights = []
+    for variable in model.weights:
+        values = rng.normal(0, 0.3, variable.shape)
+        if "variance" in variable.path or "gamma" in variable.path:
+            values = rng.uniform(0.5, 2, variable.shape)
+        weights.append(values.astype("float32"))
+    model.set_weights(weights)
+    return model
+
+
+def pair(make):
+    """A stock model and an accelerated one, of equal weights."""
+    stock = with_varied_weights(make())
+    fast = accelerate(make())
+    fast.set_weights(stock.get_weights())
+    return stock, fast
+
+
+def images(shape, count=3):
+    return np.random.default_rng(3).standard_normal((count, *shape)).astype("float32")
+
+
+CONVOLUTIONS = {
+    "1x1": lambda **o: L.Conv2D(20, 1, **o),
+    "3x3": lambda **o: L.Conv2D(70, 3, padding="same", **o),
+    "with bias": lambda **o: L.Conv2D(5, 3, use_bias=True, **o),
+    "without bias": lambda **o: L.Conv2D(64, 1, use_bias=False, **o),
+    "strided": lambda **o: L.Conv2D(33, 3, strides=2, padding="same", **o),
+    "dilated": lambda **o: L.Conv2D(16, 3, dilation_rate=2, **o),
+    "groups": lambda **o: L.Conv2D(12, 3, groups=4, **o),
+    "depthwise": lambda **o: L.DepthwiseConv2D(3, depth_multiplier=2, padding="same", **o),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 8])
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_normalization_and_relu(kind, channels, executed):
+    def make():
+        inputs = keras.Input((11, 9, channels))
+        x = normalized(inputs, CONVOLUTIONS[kind]())
+        return keras.Model(inputs, L.Activation("relu")(x))
+
+    if kind == "groups" and channels == 1:
+        channels = 4
+    stock, fast = pair(make)
+    x = images((11, 9, channels))
+    wanted = stock.predict(x, verbose=0)
+    executed()
+    assert_close(fast.predict(x, verbose=0), wanted)
+    assert executed() == {SCALED: 1}
+
+
+@pytest.mark.parametrize("center, scale", list(itertools.product([False, True], repeat=2)))
+@pytest.mark.parametrize("relu", [L.ReLU, lambda: L.Activation("relu"), None])
+def test_parts_of_a_normalization(center, scale, relu, executed):
+    def make():
+        inputs = keras.Input((8, 8, 6))
+        x = normalized(inputs, L.Conv2D(7, 3), center=center, scale=scale, epsilon=0.1)
+        return keras.Model(inputs, x if relu is None else relu()(x))
+
+    stock, fast = pair(make)
+    x = images((8, 8, 6))
+    executed()
+    assert_close(fast.predict(x, verbose=0), stock.predict(x, verbose=0))
+    assert executed() == {SCALED: 1}
+
+
+def residual_block(first="second", kernel=3, data_format="channels_last", broadcast=False):
+    channels_first = data_format == "channels_first"
+    options = {"padding": "same", "data_format": data_format}
+    axis = 1 if channels_first else -1
+    inputs = keras.Input((16, 10, 12) if channels_first else (10, 12, 16))
+    x = normalized(inputs, L.Conv2D(24, 1, **options), axis=axis)
+    shortcut = x = L.Activation("relu")(x)
+    x = normalized(x, L.Conv2D(24, kernel, **options), axis=axis)
+    if broadcast:
+        shortcut = L.GlobalAveragePooling2D(keepdims=True, data_format=data_format)(shortcut)
+    x = L.Add()([shortcut, x] if first == "second" else [x, shortcut])
+    return keras.Model(inputs, L.ReLU()(x))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("first", ["first", "second"])
+def test_shortcut(first, kernel, executed):
+    stock, fast = pair(lambda: residual_block(first, kernel))
+    x = images((10, 12, 16))
+    executed()
+    assert_close(fast.predict(x, verbose=0), stock.predict(x, verbose=0))
+    assert executed() == {SCALED: 2}
+
+
+def test_a_shortcut_that_is_spread_over_the_image_is_added_by_stock(executed):
+    stock, fast = pair(lambda: residual_block(broadcast=True))
+    x = images((10, 12, 16))
+    executed()
+    assert_close(fast.predict(x, verbose=0), stock.predict(x, verbose=0))
+    assert executed()[SCALED] == 2
+
+
+def operations_of(model, x):
+    """The types of the TensorFlow operations that the model's inference runs."""
+    function = tf.function(lambda inputs: model(inputs, training=False))
+    graph = function.get_concrete_function(tf.TensorSpec((None, *x.shape[1:]), tf.float32)).graph
+    needed, stack = set(), [output.op for output in graph.outputs]
+    while stack:
+        operation = stack.pop()
+        if operation.name not in needed:
+            needed.add(operation.name)
+            stack += [each.op for each in operation.inputs] + list(operation.control_inputs)
+    return [graph.get_operation_by_name(name).type for name in needed]
+
+
+def test_no_pass_over_the_outputs_is_left():
+    x = images((10, 12, 16))
+    operations = operations_of(accelerate(residual_block()), x)
+    assert operations.count(SCALED) == 2
+    assert not {"FastconvConv2D", "Relu"} & set(operations)
+    # What is left is done on a value a channel.
+    assert operations.count("AddV2") <= 2 * 4
+
+
+def test_channels_first(executed):
+    """Stock TensorFlow may have no kernel of that layout: the other layout tells what is right."""
+    first = accelerate(with_varied_weights(residual_block(data_format="channels_first")))
+    last = with_varied_weights(residual_block())
+    x = images((10, 12, 16))
+    executed()
+    found = first.predict(x.transpose(0, 3, 1, 2), verbose=0).transpose(0, 2, 3, 1)
+    assert executed() == {SCALED: 2}
+    assert_close(found, last.predict(x, verbose=0))
+
+
+@pytest.mark.parametrize("isa", _core.available_isas())
+@pytest.mark.parametrize("shape, filters, kernel", [
+    ((2, 9, 10, 40), 70, 1), ((1, 7, 7, 300), 200, 1), ((2, 8, 9, 33), 20, 3),
+    ((2, 12, 8, 3), 17, 3), ((2, 6, 6, 64), 64, 3),
+])  # fmt: skip
+def test_every_algorithm(isa, shape, filters, kernel):
+    """conv(x, w * scale) + bias + residual, under ReLU, against the plain convolution of NumPy."""
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal(shape).astype("float32")
+    w = rng.standard_normal((kernel, kernel, shape[3], filters)).astype("float32")
+    scale, offset = (rng.standard_normal(filters).astype("float32") for _ in range(2))
+    direct = fastconv.conv2d(x, w, padding="same").astype("float64") * scale + offset
+    residual = rng.standard_normal(direct.shape).astype("float32")
+    wanted = np.maximum(direct + residual, 0)
+    tolerance = 2e-5 * np.abs(direct).max()
+
+    @tf.function
+    def run(x):
+        y = adapter.conv2d(x, w, padding="same")
+        y = adapter.scaled_in_one(y, tf.constant(scale), tf.constant(offset))
+        y = adapter.added_in_one(y, tf.constant(residual))
+        return adapter.activated_in_one(y)
+
+    with running_on(isa):
+        # One that does not serve a problem leaves it to the others.
+        for name in ("direct", "winograd2", "winograd4", "small_channel", "grouped"):
+            with running_on(algorithm=name):
+                found = run(tf.constant(x)).numpy()
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance, err_msg=name)
+
+
+def test_gradients_of_two_orders():
+    """In graphs, through the joined op, as through the stock layers' three."""
+    rng = np.random.default_rng(9)
+    x, w = (rng.standard_normal(s).astype("float32") for s in [(2, 6, 7, 5), (3, 3, 5, 8)])
+    scale, offset = (rng.standard_normal(8).astype("float32") for _ in range(2))
+    residual = rng.standard_normal((2, 4, 5, 8)).astype("float32")
+
+    def joined(x, w, scale, offset, residual):
+        y = adapter.scaled_in_one(adapter.conv2d(x, w), scale, offset)
+        return adapter.activated_in_one(adapter.added_in_one(y, residual))
+
+    def stock(x, w, scale, offset, residual):
+        return tf.nn.relu(tf.nn.conv2d(x, w, 1, "VALID") * scale + offset + residual)
+
+    inputs = [tf.constant(a) for a in (x, w, scale, offset, residual)]
+    found = tf.function(two_orders(joined))(*inputs)
+    assert_all_close(found, tf.function(two_orders(stock))(*inputs), tolerance=2e-4)
+
+
+def test_training_is_the_stock_layers(executed):
+    stock, fast = pair(residual_block)
+    x = images((10, 12, 16), 8)
+    y = images((10, 12, 24), 8)
+    losses = []
+    for model in (stock, fast):
+        model.compile(keras.optimizers.SGD(1e-3), "mse")
+        executed()
+        losses.append(model.fit(x, y, batch_size=4, epochs=2, verbose=0, shuffle=False))
+    assert SCALED not in executed()
+    assert_close(losses[1].history["loss"], losses[0].history["loss"], tolerance=1e-4)
+    executed()
+    found = fast.evaluate(x, y, verbose=0)
+    assert executed()[SCALED] == 2
+    assert_close(found, stock.evaluate(x, y, verbose=0), tolerance=1e-3)
+
+
+def test_frozen_normalizations_join_in_training(executed):
+    stock, fast = pair(residual_block)
+    x, y = images((10, 12, 16), 4), images((10, 12, 24), 4)
+    for model in (stock, fast):
+        for layer in model.layers:
+            if isinstance(layer, L.BatchNormalization):
+                layer.trainable = False
+        model.compile(keras.optimizers.SGD(1e-2), "mse")
+        executed()
+        model.fit(x, y, batch_size=4, verbose=0)
+    assert executed()[SCALED] == 2
+    assert_all_close(fast.get_weights(), stock.get_weights(), tolerance=1e-4)
+
+
+def classes(model):
+    return [type(layer) for layer in model.layers]
+
+
+def test_classes_and_words():
+    model = residual_block()
+    before = classes(model)
+    accelerate(model)
+    after = classes(model)
+    assert {FastBatchNormalization, FastAdd, FastActivation, FastReLU} <= set(after)
+    joined = next(layer for layer in model.layers if isinstance(layer, FastAdd))
+    explanation = explain_layer(joined)
+    assert (explanation.served_by, explanation.type) == ("fastconv", "FastAdd")
+    assert "inference" in explanation.reason
+    restore(model)
+    assert classes(model) == before
+
+
+def test_files(tmp_path):
+    stock, fast = pair(residual_block)
+    x = images((10, 12, 16))
+    wanted = fast.predict(x, verbose=0)
+    fast.save(tmp_path / "fast.keras")
+    loaded = keras.models.load_model(tmp_path / "fast.keras")
+    assert classes(loaded) == classes(fast)
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), wanted)
+    fast.save_weights(tmp_path / "fast.weights.h5")
+    again = residual_block()
+    again.load_weights(tmp_path / "fast.weights.h5")
+    for one, other in zip(again.get_weights(), stock.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+# --- what stays stock -----------------------------------------------------------------------------
+
+
+def read_twice():
+    inputs = keras.Input((8, 8, 4))
+    x = L.Conv2D(4, 3, padding="same")(inputs)
+    return keras.Model(inputs, L.Concatenate()([L.BatchNormalization()(x), x]))
+
+
+def activated_before():
+    inputs = keras.Input((8, 8, 4))
+    x = normalized(inputs, L.Conv2D(4, 3, activation="relu"))
+    return keras.Model(inputs, L.Activation("relu")(x))
+
+
+def other_axis():
+    inputs = keras.Input((8, 8, 4))
+    return keras.Model(inputs, normalized(inputs, L.Conv2D(8, 1), axis=1))
+
+
+def other_activation():
+    inputs = keras.Input((8, 8, 4))
+    return keras.Model(inputs, L.ReLU(6.0)(L.Conv2D(8, 1)(inputs)))
+
+
+def nothing_before():
+    inputs = keras.Input((8, 8, 4))
+    return keras.Model(inputs, L.Activation("relu")(L.BatchNormalization()(inputs)))
+
+
+@pytest.mark.parametrize(
+    "make", [read_twice, activated_before, other_axis, other_activation, nothing_before]
+)
+def test_left_alone(make):
+    stock, fast = pair(make)
+    own = (FastBatchNormalization, FastAdd, FastActivation, FastReLU)
+    assert not [layer for layer in fast.layers if isinstance(layer, own)]
+    x = images((8, 8, 4))
+    assert_close(fast.predict(x, verbose=0), stock.predict(x, verbose=0))
+
+
+def test_batches_of_two_inputs_may_differ():
+    """One image's features added to those of many: with two inputs, sums are not joined."""
+
+    def make():
+        one, other = keras.Input((6, 6, 4)), keras.Input((6, 6, 4))
+        x = normalized(one, L.Conv2D(4, 1))
+        return keras.Model([one, other], L.Add()([normalized(other, L.Conv2D(4, 1)), x]))
+
+    stock, fast = pair(make)
+    assert not [layer for layer in fast.layers if isinstance(layer, FastAdd)]
+    many, one = images((6, 6, 4), 3), images((6, 6, 4), 1)
+    assert_close(tf.function(fast)([many, one]).numpy(), tf.function(stock)([many, one]).numpy())
