@@ -28,7 +28,8 @@ SUITES = {  # file: the ops that its tests must run
 
 BACKENDS = [
     "tensorflow",
-    "jax",
+    # Minutes, in which JAX compiles hundreds of programs.
+    pytest.param("jax", marks=pytest.mark.sweep),
     # A download of hundreds of MB, without which the tests must do.
     pytest.param(
         "torch",
@@ -60,7 +61,7 @@ def test_keras_own_suites(backend):
         },
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         check=False,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
