@@ -17,7 +17,7 @@ namespace {
 struct Avx2 {
   static constexpr int kWidth = 8, kRows = 6, kVectors = 2;
   static constexpr int kGemmRows[] = {0, 12, 6};  // of a register tile, by its vectors
-  static constexpr bool kFreeMasks = false;  // a masked store costs ten others
+  static constexpr bool kFreeMasks = false;       // a masked store costs ten others
   using Reg = __m256;
   using Int = __m256i;
   using Mask = __m256;
