@@ -1,5 +1,6 @@
 #include "cpu/reference.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -55,13 +56,11 @@ template <class Body>
 void for_each_tap(const Pool2dProblem& p, int64_t n, int64_t i, int64_t j, int64_t c,
                   const Body& body) {
   const Indexer x_at{p.layout, p.h, p.w, p.c};
-  for (int64_t r = 0; r < p.r; ++r)
-    for (int64_t s = 0; s < p.s; ++s) {
-      const int64_t row = i * p.stride_h - p.pad_top + r;
-      const int64_t column = j * p.stride_w - p.pad_left + s;
-      if (row < 0 || row >= p.h || column < 0 || column >= p.w) continue;
-      body(r * p.s + s, x_at(n, row, column, c));
-    }
+  // Of a window's up to 2**31 taps few may be inside.
+  const int64_t top = i * p.stride_h - p.pad_top, left = j * p.stride_w - p.pad_left;
+  for (int64_t row = std::max<int64_t>(top, 0); row < std::min(top + p.r, p.h); ++row)
+    for (int64_t column = std::max<int64_t>(left, 0); column < std::min(left + p.s, p.w); ++column)
+      body((row - top) * p.s + column - left, x_at(n, row, column, c));
 }
 
 template <class Body>
