@@ -600,6 +600,14 @@ int main(int count, char** arguments) {
     prove();
     return 0;
   }
+  std::string isas;
+  for (Isa isa : available_isas()) isas += (isas.empty() ? "" : ", ") + std::string(isa_name(isa));
+  std::printf("stress: on %s\n", isas.c_str());
+  try {
+    current_isa();  // FASTCONV_ISA is read
+  } catch (const std::invalid_argument& error) {
+    fail(error.what());
+  }
   set_num_threads(2);
   if (callers > 0) {
     run_callers(seed, problems, callers);
