@@ -23,7 +23,7 @@ ifneq ($(VENV_STATE),sound)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test lint format wheels bounds docs fuzz soak sanitize bench performance gpu-check clean
+.PHONY: help mnist test lint format wheels bounds docs fuzz soak sanitize other-cpus bench performance gpu-check clean
 
 help:
 	@echo "make mnist   train the article's MNIST network on the fast layers;"
@@ -37,6 +37,7 @@ help:
 	@echo "make soak    train and infer for 30 minutes and watch the memory; ARGS passes options"
 	@echo "make sanitize   run the library's stress test under ASan, UBSan and TSan"
 	@echo "             and between guard pages; ARGS passes options"
+	@echo "make other-cpus   run on Arm and on x86-64 processors without AVX-512 and AVX, in QEMU"
 	@echo "make bench   run the benchmarks; ARGS passes options to pytest"
 	@echo "make performance   measure every suite beside other libraries (large downloads)"
 	@echo "             and write docs/performance.md"
@@ -85,6 +86,9 @@ soak: $(INSTALLED)
 
 sanitize: $(INSTALLED)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/sanitize.sh $(ARGS)
+
+other-cpus: $(INSTALLED)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/check_other_cpus.sh $(ARGS)
 
 bench: $(INSTALLED)
 	$(VENV_PYTHON) -m pytest bench $(ARGS)

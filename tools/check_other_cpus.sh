@@ -74,7 +74,8 @@ stress_all() { # PROGRAM ISAS ARGUMENTS...
   output=$(stress "$program" "$@")
   echo "$output"
   grep -q "stress: on $isas\$" <<<"$output" || fail "the instruction sets must be: $isas"
-  stress "$program" --guard-pages "$@"
+  # A masked load of AVX2 reads all of its lanes in QEMU, 7.2 at least, and would meet the pages.
+  [[ $* == *--no-guards* ]] || stress "$program" --guard-pages "$@"
   stress "$program" --fail-allocations "$@"
   stress "$program" --callers 4 "$@"
 }
@@ -123,7 +124,7 @@ for cpu in ${cpus//,/ }; do
       ;;
     haswell)
       qemu=(qemu-x86_64 -cpu Haswell)
-      x86 "avx2, scalar" avx512 "$@"
+      x86 "avx2, scalar" avx512 --no-guards "$@"
       ;;
     *) sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
   esac
