@@ -76,6 +76,11 @@ void for_each_window(const Pool2dProblem& p, const Body& body) {
 
 void conv2d_fprop(const Conv2dProblem& p, const float* x, const float* filter, const float* bias,
                   float* y) {
+  conv2d_scaled_fprop(p, x, filter, nullptr, bias, nullptr, y);
+}
+
+void conv2d_scaled_fprop(const Conv2dProblem& p, const float* x, const float* filter,
+                         const float* scale, const float* bias, const float* residual, float* y) {
   std::vector<double> sums(p.y_size());
   for_each_product(p, [&](int64_t at_x, int64_t at_filter, int64_t at_y) {
     sums[at_y] += static_cast<double>(x[at_x]) * filter[at_filter];
@@ -86,7 +91,9 @@ void conv2d_fprop(const Conv2dProblem& p, const float* x, const float* filter, c
       for (int64_t j = 0; j < p.ow; ++j)
         for (int64_t k = 0; k < p.k; ++k) {
           double& sum = sums[y_at(n, i, j, k)];
+          if (scale) sum *= scale[k];
           if (bias) sum += bias[k];
+          if (residual) sum += residual[y_at(n, i, j, k)];
           if (p.activation == Activation::relu && sum < 0) sum = 0;
         }
   store(sums, y);

@@ -9,6 +9,9 @@ namespace fastconv::reference {
 
 FASTCONV_API void conv2d_fprop(const Conv2dProblem& problem, const float* x, const float* filter,
                                const float* bias, float* y);
+FASTCONV_API void conv2d_scaled_fprop(const Conv2dProblem& problem, const float* x,
+                                      const float* filter, const float* scale, const float* bias,
+                                      const float* residual, float* y);
 FASTCONV_API void conv2d_dgrad(const Conv2dProblem& problem, const float* dy, const float* filter,
                                const float* y, float* dx);
 FASTCONV_API void conv2d_wgrad(const Conv2dProblem& problem, const float* x, const float* dy,

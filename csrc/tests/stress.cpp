@@ -316,13 +316,19 @@ std::vector<std::string> algorithms(const Conv2dProblem& p, Direction direction)
 
 struct ConvData {
   Tensor<float> x, w, bias, dy, output;
-  Tensor<float> y, dx, dw, dbias;  // by the reference
+  Tensor<float> scale;
+  Tensor<float> y, y_scaled, y_scaled_added, dx, dw, dbias;  // by the reference
   ConvData(const Conv2dProblem& p, Random& random, bool end)
       : x(p.x_size(), end), w(p.filter_size(), end), bias(p.k, end), dy(p.y_size(), end),
-        output(p.y_size(), end), y(p.y_size(), end), dx(p.x_size(), end), dw(p.filter_size(), end),
+        output(p.y_size(), end), scale(p.k, end), y(p.y_size(), end), y_scaled(p.y_size(), end),
+        y_scaled_added(p.y_size(), end), dx(p.x_size(), end), dw(p.filter_size(), end),
         dbias(p.k, end) {
-    for (auto* tensor : {&x, &w, &bias, &dy, &output}) fill(*tensor, random);
+    for (auto* tensor : {&x, &w, &bias, &dy, &output, &scale}) fill(*tensor, random);
     reference::conv2d_fprop(p, x.data(), w.data(), bias.data(), y.data());
+    reference::conv2d_scaled_fprop(p, x.data(), w.data(), scale.data(), bias.data(), nullptr,
+                                   y_scaled.data());
+    reference::conv2d_scaled_fprop(p, x.data(), w.data(), scale.data(), bias.data(), dy.data(),
+                                   y_scaled_added.data());
     reference::conv2d_dgrad(p, dy.data(), w.data(), output.data(), dx.data());
     reference::conv2d_wgrad(p, x.data(), dy.data(), output.data(), dw.data(), dbias.data());
   }
@@ -339,6 +345,15 @@ void run_conv(const Conv2dProblem& p, ConvData& d, bool end, const std::string& 
         run(what,
             [&] { conv2d_fprop(p, d.x.data(), d.w.data(), d.bias.data(), y.data(), algorithm); });
         check(y, d.y, exact ? 0 : 1e-2 + 1e-4 * largest(d.y), what);
+        // dy serves as a residual.
+        for (const float* residual : {d.dy.data(), static_cast<float*>(nullptr)}) {
+          run(what, [&] {
+            conv2d_scaled_fprop(p, d.x.data(), d.w.data(), d.scale.data(), d.bias.data(), residual,
+                                y.data(), algorithm);
+          });
+          const Tensor<float>& wanted = residual ? d.y_scaled_added : d.y_scaled;
+          check(y, wanted, exact ? 0 : 1e-2 + 1e-4 * largest(wanted), what + " scaled");
+        }
       } else if (direction == Direction::dgrad) {
         Tensor<float> dx(p.x_size(), end);
         run(what, [&] {
