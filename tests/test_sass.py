@@ -68,6 +68,16 @@ def test_rules(change, word):
     assert word in " ".join(sass.broken_rules(GEMM, FIGURES | change))
 
 
+def test_share_of_multiplications_in_either_layout():
+    baseline = sass.read_baseline()[1]
+    kernels = [name for name in baseline if ", SimtTile<128, 128>, 4>" in name]
+    assert len(kernels) == 6
+    for kernel in kernels:
+        assert baseline[kernel].keys() == set(sass.ARCHITECTURES)
+        assert min(map(sass.share, baseline[kernel].values())) >= 0.85, kernel
+        assert "85%" in " ".join(sass.broken_rules(kernel, FIGURES | {"loop": 620}))
+
+
 @pytest.mark.parametrize(
     ("memory", "word"),
     [

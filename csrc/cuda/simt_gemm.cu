@@ -18,6 +18,8 @@ struct TileShape {
 constexpr TileShape kTiles[] = {{128, 128, 0.85}, {64, 64, 0.78}, {128, 32, 0.72}};
 constexpr double kScalarEfficiency = 0.5;  // reads of one element at a time
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // The GEMM of a direction.
 struct Shape {
   int64_t rows, columns, depth, batch;  // batch: groups x classes
@@ -60,11 +62,12 @@ bool is_vector(const Conv2dSpec& spec) {
   switch (spec.direction) {
     case Direction::fprop: return c % 8 == 0 && k % 4 == 0;
     case Direction::dgrad: return k % 8 == 0;
-    default: return k % 4 == 0 && p.oh * p.ow % 4 == 0;
+    default: {
+      const int64_t taps = std::min(p.r * p.s, ceil_div(kTiles[0].rows - 1, c) + 1);
+      return k % 4 == 0 && p.oh * p.ow % 4 == 0 && taps <= kMostTapsOfTile;
+    }
   }
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Plan {
   TileShape tile{};

@@ -23,6 +23,9 @@
 // banks. While one buffer is multiplied the next chunk of 8 is on its way to registers, then to the
 // other buffer.
 //
+// wgrad in NCHW reads pixels one by one, and its main loop would spend a fifth of itself on which of
+// them there are: that is found out by an outer loop, for all threads and 32 chunks (DescribedNchw).
+//
 // kVector says that C and K let the operands be read, and results be written, four at a time; else
 // everything is read one by one and any C and K will do.
 #pragma once
@@ -42,8 +45,8 @@ struct SimtTile {
   static constexpr int kBlocksPerMultiprocessor = kThreads == 256 ? 2 : 6;
 };
 
-// The table of taps that vector reads need.
-inline constexpr int kMostTaps = 128;
+// The table of taps that vector reads need; and the taps of the rows of one tile of wgrad in NCHW.
+inline constexpr int kMostTaps = 128, kMostTapsOfTile = 32;
 
 template <class T>
 struct SimtGemmArguments {
@@ -498,10 +501,11 @@ struct PatchesNhwc {
 template <class T, int kRows, int kThreads>
 struct PatchesNchw {
   using Share = AlongDepth<kRows, kThreads, 1>;
+  using Table = uint4[kRows];
   const uint4* taps;
   float held[Share::kPasses][1];
 
-  static __device__ void fill(uint4 (&table)[kRows], const SimtGemmArguments<T>& p,
+  static __device__ void fill(Table& table, const SimtGemmArguments<T>& p,
                               const BlockPlace& place) {
     for (int i = int(threadIdx.x); i < kRows; i += kThreads) {
       const TapRow tap(p, place, place.row + unsigned(i));
@@ -509,7 +513,8 @@ struct PatchesNchw {
     }
   }
 
-  __device__ explicit PatchesNchw(const uint4* table) : taps(table + Share::row(0)) {}
+  __device__ PatchesNchw(const Table& table, const SimtGemmArguments<T>&, const BlockPlace&)
+      : taps(table + Share::row(0)) {}
 
   __device__ __forceinline__ void get(const SimtGemmArguments<T>& p, int depth, int end) {
     const OutPixel pixel(p.g, depth + Share::depth(), end);
@@ -524,14 +529,13 @@ struct PatchesNchw {
   __device__ __forceinline__ void put(float* to) const { Share::put(to, held); }
 };
 
-// dy in NCHW: pixels, the depth, are contiguous; four at a time where planes have a multiple of
-// four.
-template <class T, int kColumns, int kThreads, int kVector>
+// dy in NCHW: pixels, the depth, are contiguous.
+template <class T, int kColumns, int kThreads>
 struct Planes {
-  using Share = AlongDepth<kColumns, kThreads, kVector>;
+  using Share = AlongDepth<kColumns, kThreads, 1>;
   unsigned offset;
   int columns;
-  float held[Share::kPasses][kVector];
+  float held[Share::kPasses][1];
 
   __device__ Planes(const SimtGemmArguments<T>& p, const BlockPlace& place) {
     const unsigned column = place.column + unsigned(Share::row(0));
@@ -546,15 +550,134 @@ struct Planes {
     const T* from = p.b + (unsigned(image) * unsigned(p.g.y.image) + pixel + offset);
 #pragma unroll
     for (int i = 0; i < Share::kPasses; ++i) {
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) held[i][j] = 0.f;
+      held[i][0] = 0.f;
       if (at < end && i * Share::kStep < columns) {
-        load<kVector>(from + unsigned(i * Share::kStep) * unsigned(p.g.plane), held[i]);
+        load<1>(from + unsigned(i * Share::kStep) * unsigned(p.g.plane), held[i]);
       }
     }
   }
   static __device__ int place() { return Share::place(); }
   __device__ __forceinline__ void put(float* to) const { Share::put(to, held); }
+};
+
+// Both operands in NCHW with kVector: dy is read four pixels at a time, x one by one as above. What
+// that takes of divisions and comparisons is done once for each pixel and not by each of the
+// threads that share it: kPixels of them are described in shared memory, by the main loop's outer
+// loop. Of the taps of the tile's rows (kMostTapsOfTile at most) a word tells, a bit each, which
+// find the pixel.
+template <class T, class Tile>
+struct DescribedNchw {
+  static constexpr int kRows = Tile::kRows, kColumns = Tile::kColumns, kThreads = Tile::kThreads;
+  static constexpr int kPixels = kThreads, kChunks = kPixels / 8;
+  static constexpr unsigned kBeyond = 0xffffffffu;
+  using ShareA = AlongDepth<kRows, kThreads, 1>;
+  using ShareB = AlongDepth<kColumns, kThreads, 4>;
+
+  struct Table {
+    uint2 rows[kRows];  // the bit of the tap; what it adds to a pixel's offset in x
+    // Bits of the taps inside; offset in x; and, for lane l % 8 of the chunk, the offset in dy of
+    // the four pixels that it reads there.
+    uint4 pixels[kPixels];
+  };
+
+  const uint2* rows;
+  const uint4* pixel;
+  unsigned columns[ShareB::kPasses];  // of dy; outside of it some other, whose results are dropped
+
+  struct A {
+    float held[ShareA::kPasses][1];
+    static __device__ int place() { return ShareA::place(); }
+    __device__ __forceinline__ void put(float* to) const { ShareA::put(to, held); }
+  } a;
+  struct B {
+    float held[ShareB::kPasses][4];
+    static __device__ int place() { return ShareB::place(); }
+    __device__ __forceinline__ void put(float* to) const { ShareB::put(to, held); }
+  } b;
+
+  static __device__ int first_tap(const SimtGemmArguments<T>& p, const BlockPlace& place) {
+    return p.g.by_c_per_group.quotient(int(place.row));
+  }
+
+  // How many pixels have no description: those described are the table's last, an even number of
+  // chunks.
+  static __device__ int left_out(const BlockPlace& place) {
+    return max(0, kPixels - (place.end + 23 - place.depth) / 16 * 16);
+  }
+
+  // Pixels from place.depth on, a chunk beyond the end or two included.
+  static __device__ void describe(Table& table, const SimtGemmArguments<T>& p,
+                                  const BlockPlace& place) {
+    const ConvGeometry& g = p.g;
+    const int pixel = int(threadIdx.x) - left_out(place) + place.depth, end = place.end;
+    if (pixel < place.depth) return;
+    const OutPixel x(g, pixel, end);
+    const int first = first_tap(p, place);
+    const int last = g.by_c_per_group.quotient(min(int(place.row) + kRows, p.rows) - 1);
+    int tap_row = first;
+    int tap_column = g.by_column_taps.split(tap_row);
+    unsigned inside = 0;
+    for (int tap = first; tap <= last; ++tap) {
+      const unsigned down = unsigned(tap_row * g.rows.dilation - g.rows.padding);
+      const unsigned right = unsigned(tap_column * g.columns.dilation - g.columns.padding);
+      inside |= unsigned(x.inside(g, make_uint4(down, right, 0, 0))) << (tap - first);
+      if (++tap_column == g.columns.taps) tap_column = 0, ++tap_row;
+    }
+    const int four = pixel / 8 * 8 + pixel % 2 * 4;
+    int image = four;
+    const int in_plane = g.by_plane.split(image);
+    table.pixels[threadIdx.x] = make_uint4(
+        inside, x.offset,
+        four < end ? unsigned(image) * unsigned(g.y.image) + unsigned(in_plane) : kBeyond, 0);
+  }
+
+  static __device__ void fill(Table& table, const SimtGemmArguments<T>& p,
+                              const BlockPlace& place) {
+    const int first = first_tap(p, place);
+    for (int i = int(threadIdx.x); i < kRows; i += kThreads) {
+      const unsigned row = place.row + unsigned(i);
+      const TapRow tap(p, place, row);
+      table.rows[i] = make_uint2(
+          row < unsigned(p.rows) ? 1u << (p.g.by_c_per_group.quotient(int(row)) - first) : 0u,
+          tap.offset);
+    }
+    describe(table, p, place);
+  }
+
+  __device__ DescribedNchw(const Table& table, const SimtGemmArguments<T>& p,
+                           const BlockPlace& place)
+      : rows(table.rows + ShareA::row(0)) {
+    restart(table, place);
+#pragma unroll
+    for (int i = 0; i < ShareB::kPasses; ++i) {
+      const unsigned column = min(place.column + unsigned(ShareB::row(i)), unsigned(p.columns) - 1);
+      columns[i] = (unsigned(place.group * p.g.k_per_group) + column) * unsigned(p.g.plane);
+    }
+  }
+
+  __device__ void restart(const Table& table, const BlockPlace& place) {
+    pixel = table.pixels + left_out(place) + ShareA::depth();
+  }
+  __device__ __forceinline__ bool has_more(const Table& table) const {
+    return pixel < table.pixels + kPixels;
+  }
+
+  __device__ __forceinline__ void get(const SimtGemmArguments<T>& p, const BlockPlace&, int, int) {
+    const uint4 here = *pixel;
+    pixel += 8;
+#pragma unroll
+    for (int i = 0; i < ShareA::kPasses; ++i) {
+      const uint2 row = rows[i * ShareA::kStep];
+      a.held[i][0] = 0.f;
+      if (here.x & row.x) load<1>(p.a + (here.y + row.y), a.held[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < ShareB::kPasses; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) b.held[i][j] = 0.f;
+      if (here.z != kBeyond) load<4>(p.b + (here.z + columns[i]), b.held[i]);
+    }
+  }
 };
 
 // --- the two operands of a direction -------------------------------------------------------------
@@ -571,18 +694,18 @@ struct Operands {  // fprop and dgrad
                                GatherNchw<T, kDirection, Tile::kRows, kThreads, kVector>>;
   using B = std::conditional_t<kForward, MatrixRows<T, Tile::kColumns, kThreads, kVector>,
                                FilterAlongDepth<T, Tile::kColumns, kThreads, kVector>>;
-  static constexpr int kTable = Walk::kTable;
+  using Table = uint4[Walk::kTable];
+  static constexpr int kChunks = 0;
   Walk walk;
   A a;
   B b;
 
-  static __device__ void prepare(uint4 (&table)[kTable], const SimtGemmArguments<T>& p,
-                                 const BlockPlace& place) {
+  static __device__ void fill(Table& table, const SimtGemmArguments<T>& p,
+                              const BlockPlace& place) {
     Walk::fill(table, p.g, place);
   }
 
-  __device__ Operands(const uint4 (&table)[kTable], const SimtGemmArguments<T>& p,
-                      const BlockPlace& place)
+  __device__ Operands(const Table& table, const SimtGemmArguments<T>& p, const BlockPlace& place)
       : walk(table, p.g, place,
              kWalkOfThread ? AlongDepth<Tile::kRows, kThreads, kVector>::depth() : 0),
         a(p, place), b(make_b(p, place)) {}
@@ -610,46 +733,51 @@ struct Operands {  // fprop and dgrad
   }
 };
 
-template <class T, Layout kLayout, class Tile, int kVector>
-struct Operands<T, Direction::wgrad, kLayout, Tile, kVector> {
-  static constexpr int kThreads = Tile::kThreads;
-  static constexpr int kTable = kLayout == Layout::nhwc ? 1 : Tile::kRows;
-  using A =
-      std::conditional_t<kLayout == Layout::nhwc, PatchesNhwc<T, Tile::kRows, kThreads, kVector>,
-                         PatchesNchw<T, Tile::kRows, kThreads>>;
-  using B =
-      std::conditional_t<kLayout == Layout::nhwc, MatrixRows<T, Tile::kColumns, kThreads, kVector>,
-                         Planes<T, Tile::kColumns, kThreads, kVector>>;
-  A a;
-  B b;
+template <class T, class Tile, int kVector>
+struct Operands<T, Direction::wgrad, Layout::nhwc, Tile, kVector> {
+  using Table = uint4[1];  // none
+  static constexpr int kChunks = 0;
+  PatchesNhwc<T, Tile::kRows, Tile::kThreads, kVector> a;
+  MatrixRows<T, Tile::kColumns, Tile::kThreads, kVector> b;
 
-  static __device__ void prepare(uint4 (&table)[kTable], const SimtGemmArguments<T>& p,
-                                 const BlockPlace& place) {
-    if constexpr (kLayout == Layout::nchw) A::fill(table, p, place);
-  }
+  static __device__ void fill(Table&, const SimtGemmArguments<T>&, const BlockPlace&) {}
 
-  __device__ Operands(const uint4 (&table)[kTable], const SimtGemmArguments<T>& p,
-                      const BlockPlace& place)
-      : a(make_a(table, p, place)), b(p, place) {}
-
-  static __device__ A make_a(const uint4* table, const SimtGemmArguments<T>& p,
-                             const BlockPlace& place) {
-    if constexpr (kLayout == Layout::nhwc) {
-      return A(p, place);
-    } else {
-      return A(table);
-    }
-  }
+  __device__ Operands(const Table&, const SimtGemmArguments<T>& p, const BlockPlace& place)
+      : a(p, place), b(p, place) {}
 
   __device__ __forceinline__ void get(const SimtGemmArguments<T>& p, const BlockPlace&, int depth,
                                       int end) {
     a.get(p, depth, end);
-    if constexpr (kLayout == Layout::nhwc) {
-      b.get(p);
-    } else {
-      b.get(p, depth, end);
-    }
+    b.get(p);
   }
+};
+
+template <class T, class Tile>
+struct Operands<T, Direction::wgrad, Layout::nchw, Tile, 1> {
+  using A = PatchesNchw<T, Tile::kRows, Tile::kThreads>;
+  using Table = typename A::Table;
+  static constexpr int kChunks = 0;
+  A a;
+  Planes<T, Tile::kColumns, Tile::kThreads> b;
+
+  static __device__ void fill(Table& table, const SimtGemmArguments<T>& p,
+                              const BlockPlace& place) {
+    A::fill(table, p, place);
+  }
+
+  __device__ Operands(const Table& table, const SimtGemmArguments<T>& p, const BlockPlace& place)
+      : a(table, p, place), b(p, place) {}
+
+  __device__ __forceinline__ void get(const SimtGemmArguments<T>& p, const BlockPlace&, int depth,
+                                      int end) {
+    a.get(p, depth, end);
+    b.get(p, depth, end);
+  }
+};
+
+template <class T, class Tile>
+struct Operands<T, Direction::wgrad, Layout::nchw, Tile, 4> : DescribedNchw<T, Tile> {
+  using DescribedNchw<T, Tile>::DescribedNchw;
 };
 
 // --- results -------------------------------------------------------------------------------------
@@ -741,6 +869,31 @@ __device__ __forceinline__ void put_results(const SimtGemmArguments<T>& p, const
   }
 }
 
+// sums += A * B of one chunk, from where this thread reads.
+template <class Tile>
+__device__ __forceinline__ void multiply_chunk(const float* a_at, const float* b_at,
+                                               float (&sums)[8][8]) {
+  constexpr int kPitchA = Tile::kRows + 4, kPitchB = Tile::kColumns + 4;
+#pragma unroll
+  for (int depth = 0; depth < 8; ++depth) {
+    float a[8], b[8];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float4 a4 =
+          *reinterpret_cast<const float4*>(a_at + depth * kPitchA + half * 4 * Tile::kLanesM);
+      const float4 b4 =
+          *reinterpret_cast<const float4*>(b_at + depth * kPitchB + half * 4 * Tile::kLanesN);
+      a[half * 4] = a4.x, a[half * 4 + 1] = a4.y, a[half * 4 + 2] = a4.z, a[half * 4 + 3] = a4.w;
+      b[half * 4] = b4.x, b[half * 4 + 1] = b4.y, b[half * 4 + 2] = b4.z, b[half * 4 + 3] = b4.w;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sums[i][j] = multiply_add(a[i], b[j], sums[i][j]);
+    }
+  }
+}
+
 template <class T, Direction kDirection, Layout kLayout, class Tile, int kVector>
 __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor) void simt_gemm_kernel(
     const SimtGemmArguments<T> p) {
@@ -748,12 +901,12 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor) voi
   constexpr int kPitchA = Tile::kRows + 4, kPitchB = Tile::kColumns + 4;
   constexpr int kBuffer = 8 * (kPitchA + kPitchB);
   FASTCONV_SHARED(tiles, float[2 * kBuffer]);
-  FASTCONV_SHARED(taps, uint4[Pair::kTable]);
+  FASTCONV_SHARED(table, typename Pair::Table);
   FASTCONV_SHARED(place, BlockPlace);
 
   if (threadIdx.x == 0) place.template find<kDirection, Tile>(p);
   __syncthreads();
-  Pair::prepare(taps, p, place);
+  Pair::fill(table, p, place);
   __syncthreads();
 
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
@@ -761,50 +914,83 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor) voi
   const int column = warp % Tile::kWarpsN * 8 * Tile::kLanesN + lane % Tile::kLanesN * 4;
   float sums[8][8] = {};
 
-  Pair operands(taps, p, place);
+  Pair operands(table, p, place);
   // Where this thread reads and writes: in the buffers, which change places after each chunk.
   const float* a_from = tiles + row;
   const float* b_from = tiles + 8 * kPitchA + column;
   float* a_to = tiles + operands.a.place();
   float* b_to = tiles + 8 * kPitchA + operands.b.place();
-  int swap = kBuffer;
-
-  const int end = place.end;
-  int start = place.depth, chunks = (end - start + 7) / 8;
-  if (chunks > 0) {  // else a small class of dgrad has nothing left for this split
-    operands.get(p, place, start, end);
-    operands.a.put(a_to);
-    operands.b.put(b_to);
-    a_to += swap, b_to += swap;
-    __syncthreads();
-  }
-#pragma unroll 1
-  for (; chunks > 0; --chunks) {
-    start += 8;
-    operands.get(p, place, start, end);  // beyond the end nothing is read
-#pragma unroll
-    for (int depth = 0; depth < 8; ++depth) {
-      float a[8], b[8];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float4 a4 =
-            *reinterpret_cast<const float4*>(a_from + depth * kPitchA + half * 4 * Tile::kLanesM);
-        const float4 b4 =
-            *reinterpret_cast<const float4*>(b_from + depth * kPitchB + half * 4 * Tile::kLanesN);
-        a[half * 4] = a4.x, a[half * 4 + 1] = a4.y, a[half * 4 + 2] = a4.z, a[half * 4 + 3] = a4.w;
-        b[half * 4] = b4.x, b[half * 4 + 1] = b4.y, b[half * 4 + 2] = b4.z, b[half * 4 + 3] = b4.w;
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sums[i][j] = multiply_add(a[i], b[j], sums[i][j]);
-      }
+  // A step multiplies one chunk and gets the next; beyond the end nothing is read.
+  if constexpr (Pair::kChunks == 0) {
+    int swap = kBuffer;
+    const int end = place.end;
+    int start = place.depth, chunks = (end - start + 7) / 8;
+    if (chunks > 0) {  // else a small class of dgrad has nothing left for this split
+      operands.get(p, place, start, end);
+      operands.a.put(a_to);
+      operands.b.put(b_to);
+      a_to += swap, b_to += swap;
+      __syncthreads();
     }
+#pragma unroll 1
+    for (; chunks > 0; --chunks) {
+      start += 8;
+      operands.get(p, place, start, end);
+      // Written out once more: what the compiler has inlined takes a register more.
+#pragma unroll
+      for (int depth = 0; depth < 8; ++depth) {
+        float a[8], b[8];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float4 a4 =
+              *reinterpret_cast<const float4*>(a_from + depth * kPitchA + half * 4 * Tile::kLanesM);
+          const float4 b4 =
+              *reinterpret_cast<const float4*>(b_from + depth * kPitchB + half * 4 * Tile::kLanesN);
+          a[half * 4] = a4.x, a[half * 4 + 1] = a4.y, a[half * 4 + 2] = a4.z,
+                   a[half * 4 + 3] = a4.w;
+          b[half * 4] = b4.x, b[half * 4 + 1] = b4.y, b[half * 4 + 2] = b4.z,
+                   b[half * 4 + 3] = b4.w;
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) sums[i][j] = multiply_add(a[i], b[j], sums[i][j]);
+        }
+      }
+      operands.a.put(a_to);
+      operands.b.put(b_to);
+      a_from += swap, b_from += swap, a_to -= swap, b_to -= swap;
+      swap = -swap;
+      __syncthreads();
+    }
+  } else {
+    // Two steps at a time, an even number of them for each description. Where this is lies in shared
+    // memory: registers are dear.
+    operands.get(p, place, 0, 0);
     operands.a.put(a_to);
     operands.b.put(b_to);
-    a_from += swap, b_from += swap, a_to -= swap, b_to -= swap;
-    swap = -swap;
     __syncthreads();
+    if (threadIdx.x == 0) place.depth += 8;
+    __syncthreads();
+#pragma unroll 1
+    while (place.depth < place.end + 8) {
+      operands.describe(table, p, place);
+      operands.restart(table, place);
+      __syncthreads();
+#pragma unroll 1
+      while (operands.has_more(table)) {
+#pragma unroll
+        for (int from = 0; from < 2; ++from) {
+          operands.get(p, place, 0, 0);
+          multiply_chunk<Tile>(a_from + from * kBuffer, b_from + from * kBuffer, sums);
+          operands.a.put(a_to + (1 - from) * kBuffer);
+          operands.b.put(b_to + (1 - from) * kBuffer);
+          __syncthreads();
+        }
+      }
+      if (threadIdx.x == 0) place.depth += Pair::kPixels;
+      __syncthreads();
+    }
   }
 
   const unsigned first_row = place.row + unsigned(row);
