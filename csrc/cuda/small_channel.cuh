@@ -14,12 +14,16 @@
 //
 // wgrad: a thread owns 8 x 8 (or 4 x 8) weights, a warp 32 (or 16) taps and channels x 64 filters;
 // the warps of a block take a row each of tiles of 4 x 16 outputs, whose dy lies in shared memory
-// as [output][64 + 4] (rows of 4 mod 32 words: four-way conflicts when NCHW is turned), and
-// are added in order; blocks by split_k.cu.
+// as [output][64 + 4] (rows of 4 mod 32 words: 8 outputs x 4 filters meet all banks when NCHW is
+// turned), and are added in order; blocks by split_k.cu. Its lanes read four neighbours among taps
+// and channels at once: rows and channels of the patch are padded until those lie in different banks.
 //
 // dgrad is left to simt_gemm.cuh: nothing asks for the gradient of a first layer's input in
 // training, and a tile of 32 columns computes it all the same.
 #pragma once
+
+#include <algorithm>
+#include <climits>
 
 #include "cuda/element.cuh"
 #include "cuda/geometry.cuh"
@@ -44,9 +48,55 @@ struct Patch {
         columns((kPatchColumns - 1) * g.columns.stride + (g.columns.taps - 1) * g.columns.dilation +
                 1),
         pitch((columns - 1) / g.columns.stride + 1), row(pitch * g.columns.stride),
-        channel(rows * row), by_rows(rows), by_columns(columns), by_channels(p.c_per_group()) {}
+        channel(rows * row), by_rows(rows), by_columns(columns), by_channels(p.c_per_group()) {
+    const int least = row;
+    int best = row, fewest = INT_MAX;
+    for (int padding = 0; padding < 8 && fewest > 0; ++padding) {
+      pad(g, least + padding);
+      const int found = conflicts(g);
+      if (found < fewest) best = row, fewest = found;
+    }
+    pad(g, best);
+  }
 
   int words(int channels) const { return channels * channel; }
+
+  // What tap and channel `i` add to the place of an output's first tap.
+  __host__ __device__ int place(const ConvGeometry& g, int i) const {
+    int tap_row = i;
+    const int channel_of_group = g.by_c_per_group.split(tap_row);
+    int column = g.by_column_taps.split(tap_row) * g.columns.dilation;
+    const int column_class = g.columns.by_stride.split(column);
+    return channel_of_group * channel + tap_row * g.rows.dilation * row + column_class * pitch +
+           column;
+  }
+
+ private:
+  // Rows of so many words; channels such that 32 neighbours of NHWC are stored to different banks.
+  void pad(const ConvGeometry& g, int words_of_row) {
+    row = words_of_row;
+    channel = rows * row;
+    if (g.c_per_group > 1) {
+      const int wanted = (32 + g.c_per_group - 1) / g.c_per_group;
+      channel += (wanted - channel % 32 + 32) % 32;
+    }
+  }
+
+  // Among the four places that a warp of wgrad reads at a time: pairs in one bank.
+  int conflicts(const ConvGeometry& g) const {
+    const int depth = std::min(g.rows.taps * g.columns.taps * g.c_per_group, 256);  // soon told
+    int found = 0;
+    for (int first = 0; first < depth; first += 4) {
+      int places[4];
+      for (int i = 0; i < 4; ++i) {
+        places[i] = place(g, std::min(first + i, depth - 1));
+        for (int j = 0; j < i; ++j) {
+          found += places[i] != places[j] && (places[i] - places[j]) % 32 == 0;
+        }
+      }
+    }
+    return found;
+  }
 };
 
 template <class T>
@@ -64,17 +114,6 @@ struct SmallChannelArguments {
   FastDivisor by_filter_tiles, by_depth_tiles, by_tile_columns, by_tile_rows, by_splits;
   bool relu, channels_last, vector;  // vector: K allows filters and dy in fours
 };
-
-// Fills the table: what tap and channel `i` add to the place of an output's first tap in the patch.
-template <class T>
-__device__ __forceinline__ int place_in_patch(const SmallChannelArguments<T>& p, int i) {
-  int tap_row = i;
-  const int channel = p.g.by_c_per_group.split(tap_row);
-  int column = p.g.by_column_taps.split(tap_row) * p.g.columns.dilation;
-  const int column_class = p.g.columns.by_stride.split(column);
-  return channel * p.patch.channel + tap_row * p.g.rows.dilation * p.patch.row +
-         column_class * p.patch.pitch + column;
-}
 
 // Copies the patch whose first pixel is (top, left), which may lie outside: zeros.
 template <class T>
@@ -124,7 +163,9 @@ __global__ __launch_bounds__(kPatchThreads,
   int group = image;
   image = p.by_splits.split(group);  // here: images
 
-  for (int i = int(threadIdx.x); i < p.depth; i += kPatchThreads) places[i] = place_in_patch(p, i);
+  for (int i = int(threadIdx.x); i < p.depth; i += kPatchThreads) {
+    places[i] = p.patch.place(g, i);
+  }
   copy_patch(p, image, group, row_tile * g.rows.stride - g.rows.padding,
              column_tile * g.columns.stride - g.columns.padding, patch);
 
@@ -234,8 +275,10 @@ __device__ __forceinline__ void copy_dy(const SmallChannelArguments<T>& p, int i
     return;
   }
   for (int i = int(threadIdx.x); i < kOutputs * kWgradFilters; i += kPatchThreads) {
-    const int output = p.channels_last ? i / kWgradFilters : i % kOutputs;
-    const int filter = p.channels_last ? i % kWgradFilters : i / kOutputs;
+    // NCHW: lanes are 8 neighbouring outputs of 4 filters.
+    const int eighth = i / 32 % (kOutputs / 8), four = i / (4 * kOutputs);
+    const int output = p.channels_last ? i / kWgradFilters : eighth * 8 + i % 8;
+    const int filter = p.channels_last ? i % kWgradFilters : four * 4 + i / 8 % 4;
     const int oh = row + output / kPatchColumns, ow = column + output % kPatchColumns;
     const int k = first_filter + filter;
     to[output * kDyPitch + filter] =
@@ -279,13 +322,12 @@ __global__ __launch_bounds__(kPatchThreads,
   split = p.by_splits.split(group);
 
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int tap = lane / 8 * kTaps, filter = lane % 8 * 4;
+  const int tap = lane / 8, filter = lane % 8 * 4;  // and every fourth tap from there
   const float* base[kTaps];
 #pragma unroll
   for (int j = 0; j < kTaps; ++j) {
-    const int number = first_tap + tap + j;  // a tap beyond the last is the first: not written
-    base[j] = patch + (place_in_patch(p, number < p.depth ? number : 0) +
-                       warp * g.rows.stride * p.patch.row);
+    const int number = min(first_tap + tap + 4 * j, p.depth - 1);  // beyond the last: not written
+    base[j] = patch + (p.patch.place(g, number) + warp * g.rows.stride * p.patch.row);
   }
 
   float sums[kTaps][8] = {};
@@ -332,7 +374,7 @@ __global__ __launch_bounds__(kPatchThreads,
     for (int j = 0; j < kTaps; ++j) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float* const to = dy + (tap + j) * kWgradFilters + filter + half * 32;
+        float* const to = dy + (tap + 4 * j) * kWgradFilters + filter + half * 32;
         float4 sum = make_float4(sums[j][half * 4], sums[j][half * 4 + 1], sums[j][half * 4 + 2],
                                  sums[j][half * 4 + 3]);
         if (turn > 0) {
