@@ -1,12 +1,16 @@
 """``make gpu-check`` on a machine without a GPU, and the report that it writes on one with."""
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import cuda_support
+from fastconv.bench.problem import DIRECTIONS
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 
@@ -60,6 +64,45 @@ def test_gpu_is_described(tmp_path, monkeypatch, gpu_check):
     assert reason == ""
     assert gpus[0]["name"] == "NVIDIA X"
     assert gpus[0]["compute_cap"] == "9.0"
+
+
+@cuda_support.EMULATOR_ONLY
+def test_rehearsal(tmp_path):
+    """Every step behind the build, on the emulator; compute-sanitizer has a stand-in."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text('#!/bin/sh\n[ "$2" = initcheck ] && exit 9\nshift 6\nexec "$@"\n')
+    program.chmod(0o755)
+    run = subprocess.run(
+        [
+            sys.executable, TOOLS / "gpu_check.py", "--folder", tmp_path / "check",
+            "--rehearse", cuda_support.library("fast"),
+        ],
+        env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    text = (tmp_path / "check" / "report.md").read_text()
+    assert run.returncode == 1, text + run.stderr  # initcheck's stand-in failed
+    assert "something FAILED. Please send" in run.stdout
+    assert "- GPUs: none: a rehearsal" in text
+    for step in ("info", "tests", "memcheck", "racecheck", "synccheck", "benchmark"):
+        assert f"| {step} | passed |" in text, text
+    assert "| initcheck | FAILED (9) |" in text
+    assert '"available": true' in text
+    assert "3 passed" in text
+    assert "## Times beside the CPU, in a rehearsal" in text
+    problem = "mb2ic8ih7iw6oc16oh7ow6kh3ph1"
+    for direction, dtype in itertools.product(DIRECTIONS, ("float32", "float16")):
+        assert f"| rehearsed `{problem}` | {direction} | {dtype} |" in text
+
+
+def test_no_library_to_compare_with_is_no_failure(tmp_path, gpu_check):
+    report = gpu_check.Report({})
+    script = "import sys; print('none here'); sys.exit(4)"
+    report.step("benchmark", [sys.executable, "-c", script], 60, left_out=gpu_check.NO_PEER)
+    assert gpu_check.finish(report) == 0
+    assert "| benchmark | left out: none here |" in (tmp_path / "report.md").read_text()
 
 
 def test_report(tmp_path, gpu_check):

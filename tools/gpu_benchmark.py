@@ -3,21 +3,26 @@
 
 Both compute the same layer from the same memory in turn, in one process. A time is the median of
 the rounds, each of several calls between two events of the stream. Called by tools/gpu_check.py.
+Exits with 4 where neither library is there.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import time
 from functools import partial
 
 import numpy as np
 
+import fastconv
 import fastconv.cuda as ours
 from fastconv.bench import suites
-from fastconv.bench.problem import DIRECTIONS
+from fastconv.bench.problem import DIRECTIONS, parse
 
 ROUNDS, CALLS, WARM_UP = 7, 10, 3
+REHEARSED = 'mb2ic8ih7iw6oc16kh3kw3ph1pw1n"rehearsed"'
+NO_PEER = 4
 
 
 class Torch:
@@ -123,6 +128,38 @@ class CuPy:
         return self.cupy.cuda.get_elapsed_time(start, end) / 1e3 / calls
 
 
+class Host:
+    """fastconv on the CPU in cuDNN's place, by the CPU's clock: a rehearsal without a GPU."""
+
+    dtypes = ("float32", "float16")
+    name = "the CPU, in a rehearsal"
+
+    def prepare(self, dtype):
+        self.type = dtype
+
+    def array(self, host):
+        return ours.array(host, self.type)
+
+    def host(self, array):
+        return np.asarray(array.numpy() if hasattr(array, "numpy") else array, np.float32)
+
+    def convolution(self, problem, direction, x, w, dy):
+        x, w, dy = (self.host(array) for array in (x, w, dy))
+        geometry = geometry_of(problem)
+        call = {
+            "fprop": partial(fastconv.conv2d, x, w, **geometry),
+            "dgrad": partial(fastconv.conv2d_grad_input, dy, w, x.shape, **geometry),
+            "wgrad": partial(fastconv.conv2d_grad_filter, x, dy, w.shape, **geometry),
+        }[direction]
+        return call, lambda result: result
+
+    def seconds(self, call, calls):
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
+
+
 def find_peer():
     """The first of the two that works here."""
     reasons = []
@@ -131,9 +168,17 @@ def find_peer():
             return kind()
         except Exception as error:  # noqa: BLE001, PERF203 - whatever a broken installation raises
             reasons.append(f"{kind.__name__}: {error}")
-    raise SystemExit(
-        "gpu_benchmark: neither PyTorch nor CuPy has cuDNN here. " + "; ".join(reasons)
-    )
+    print("neither PyTorch nor CuPy has cuDNN here. " + "; ".join(reasons), file=sys.stderr)
+    raise SystemExit(NO_PEER)
+
+
+def geometry_of(problem):
+    return {
+        "strides": problem.strides,
+        "padding": problem.sides,
+        "dilation_rate": problem.dilations,
+        "groups": problem.groups,
+    }
 
 
 def measure(peer, problem, direction, dtype):
@@ -142,12 +187,7 @@ def measure(peer, problem, direction, dtype):
     peer.prepare(dtype)
     ours.set_float32_math("tf32" if dtype == "tf32" else "ieee")
     x, w, dy = (peer.array(rng.standard_normal(s).astype(np.float32)) for s in shapes)
-    geometry = {
-        "strides": problem.strides,
-        "padding": problem.sides,
-        "dilation_rate": problem.dilations,
-        "groups": problem.groups,
-    }
+    geometry = geometry_of(problem)
     function, arguments = {
         "fprop": (ours.conv2d, (x, w)),
         "dgrad": (ours.conv2d_grad_input, (dy, w, problem.x_shape)),
@@ -184,11 +224,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", action="append", help="default: mnist, resnet50 and vgg16")
     parser.add_argument("--dtype", action="append", help="default: all that the peer has")
+    parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    peer = find_peer()
     rows, failures = [], []
-    for name in options.suite or ("mnist", "resnet50", "vgg16"):
-        for problem in suites.suite(name):
+    if options.rehearse:
+        global ROUNDS, CALLS, WARM_UP
+        ROUNDS, CALLS, WARM_UP = 1, 1, 1
+        peer, layers = Host(), [[parse(REHEARSED)]]
+    else:
+        peer = find_peer()
+        layers = [suites.suite(name) for name in options.suite or ("mnist", "resnet50", "vgg16")]
+    for problems in layers:
+        for problem in problems:
             for direction in DIRECTIONS[: 0 if problem.is_pool else None]:
                 for dtype in options.dtype or peer.dtypes:
                     try:

@@ -10,6 +10,9 @@
 
 Each step is reported, whatever became of the one before (but for the build). The exit status is 0 if
 all that could run passed, 1 if something failed, 3 if there is no NVIDIA GPU; nothing is built then.
+
+--rehearse runs the steps on a machine without a GPU: with the Python that runs this program and the
+fastconv installed there, a module of the emulator for the kernels, and few tests.
 """
 
 import argparse
@@ -29,6 +32,8 @@ NO_GPU = 3
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Small problems of each kernel: compute-sanitizer slows a kernel down a hundred times.
 SANITIZED_TESTS = ["tests/test_cuda_kernels.py", "-k", "not large and not same_bits"]
+REHEARSED_TESTS = ["tests/test_cuda_kernels.py", "-k", "nan_and_infinity"]
+NO_PEER = 4  # of gpu_benchmark.py
 
 
 def gpu():
@@ -59,7 +64,8 @@ class Report:
     def __init__(self, facts):
         self.facts, self.steps, self.benchmark = facts, [], None
 
-    def step(self, name, command, timeout, environment=None, keep=60):
+    def step(self, name, command, timeout, environment=None, keep=60, left_out=None):
+        """(Whether it passed, its log). ``left_out``: an exit status that says what is missing."""
         print(f"gpu-check: {name} ...", flush=True)
         start = time.monotonic()
         log = FOLDER / f"{name.replace(' ', '-')}.log"
@@ -73,6 +79,8 @@ class Report:
             status = f"stopped after {timeout} s"
         lines = log.read_text(errors="replace").splitlines()
         result = "passed" if status == 0 else f"FAILED ({status})"
+        if left_out is not None and status == left_out:
+            result = f"left out: {lines[-1] if lines else status}"
         self.add(name, result, time.monotonic() - start, lines[-keep:])
         return status == 0, log
 
@@ -115,6 +123,7 @@ class Report:
 
 
 def main():
+    global FOLDER
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -122,9 +131,12 @@ def main():
                         help="compile for this GPU's architecture alone: one minute, not ten")  # fmt: skip
     parser.add_argument("--quick", action="store_true",
                         help="without compute-sanitizer; benchmark the article's layers alone")  # fmt: skip
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="default: build/gpu-check")
+    parser.add_argument("--rehearse", type=Path, metavar="MODULE", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    FOLDER = options.folder.resolve()
 
-    gpus, reason = gpu()
+    gpus, reason = gpu() if options.rehearse is None else ([], "")
     if gpus is None:
         print(f"gpu-check: there is no NVIDIA GPU here: {reason}. Nothing was built or run.",
               file=sys.stderr)  # fmt: skip
@@ -138,11 +150,20 @@ def main():
         "commit": commit.stdout.strip() or "unknown",
         "system": platform.platform(),
         "python": platform.python_version(),
-        "GPUs": "; ".join(" ".join(one.values()) for one in gpus),
+        "GPUs": "; ".join(" ".join(one.values()) for one in gpus) or "none: a rehearsal",
     }
     report = Report(facts)
+    on_device = {"FASTCONV_TEST_BACKENDS": "cuda"}
+    if options.rehearse is not None:
+        on_device["FASTCONV_CUDA_LIBRARY"] = str(options.rehearse.resolve())
+        report.add("build", "left out: a rehearsal")
+        run(report, sys.executable, on_device, options, REHEARSED_TESTS, REHEARSED_TESTS,
+            ["--rehearse"])  # fmt: skip
+        return finish(report)
 
     environment = {"FASTCONV_CUDA": "ON" if nvcc() else "pypi"}
+    if nvcc():
+        environment["CUDACXX"] = nvcc()
     if options.native:
         architecture = gpus[0]["compute_cap"].replace(".", "") + "-real"
         environment["SKBUILD_CMAKE_DEFINE"] = f"CMAKE_CUDA_ARCHITECTURES={architecture}"
@@ -152,17 +173,29 @@ def main():
         [sys.executable, "-m", "venv", "--system-site-packages", FOLDER / "venv"],
         600,
     )
+    # Compiled once: to install what lies in "." is to build it again, each time.
+    wheels = FOLDER / "wheel"
+    shutil.rmtree(wheels, ignore_errors=True)
     built = built and report.step(
-        "build", [python, "-m", "pip", "install", "--force-reinstall", "--no-deps", "."],
+        "build", [python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", wheels, "."],
         7200, environment,
-    )[0] and report.step("dependencies", [python, "-m", "pip", "install", ".[test]"], 3600,
-                         environment)[0]  # fmt: skip
+    )[0]  # fmt: skip
+    for name, extra in (("install", ["--force-reinstall", "--no-deps"]), ("dependencies", [])):
+        which = f"{next(wheels.glob('*.whl'))}{'' if extra else '[test]'}" if built else ""
+        built = built and report.step(
+            name, [python, "-m", "pip", "install", *extra, which], 3600
+        )[0]  # fmt: skip
     if not built:
         return finish(report)
-    report.step("info", [python, "-m", "fastconv", "info", "--json"], 120)
-
-    on_device = {"FASTCONV_TEST_BACKENDS": "cuda"}
     tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_cuda*.py"))
+    run(report, python, on_device, options, tests, SANITIZED_TESTS,
+        ["--suite", "mnist"] if options.quick else [])  # fmt: skip
+    return finish(report)
+
+
+def run(report, python, on_device, options, tests, sanitized_tests, benchmark):
+    """The steps after the build."""
+    report.step("info", [python, "-m", "fastconv", "info", "--json"], 120, on_device)
     report.step("tests", [python, "-m", "pytest", "-q", *tests], 7200, on_device)
 
     sanitizer = compute_sanitizer()
@@ -173,29 +206,28 @@ def main():
         report.step(
             tool,
             [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all",
-             python, "-m", "pytest", "-q", "-x", *SANITIZED_TESTS],
+             python, "-m", "pytest", "-q", "-x", *sanitized_tests],
             7200, on_device,
         )  # fmt: skip
 
-    suites = ["--suite", "mnist"] if options.quick else []
     log = FOLDER / "benchmark.json"
-    script = f'"$0" tools/gpu_benchmark.py {" ".join(suites)} > "$1"'
-    report.step("benchmark", ["sh", "-c", script, python, log], 7200)
+    script = f'"$0" tools/gpu_benchmark.py {" ".join(benchmark)} > "$1"'
+    report.step("benchmark", ["sh", "-c", script, python, log], 7200, on_device, left_out=NO_PEER)
     try:
         report.benchmark = json.loads(log.read_text())
     except (OSError, ValueError):
         report.benchmark = None  # the step's own lines say why
-    return finish(report)
 
 
 def nvcc():
-    return shutil.which("nvcc") or os.environ.get("CUDACXX")
+    places = [os.environ.get("CUDACXX"), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    return next((place for place in places if place and os.access(place, os.X_OK)), None)
 
 
 def finish(report):
     path = report.write()
     print(f"gpu-check: {'something FAILED' if report.failed else 'all passed'}. "
-          f"Please send {path.relative_to(ROOT)} back.")  # fmt: skip
+          f"Please send {os.path.relpath(path)} back.")  # fmt: skip
     return 1 if report.failed else 0
 
 
