@@ -341,3 +341,71 @@ def test_an_argmax_of_another_pooling_is_harmless():
 
 def test_the_backends_are_different_libraries(gpu):
     assert gpu in _core.cuda.availability()["library"] or gpu == "cuda"
+
+
+# --- convolution with pooling behind it
+
+FUSED = both_layouts(
+    [
+        Problem((2, 8, 9, 4), 8, padding="same"),
+        Problem((1, 12, 11, 16), 24, strides=(1, 2), padding="same", groups=2),
+        Problem((1, 7, 8, 3), 5, kernel=(2, 3)),
+        Problem((0, 6, 6, 3), 4),
+    ]
+)
+
+
+@over(FUSED)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_convolution_with_pooling(problem, dtype, activation):
+    data, options = integers(problem), {**problem.geometry, "activation": activation}
+    pooled = {"strides": (2, 2), "padding": "valid", "data_format": problem.data_format}
+    unpooled = oracle.conv2d(data.x, data.w, data.bias, **options)
+    y_expected, argmax_expected = oracle.max_pool2d(unpooled, (2, 2), **pooled)
+    arrays = to_device(data, dtype)
+    inputs = arrays.x, arrays.w
+    alone = fastconv.conv2d_max_pool2d(*inputs, arrays.bias, **options)
+    y, argmax = gpu_functions.conv2d_max_pool2d(*inputs, arrays.bias, **options, return_argmax=True)
+    np.testing.assert_array_equal(to_host(y), rounded(y_expected, dtype))
+    np.testing.assert_array_equal(to_host(alone), to_host(y))
+    if dtype == "float32":  # else two may be the same when they are rounded
+        np.testing.assert_array_equal(argmax.numpy(), argmax_expected)
+
+    dy = problem.seed().integers(-3, 4, y_expected.shape).astype(np.float32)
+    taps = argmax.numpy()
+    dz = oracle.max_pool2d_grad(dy * (to_host(y) > 0) if activation else dy, taps,
+                                problem.y_shape, (2, 2), **pooled)  # fmt: skip
+    plain = {**problem.geometry}
+    dw_expected, dbias_expected = oracle.conv2d_grad_filter(data.x, dz, problem.w_shape, **plain)
+    expected = {
+        "dx": oracle.conv2d_grad_input(dz, data.w, problem.x_shape, **plain),
+        "dw": dw_expected,
+        "dbias": dbias_expected,
+    }
+    behind = gpu_functions.array(dy, dtype), y, argmax
+    found = fastconv.conv2d_max_pool2d_grad(*inputs, *behind, **options)
+    for (name, values), result in zip(expected.items(), found, strict=True):
+        np.testing.assert_array_equal(to_host(result), rounded(values, dtype), err_msg=name)
+    first = gpu_functions.conv2d_max_pool2d_grad(*inputs, *behind, **options, with_input_grad=False)
+    assert first[0] is None
+    for one, other in zip(first[1:], found[1:], strict=True):
+        np.testing.assert_array_equal(to_host(one), to_host(other))
+
+
+def test_errors_of_convolution_with_pooling():
+    problem = FUSED[0]
+    arrays = to_device(integers(problem))
+    y, argmax = fastconv.conv2d_max_pool2d(
+        arrays.x, arrays.w, **problem.geometry, return_argmax=True
+    )
+    options = {**problem.geometry}
+    with pytest.raises(ValueError, match="`dy` must have shape"):
+        fastconv.conv2d_max_pool2d_grad(arrays.x, arrays.w, arrays.dy, y, argmax, **options)
+    with pytest.raises(TypeError, match="`argmax` must have dtype uint8"):
+        fastconv.conv2d_max_pool2d_grad(arrays.x, arrays.w, y, y, y, **options)
+    with pytest.raises(ValueError, match="Received: algorithm='winograd'"):
+        fastconv.conv2d_max_pool2d(arrays.x, arrays.w, **options, algorithm="winograd")
+    one = gpu_functions.array(np.ones((1, 1, 1, 1), np.float32))
+    with pytest.raises(ValueError, match="window"):
+        fastconv.conv2d_max_pool2d(one, one)

@@ -61,7 +61,8 @@ const Library* open_module(const std::string& path, std::string& reason) {
   const Library* const found = get != nullptr ? get() : nullptr;
   if (found == nullptr || found->version != Library::kVersion || found->bytes != sizeof(Library) ||
       found->conv2d_call_bytes != sizeof(Conv2dCall) ||
-      found->pool2d_call_bytes != sizeof(Pool2dCall)) {
+      found->pool2d_call_bytes != sizeof(Pool2dCall) ||
+      found->conv2d_pool_call_bytes != sizeof(Conv2dPoolCall)) {
     reason = path + " belongs to another version of fastconv";
     return nullptr;
   }
@@ -170,6 +171,13 @@ void conv2d(const Library& library, int device, void* stream, const Conv2dCall& 
   check(library, library.conv2d_workspace(device, &call, &bytes));
   const Memory workspace(library, device, stream, bytes);
   check(library, library.conv2d(device, stream, &call, workspace.data()));
+}
+
+void conv2d_pool(const Library& library, int device, void* stream, const Conv2dPoolCall& call) {
+  std::size_t bytes = 0;
+  check(library, library.conv2d_pool_workspace(device, &call, &bytes));
+  const Memory workspace(library, device, stream, bytes);
+  check(library, library.conv2d_pool(device, stream, &call, workspace.data()));
 }
 
 }  // namespace fastconv::cuda

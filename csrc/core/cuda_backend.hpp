@@ -70,7 +70,9 @@ class FASTCONV_API Memory {
   std::vector<void*> uses_;  // points of other streams
 };
 
-// A convolution with the workspace that it needs.
+// A convolution with the workspace that it needs; and one with pooling behind it.
 FASTCONV_API void conv2d(const Library& library, int device, void* stream, const Conv2dCall& call);
+FASTCONV_API void conv2d_pool(const Library& library, int device, void* stream,
+                              const Conv2dPoolCall& call);
 
 }  // namespace fastconv::cuda

@@ -453,6 +453,111 @@ Status pool2d(int device, void* stream, const Pool2dCall* call) {
   });
 }
 
+// --- convolution and pooling in one ---------------------------------------------------------------
+
+// The kernels of each one after the other. Windows do not overlap, so that the mask of ReLU and the
+// sum for dbias are taken of the pooled gradient, a quarter of it, before that goes back to where
+// the maxima were.
+struct Conv2dPoolPlan {
+  Pool2dProblem pool;
+  Conv2dProblem pooled;      // with the pooled output in its output's place
+  Conv2dCall first, second;  // forward: first alone; backward: wgrad, dgrad
+  Conv2dPlan first_plan, second_plan;
+  bool masked = false;
+  std::size_t whole_bytes = 0, dz_bytes = 0, reduction_bytes = 0;
+
+  std::size_t workspace_bytes() const {
+    return whole_bytes + dz_bytes + reduction_bytes +
+           std::max(first_plan.workspace_bytes(), second_plan.workspace_bytes());
+  }
+};
+
+Conv2dPoolPlan plan(const Conv2dPoolCall& call, const Device& device) {
+  const Conv2dProblem& p = call.problem;
+  check_sizes(p);
+  Conv2dPoolPlan made;
+  made.pool = pool_behind(p);
+  made.pooled = p;
+  made.pooled.oh = made.pool.oh;
+  made.pooled.ow = made.pool.ow;
+  made.first.problem = p;
+  made.first.type = call.type;
+  made.first.math = call.math;
+  if (p.n == 0) return made;
+  made.whole_bytes = rounded_up(static_cast<std::size_t>(p.y_size()) * size_of(call.type));
+  if (!call.backward) {
+    made.first.algorithm = call.algorithm;
+    made.first.x = call.x;
+    made.first.filter = call.filter;
+    made.first.bias = call.bias;
+    made.first_plan = plan(made.first, device);
+    return made;
+  }
+  made.masked = p.activation == Activation::relu;
+  if (made.masked)
+    made.dz_bytes = rounded_up(static_cast<std::size_t>(made.pool.y_size()) * size_of(call.type));
+  if (call.dbias != nullptr)
+    made.reduction_bytes =
+        rounded_up(activation_grad_workspace_bytes(made.pooled, call.type, device));
+  made.first.problem.activation = Activation::linear;
+  made.second = made.first;
+  made.first.direction = Direction::wgrad;
+  made.first.x = call.x;
+  made.first.out = call.dfilter;
+  made.second.direction = Direction::dgrad;
+  made.second.filter = call.filter;
+  made.second.out = call.dx;
+  (call.dx != nullptr ? made.second : made.first).algorithm = call.algorithm;
+  made.first_plan = plan(made.first, device);
+  if (call.dx != nullptr) made.second_plan = plan(made.second, device);
+  return made;
+}
+
+void run(const Conv2dPoolCall& call, Conv2dPoolPlan made, const Device& device, cudaStream_t stream,
+         void* workspace) {
+  if (call.problem.n == 0) {
+    if (!call.backward) return;
+    made.first.direction = Direction::wgrad;
+    made.first.out = call.dfilter;
+    made.first.dbias = call.dbias;
+    run(made.first, Conv2dPlan(), device, stream, nullptr);
+    return;
+  }
+  char* const whole = static_cast<char*>(workspace);
+  char* const dz = whole + made.whole_bytes;
+  char* const reduction = dz + made.dz_bytes;
+  char* const rest = reduction + made.reduction_bytes;
+  if (!call.backward) {
+    made.first.out = whole;
+    run(made.first, made.first_plan, device, stream, rest);
+    check(max_pool2d_fprop(made.pool, call.type, whole, call.y, call.argmax,
+                           {device, stream, nullptr}),
+          "launching a pooling");
+    return;
+  }
+  if (made.masked || call.dbias != nullptr)
+    check(activation_grad(made.pooled, call.type, call.dy, made.masked ? call.y : nullptr,
+                          made.masked ? dz : nullptr, call.dbias, {device, stream, reduction}),
+          "launching the gradient of the activation");
+  check(max_pool2d_bprop(made.pool, call.type, made.masked ? dz : call.dy, call.argmax, whole,
+                         {device, stream, nullptr}),
+        "launching a pooling");
+  made.first.dy = made.second.dy = whole;
+  run(made.first, made.first_plan, device, stream, rest);
+  if (call.dx != nullptr) run(made.second, made.second_plan, device, stream, rest);
+}
+
+Status conv2d_pool_workspace(int device, const Conv2dPoolCall* call, std::size_t* bytes) {
+  return on_device(device, [&] { *bytes = plan(*call, device_at(device)).workspace_bytes(); });
+}
+
+Status conv2d_pool(int device, void* stream, const Conv2dPoolCall* call, void* workspace) {
+  return on_device(device, [&] {
+    const Device where = device_at(device);
+    run(*call, plan(*call, where), where, stream_of(stream), workspace);
+  });
+}
+
 Library make_library() {
   Library library;
   library.message = message;
@@ -477,6 +582,8 @@ Library make_library() {
   library.conv2d = conv2d;
   library.conv2d_candidates = conv2d_candidates;
   library.pool2d = pool2d;
+  library.conv2d_pool_workspace = conv2d_pool_workspace;
+  library.conv2d_pool = conv2d_pool;
   return library;
 }
 

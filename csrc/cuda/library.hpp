@@ -62,17 +62,38 @@ struct Pool2dCall {
   void* argmax = nullptr;    // of max-pooling: may be null forward, is only read backward
 };
 
+// A convolution and the 2 x 2 max-pooling behind it (pool_behind), as conv2d_pool_fprop and
+// conv2d_pool_bprop of core/operations.hpp. The convolution's output, or its gradient, is in the
+// workspace.
+struct Conv2dPoolCall {
+  Conv2dProblem problem;
+  bool backward = false;
+  DataType type = DataType::float32;
+  Float32Math math = Float32Math::ieee;
+  const char* algorithm = nullptr;  // of fprop; backward of dgrad, without dx of wgrad
+  const void* x = nullptr;
+  const void* filter = nullptr;
+  const void* bias = nullptr;  // forward; may be null
+  void* y = nullptr;           // the result forward; backward, with ReLU, it is read
+  void* argmax = nullptr;      // may be null forward, is only read backward
+  const void* dy = nullptr;
+  void* dx = nullptr;  // may be null, as dbias
+  void* dfilter = nullptr;
+  void* dbias = nullptr;
+};
+
 // What is told of each algorithm that serves a convolution, the chosen one first.
 using CandidateFunction = void (*)(void* context, const char* name, const char* blocking,
                                    std::uint64_t workspace_bytes, double seconds);
 
 struct Library {
   // What the two sides must agree on before anything else is read.
-  static constexpr std::uint32_t kVersion = 1;
+  static constexpr std::uint32_t kVersion = 2;
   std::uint32_t version = kVersion;
   std::uint32_t bytes = sizeof(Library);
   std::uint32_t conv2d_call_bytes = sizeof(Conv2dCall);
   std::uint32_t pool2d_call_bytes = sizeof(Pool2dCall);
+  std::uint32_t conv2d_pool_call_bytes = sizeof(Conv2dPoolCall);
 
   const char* (*message)();  // of this thread's last call that was no success
 
@@ -109,6 +130,8 @@ struct Library {
   Status (*conv2d_candidates)(int device, const Conv2dCall* call, CandidateFunction function,
                               void* context);
   Status (*pool2d)(int device, void* stream, const Pool2dCall* call);
+  Status (*conv2d_pool_workspace)(int device, const Conv2dPoolCall* call, std::size_t* bytes);
+  Status (*conv2d_pool)(int device, void* stream, const Conv2dPoolCall* call, void* workspace);
 };
 
 using LibraryFunction = const Library*();

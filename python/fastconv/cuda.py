@@ -47,6 +47,8 @@ __all__ = [
     "conv2d",
     "conv2d_grad_filter",
     "conv2d_grad_input",
+    "conv2d_max_pool2d",
+    "conv2d_max_pool2d_grad",
     "explain",
     "get_float32_math",
     "is_available",
@@ -262,6 +264,8 @@ max_pool2d = _on_device(functional.max_pool2d)
 max_pool2d_grad = _on_device(functional.max_pool2d_grad)
 avg_pool2d = _on_device(functional.avg_pool2d)
 avg_pool2d_grad = _on_device(functional.avg_pool2d_grad)
+conv2d_max_pool2d = _on_device(functional.conv2d_max_pool2d)
+conv2d_max_pool2d_grad = _on_device(functional.conv2d_max_pool2d_grad)
 
 
 def explain(

@@ -609,7 +609,7 @@ def conv2d_max_pool2d(
     ValueError
         If ``conv2d`` refuses the arguments, or its output is smaller than the window.
     """
-    return _core.conv2d_max_pool2d(
+    return _for(x).conv2d_max_pool2d(
         x,
         w,
         bias,
@@ -669,7 +669,7 @@ def conv2d_max_pool2d_grad(
         If the shapes do not belong to one another, or an option has a value that ``conv2d``
         refuses, or ``argmax`` holds a value above 3.
     """
-    return _core.conv2d_max_pool2d_grad(
+    return _for(x).conv2d_max_pool2d_grad(
         x,
         w,
         dy,

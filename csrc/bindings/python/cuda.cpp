@@ -599,6 +599,20 @@ void enqueue(Arrays& arrays, cuda::Pool2dCall& call) {
   });
 }
 
+void enqueue(Arrays& arrays, const cuda::Conv2dPoolCall& call) {
+  arrays.run([&] { cuda::conv2d_pool(arrays.library(), arrays.device(), arrays.stream, call); });
+}
+
+cuda::Conv2dPoolCall conv2d_pool_call(const Arrays& arrays, const Conv2dProblem& problem,
+                                      const Conv2dOptions& options) {
+  cuda::Conv2dPoolCall call;
+  call.problem = problem;
+  call.type = arrays.type();
+  call.math = cuda::float32_math();
+  call.algorithm = options.algorithm_name();
+  return call;
+}
+
 struct OnDevice {
   static ArrayPointer conv2d(const py::object& x_object, const py::object& w_object,
                              const py::object& bias, const Conv2dOptions& options,
@@ -720,6 +734,59 @@ struct OnDevice {
     call.out = dx->data;
     enqueue(arrays, call);
     return dx;
+  }
+
+  static py::object conv2d_max_pool2d(const py::object& x_object, const py::object& w_object,
+                                      const py::object& bias, bool return_argmax,
+                                      const Conv2dOptions& options, const py::object& out) {
+    Arrays arrays;
+    const DeviceArray& x = arrays.floats(x_object, "x");
+    const DeviceArray& w = arrays.floats(w_object, "w");
+    const Conv2dProblem problem = options.problem(shape_of(x, "x"), shape_of(w, "w"));
+    const Pool2dProblem pool = pool_behind(problem);
+    cuda::Conv2dPoolCall call = conv2d_pool_call(arrays, problem, options);
+    call.x = x.data;
+    call.filter = w.data;
+    call.bias = arrays.optional(bias, "bias", std::array{problem.k});
+    const ArrayPointer y = arrays.result(out, pool.y_shape());
+    call.y = y->data;
+    ArrayPointer argmax;
+    if (return_argmax) {
+      argmax = arrays.result(kUint8, pool.y_shape());
+      call.argmax = argmax->data;
+    }
+    enqueue(arrays, call);
+    if (!argmax) return py::cast(y);
+    return py::make_tuple(y, argmax);
+  }
+
+  static py::tuple conv2d_max_pool2d_grad(const py::object& x_object, const py::object& w_object,
+                                          const py::object& dy, const py::object& output,
+                                          const py::object& argmax, bool with_input_grad,
+                                          const Conv2dOptions& options) {
+    Arrays arrays;
+    const DeviceArray& x = arrays.floats(x_object, "x");
+    const DeviceArray& w = arrays.floats(w_object, "w");
+    const Conv2dProblem problem = options.problem(shape_of(x, "x"), shape_of(w, "w"));
+    const Pool2dProblem pool = pool_behind(problem);
+    cuda::Conv2dPoolCall call = conv2d_pool_call(arrays, problem, options);
+    call.backward = true;
+    call.x = x.data;
+    call.filter = w.data;
+    call.dy = arrays.floats(dy, "dy", pool.y_shape()).data;
+    call.y = arrays.floats(output, "output", pool.y_shape()).data;
+    call.argmax = arrays.argmax(argmax, pool).data;
+    ArrayPointer dx;
+    if (with_input_grad) {
+      dx = arrays.result(x.element, problem.x_shape());
+      call.dx = dx->data;
+    }
+    const ArrayPointer dw = arrays.result(x.element, problem.filter_shape());
+    const ArrayPointer dbias = arrays.result(x.element, std::array{problem.k});
+    call.dfilter = dw->data;
+    call.dbias = dbias->data;
+    enqueue(arrays, call);
+    return py::make_tuple(dx ? py::cast(dx) : py::object(py::none()), dw, dbias);
   }
 };
 

@@ -455,41 +455,9 @@ struct OnHost {
   static constexpr auto max_pool2d_grad = &::max_pool2d_grad<operations>;
   static constexpr auto avg_pool2d = &::avg_pool2d<operations>;
   static constexpr auto avg_pool2d_grad = &::avg_pool2d_grad<operations>;
+  static constexpr auto conv2d_max_pool2d = &::conv2d_max_pool2d<operations>;
+  static constexpr auto conv2d_max_pool2d_grad = &::conv2d_max_pool2d_grad<operations>;
 };
-
-template <const Operations& operations>
-void define_fused_operations(py::module_& m) {
-  m.def(
-      "conv2d_max_pool2d",
-      [](const py::object& x, const py::object& w, const py::object& bias, bool return_argmax,
-         Pair strides, PaddingOption padding, Pair dilation_rate, int64_t groups,
-         std::string activation, std::string data_format, std::optional<std::string> algorithm,
-         const py::object& out) {
-        return conv2d_max_pool2d<operations>(
-            x, w, bias, return_argmax,
-            {strides, std::move(padding), dilation_rate, groups, std::move(activation),
-             std::move(data_format), std::move(algorithm)},
-            out);
-      },
-      py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("return_argmax"), py::arg("strides"),
-      py::arg("padding"), py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"),
-      py::arg("data_format"), py::arg("algorithm") = py::none(), py::arg("out") = py::none());
-  m.def(
-      "conv2d_max_pool2d_grad",
-      [](const py::object& x, const py::object& w, const py::object& dy, const py::object& output,
-         const py::object& argmax, bool with_input_grad, Pair strides, PaddingOption padding,
-         Pair dilation_rate, int64_t groups, std::string activation, std::string data_format,
-         std::optional<std::string> algorithm) {
-        return conv2d_max_pool2d_grad<operations>(
-            x, w, dy, output, argmax, with_input_grad,
-            {strides, std::move(padding), dilation_rate, groups, std::move(activation),
-             std::move(data_format), std::move(algorithm)});
-      },
-      py::arg("x"), py::arg("w"), py::arg("dy"), py::arg("output"), py::arg("argmax"),
-      py::arg("with_input_grad"), py::arg("strides"), py::arg("padding"), py::arg("dilation_rate"),
-      py::arg("groups"), py::arg("activation"), py::arg("data_format"),
-      py::arg("algorithm") = py::none());
-}
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
@@ -563,15 +531,12 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "The compiled part of fastconv; use it through fastconv's own functions.";
   m.attr("__version__") = FASTCONV_VERSION;
   define_operations<OnHost<kKernels>>(m);
-  define_fused_operations<kKernels>(m);
   py::module_ reference = m.def_submodule(
       "reference", "The same operations, slow and obvious: what tests compare the kernels with.");
   define_operations<OnHost<kReference>>(reference);
-  define_fused_operations<kReference>(reference);
   py::module_ timed = m.def_submodule(
       "timed", "The kernels again, each run `calls` times in one call; for benchmarks.");
   define_operations<OnHost<kTimed>>(timed);
-  define_fused_operations<kTimed>(timed);
   timed.def("set_calls", &set_timed_calls, py::arg("calls"));
   timed.def("nanoseconds", [] { return t_stopwatch.nanoseconds; });
   timed.def("flops", &measured_flops, py::arg("seconds"));

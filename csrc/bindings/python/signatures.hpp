@@ -237,6 +237,36 @@ void define_operations(py::module_& m) {
       },
       py::arg("dy"), py::arg("input_shape"), py::arg("pool_size"), py::arg("strides"),
       py::arg("padding"), py::arg("data_format"), py::arg("out") = py::none());
+  m.def(
+      "conv2d_max_pool2d",
+      [](const py::object& x, const py::object& w, const py::object& bias, bool return_argmax,
+         Pair strides, PaddingOption padding, Pair dilation_rate, int64_t groups,
+         std::string activation, std::string data_format, std::optional<std::string> algorithm,
+         const py::object& out) {
+        return Backend::conv2d_max_pool2d(
+            x, w, bias, return_argmax,
+            {strides, std::move(padding), dilation_rate, groups, std::move(activation),
+             std::move(data_format), std::move(algorithm)},
+            out);
+      },
+      py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("return_argmax"), py::arg("strides"),
+      py::arg("padding"), py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"),
+      py::arg("data_format"), py::arg("algorithm") = py::none(), py::arg("out") = py::none());
+  m.def(
+      "conv2d_max_pool2d_grad",
+      [](const py::object& x, const py::object& w, const py::object& dy, const py::object& output,
+         const py::object& argmax, bool with_input_grad, Pair strides, PaddingOption padding,
+         Pair dilation_rate, int64_t groups, std::string activation, std::string data_format,
+         std::optional<std::string> algorithm) {
+        return Backend::conv2d_max_pool2d_grad(
+            x, w, dy, output, argmax, with_input_grad,
+            {strides, std::move(padding), dilation_rate, groups, std::move(activation),
+             std::move(data_format), std::move(algorithm)});
+      },
+      py::arg("x"), py::arg("w"), py::arg("dy"), py::arg("output"), py::arg("argmax"),
+      py::arg("with_input_grad"), py::arg("strides"), py::arg("padding"), py::arg("dilation_rate"),
+      py::arg("groups"), py::arg("activation"), py::arg("data_format"),
+      py::arg("algorithm") = py::none());
 }
 
 }  // namespace fastconv::python

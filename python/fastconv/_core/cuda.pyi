@@ -122,6 +122,37 @@ def avg_pool2d_grad(
     data_format: str,
     out: object = None,
 ) -> DeviceArray: ...
+
+# A pair of arrays with return_argmax, one array without.
+def conv2d_max_pool2d(
+    x: object,
+    w: object,
+    bias: object,
+    return_argmax: bool,
+    strides: _Pair,
+    padding: _Padding,
+    dilation_rate: _Pair,
+    groups: int,
+    activation: str,
+    data_format: str,
+    algorithm: str | None = None,
+    out: object = None,
+) -> DeviceArray | tuple[DeviceArray, DeviceArray]: ...
+def conv2d_max_pool2d_grad(
+    x: object,
+    w: object,
+    dy: object,
+    output: object,
+    argmax: object,
+    with_input_grad: bool,
+    strides: _Pair,
+    padding: _Padding,
+    dilation_rate: _Pair,
+    groups: int,
+    activation: str,
+    data_format: str,
+    algorithm: str | None = None,
+) -> tuple[DeviceArray | None, DeviceArray, DeviceArray]: ...
 def is_device_array(object: object) -> bool: ...
 def import_array(object: object, name: str) -> DeviceArray: ...
 def from_numpy(array: NDArray[Any], type: str, device: int) -> DeviceArray: ...
