@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from fastconv.keras._stand_in import has_empty_output, reason_for_stock, tell
+from fastconv.keras._stand_in import (
+    has_empty_output,
+    reason_against_arguments,
+    reason_for_stock,
+    tell,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +60,9 @@ def activated(layer: keras.layers.Layer, outputs: Tensor) -> Tensor:
 
 
 def _reason_for_stock(layer: keras.layers.Layer, inputs: Tensor) -> str | None:
-    reason = reason_for_stock(inputs, layer.compute_dtype, rank=layer.rank + 2)
+    reason = reason_for_stock(
+        inputs, layer.compute_dtype, rank=layer.rank + 2
+    ) or reason_against_arguments(layer)
     if reason is not None:
         return reason
     window = [

@@ -9,6 +9,7 @@ import keras
 from fastconv.keras._stand_in import (
     JitWhereXlaServes,
     has_empty_output,
+    reason_against_arguments,
     reason_for_stock,
     static_shape,
     tell,
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def reason_against_window(layer: keras.layers.Layer, inputs: Tensor) -> str | None:
     """Why the stock code must take ``inputs`` of a layer with a window; None if it need not."""
-    reason = reason_for_stock(inputs, layer.compute_dtype)
+    reason = reason_for_stock(inputs, layer.compute_dtype) or reason_against_arguments(layer)
     if reason is not None:
         return reason
     if not all(layer.strides):

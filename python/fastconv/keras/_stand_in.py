@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import numbers
 import weakref
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
@@ -47,6 +48,7 @@ __all__ = [
     "Tensor",
     "adapter",
     "has_empty_output",
+    "reason_against_arguments",
     "reason_for_stock",
     "reason_for_stock_always",
     "reason_last_told",
@@ -61,6 +63,18 @@ Tensor: TypeAlias = Any  # of the backend's
 _logger = logging.getLogger("fastconv")
 # layer: the reason it was last heard to use the stock code
 _told: weakref.WeakKeyDictionary[keras.layers.Layer, str] = weakref.WeakKeyDictionary()
+
+# Arguments of the layers that are an integer or a tuple of them.
+_INTEGERS = (
+    "filters",
+    "depth_multiplier",
+    "groups",
+    "kernel_size",
+    "pool_size",
+    "strides",
+    "dilation_rate",
+    "output_padding",
+)
 
 STAND_INS: dict[type[Any], type[Any]] = {}  # stock class: the fast class that stands in for it
 JOINING: dict[type[Any], type[Any]] = {}  # likewise, of layers that become part of a convolution
@@ -125,13 +139,29 @@ def reason_for_stock(inputs: Tensor, compute_dtype: str, rank: int = 4) -> str |
     return cast("str | None", adapter.reason_against_place(inputs))
 
 
+def reason_against_arguments(layer: keras.layers.Layer) -> str | None:
+    """Why the ops cannot take the layer's own arguments as they are; None if they can.
+
+    Keras keeps what it was given, and TensorFlow takes a 2.0 or a True for an integer here and
+    refuses it there.
+    """
+    for name in _INTEGERS:
+        value = getattr(layer, name, None)
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not all(isinstance(v, numbers.Integral) and not isinstance(v, bool) for v in values):
+            return f"`{name}` is no integer, or not of integers: {value!r}"
+    if not isinstance(getattr(layer, "padding", "valid"), str):
+        return f"`padding` is no word: {layer.padding!r}"
+    return None
+
+
 def reason_for_stock_always(layer: keras.layers.Layer) -> str | None:
     """Why the kernels serve no input of ``layer``, as far as it is known; None if they may."""
     if adapter is None:
         return _reason_without_adapter
     if layer.compute_dtype != "float32":
         return f"the data type is not float32: the layer computes in {layer.compute_dtype}"
-    return cast("str | None", adapter.reason_against_all())
+    return cast("str | None", adapter.reason_against_all()) or reason_against_arguments(layer)
 
 
 def static_shape(inputs: Tensor) -> tuple[int | None, ...]:

@@ -9,6 +9,7 @@ import keras
 from fastconv.keras._stand_in import (
     JitWhereXlaServes,
     adapter,
+    reason_against_arguments,
     reason_for_stock,
     stand_in_for,
     static_shape,
@@ -58,7 +59,7 @@ class FastConv2DTranspose(JitWhereXlaServes, keras.layers.Conv2DTranspose):
         return outputs if self.activation is None else self.activation(outputs)
 
     def _reason_for_stock(self, inputs: Tensor) -> str | None:
-        reason = reason_for_stock(inputs, self.compute_dtype)
+        reason = reason_for_stock(inputs, self.compute_dtype) or reason_against_arguments(self)
         if reason is not None:
             return reason
         if 0 in static_shape(inputs)[1:]:
