@@ -97,3 +97,52 @@ def test_convolutions_that_are_pooled(geometry, isa):
         right, right_taps = fastconv.conv2d_max_pool2d(x, w, return_argmax=True, **options)
         right_gradients = fastconv.conv2d_max_pool2d_grad(x, w, y, y, right_taps, **options)
     assert_equal_arrays([y, taps, *gradients], [right, right_taps, *right_gradients])
+
+
+# --- pooling --------------------------------------------------------------------------------------
+
+# Windows of up to 2**31 - 1 taps, of which an image has few; their places fit an int32 and no int16.
+WINDOWS = {
+    "as large as can be": ((1, 5, 7, 3), (46340, 46340)),
+    "long": ((2, 1, 300, 2), (1, FAR)),
+    "high": ((2, 9, 4, 17), (FAR // 2, 2)),
+    "2**15 rows": ((1, 6, 5, 4), (2**15, 2**15)),
+    "2**16 columns": ((1, 3, 2000, 1), (2, 2**16 + 1)),
+}
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("strides", [1, (3, 2), None, FAR])
+@pytest.mark.parametrize("shape, window", WINDOWS.values(), ids=WINDOWS)
+def test_pooling(shape, window, strides, data_format, isa):
+    rng = np.random.default_rng(3)
+    x = rng.integers(-40, 41, shape).astype(np.float32)
+    if data_format == "channels_first":
+        x = np.ascontiguousarray(np.moveaxis(x, 3, 1))
+    pool = {"pool_size": window, "padding": "same", "data_format": data_format}
+    pool["strides"] = strides
+
+    def everything():
+        y, argmax = fastconv.max_pool2d(x, return_argmax=True, **pool)
+        average = fastconv.avg_pool2d(x, **pool)
+        dy = np.round(y)
+        return (
+            [y, argmax, fastconv.max_pool2d_grad(dy, argmax, x.shape, **pool)],
+            [average, fastconv.avg_pool2d_grad(dy, x.shape, **pool)],
+        )
+
+    with by_reference():
+        right, averages = everything()
+    results, means = everything()
+    assert right[1].dtype == np.int32
+    assert_equal_arrays(results, right)
+    for mean, wanted in zip(means, averages, strict=True):
+        np.testing.assert_allclose(mean, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("window", [46341, (2**16, 2**15), (2, 2**30), (FAR, FAR)])
+def test_windows_of_too_many_taps(window):
+    x = np.zeros((1, 2, 2, 1), np.float32)
+    for call in (fastconv.max_pool2d, fastconv.avg_pool2d):
+        with pytest.raises(ValueError, match=r"window's area, must be below 2\*\*31\. Received"):
+            call(x, window, padding="same")
