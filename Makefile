@@ -23,7 +23,7 @@ ifneq ($(VENV_STATE),sound)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test lint format wheels bounds docs fuzz soak sanitize other-cpus bench performance gpu-check clean
+.PHONY: help mnist test lint format wheels bounds docs fuzz soak sanitize other-cpus free-threaded bench performance gpu-check clean
 
 help:
 	@echo "make mnist   train the article's MNIST network on the fast layers;"
@@ -38,6 +38,7 @@ help:
 	@echo "make sanitize   run the library's stress test under ASan, UBSan and TSan"
 	@echo "             and between guard pages; ARGS passes options"
 	@echo "make other-cpus   run on Arm and on x86-64 processors without AVX-512 and AVX, in QEMU"
+	@echo "make free-threaded PYTHON=python3.13t   build and test without Python's global lock"
 	@echo "make bench   run the benchmarks; ARGS passes options to pytest"
 	@echo "make performance   measure every suite beside other libraries (large downloads)"
 	@echo "             and write docs/performance.md"
@@ -89,6 +90,10 @@ sanitize: $(INSTALLED)
 
 other-cpus: $(INSTALLED)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/check_other_cpus.sh $(ARGS)
+
+# An environment of its own, in build/free-threaded.
+free-threaded:
+	@tools/check_free_threaded.sh $(PYTHON) $(ARGS)
 
 bench: $(INSTALLED)
 	$(VENV_PYTHON) -m pytest bench $(ARGS)
