@@ -104,15 +104,14 @@ def test_convolutions_that_are_pooled(geometry, isa):
 # Windows of up to 2**31 - 1 taps, of which an image has few; their places fit an int32 and no int16.
 WINDOWS = {
     "as large as can be": ((1, 5, 7, 3), (46340, 46340)),
-    "long": ((2, 1, 300, 2), (1, FAR)),
-    "high": ((2, 9, 4, 17), (FAR // 2, 2)),
+    "long": ((2, 1, 100, 2), (1, FAR)),
     "2**15 rows": ((1, 6, 5, 4), (2**15, 2**15)),
-    "2**16 columns": ((1, 3, 2000, 1), (2, 2**16 + 1)),
+    "2**16 columns": ((1, 3, 200, 1), (2, 2**16 + 1)),
 }
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-@pytest.mark.parametrize("strides", [1, (3, 2), None, FAR])
+@pytest.mark.parametrize("strides", [1, (3, 2), FAR])
 @pytest.mark.parametrize("shape, window", WINDOWS.values(), ids=WINDOWS)
 def test_pooling(shape, window, strides, data_format, isa):
     rng = np.random.default_rng(3)
