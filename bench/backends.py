@@ -15,25 +15,7 @@ import time
 import click
 import numpy as np
 
-
-def build(layers, jit):
-    import keras
-
-    keras.utils.set_random_seed(0)
-    model = keras.Sequential(
-        [
-            keras.Input((28, 28, 1)),
-            layers[0](32, (3, 3), activation="relu"),
-            layers[1]((2, 2)),
-            layers[0](64, (3, 3), activation="relu"),
-            layers[1]((2, 2)),
-            keras.layers.Flatten(),
-            keras.layers.Dense(64, activation="relu"),
-            keras.layers.Dense(10, activation="softmax"),
-        ]
-    )
-    model.compile("adam", "categorical_crossentropy", metrics=["accuracy"], jit_compile=jit)
-    return model
+from train_step import build
 
 
 def interleaved(runs, steps):

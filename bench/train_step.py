@@ -15,7 +15,7 @@ import click
 import numpy as np
 
 
-def build(layers, jit, steps_per_execution):
+def build(layers, jit, steps_per_execution=1):
     import keras
 
     keras.utils.set_random_seed(0)

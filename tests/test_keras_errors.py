@@ -101,7 +101,10 @@ TABLE = {
         for kind in ("initializer", "regularizer", "constraint")
     },
     "axis": [7, "x", None, 1.5, (1, 2)],
-    **dict.fromkeys(("momentum", "epsilon", "negative_slope", "threshold"), ["a", [1], -1, None]),
+    **{
+        name: ["a", [1], -1, None]
+        for name in ("momentum", "epsilon", "negative_slope", "threshold")
+    },
     "max_value": ["a", [1], -1],
     **dict.fromkeys(("center", "scale", "synchronized", "renorm"), TRUTHS),
     "use_bias": TRUTHS,

@@ -609,7 +609,7 @@ def conv2d_max_pool2d(
     ValueError
         If ``conv2d`` refuses the arguments, or its output is smaller than the window.
     """
-    return _for(x).conv2d_max_pool2d(
+    result: FloatArray | tuple[FloatArray, NDArray[np.uint8]] = _for(x).conv2d_max_pool2d(
         x,
         w,
         bias,
@@ -618,6 +618,7 @@ def conv2d_max_pool2d(
         algorithm=normalize_algorithm(algorithm),
         out=out,
     )
+    return result
 
 
 def conv2d_max_pool2d_grad(
@@ -669,7 +670,7 @@ def conv2d_max_pool2d_grad(
         If the shapes do not belong to one another, or an option has a value that ``conv2d``
         refuses, or ``argmax`` holds a value above 3.
     """
-    return _for(x).conv2d_max_pool2d_grad(
+    result: tuple[FloatArray | None, FloatArray, FloatArray] = _for(x).conv2d_max_pool2d_grad(
         x,
         w,
         dy,
@@ -679,6 +680,7 @@ def conv2d_max_pool2d_grad(
         **conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
         algorithm=normalize_algorithm(algorithm),
     )
+    return result
 
 
 def set_num_threads(num_threads: SupportsIndex) -> None:
