@@ -17,7 +17,7 @@ TOOLS = {
     "haswell": ["qemu-x86_64"],
 }
 ISAS = {"aarch64": "scalar", "nehalem": "scalar", "haswell": "avx2, scalar"}
-RUNS = {"aarch64": 4, "nehalem": 4, "haswell": 3}
+RUNS = {"aarch64": 3, "nehalem": 3, "haswell": 2}
 REFUSED = {"aarch64": 1, "nehalem": 6, "haswell": 4}
 
 
