@@ -85,9 +85,7 @@ class FastActivation(keras.layers.Activation):
     """
 
     def call(self, inputs: Tensor) -> Tensor:
-        joined = None
-        if _is_relu(self) and _may_join(inputs):
-            joined = adapter.activated_in_one(inputs)
+        joined = _joined_relu(self, inputs)
         return super().call(inputs) if joined is None else joined
 
 
@@ -99,14 +97,12 @@ class FastReLU(keras.layers.ReLU):
     """
 
     def call(self, inputs: Tensor) -> Tensor:
-        joined = None
-        if _is_relu(self) and _may_join(inputs):
-            joined = adapter.activated_in_one(inputs)
+        joined = _joined_relu(self, inputs)
         return super().call(inputs) if joined is None else joined
 
 
 def joins_a_convolution(layer: keras.layers.Layer, model: keras.Model) -> bool:
-    """Whether ``layer`` of ``model``, whose convolutions are fast, may become part of one.
+    """Whether ``layer``, a stock layer of ``model``, whose convolutions are fast, may be part of one.
 
     Nothing else may read the convolution's output, or that of a layer between: it does not exist then.
     """
@@ -114,13 +110,13 @@ def joins_a_convolution(layer: keras.layers.Layer, model: keras.Model) -> bool:
         return False
     before = _layers_before(layer)
     kind = type(layer)
-    if kind in (keras.layers.BatchNormalization, FastBatchNormalization):
+    if kind is keras.layers.BatchNormalization:
         return len(before) == 1 and _scales(layer, before[0])
-    if kind in (keras.layers.Add, FastAdd):
+    if kind is keras.layers.Add:
         # Inputs of a model may have batches of different sizes.
         single = len(getattr(model, "inputs", None) or ()) == 1
         return single and len(before) == 2 and any(_is_joined_normalization(b) for b in before)
-    if kind in (keras.layers.Activation, FastActivation, keras.layers.ReLU, FastReLU):
+    if kind in (keras.layers.Activation, keras.layers.ReLU):
         return (
             _is_relu(layer)
             and len(before) == 1
@@ -154,6 +150,11 @@ def _scales(layer: keras.layers.Layer, before: Any) -> bool:
 
 def _is_joined_normalization(layer: Any) -> bool:
     return _is_alone(layer, FastBatchNormalization)
+
+
+def _joined_relu(layer: keras.layers.Layer, inputs: Tensor) -> Tensor | None:
+    """The layer's output by the convolution before it; None where that cannot give it."""
+    return adapter.activated_in_one(inputs) if _is_relu(layer) and _may_join(inputs) else None
 
 
 def _is_relu(layer: keras.layers.Layer) -> bool:
