@@ -650,6 +650,8 @@ inline std::atomic<std::uint64_t> g_executions{0};
 
 template <class... Kernels>
 struct OpList {
+  template <class... More>
+  using With = OpList<Kernels..., More...>;
   // Calls action.operator()<Kernel>() for each.
   static void for_each(const auto& action) { (action.template operator()<Kernels>(), ...); }
   static constexpr std::array kNames{Kernels::kName...};
@@ -665,8 +667,6 @@ using Ops = OpList<Conv2d, Conv2dGradInput, Conv2dGradFilter, Conv2dTranspose, M
                    AveragePool2dGrad, Conv2dMaxPool2d, Conv2dMaxPool2dGrad>;
 
 // XLA makes loops of its own of what stands behind a convolution.
-using OpsOutsideXla = OpList<Conv2d, Conv2dGradInput, Conv2dGradFilter, Conv2dTranspose, MaxPool2d,
-                             MaxPool2dWithArgmax, MaxPool2dGrad, MaxPool2dGradGrad, AveragePool2d,
-                             AveragePool2dGrad, Conv2dMaxPool2d, Conv2dMaxPool2dGrad, Conv2dScaled>;
+using OpsOutsideXla = Ops::With<Conv2dScaled>;
 
 }  // namespace fastconv::framework
