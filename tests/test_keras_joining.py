@@ -104,7 +104,10 @@ def test_normalization_and_relu(kind, channels, executed):
 
 
 @pytest.mark.parametrize("center, scale", list(itertools.product([False, True], repeat=2)))
-@pytest.mark.parametrize("relu", [L.ReLU, lambda: L.Activation("relu"), None])
+@pytest.mark.parametrize(
+    "relu",
+    [L.ReLU, lambda: L.Activation("relu"), lambda: L.ReLU(6), lambda: L.Activation("relu6"), None],
+)
 def test_parts_of_a_normalization(center, scale, relu, executed):
     def make():
         inputs = keras.Input((8, 8, 6))
@@ -196,7 +199,8 @@ def test_every_algorithm(isa, shape, filters, kernel):
     scale, offset = (rng.standard_normal(filters).astype("float32") for _ in range(2))
     direct = fastconv.conv2d(x, w, padding="same").astype("float64") * scale + offset
     residual = rng.standard_normal(direct.shape).astype("float32")
-    wanted = np.maximum(direct + residual, 0)
+    wanted = {"relu": np.maximum(direct + residual, 0)}
+    wanted["relu6"] = np.minimum(wanted["relu"], 6)
     tolerance = 2e-5 * np.abs(direct).max()
 
     @tf.function
@@ -204,17 +208,21 @@ def test_every_algorithm(isa, shape, filters, kernel):
         y = adapter.conv2d(x, w, padding="same")
         y = adapter.scaled_in_one(y, tf.constant(scale), tf.constant(offset))
         y = adapter.added_in_one(y, tf.constant(residual))
-        return adapter.activated_in_one(y)
+        return {name: adapter.activated_in_one(y, name) for name in wanted}
 
     with running_on(isa):
         # One that does not serve a problem leaves it to the others.
         for name in ("direct", "winograd2", "winograd4", "small_channel", "grouped"):
             with running_on(algorithm=name):
-                found = run(tf.constant(x)).numpy()
-            np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance, err_msg=name)
+                found = run(tf.constant(x))
+            for activation, right in wanted.items():
+                np.testing.assert_allclose(
+                    found[activation], right, rtol=0, atol=tolerance, err_msg=name
+                )
 
 
-def test_gradients_of_two_orders():
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_gradients_of_two_orders(activation):
     """In graphs, through the joined op, as through the stock layers' three."""
     rng = np.random.default_rng(9)
     x, w = (rng.standard_normal(s).astype("float32") for s in [(2, 6, 7, 5), (3, 3, 5, 8)])
@@ -223,10 +231,11 @@ def test_gradients_of_two_orders():
 
     def joined(x, w, scale, offset, residual):
         y = adapter.scaled_in_one(adapter.conv2d(x, w), scale, offset)
-        return adapter.activated_in_one(adapter.added_in_one(y, residual))
+        return adapter.activated_in_one(adapter.added_in_one(y, residual), activation)
 
     def stock(x, w, scale, offset, residual):
-        return tf.nn.relu(tf.nn.conv2d(x, w, 1, "VALID") * scale + offset + residual)
+        activate = {"relu": tf.nn.relu, "relu6": tf.nn.relu6}[activation]
+        return activate(tf.nn.conv2d(x, w, 1, "VALID") * scale + offset + residual)
 
     inputs = [tf.constant(a) for a in (x, w, scale, offset, residual)]
     found = tf.function(two_orders(joined))(*inputs)
@@ -277,7 +286,7 @@ def test_classes_and_words():
     joined = next(layer for layer in model.layers if isinstance(layer, FastAdd))
     explanation = explain_layer(joined)
     assert (explanation.served_by, explanation.type) == ("fastconv", "FastAdd")
-    assert "inference" in explanation.reason
+    assert "graphs" in explanation.reason
     restore(model)
     assert classes(model) == before
 
@@ -322,19 +331,30 @@ def other_activation():
     return keras.Model(inputs, L.ReLU(6.0)(L.Conv2D(8, 1)(inputs)))
 
 
+def other_maximum():
+    inputs = keras.Input((8, 8, 4))
+    return keras.Model(inputs, L.ReLU(5.0)(normalized(inputs, L.Conv2D(8, 1))))
+
+
 def nothing_before():
     inputs = keras.Input((8, 8, 4))
     return keras.Model(inputs, L.Activation("relu")(L.BatchNormalization()(inputs)))
 
 
 @pytest.mark.parametrize(
-    "make", [read_twice, activated_before, other_axis, other_activation, nothing_before]
+    "make",
+    [read_twice, activated_before, other_axis, other_activation, other_maximum, nothing_before],
 )
-def test_left_alone(make):
+def test_left_alone(make, executed):
+    """At inference. In training, normalisations of all kinds but `other_axis` have a kernel."""
     stock, fast = pair(make)
-    own = (FastBatchNormalization, FastAdd, FastActivation, FastReLU)
-    assert not [layer for layer in fast.layers if isinstance(layer, own)]
+    if make in (other_axis, other_activation):
+        own = (FastBatchNormalization, FastAdd, FastActivation, FastReLU)
+        assert not [layer for layer in fast.layers if isinstance(layer, own)]
     x = images((8, 8, 4))
+    executed()
+    fast.predict(x, verbose=0)
+    assert executed().get(SCALED, 0) == (make is other_maximum)
     assert_close(fast.predict(x, verbose=0), stock.predict(x, verbose=0))
 
 

@@ -56,14 +56,21 @@ Activation activation_attribute(const auto& attributes) {
   return attributes.text("activation") == "RELU" ? Activation::relu : Activation::linear;
 }
 
-// Attributes of every op, in the notation of TensorFlow's op definitions.
+// Of an op that knows ReLU6 as well.
+Activation wide_activation_attribute(const auto& attributes) {
+  return attributes.text("activation") == "RELU6" ? Activation::relu6
+                                                  : activation_attribute(attributes);
+}
+
+// Attributes of every convolution and pooling, in the notation of TensorFlow's op definitions.
 inline constexpr std::array kGeometryAttributes{
-    "T: {float} = DT_FLOAT",
     "strides: list(int) = [1, 1]",
     "padding: {'SAME', 'VALID', 'EXPLICIT'} = 'VALID'",
     "explicit_paddings: list(int) = [0, 0, 0, 0]",  // top, bottom, left, right
     "data_format: {'NHWC', 'NCHW'} = 'NHWC'",
 };
+
+inline constexpr const char* kWideActivation = "activation: {'LINEAR', 'RELU', 'RELU6'} = 'LINEAR'";
 
 // --- checks -----------------------------------------------------------------------------------
 
@@ -94,6 +101,17 @@ void check_shape(const auto& tensor, const char* name, std::span<const int64_t> 
   throw InvalidArgument("`" + std::string(name) + "` must have the shape (" + text +
                         (expected.size() == 1 ? ",)" : ")") + ". Received: " + name +
                         ".shape=" + shape_text(tensor));
+}
+
+// The last input of an op, a list of none or one.
+template <class Context>
+std::optional<typename Context::Tensor> optional_input(const Context& context, int index) {
+  if (context.num_inputs() > index + 1) {
+    throw InvalidArgument("There must be at most " + std::to_string(index + 1) +
+                          " inputs. Received: " + std::to_string(context.num_inputs()));
+  }
+  if (context.num_inputs() == index) return std::nullopt;
+  return context.input(index);
 }
 
 // --- where a kernel computes ------------------------------------------------------------------
@@ -161,6 +179,22 @@ struct HostOperations {
   void avg_pool2d_bprop(const Pool2dProblem& p, const float* dy, float* dx) const {
     fastconv::avg_pool2d_bprop(p, dy, dx);
   }
+  void batch_norm_moments(const BatchNormProblem& p, const float* x, float* mean,
+                          float* variance) const {
+    fastconv::batch_norm_moments(p, x, mean, variance);
+  }
+  void batch_norm_fprop(const BatchNormProblem& p, const float* x, const float* mean,
+                        const float* variance, const float* gamma, const float* beta,
+                        const float* residual, float* y) const {
+    fastconv::batch_norm_fprop(p, x, mean, variance, gamma, beta, residual, y);
+  }
+  void batch_norm_bprop(const BatchNormProblem& p, const float* x, const float* mean,
+                        const float* variance, const float* gamma, const float* beta,
+                        const float* dy, const float* y, float* dx, float* dgamma, float* dbeta,
+                        float* dresidual) const {
+    fastconv::batch_norm_bprop(p, x, mean, variance, gamma, beta, dy, y, dx, dgamma, dbeta,
+                               dresidual);
+  }
   void conv2d_pool_fprop(const Conv2dProblem& p, const float* x, const float* filter,
                          const float* bias, float* y, std::uint8_t* argmax) const {
     fastconv::conv2d_pool_fprop(p, x, filter, bias, y, argmax);
@@ -188,14 +222,19 @@ auto operations_of(const auto& context) {
 class Conv2dKernel {
  public:
   template <class Attributes>
-  explicit Conv2dKernel(const Attributes& attributes) {
+  explicit Conv2dKernel(const Attributes& attributes)
+      : Conv2dKernel(attributes, activation_attribute(attributes)) {}
+
+  template <class Attributes>
+  Conv2dKernel(const Attributes& attributes, Activation activation) {
     arguments_.strides = attributes.template integers<2>("strides");
     arguments_.dilations = attributes.template integers<2>("dilations");
     arguments_.padding = padding_attribute(attributes);
     arguments_.layout = layout_attribute(attributes);
-    arguments_.activation = activation_attribute(attributes);
+    arguments_.activation = activation;
   }
 
+  static constexpr std::span<const char* const> kGeometry = kGeometryAttributes;
   static constexpr std::array kAttributes{
       "dilations: list(int) = [1, 1]",
       "activation: {'LINEAR', 'RELU'} = 'LINEAR'",
@@ -227,17 +266,6 @@ class Conv2dKernel {
     return output->floats();
   }
 
-  // The last input of an op, a list of none or one.
-  template <class Context>
-  static std::optional<typename Context::Tensor> optional_input(const Context& context, int index) {
-    if (context.num_inputs() > index + 1) {
-      throw InvalidArgument("There must be at most " + std::to_string(index + 1) +
-                            " inputs. Received: " + std::to_string(context.num_inputs()));
-    }
-    if (context.num_inputs() == index) return std::nullopt;
-    return context.input(index);
-  }
-
  private:
   Conv2dArguments arguments_;
 };
@@ -267,8 +295,11 @@ class Conv2d : public Conv2dKernel {
 // residual).
 class Conv2dScaled : public Conv2dKernel {
  public:
-  using Conv2dKernel::Conv2dKernel;
+  template <class Attributes>
+  explicit Conv2dScaled(const Attributes& attributes)
+      : Conv2dKernel(attributes, wide_activation_attribute(attributes)) {}
   static constexpr const char* kName = "FastconvConv2DScaled";
+  static constexpr std::array kAttributes{"dilations: list(int) = [1, 1]", kWideActivation};
   static constexpr std::array kOwnAttributes{"num_residual: int >= 0 = 0"};
   static constexpr std::array kInputs{"x: T", "filter: T", "scale: T", "bias: T",
                                       "residual: num_residual * T"};
@@ -402,6 +433,7 @@ class Pool2dKernel {
     arguments_.layout = layout_attribute(attributes);
   }
 
+  static constexpr std::span<const char* const> kGeometry = kGeometryAttributes;
   // 0, 0: the height and width of the input, whatever they are.
   static constexpr std::array kAttributes{"pool_size: list(int)"};
 
@@ -643,6 +675,136 @@ class Conv2dMaxPool2dGrad : public Conv2dKernel {
   std::array<int64_t, 2> wanted_;
 };
 
+// --- batch normalisation in training ----------------------------------------------------------
+//
+// NHWC. Two ops forward, so that the moments, which moving averages read as well, are computed once
+// where the second is replaced by one that adds and activates too.
+
+class BatchNormKernel {
+ public:
+  static constexpr std::span<const char* const> kGeometry{};
+
+ protected:
+  static BatchNormProblem problem(const auto& x, float epsilon = 0,
+                                  Activation activation = Activation::linear) {
+    const Shape4 shape = rank4_shape(x, "x");
+    return {.rows = shape[0] * shape[1] * shape[2],
+            .channels = shape[3],
+            .epsilon = epsilon,
+            .activation = activation};
+  }
+
+  // The inputs of a value a channel: mean, variance, gamma, beta from the second on.
+  static void check_channels(const auto& context, int64_t channels) {
+    constexpr std::array kNames{"mean", "variance", "gamma", "beta"};
+    for (int i = 0; i < 4; ++i) {
+      check_shape(context.input(i + 1), kNames[i], std::array{channels});
+    }
+  }
+};
+
+class BatchNormMoments : public BatchNormKernel {
+ public:
+  explicit BatchNormMoments(const auto&) {}
+  static constexpr const char* kName = "FastconvBatchNormMoments";
+  static constexpr std::array<const char*, 0> kAttributes{}, kOwnAttributes{};
+  static constexpr std::array kInputs{"x: T"};
+  static constexpr std::array kOutputs{"mean: T", "variance: T"};
+  static constexpr int kOutputLikeInput = -1;
+
+  template <class Context>
+  void operator()(const Context& context) const {
+    const auto x = context.input(0);
+    const BatchNormProblem p = problem(x);
+    const auto mean = context.output(0, std::array{p.channels});
+    const auto variance = context.output(1, std::array{p.channels});
+    operations_of(context).batch_norm_moments(p, x.floats(), mean.floats(), variance.floats());
+  }
+};
+
+class ActivatedBatchNormKernel : public BatchNormKernel {
+ public:
+  explicit ActivatedBatchNormKernel(const auto& attributes)
+      : epsilon_(attributes.real("epsilon")), activation_(wide_activation_attribute(attributes)) {}
+  static constexpr std::array kAttributes{"epsilon: float", kWideActivation};
+
+ protected:
+  BatchNormProblem problem(const auto& x) const {
+    return BatchNormKernel::problem(x, epsilon_, activation_);
+  }
+
+ private:
+  float epsilon_;
+  Activation activation_;
+};
+
+class BatchNorm : public ActivatedBatchNormKernel {
+ public:
+  using ActivatedBatchNormKernel::ActivatedBatchNormKernel;
+  static constexpr const char* kName = "FastconvBatchNorm";
+  static constexpr std::array kOwnAttributes{"num_residual: int >= 0 = 0"};
+  static constexpr std::array kInputs{"x: T",     "mean: T", "variance: T",
+                                      "gamma: T", "beta: T", "residual: num_residual * T"};
+  static constexpr std::array kOutputs{"y: T"};
+  static constexpr int kOutputLikeInput = 0;
+
+  template <class Context>
+  void operator()(const Context& context) const {
+    const auto x = context.input(0);
+    const std::optional residual = optional_input(context, 5);
+    const BatchNormProblem p = problem(x);
+    check_channels(context, p.channels);
+    const Shape4 shape = rank4_shape(x, "x");
+    if (residual) check_shape(*residual, "residual", shape);
+    const auto y = context.output(0, shape);
+    operations_of(context).batch_norm_fprop(p, x.floats(), context.input(1).floats(),
+                                            context.input(2).floats(), context.input(3).floats(),
+                                            context.input(4).floats(),
+                                            residual ? residual->floats() : nullptr, y.floats());
+  }
+};
+
+// `output`, what BatchNorm gave, is for where a residual was added before an activation, and so is
+// dresidual; there are as many of one as of the other.
+class BatchNormGrad : public ActivatedBatchNormKernel {
+ public:
+  using ActivatedBatchNormKernel::ActivatedBatchNormKernel;
+  static constexpr const char* kName = "FastconvBatchNormGrad";
+  static constexpr std::array kOwnAttributes{"num_output: int >= 0 = 0"};
+  static constexpr std::array kInputs{"x: T",    "mean: T", "variance: T",           "gamma: T",
+                                      "beta: T", "dy: T",   "output: num_output * T"};
+  static constexpr std::array kOutputs{"dx: T", "dgamma: T", "dbeta: T",
+                                       "dresidual: num_output * T"};
+  static constexpr int kOutputLikeInput = 0;
+
+  template <class Context>
+  void operator()(const Context& context) const {
+    const auto x = context.input(0), dy = context.input(5);
+    const std::optional output = optional_input(context, 6);
+    const BatchNormProblem p = problem(x);
+    check_channels(context, p.channels);
+    const Shape4 shape = rank4_shape(x, "x");
+    check_shape(dy, "dy", shape);
+    if (output) {
+      if (p.activation == Activation::linear) {
+        throw InvalidArgument("Without an activation there must be no `output`. Received: one");
+      }
+      check_shape(*output, "output", shape);
+    }
+    using Tensor = typename Context::Tensor;
+    const auto dx = context.output(0, shape);
+    const auto dgamma = context.output(1, std::array{p.channels});
+    const auto dbeta = context.output(2, std::array{p.channels});
+    std::optional<Tensor> dresidual;
+    if (output) dresidual.emplace(context.output(3, shape));
+    operations_of(context).batch_norm_bprop(
+        p, x.floats(), context.input(1).floats(), context.input(2).floats(),
+        context.input(3).floats(), context.input(4).floats(), dy.floats(),
+        output ? output->floats() : nullptr, dx.floats(), dgamma.floats(), dbeta.floats(),
+        dresidual ? dresidual->floats() : nullptr);
+  }
+};
+
 // --- all of them ------------------------------------------------------------------------------
 
 template <class Kernel>
@@ -667,6 +829,6 @@ using Ops = OpList<Conv2d, Conv2dGradInput, Conv2dGradFilter, Conv2dTranspose, M
                    AveragePool2dGrad, Conv2dMaxPool2d, Conv2dMaxPool2dGrad>;
 
 // XLA makes loops of its own of what stands behind a convolution.
-using OpsOutsideXla = Ops::With<Conv2dScaled>;
+using OpsOutsideXla = Ops::With<Conv2dScaled, BatchNormMoments, BatchNorm, BatchNormGrad>;
 
 }  // namespace fastconv::framework

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "core/thread_pool.hpp"
 #include "core/workspace.hpp"
@@ -116,11 +117,12 @@ void multiply_columns(const float* in, const float* scale, int64_t rows, int64_t
 // y = activation(y + from).
 void add_and_activate(const float* from, int64_t count, Activation activation, float* y) {
   constexpr int64_t kATask = 16384;
-  const bool relu = activation == Activation::relu;
+  const bool relu = activation != Activation::linear;
+  const float most = activation == Activation::relu6 ? 6 : std::numeric_limits<float>::infinity();
   parallel_for((count + kATask - 1) / kATask, [&](int64_t task) {
     for (int64_t i = task * kATask; i < std::min(count, (task + 1) * kATask); ++i) {
       const float sum = y[i] + from[i];
-      y[i] = relu && sum < 0 ? 0 : sum;  // NaN stays
+      y[i] = relu && sum < 0 ? 0 : relu && sum > most ? most : sum;  // NaN stays
     }
   });
 }
@@ -372,6 +374,40 @@ void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filt
   linear.activation = Activation::linear;
   if (dx) conv2d_dgrad(linear, dz.floats(), filter, nullptr, dx, algorithm);
   conv2d_wgrad(linear, x, dz.floats(), nullptr, dfilter, dbias, dx ? nullptr : algorithm);
+}
+
+void batch_norm_moments(const BatchNormProblem& p, const float* x, float* mean, float* variance) {
+  if (p.rows > 0) return kernels().batch_norm_moments(p, x, mean, variance);
+  std::fill_n(mean, p.channels, std::numeric_limits<float>::quiet_NaN());
+  std::fill_n(variance, p.channels, std::numeric_limits<float>::quiet_NaN());
+}
+
+void batch_norm_fprop(const BatchNormProblem& p, const float* x, const float* mean,
+                      const float* variance, const float* gamma, const float* beta,
+                      const float* residual, float* y) {
+  if (p.rows == 0) return;
+  kernels().batch_norm_fprop(p, x, mean, variance, gamma, beta, residual, y);
+}
+
+void batch_norm_bprop(const BatchNormProblem& p, const float* x, const float* mean,
+                      const float* variance, const float* gamma, const float* beta, const float* dy,
+                      const float* y, float* dx, float* dgamma, float* dbeta, float* dresidual) {
+  if (p.rows == 0) {
+    std::fill_n(dgamma, p.channels, 0.0f);
+    std::fill_n(dbeta, p.channels, 0.0f);
+    return;
+  }
+  kernels().batch_norm_bprop(p, {.x = x,
+                                 .mean = mean,
+                                 .variance = variance,
+                                 .gamma = gamma,
+                                 .beta = beta,
+                                 .dy = dy,
+                                 .y = y,
+                                 .dx = dx,
+                                 .dgamma = dgamma,
+                                 .dbeta = dbeta,
+                                 .dresidual = dresidual});
 }
 
 }  // namespace fastconv

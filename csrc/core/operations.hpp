@@ -64,4 +64,23 @@ FASTCONV_API void conv2d_pool_bprop(const Conv2dProblem& problem, const float* x
                                     const std::uint8_t* argmax, float* dx, float* dfilter,
                                     float* dbias, const char* algorithm = nullptr);
 
+// Batch normalisation in training. mean and variance (not of a sample: over their number) of each
+// channel, over all rows; NaN where there are none.
+FASTCONV_API void batch_norm_moments(const BatchNormProblem& problem, const float* x, float* mean,
+                                     float* variance);
+
+// y = activation((x - mean) / sqrt(variance + epsilon) * gamma + beta + residual). `residual`, of x's
+// shape, may be null.
+FASTCONV_API void batch_norm_fprop(const BatchNormProblem& problem, const float* x,
+                                   const float* mean, const float* variance, const float* gamma,
+                                   const float* beta, const float* residual, float* y);
+
+// Its gradients by x, gamma and beta, of which that by x counts that mean and variance are x's own.
+// Where a residual was added before an activation, `y` is batch_norm_fprop's output and `dresidual`
+// gets the residual's gradient; else both are null (without an activation that gradient is dy).
+FASTCONV_API void batch_norm_bprop(const BatchNormProblem& problem, const float* x,
+                                   const float* mean, const float* variance, const float* gamma,
+                                   const float* beta, const float* dy, const float* y, float* dx,
+                                   float* dgamma, float* dbeta, float* dresidual);
+
 }  // namespace fastconv

@@ -13,7 +13,8 @@
 namespace fastconv {
 
 enum class Layout : std::uint8_t { nhwc, nchw };
-enum class Activation : std::uint8_t { linear, relu };
+// relu6, min(max(x, 0), 6), is known to conv2d_scaled_fprop and batch_norm alone.
+enum class Activation : std::uint8_t { linear, relu, relu6 };
 
 struct Padding {
   enum class Kind : std::uint8_t { valid, same, explicit_sides };
@@ -62,6 +63,13 @@ struct Pool2dProblem {
   bool argmax_fits_byte() const { return r * s <= 256; }
 
   bool operator==(const Pool2dProblem&) const = default;
+};
+
+// Batch normalisation of rows x channels, NHWC: each channel by its own mean and variance.
+struct BatchNormProblem {
+  std::int64_t rows = 0, channels = 0;
+  float epsilon = 0;
+  Activation activation = Activation::linear;
 };
 
 struct Conv2dArguments {

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -33,6 +34,11 @@ constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// The largest value that an activation leaves.
+constexpr float ceiling_of(Activation activation) {
+  return activation == Activation::relu6 ? 6.0f : std::numeric_limits<float>::infinity();
+}
 
 // Whether a copy of this many rows and columns of an image, padding included, would be large, and the
 // image a small part of it.
@@ -62,6 +68,7 @@ struct TapTile {
   const float* bias;    // `columns` values or null
   int columns;          // of the last vector: 1 .. width
   bool relu;
+  float ceiling;     // with relu
   bool first, last;  // of the parts that a sum is made of: y holds it in between
   // What is asked for meanwhile, for later: `run` cache lines, a step apart. And how many more times.
   const float* ahead;
@@ -145,12 +152,13 @@ void tap_tile(const TapTile& t) {
     }
   }
   const bool relu = t.relu && t.last;
+  const typename V::Reg ceiling = V::set(t.ceiling);
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
     float* const to = y_of(i);
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
-      const typename V::Reg out = relu ? V::relu(sum[i][v]) : sum[i][v];
+      const typename V::Reg out = relu ? V::min(ceiling, V::relu(sum[i][v])) : sum[i][v];
       if (v == Vectors - 1) {
         V::store(to + v * V::kWidth, out, tail);
       } else {
@@ -233,6 +241,7 @@ struct TapConvolution {
   int64_t y_image, y_row, y_column;
   int64_t filter_tap_row, filter_tap_column, filter_reduce, filter_column, filter_group;
   bool relu;
+  float ceiling;  // with relu
 };
 
 // Where one tap meets pixel after pixel, images and rows do not matter: they make one long row.
@@ -560,6 +569,7 @@ struct TapTiles {
     t.x_offset = group * g.reduce;
     t.columns = pass.columns;
     t.relu = g.relu;
+    t.ceiling = g.ceiling;
     t.residual =
         residual ? reinterpret_cast<std::intptr_t>(residual) - reinterpret_cast<std::intptr_t>(y)
                  : 0;
@@ -819,7 +829,8 @@ inline TapConvolution fprop_taps(const Conv2dProblem& p) {
   g.filter_reduce = p.k;
   g.filter_column = 1;
   g.filter_group = p.k_per_group();
-  g.relu = p.activation == Activation::relu;
+  g.relu = p.activation != Activation::linear;
+  g.ceiling = ceiling_of(p.activation);
   return g;
 }
 

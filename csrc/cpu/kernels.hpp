@@ -33,6 +33,14 @@ struct Conv2dOperands {
   const std::uint8_t* argmax_of_y = nullptr;  // wgrad: not null where dy and y are pooled
 };
 
+// The tensors of a batch normalisation's gradient.
+struct BatchNormGradOperands {
+  const float *x, *mean, *variance, *gamma, *beta, *dy;
+  const float* y;  // null, unless something was added before an activation
+  float *dx, *dgamma, *dbeta;
+  float* dresidual;  // where y is not null
+};
+
 struct Estimate {
   // Time on one core, in multiply-adds of the direct sum at full speed: those a perfect direct
   // convolution would do in that time.
@@ -77,6 +85,12 @@ struct Kernels {
                            const void* argmax, float* dx);
   void (*avg_pool2d_fprop)(const Pool2dProblem&, const float* x, float* y);
   void (*avg_pool2d_bprop)(const Pool2dProblem&, const float* dy, float* dx);
+  // See core/operations.hpp. There is at least one row.
+  void (*batch_norm_moments)(const BatchNormProblem&, const float* x, float* mean, float* variance);
+  void (*batch_norm_fprop)(const BatchNormProblem&, const float* x, const float* mean,
+                           const float* variance, const float* gamma, const float* beta,
+                           const float* residual, float* y);
+  void (*batch_norm_bprop)(const BatchNormProblem&, const BatchNormGradOperands&);
 };
 
 extern const Kernels kScalarKernels;

@@ -54,6 +54,7 @@ struct LaneTile {
   float* y;                          // wgrad: dy, read only
   int64_t y_column;
   bool relu;
+  float ceiling;        // with relu
   const float* y_mask;  // wgrad: dy counts where it is positive; null for everywhere
   float* bias_sums;     // wgrad: [vector][width], null for none
 };
@@ -173,7 +174,7 @@ inline __attribute__((always_inline)) void lane_vector(const LaneTile& t, int64_
   float* y = t.y + v * V::kWidth;
 #pragma GCC unroll 8
   for (int i = 0; i < Cols; ++i, y += t.y_column) {
-    const Reg out = t.relu ? V::relu(sum[i]) : sum[i];
+    const Reg out = t.relu ? V::min(V::set(t.ceiling), V::relu(sum[i])) : sum[i];
     if (Whole) {
       V::store(y, out);
     } else {
@@ -501,6 +502,7 @@ struct LaneConvolution {
     common.reduce = plan.reduce;
     common.bias = bias;
     common.relu = classes[0].g.relu;
+    common.ceiling = classes[0].g.ceiling;
     parallel_for(classes[0].g.images * strips * plan.blocks, [&](int64_t task) {
       LaneTile t = common;
       const int64_t block = task % plan.blocks;

@@ -41,9 +41,19 @@ void for_each_product(const Conv2dProblem& p, const Body& body) {
             }
 }
 
+// What the activation makes of a sum, and where it let it through.
+double activated(Activation activation, double sum) {
+  if (activation != Activation::linear && sum < 0) return 0;
+  return activation == Activation::relu6 && sum > 6 ? 6 : sum;
+}
+bool lets_through(Activation activation, double value) {
+  return activation == Activation::linear ||
+         (value > 0 && (activation == Activation::relu || value < 6));
+}
+
 // dy where the activation let the value through, else zero.
 double through_activation(const Conv2dProblem& p, const float* y, const float* dy, int64_t at) {
-  return p.activation == Activation::relu && !(y[at] > 0) ? 0.0 : dy[at];
+  return p.activation != Activation::linear && !lets_through(p.activation, y[at]) ? 0.0 : dy[at];
 }
 
 void store(const std::vector<double>& sums, float* out) {
@@ -94,7 +104,7 @@ void conv2d_scaled_fprop(const Conv2dProblem& p, const float* x, const float* fi
           if (scale) sum *= scale[k];
           if (bias) sum += bias[k];
           if (residual) sum += residual[y_at(n, i, j, k)];
-          if (p.activation == Activation::relu && sum < 0) sum = 0;
+          sum = activated(p.activation, sum);
         }
   store(sums, y);
 }
@@ -206,6 +216,64 @@ void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filt
   linear.activation = Activation::linear;
   if (dx) conv2d_dgrad(linear, dz.data(), filter, nullptr, dx);
   conv2d_wgrad(linear, x, dz.data(), nullptr, dfilter, dbias);
+}
+
+namespace {
+
+double normalized(const BatchNormProblem& p, double x, double mean, double variance) {
+  return (x - mean) / std::sqrt(variance + p.epsilon);
+}
+
+}  // namespace
+
+void batch_norm_moments(const BatchNormProblem& p, const float* x, float* mean, float* variance) {
+  const double rows = static_cast<double>(p.rows);
+  for (int64_t c = 0; c < p.channels; ++c) {
+    double sum = 0, squares = 0;
+    for (int64_t row = 0; row < p.rows; ++row) sum += x[row * p.channels + c];
+    for (int64_t row = 0; row < p.rows; ++row) {
+      const double apart = x[row * p.channels + c] - sum / rows;
+      squares += apart * apart;
+    }
+    mean[c] = static_cast<float>(sum / rows);
+    variance[c] = static_cast<float>(squares / rows);
+  }
+}
+
+void batch_norm_fprop(const BatchNormProblem& p, const float* x, const float* mean,
+                      const float* variance, const float* gamma, const float* beta,
+                      const float* residual, float* y) {
+  for (int64_t at = 0; at < p.rows * p.channels; ++at) {
+    const int64_t c = at % p.channels;
+    double sum = normalized(p, x[at], mean[c], variance[c]) * gamma[c] + beta[c];
+    if (residual) sum += residual[at];
+    y[at] = static_cast<float>(activated(p.activation, sum));
+  }
+}
+
+void batch_norm_bprop(const BatchNormProblem& p, const float* x, const float* mean,
+                      const float* variance, const float* gamma, const float* beta, const float* dy,
+                      const float* y, float* dx, float* dgamma, float* dbeta, float* dresidual) {
+  const double rows = static_cast<double>(p.rows);
+  for (int64_t c = 0; c < p.channels; ++c) {
+    const auto x_at = [&](int64_t at) { return normalized(p, x[at], mean[c], variance[c]); };
+    const auto dz_at = [&](int64_t at) {
+      const double value = y ? y[at] : x_at(at) * gamma[c] + beta[c];
+      return lets_through(p.activation, value) ? dy[at] : 0.0;
+    };
+    double sum = 0, product = 0;
+    for (int64_t at = c; at < p.rows * p.channels; at += p.channels) {
+      sum += dz_at(at);
+      product += dz_at(at) * x_at(at);
+      if (dresidual) dresidual[at] = static_cast<float>(dz_at(at));
+    }
+    dgamma[c] = static_cast<float>(product);
+    dbeta[c] = static_cast<float>(sum);
+    for (int64_t at = c; at < p.rows * p.channels; at += p.channels) {
+      dx[at] = static_cast<float>(gamma[c] / std::sqrt(variance[c] + double{p.epsilon}) *
+                                  (dz_at(at) - sum / rows - x_at(at) * product / rows));
+    }
+  }
 }
 
 }  // namespace fastconv::reference

@@ -30,4 +30,14 @@ FASTCONV_API void conv2d_pool_bprop(const Conv2dProblem& problem, const float* x
                                     const std::uint8_t* argmax, float* dx, float* dfilter,
                                     float* dbias);
 
+FASTCONV_API void batch_norm_moments(const BatchNormProblem& problem, const float* x, float* mean,
+                                     float* variance);
+FASTCONV_API void batch_norm_fprop(const BatchNormProblem& problem, const float* x,
+                                   const float* mean, const float* variance, const float* gamma,
+                                   const float* beta, const float* residual, float* y);
+FASTCONV_API void batch_norm_bprop(const BatchNormProblem& problem, const float* x,
+                                   const float* mean, const float* variance, const float* gamma,
+                                   const float* beta, const float* dy, const float* y, float* dx,
+                                   float* dgamma, float* dbeta, float* dresidual);
+
 }  // namespace fastconv::reference

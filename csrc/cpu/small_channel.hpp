@@ -30,6 +30,7 @@ struct StridedTile {
   int64_t y_step;
   int columns;  // of the last vector
   bool relu;
+  float ceiling;  // with relu
 };
 
 template <class V, int Rows, int Vectors>
@@ -62,11 +63,12 @@ void strided_tile(const StridedTile& t) {
       }
     }
   }
+  const typename V::Reg ceiling = V::set(t.ceiling);
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
-      const typename V::Reg out = t.relu ? V::relu(sum[i][v]) : sum[i][v];
+      const typename V::Reg out = t.relu ? V::min(ceiling, V::relu(sum[i][v])) : sum[i][v];
       float* y = t.y + i * t.y_step + v * V::kWidth;
       if (v == Vectors - 1) {
         V::store(y, out, tail);
@@ -139,7 +141,7 @@ void pooled_tile(const StridedTile& t, int64_t below, std::uint8_t* argmax) {
     for (int v = 0; v < Vectors; ++v) {
       const auto load = [&](int64_t r, int64_t s) {
         const typename V::Reg value = sum[r][2 * p + s][v];
-        return t.relu ? V::relu(value) : value;
+        return t.relu ? V::min(V::set(t.ceiling), V::relu(value)) : value;
       };
       max_of_four<V>(load, t.y, argmax, p * t.y_step + v * V::kWidth,
                      v < Vectors - 1 ? V::kWidth : t.columns);
@@ -371,6 +373,7 @@ struct SmallChannel {
       t.run = strip.run;
       t.y_step = p.k;
       t.relu = g.relu;
+      t.ceiling = g.ceiling;
       // Pixels of a row, or windows of two rows.
       const int64_t unit = operands.pooled ? 2 : 1;
       const int64_t columns = p.ow / unit;

@@ -163,6 +163,7 @@ struct Winograd {
   struct Plan {
     int64_t images, h, w, c, out_h, out_w, k, pad_top, pad_left;
     bool turned, relu;
+    float ceiling;  // with relu
     int64_t tiles_h, tiles_w, tiles, block_tiles, blocks;
     int64_t padded_c, panels, panel_groups, tasks;
     bool two_phases;
@@ -180,7 +181,8 @@ struct Winograd {
       k = turned ? p.c : p.k;
       pad_top = turned ? 2 - p.pad_top : p.pad_top;
       pad_left = turned ? 2 - p.pad_left : p.pad_left;
-      relu = !turned && p.activation == Activation::relu;
+      relu = !turned && p.activation != Activation::linear;
+      ceiling = ceiling_of(p.activation);
 
       tiles_h = ceil_div(out_h, M);
       tiles_w = ceil_div(out_w, M);
@@ -481,7 +483,9 @@ struct Winograd {
       const auto biased = [&](int i, int j, Reg out) {
         return blank >> (i * M + j) & 1 ? start : V::add(out, start);
       };
-      const auto activated = [&](Reg sum) { return plan.relu ? V::relu(sum) : sum; };
+      const auto activated = [&](Reg sum) {
+        return plan.relu ? V::min(V::set(plan.ceiling), V::relu(sum)) : sum;
+      };
       if (!results.pooled) {
 #pragma GCC unroll 4
         for (int i = 0; i < M; ++i) {

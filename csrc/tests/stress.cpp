@@ -467,10 +467,74 @@ void run_pool(const Pool2dProblem& p, Random& random, bool end, const std::strin
   check(dx, right_dx, 1e-4, what + " average gradient");
 }
 
+void run_batch_norm(const BatchNormProblem& p, Random& random, const std::vector<Isa>& isas,
+                    bool end) {
+  const int64_t size = p.rows * p.channels;
+  Tensor<float> x(size, end), dy(size, end), residual(size, end), gamma(p.channels, end),
+      beta(p.channels, end), mean(p.channels, end), variance(p.channels, end);
+  for (auto* tensor : {&x, &dy, &residual, &gamma, &beta}) fill(*tensor, random);
+  reference::batch_norm_moments(p, x.data(), mean.data(), variance.data());
+  for (const bool adds : {false, true}) {
+    const float* const added = adds ? residual.data() : nullptr;
+    Tensor<float> y(size, end), sums(size, end), dx(size, end), dgamma(p.channels, end),
+        dbeta(p.channels, end), dresidual(size, end);
+    reference::batch_norm_fprop(p, x.data(), mean.data(), variance.data(), gamma.data(),
+                                beta.data(), added, y.data());
+    // Which side of a ReLU's corner a sum is on, rounding decides: nothing comes from there.
+    BatchNormProblem linear = p;
+    linear.activation = Activation::linear;
+    reference::batch_norm_fprop(linear, x.data(), mean.data(), variance.data(), gamma.data(),
+                                beta.data(), added, sums.data());
+    for (int64_t i = 0; i < size; ++i) {
+      if (std::fabs(sums[i]) < 1e-3f || std::fabs(sums[i] - 6) < 1e-3f) dy.data()[i] = 0;
+    }
+    const bool by_y = adds && p.activation != Activation::linear;
+    reference::batch_norm_bprop(p, x.data(), mean.data(), variance.data(), gamma.data(),
+                                beta.data(), dy.data(), by_y ? y.data() : nullptr, dx.data(),
+                                dgamma.data(), dbeta.data(), by_y ? dresidual.data() : nullptr);
+    for (Isa isa : isas) {
+      if (isas.size() > 1) set_isa(isa_name(isa));
+      const std::string what = "batch norm of " + std::to_string(p.rows) + " x " +
+                               std::to_string(p.channels) + " activation " +
+                               std::to_string(int(p.activation)) + (adds ? " with a sum " : " ") +
+                               isa_name(isa);
+      Tensor<float> own(size, end), own_mean(p.channels, end), own_variance(p.channels, end);
+      run(what, [&] { batch_norm_moments(p, x.data(), own_mean.data(), own_variance.data()); });
+      check(own_mean, mean, 1e-5, what + " mean");
+      check(own_variance, variance, 1e-4, what + " variance");
+      run(what, [&] {
+        batch_norm_fprop(p, x.data(), mean.data(), variance.data(), gamma.data(), beta.data(),
+                         added, own.data());
+      });
+      check(own, y, 1e-6 + 1e-5 * largest(y), what);
+      Tensor<float> own_dgamma(p.channels, end), own_dbeta(p.channels, end),
+          own_dresidual(size, end);
+      run(what, [&] {
+        batch_norm_bprop(p, x.data(), mean.data(), variance.data(), gamma.data(), beta.data(),
+                         dy.data(), by_y ? y.data() : nullptr, own.data(), own_dgamma.data(),
+                         own_dbeta.data(), by_y ? own_dresidual.data() : nullptr);
+      });
+      const double steepest = largest(gamma) / std::sqrt(double(p.epsilon));
+      check(own, dx, 1e-5 * steepest, what + " dx");
+      check(own_dgamma, dgamma, 1e-5 * double(p.rows), what + " dgamma");
+      check(own_dbeta, dbeta, 1e-5 * double(p.rows), what + " dbeta");
+      if (by_y) check(own_dresidual, dresidual, 0, what + " dresidual");
+    }
+  }
+}
+
 void run_problems(std::uint64_t seed, int64_t problems, const std::vector<Isa>& isas) {
   Random random(seed);
   for (int64_t i = 0; i < problems; ++i) {
     const bool end = random() % 2;
+    if (random() % 10 == 0) {
+      const BatchNormProblem p{.rows = up_to(random, 1500, 1),
+                               .channels = up_to(random, 300, 1),
+                               .epsilon = 0.01f,
+                               .activation = static_cast<Activation>(random() % 3)};
+      run_batch_norm(p, random, isas, end);
+      continue;
+    }
     if (random() % 4 == 0) {
       const Pool2dProblem p = draw_pool(random);
       for (Isa isa : isas) {

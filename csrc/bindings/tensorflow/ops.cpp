@@ -133,6 +133,14 @@ class Attributes {
     return values;
   }
 
+  float real(const char* name) const {
+    const Status status;
+    float value = 0;
+    TF_OpKernelConstruction_GetAttrFloat(construction_, name, &value, status.get());
+    status.check();
+    return value;
+  }
+
   // The first letters of a string, enough to tell the allowed values from one another (TensorFlow
   // has checked that it is one of them).
   std::string text(const char* name) const {
@@ -207,7 +215,8 @@ void infer_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
 template <class Kernel>
 void register_op() {
   TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(Kernel::kName);
-  for (const char* spec : framework::kGeometryAttributes) TF_OpDefinitionBuilderAddAttr(op, spec);
+  TF_OpDefinitionBuilderAddAttr(op, "T: {float} = DT_FLOAT");
+  for (const char* spec : Kernel::kGeometry) TF_OpDefinitionBuilderAddAttr(op, spec);
   for (const char* spec : Kernel::kAttributes) TF_OpDefinitionBuilderAddAttr(op, spec);
   for (const char* spec : Kernel::kOwnAttributes) TF_OpDefinitionBuilderAddAttr(op, spec);
   for (const char* spec : Kernel::kInputs) TF_OpDefinitionBuilderAddInput(op, spec);

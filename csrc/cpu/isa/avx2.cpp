@@ -2,6 +2,7 @@
 // 1 broadcast of the 16 registers.
 #include <immintrin.h>
 
+#include "cpu/batch_norm.hpp"
 #include "cpu/depthwise.hpp"
 #include "cpu/direct.hpp"
 #include "cpu/grouped.hpp"
@@ -58,6 +59,7 @@ struct Avx2 {
   static Reg divide(Reg a, Reg b) { return _mm256_div_ps(a, b); }
   // b where one is NaN or they are equal.
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
   // MAXPS returns its second operand where one is NaN: relu(NaN) is NaN, as stock.
   static Reg relu(Reg v) { return _mm256_max_ps(zero(), v); }
   // Lane j of register i and lane i of register j change places.
@@ -156,6 +158,9 @@ const Kernels kAvx2Kernels = {
     .max_pool2d_bprop = max_pool2d_bprop<Avx2>,
     .avg_pool2d_fprop = avg_pool2d_fprop<Avx2>,
     .avg_pool2d_bprop = avg_pool2d_bprop<Avx2>,
+    .batch_norm_moments = batch_norm_moments<Avx2>,
+    .batch_norm_fprop = batch_norm_fprop<Avx2>,
+    .batch_norm_bprop = batch_norm_bprop<Avx2>,
 };
 
 }  // namespace fastconv::cpu

@@ -3,6 +3,7 @@
 // channels, 14 loads, and more pointers than there are general registers for.
 #include <immintrin.h>
 
+#include "cpu/batch_norm.hpp"
 #include "cpu/depthwise.hpp"
 #include "cpu/direct.hpp"
 #include "cpu/grouped.hpp"
@@ -38,6 +39,7 @@ struct Avx512 {
   static Reg divide(Reg a, Reg b) { return _mm512_div_ps(a, b); }
   // b where one is NaN or they are equal.
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
   // MAXPS returns its second operand where one is NaN: relu(NaN) is NaN, as stock.
   static Reg relu(Reg v) { return _mm512_max_ps(zero(), v); }
   // Lane j of register i and lane i of register j change places.
@@ -134,6 +136,9 @@ const Kernels kAvx512Kernels = {
     .max_pool2d_bprop = max_pool2d_bprop<Avx512>,
     .avg_pool2d_fprop = avg_pool2d_fprop<Avx512>,
     .avg_pool2d_bprop = avg_pool2d_bprop<Avx512>,
+    .batch_norm_moments = batch_norm_moments<Avx512>,
+    .batch_norm_fprop = batch_norm_fprop<Avx512>,
+    .batch_norm_bprop = batch_norm_bprop<Avx512>,
 };
 
 }  // namespace fastconv::cpu

@@ -1,6 +1,7 @@
 // The scalar instances: one float a vector. Runs everywhere; what the compiler makes of it.
 #include <bit>
 
+#include "cpu/batch_norm.hpp"
 #include "cpu/depthwise.hpp"
 #include "cpu/direct.hpp"
 #include "cpu/grouped.hpp"
@@ -36,6 +37,7 @@ struct Scalar {
   static Reg divide(Reg a, Reg b) { return a / b; }
   // b where one is NaN or they are equal.
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }
+  static Reg min(Reg a, Reg b) { return a < b ? a : b; }
   static Mask unordered(Reg a, Reg b) { return a != a || b != b; }
   static Mask mask_or(Mask a, Mask b) { return a || b; }
   static Reg relu(Reg v) { return v < 0 ? 0 : v; }
@@ -86,6 +88,9 @@ const Kernels kScalarKernels = {
     .max_pool2d_bprop = max_pool2d_bprop<Scalar>,
     .avg_pool2d_fprop = avg_pool2d_fprop<Scalar>,
     .avg_pool2d_bprop = avg_pool2d_bprop<Scalar>,
+    .batch_norm_moments = batch_norm_moments<Scalar>,
+    .batch_norm_fprop = batch_norm_fprop<Scalar>,
+    .batch_norm_bprop = batch_norm_bprop<Scalar>,
 };
 
 }  // namespace fastconv::cpu

@@ -39,6 +39,10 @@ AVERAGE_POOL2D = "FastconvAveragePool2D"
 AVERAGE_POOL2D_GRAD = "FastconvAveragePool2DGrad"
 CONV2D_MAX_POOL2D = "FastconvConv2DMaxPool2D"
 CONV2D_MAX_POOL2D_GRAD = "FastconvConv2DMaxPool2DGrad"
+# TensorFlow's alone, NHWC; the inputs of a value a channel are mean, variance, gamma, beta.
+BATCH_NORM_MOMENTS = "FastconvBatchNormMoments"
+BATCH_NORM = "FastconvBatchNorm"  # x, those, residual
+BATCH_NORM_GRAD = "FastconvBatchNormGrad"  # x, those, dy, output
 
 WHOLE_IMAGE = (0, 0)  # the window of global pooling
 _LARGEST_BYTE_WINDOW = 256  # taps; the argmax of a larger window does not fit uint8
@@ -266,6 +270,14 @@ def outputs(
     if name == CONV2D_MAX_POOL2D_GRAD:
         inputs: list[Any] = [("float32", like(0))] * attributes["num_dx"]
         return [("float32", like(1)), *inputs, *biases]
+    channels: Any = ("float32", [Extent(0, 3)])
+    if name == BATCH_NORM_MOMENTS:
+        return [channels, channels]
+    if name == BATCH_NORM:
+        return [("float32", like(0))]
+    if name == BATCH_NORM_GRAD:
+        residuals: list[Any] = [("float32", like(0))] * attributes["num_output"]
+        return [("float32", like(0)), channels, channels, *residuals]
     raise LookupError(name)
 
 
@@ -280,6 +292,10 @@ _OWN_ATTRIBUTES = {
 
 def attribute_names(name: str) -> tuple[str, ...]:
     """The attributes of the operation ``name``."""
+    if name == BATCH_NORM_MOMENTS:
+        return ()
+    if name in (BATCH_NORM, BATCH_NORM_GRAD):
+        return ("epsilon", "activation")
     kind = ("dilations", "activation") if "Conv2D" in name else ("pool_size",)
     return (*_GEOMETRY, *kind, *_OWN_ATTRIBUTES.get(name, ()))
 

@@ -37,6 +37,7 @@ __all__ = [
     "activated_in_one",
     "added_in_one",
     "avg_pool2d",
+    "batch_norm",
     "conv2d",
     "conv2d_max_pool2d",
     "conv2d_transpose",
@@ -277,44 +278,78 @@ def scaled_in_one(y: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tf.Tenso
         A tensor of ``y``'s shape, or None.
     """
     call = _replaceable(y)
-    if call is None or call.scale is not None or call.is_relu or inside_xla():
+    if call is None or call.scale is not None or call.is_activated or inside_xla():
         return None
     x, w, *bias = call.inputs
     if bias:
         offset += bias[0] * scale
-    return _conv2d_scaled(dataclasses.replace(call, inputs=[x, w, offset], scale=scale))
+    return call.replaced(inputs=[x, w, offset], scale=scale)
 
 
 def added_in_one(y: tf.Tensor, residual: tf.Tensor) -> tf.Tensor | None:
-    """``y + residual`` by the convolution that made ``y``, where that can take its place.
+    """``y + residual`` by the op that made ``y``, where that can take its place.
 
     Args:
-        y: a tensor. Only a result of ``scaled_in_one`` can be replaced.
+        y: a tensor. Only a result of ``scaled_in_one`` or ``batch_norm`` can be replaced.
         residual: a float32 tensor of ``y``'s shape.
 
     Returns:
         A tensor of ``y``'s shape, or None.
     """
-    call = _replaceable(y)
-    if call is None or call.scale is None or call.residual is not None or call.is_relu:
+    call = _extensible(y)
+    if call is None or call.residual is not None:
         return None
-    return _conv2d_scaled(dataclasses.replace(call, residual=residual))
+    return call.replaced(residual=residual)
 
 
-def activated_in_one(y: tf.Tensor) -> tf.Tensor | None:
-    """``relu(y)`` by the convolution that made ``y``, where that can take its place.
+def activated_in_one(y: tf.Tensor, activation: str = "relu") -> tf.Tensor | None:
+    """``relu(y)`` or ``relu6(y)`` by the op that made ``y``, where that can take its place.
 
     Args:
-        y: a tensor. Only a result of ``scaled_in_one`` or ``added_in_one`` can be replaced.
+        y: a tensor. Only a result of ``scaled_in_one``, ``batch_norm`` or ``added_in_one`` can be
+            replaced.
+        activation: ``"relu"`` or ``"relu6"``.
 
     Returns:
         A tensor of ``y``'s shape, or None.
     """
-    call = _replaceable(y)
-    if call is None or call.scale is None or call.is_relu:
+    call = _extensible(y)
+    if call is None:
         return None
-    attributes = {**call.attributes, "activation": "RELU"}
-    return _conv2d_scaled(dataclasses.replace(call, attributes=attributes))
+    return call.replaced(attributes={**call.attributes, "activation": activation.upper()})
+
+
+def batch_norm(
+    x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, *, epsilon: float
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Batch normalisation by ``x``'s own moments, differentiable to any order; not inside XLA.
+
+    In a graph under construction the result can still be replaced by one to which ``added_in_one``
+    adds and that ``activated_in_one`` activates.
+
+    Args:
+        x: float32 tensor of shape (batch, height, width, channels).
+        gamma, beta: float32 tensors of shape (channels,), or variables; None for 1 and 0.
+        epsilon: a number above 0.
+
+    Returns:
+        ``(x - mean) / sqrt(variance + epsilon) * gamma + beta``, and the mean and variance of each
+        channel, of shape (channels,).
+
+    Raises:
+        tf.errors.InvalidArgumentError: where the shapes do not fit each other. In a graph it is
+            raised when the graph runs.
+    """
+    (x,) = _tensors(x)
+    mean, variance = _framework.run(_operations.BATCH_NORM_MOMENTS, [x], {})
+    gamma = tf.ones_like(mean) if gamma is None else gamma
+    beta = tf.zeros_like(mean) if beta is None else beta
+    call = _BatchNormCall(
+        graph=None if tf.executing_eagerly() else tf.compat.v1.get_default_graph(),
+        inputs=_tensors(x, mean, variance, gamma, beta),
+        attributes={"epsilon": epsilon, "activation": "LINEAR"},
+    )
+    return call.run(), mean, variance
 
 
 def max_pool2d(
@@ -510,6 +545,8 @@ _INPUTS_BEFORE_THE_LIST = {
     _operations.CONV2D_GRAD_INPUT: 3,
     _operations.CONV2D_GRAD_FILTER: 3,
     _operations.CONV2D_MAX_POOL2D: 2,
+    _operations.BATCH_NORM: 5,
+    _operations.BATCH_NORM_GRAD: 6,
 }
 
 
@@ -521,6 +558,8 @@ def _run_op(
     TensorFlow's C API shows an op's shape function no attributes, so shapes are set here.
     """
     arguments: list[Any] = inputs
+    if name == _operations.BATCH_NORM_GRAD:  # what follows from the number of inputs
+        attributes = {key: value for key, value in attributes.items() if key != "num_output"}
     if (count := _INPUTS_BEFORE_THE_LIST.get(name)) is not None:
         arguments = [*inputs[:count], inputs[count:]]
     own: dict[str, Any] = {}
@@ -585,41 +624,80 @@ _CALL = "_fastconv_call"  # attribute of a tensor in a graph: the _Conv2dCall th
 
 
 @dataclass(frozen=True)
-class _Conv2dCall:
+class _Call:
+    """How a tensor of a graph was made."""
+
     graph: Any
     inputs: list[tf.Tensor]
     attributes: Attributes
-    scale: tf.Tensor | None = None
     residual: tf.Tensor | None = None
 
     @property
-    def is_relu(self) -> bool:
-        return bool(self.attributes["activation"] == "RELU")
+    def is_activated(self) -> bool:
+        return bool(self.attributes["activation"] != "LINEAR")
+
+    def run(self) -> tf.Tensor:
+        raise NotImplementedError
+
+    def replaced(self, **changes: Any) -> tf.Tensor:
+        return dataclasses.replace(self, **changes).run()
+
+    def marked(self, y: tf.Tensor) -> tf.Tensor:
+        if not tf.executing_eagerly():
+            setattr(y, _CALL, self)
+        return y
 
 
-def _replaceable(y: tf.Tensor) -> _Conv2dCall | None:
+@dataclass(frozen=True)
+class _Conv2dCall(_Call):
+    """Of a convolution: x, filter and perhaps bias; where scaled, x, filter and offset."""
+
+    scale: tf.Tensor | None = None
+
+    def run(self) -> tf.Tensor:
+        if self.scale is None:
+            return self.marked(_framework.run_one(_operations.CONV2D, self.inputs, self.attributes))
+        x, w, offset = self.inputs
+        residual = [] if self.residual is None else [self.residual]
+        inputs = [x, w, self.scale, offset, *residual]
+        return self.marked(_framework.run_one(_operations.CONV2D_SCALED, inputs, self.attributes))
+
+
+@dataclass(frozen=True)
+class _BatchNormCall(_Call):
+    """Of a batch normalisation by the moments of its input: x, mean, variance, gamma, beta."""
+
+    def run(self) -> tf.Tensor:
+        residual = [] if self.residual is None else [self.residual]
+        inputs = [*self.inputs, *residual]
+        return self.marked(_framework.run_one(_operations.BATCH_NORM, inputs, self.attributes))
+
+
+def _made_by(y: tf.Tensor) -> _Call | None:
     """The call that made ``y``, if the graph that it is part of is still under construction."""
-    call: _Conv2dCall | None = None if tf.executing_eagerly() else getattr(y, _CALL, None)
+    call: _Call | None = None if tf.executing_eagerly() else getattr(y, _CALL, None)
     if call is None or call.graph is not tf.compat.v1.get_default_graph():
         return None
     return call
 
 
+def _replaceable(y: tf.Tensor) -> _Conv2dCall | None:
+    """The convolution that made ``y``, if it may still be replaced."""
+    call = _made_by(y)
+    return call if isinstance(call, _Conv2dCall) else None
+
+
+def _extensible(y: tf.Tensor) -> _Call | None:
+    """The call that made ``y``, if it may still add and activate as well."""
+    call = _made_by(y)
+    if call is None or call.is_activated:
+        return None
+    return None if isinstance(call, _Conv2dCall) and call.scale is None else call
+
+
 def _conv2d(inputs: list[tf.Tensor], attributes: Attributes) -> tf.Tensor:
-    y = _framework.run_one(_operations.CONV2D, inputs, attributes)
-    if not tf.executing_eagerly():
-        graph = tf.compat.v1.get_default_graph()
-        setattr(y, _CALL, _Conv2dCall(graph, inputs, attributes))
-    return y
-
-
-def _conv2d_scaled(call: _Conv2dCall) -> tf.Tensor:
-    x, w, offset = call.inputs
-    residual = [] if call.residual is None else [call.residual]
-    inputs = [x, w, call.scale, offset, *residual]
-    y = _framework.run_one(_operations.CONV2D_SCALED, inputs, call.attributes)
-    setattr(y, _CALL, call)
-    return y
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    return _Conv2dCall(graph, inputs, attributes).run()
 
 
 def _conv2d_scaled_rule(
@@ -627,14 +705,16 @@ def _conv2d_scaled_rule(
 ) -> list[tf.Tensor | None]:
     x, w, scale, _, *residual = call.inputs
     (y,) = call.outputs
-    is_relu = call.attributes["activation"] == "RELU"
+    attributes = dict(call.attributes)
+    if attributes["activation"] == "RELU6":
+        dy = tf.raw_ops.Relu6Grad(gradients=dy, features=y)
+        attributes["activation"] = "LINEAR"
+    is_relu = attributes["activation"] == "RELU"
     mask = [y] if is_relu else []
-    dx = framework.run_one(
-        _operations.CONV2D_GRAD_INPUT, [x, w * scale, dy, *mask], call.attributes
-    )
+    dx = framework.run_one(_operations.CONV2D_GRAD_INPUT, [x, w * scale, dy, *mask], attributes)
     # Of the filter its gradient takes the shape alone.
     dscaled, doffset = framework.run(
-        _operations.CONV2D_GRAD_FILTER, [x, w, dy, *mask], {**call.attributes, "num_bias": 1}
+        _operations.CONV2D_GRAD_FILTER, [x, w, dy, *mask], {**attributes, "num_bias": 1}
     )
     dscale = tf.reduce_sum(dscaled * w, axis=[0, 1, 2])
     through = framework.where_positive(dy, y) if is_relu else dy
@@ -642,6 +722,63 @@ def _conv2d_scaled_rule(
 
 
 _register_gradient(_operations.CONV2D_SCALED, _conv2d_scaled_rule)
+
+
+# --- batch normalisation --------------------------------------------------------------------------
+
+
+def _batch_norm_moments_rule(
+    framework: _operations.Framework, call: _operations.Call, dmean: tf.Tensor, dvariance: tf.Tensor
+) -> list[tf.Tensor | None]:
+    del framework
+    (x,) = call.inputs
+    mean, _ = call.outputs
+    rows = tf.cast(tf.reduce_prod(tf.shape(x)[:3]), x.dtype)
+    return [(dmean + 2 * (x - mean) * dvariance) / rows]
+
+
+def _batch_norm_rule(
+    framework: _operations.Framework, call: _operations.Call, dy: tf.Tensor
+) -> list[tf.Tensor | None]:
+    residual = call.inputs[5:]
+    activated = call.attributes["activation"] != "LINEAR"
+    output = list(call.outputs) if residual and activated else []
+    # dx counts what x does to the moments, which thus get none.
+    dx, dgamma, dbeta, *dresidual = framework.run(
+        _operations.BATCH_NORM_GRAD,
+        [*call.inputs[:5], dy, *output],
+        {**call.attributes, "num_output": len(output)},
+    )
+    return [dx, None, None, dgamma, dbeta, *(dresidual or [dy for _ in residual])]
+
+
+def _batch_norm_grad_rule(
+    framework: _operations.Framework, call: _operations.Call, *upstream: tf.Tensor
+) -> list[tf.Tensor | None]:
+    """By stock ops, for which speed does not matter."""
+    del framework
+    x, _, _, gamma, beta, dy, *output = call.inputs
+    is_relu6 = call.attributes["activation"] == "RELU6"
+    masks = is_relu6 or call.attributes["activation"] == "RELU"
+    mask_of = tf.raw_ops.Relu6Grad if is_relu6 else tf.raw_ops.ReluGrad
+    with tf.GradientTape() as tape:
+        tape.watch([x, gamma, dy])
+        mean, variance = tf.nn.moments(x, [0, 1, 2])
+        factor = tf.math.rsqrt(variance + call.attributes["epsilon"])
+        normalized = (x - mean) * factor
+        value = output[0] if output else normalized * gamma + beta
+        dz = mask_of(gradients=dy, features=tf.stop_gradient(value)) if masks else dy
+        dbeta, dgamma = (tf.reduce_sum(each, [0, 1, 2]) for each in (dz, dz * normalized))
+        rows = tf.cast(tf.reduce_prod(tf.shape(x)[:3]), x.dtype)
+        dx = gamma * factor * (dz - (dbeta + normalized * dgamma) / rows)
+        gradients = [dx, dgamma, dbeta, *([dz] if output else [])]
+    ddx, ddgamma, ddy = tape.gradient(gradients, [x, gamma, dy], list(upstream))
+    return [ddx, None, None, ddgamma, None, ddy, *[None for _ in output]]
+
+
+_register_gradient(_operations.BATCH_NORM_MOMENTS, _batch_norm_moments_rule)
+_register_gradient(_operations.BATCH_NORM, _batch_norm_rule)
+_register_gradient(_operations.BATCH_NORM_GRAD, _batch_norm_grad_rule)
 
 
 def _conv2d_max_pool2d(

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastconv.keras._explain import explain_layer
-from fastconv.keras._joining import joins_a_convolution
+from fastconv.keras._joining import joins
 from fastconv.keras._stand_in import JOINING, STAND_INS
 
 if TYPE_CHECKING:
@@ -29,9 +29,10 @@ def accelerate(model: Model) -> Model:
     state, what ``compile()`` was told and who shares which layer. It may be functional, Sequential,
     subclassed or nested, built or not, trained or not. ``summary(model)`` tells what was done.
 
-    Batch normalisations, sums of two and ReLUs behind a convolution of a functional model, whose
-    output nothing else reads, become part of it where a graph is made for inference. So results there
-    differ from the stock layers' by the rounding of one more product.
+    With TensorFlow, batch normalisations, sums of two and ReLUs behind a convolution of a functional
+    model, whose output nothing else reads, become part of it where a graph is made for inference. In
+    training, batch normalisations are computed in fewer passes, and sums and ReLUs behind them become
+    part of these. Results differ from the stock layers' by rounding.
 
     Functions that you traced from the model yourself (``tf.function``) remain what they are; those
     of ``fit()``, ``evaluate()`` and ``predict()`` are made anew.
@@ -45,9 +46,9 @@ def accelerate(model: Model) -> Model:
     _change_classes(model, STAND_INS)
     for part in _layers(model):
         if isinstance(part, keras.Model):
-            # In the order of the graph: one joins a convolution through the other.
+            # In the order of the graph: one joins the next.
             for layer in part.layers:
-                if type(layer) in JOINING and joins_a_convolution(layer, part):
+                if type(layer) in JOINING and joins(layer, part):
                     _change_class(layer, JOINING[type(layer)])
     return model
 

@@ -68,7 +68,12 @@ def _explain(layer: keras.layers.Layer) -> tuple[str, str]:
         reason = reason_for_stock_always(layer)
         if reason is not None:
             return "stock", reason
-        return "fastconv", "part of the convolution before it, in graphs at inference; else stock"
+        if isinstance(layer, keras.layers.BatchNormalization):
+            return (
+                "fastconv",
+                "part of a convolution before it, in graphs at inference; a kernel in training",
+            )
+        return "fastconv", "part of the layer before it, in graphs; else stock"
     kind = type(layer)
     if kind in STAND_INS:
         return "stock", f"not replaced; accelerate() would make it a {STAND_INS[kind].__qualname__}"

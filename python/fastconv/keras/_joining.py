@@ -1,9 +1,10 @@
-"""Layers that become part of the convolution before them, in graphs at inference.
+"""Layers that become part of the one before them: batch normalisation, a sum of two, ReLU.
 
-A convolution's batch normalisation, shortcut and ReLU each read and write its whole output again, which
-for many networks takes longer than the convolution. ``accelerate()`` makes these layers, where they
-stand behind a ``FastConv2D`` whose output nothing else reads, the classes below. They compute what the
-stock layers do, whose code serves in training and outside graphs.
+Each of those behind a convolution reads and writes its whole output again, which for many networks
+takes longer than the convolution. In graphs at inference they become part of a ``FastConv2D`` whose
+output nothing else reads. In training, batch normalisation is an operation of its own, of which the sum
+and the ReLU become part. ``accelerate()`` makes such layers the classes below. They compute what the
+stock layers do, whose code serves elsewhere.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from fastconv.keras._stand_in import JOINING, Tensor, adapter, stand_in_for, static_shape
+from fastconv.keras._stand_in import (
+    JOINING,
+    Tensor,
+    adapter,
+    reason_for_stock,
+    stand_in_for,
+    static_shape,
+)
 from fastconv.keras.conv2d import FastConv2D
 from fastconv.keras.depthwise_conv2d import FastDepthwiseConv2D
 
@@ -26,17 +34,19 @@ __all__ = [
     "FastAdd",
     "FastBatchNormalization",
     "FastReLU",
-    "joins_a_convolution",
+    "joins",
 ]
 
 
 @stand_in_for(keras.layers.BatchNormalization, JOINING)
 class FastBatchNormalization(keras.layers.BatchNormalization):
-    """``keras.layers.BatchNormalization`` that becomes part of the convolution before it.
+    """``keras.layers.BatchNormalization`` in few passes over its input, or in none.
 
-    It does so in graphs (``predict()``, ``evaluate()``, ``tf.function``) where it uses its moving
-    statistics: the filters are scaled as the kernel packs them. Results differ from the stock layer's by
-    rounding. Else its code is the stock layer's, as are arguments, weights and files.
+    In graphs (``predict()``, ``evaluate()``, ``tf.function``) where it uses its moving statistics, it
+    becomes part of the convolution before it: the filters are scaled as the kernel packs them. In
+    training it is fastconv's own kernel, to which the sum and the ReLU behind it are joined. Results
+    differ from the stock layer's by rounding. Else its code is the stock layer's, as are arguments,
+    weights and files.
     """
 
     def call(
@@ -44,7 +54,17 @@ class FastBatchNormalization(keras.layers.BatchNormalization):
     ) -> Tensor:
         # `training` may be a tensor, whose value is not known yet.
         moving = training is None or training is False or not self.trainable
-        if moving and mask is None and _may_join(inputs):
+        if training is True and not moving and mask is None and self._has_kernel(inputs):
+            y, mean, variance = adapter.batch_norm(
+                inputs,
+                self.gamma if self.scale else None,
+                self.beta if self.center else None,
+                epsilon=self.epsilon,
+            )
+            for moment, average in ((mean, self.moving_mean), (variance, self.moving_variance)):
+                average.assign(average * self.momentum + moment * (1.0 - self.momentum))
+            return y
+        if moving and mask is None and _may_join(inputs) and _scales(self):
             joined = adapter.normalized_in_one(
                 inputs,
                 self.moving_mean,
@@ -57,10 +77,20 @@ class FastBatchNormalization(keras.layers.BatchNormalization):
                 return joined
         return super().call(inputs, training=training, mask=mask)
 
+    def _has_kernel(self, inputs: Tensor) -> bool:
+        """Whether fastconv's kernel can normalise ``inputs`` by their own moments."""
+        return (
+            _JOINS
+            and _is_plain(self)
+            and keras.ops.is_tensor(inputs)
+            and reason_for_stock(inputs, self.compute_dtype) is None
+            and not adapter.inside_xla()
+        )
+
 
 @stand_in_for(keras.layers.Add, JOINING)
 class FastAdd(keras.layers.Add):
-    """``keras.layers.Add`` that becomes part of a convolution before it.
+    """``keras.layers.Add`` that becomes part of a convolution, or batch normalisation, before it.
 
     See ``FastBatchNormalization``, which stands between the two.
     """
@@ -79,9 +109,9 @@ class FastAdd(keras.layers.Add):
 
 @stand_in_for(keras.layers.Activation, JOINING)
 class FastActivation(keras.layers.Activation):
-    """``keras.layers.Activation`` that becomes part of the convolution before it.
+    """``keras.layers.Activation`` that becomes part of what is before it.
 
-    See ``FastBatchNormalization``. The activation is ``keras.activations.relu``.
+    See ``FastBatchNormalization``. The activation is ``keras.activations.relu`` or ``relu6``.
     """
 
     def call(self, inputs: Tensor) -> Tensor:
@@ -91,9 +121,9 @@ class FastActivation(keras.layers.Activation):
 
 @stand_in_for(keras.layers.ReLU, JOINING)
 class FastReLU(keras.layers.ReLU):
-    """``keras.layers.ReLU`` that becomes part of the convolution before it.
+    """``keras.layers.ReLU`` that becomes part of what is before it.
 
-    See ``FastBatchNormalization``. It has no maximum, slope or threshold.
+    See ``FastBatchNormalization``. It has no slope or threshold, and no maximum but 6.
     """
 
     def call(self, inputs: Tensor) -> Tensor:
@@ -101,24 +131,24 @@ class FastReLU(keras.layers.ReLU):
         return super().call(inputs) if joined is None else joined
 
 
-def joins_a_convolution(layer: keras.layers.Layer, model: keras.Model) -> bool:
-    """Whether ``layer``, a stock layer of ``model``, whose convolutions are fast, may be part of one.
+def joins(layer: keras.layers.Layer, model: keras.Model) -> bool:
+    """Whether ``layer``, a stock layer of ``model``, whose convolutions are fast, is made faster.
 
-    Nothing else may read the convolution's output, or that of a layer between: it does not exist then.
+    Nothing else may read the output of the layer it joins: that output does not exist then.
     """
     if not _JOINS:
         return False
     before = _layers_before(layer)
     kind = type(layer)
     if kind is keras.layers.BatchNormalization:
-        return len(before) == 1 and _scales(layer, before[0])
+        return _is_plain(layer) or _scales(layer)
     if kind is keras.layers.Add:
         # Inputs of a model may have batches of different sizes.
         single = len(getattr(model, "inputs", None) or ()) == 1
         return single and len(before) == 2 and any(_is_joined_normalization(b) for b in before)
     if kind in (keras.layers.Activation, keras.layers.ReLU):
         return (
-            _is_relu(layer)
+            _relu_of(layer) is not None
             and len(before) == 1
             and (_is_joined_normalization(before[0]) or _is_alone(before[0], FastAdd))
         )
@@ -136,9 +166,24 @@ def _is_alone(layer: Any, kind: type[Any] | tuple[type[Any], ...]) -> bool:
     return isinstance(layer, kind) and len(layer._inbound_nodes) == len(layer._outbound_nodes) == 1
 
 
-def _scales(layer: keras.layers.Layer, before: Any) -> bool:
-    if not _is_alone(before, (FastConv2D, FastDepthwiseConv2D)):
+def _is_plain(layer: Any) -> bool:
+    """Whether a batch normalisation is one that the kernel can compute, of images, channels last."""
+    spec = layer.input_spec
+    return (
+        layer.axis in (-1, 3)
+        and (spec is None or spec.ndim in (None, 4))
+        and not getattr(layer, "synchronized", False)
+        and not getattr(layer, "renorm", False)
+        and layer.compute_dtype == "float32"
+    )
+
+
+def _scales(layer: keras.layers.Layer) -> bool:
+    """Whether a batch normalisation scales what a convolution gives to it alone."""
+    befores = _layers_before(layer)
+    if len(befores) != 1 or not _is_alone(befores[0], (FastConv2D, FastDepthwiseConv2D)):
         return False
+    before = befores[0]
     axis = {"channels_last": (-1, 3), "channels_first": (1, -3)}[before.data_format]
     return (
         before.activation in (None, keras.activations.linear)
@@ -153,14 +198,22 @@ def _is_joined_normalization(layer: Any) -> bool:
 
 
 def _joined_relu(layer: keras.layers.Layer, inputs: Tensor) -> Tensor | None:
-    """The layer's output by the convolution before it; None where that cannot give it."""
-    return adapter.activated_in_one(inputs) if _is_relu(layer) and _may_join(inputs) else None
+    """The layer's output by what is before it; None where that cannot give it."""
+    activation = _relu_of(layer)
+    if activation is None or not _may_join(inputs):
+        return None
+    return adapter.activated_in_one(inputs, activation)
 
 
-def _is_relu(layer: keras.layers.Layer) -> bool:
+def _relu_of(layer: keras.layers.Layer) -> str | None:
+    """Which ReLU an operation may compute ``layer`` is; None if none."""
     if isinstance(layer, keras.layers.ReLU):
-        return layer.max_value is None and layer.negative_slope == 0 and layer.threshold == 0
-    return layer.activation is keras.activations.relu
+        if layer.negative_slope != 0 or layer.threshold != 0:
+            return None
+        return {None: "relu", 6: "relu6"}.get(layer.max_value)
+    if layer.activation is keras.activations.relu6:
+        return "relu6"
+    return "relu" if layer.activation is keras.activations.relu else None
 
 
 def _may_join(*tensors: Tensor) -> bool:
