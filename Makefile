@@ -28,7 +28,8 @@ endif
 help:
 	@echo "make mnist   train the article's MNIST network on the fast layers;"
 	@echo "             ARGS passes options: make mnist ARGS='--layers both --epochs 2'"
-	@echo "make test    run the tests; ARGS passes options to pytest"
+	@echo "make test    run the tests; ARGS passes options to pytest, WORKERS=0 runs them in"
+	@echo "             one process, as debuggers want it"
 	@echo "make docs    build the documentation's pages in build/docs"
 	@echo "make lint    ruff, mypy, clang-format and clang-tidy; make format rewrites the sources"
 	@echo "make wheels  build and try a wheel for every Python found, in dist/"
@@ -52,8 +53,12 @@ help:
 mnist: $(INSTALLED)
 	@$(VENV_PYTHON) -m fastconv mnist $(ARGS)
 
+# Most tests keep one core busy. A file of tests stays in one process, for what its tests share; in the
+# order of their names, in which the longest single test does not come last.
+WORKERS ?= 2
+
 test: $(INSTALLED)
-	$(VENV_PYTHON) -m pytest $(ARGS)
+	$(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 docs: $(INSTALLED)
 	$(VENV_PYTHON) -m sphinx -W --keep-going --quiet -b html docs build/docs
@@ -116,8 +121,10 @@ $(CREATED):
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-# After the first time, pip would mostly list what is there already.
-QUIET = $(if $(wildcard $(INSTALLED)),--quiet)
+# After the first time, pip would mostly list what is there already. To compile every module of
+# TensorFlow and JAX takes a minute; Python compiles those that are imported, and keeps them.
+unexport PYTHONDONTWRITEBYTECODE
+PIP = --no-compile $(if $(wildcard $(INSTALLED)),--quiet)
 
 # The wheel is built before anything is installed: an error of the compiler costs no download.
 $(INSTALLED): $(CREATED) $(SOURCES)
@@ -126,6 +133,6 @@ $(INSTALLED): $(CREATED) $(SOURCES)
 	@$(VENV_PYTHON) -m pip wheel --no-deps --wheel-dir $(WHEELS) .
 	@touch $(UNFINISHED)
 	@echo "Installing fastconv, TensorFlow and the test tools into $(VENV)"
-	@$(VENV_PYTHON) -m pip install $(QUIET) --force-reinstall --no-deps $(WHEELS)/*.whl
-	@set -- $(WHEELS)/*.whl && $(VENV_PYTHON) -m pip install $(QUIET) "$$1[tensorflow,test]"
+	@$(VENV_PYTHON) -m pip install $(PIP) --force-reinstall --no-deps $(WHEELS)/*.whl
+	@set -- $(WHEELS)/*.whl && $(VENV_PYTHON) -m pip install $(PIP) "$$1[tensorflow,test]"
 	@mv $(UNFINISHED) $@
