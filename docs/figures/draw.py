@@ -123,12 +123,12 @@ def indirect():
     f.soft(20, 265, "these 4 source pixels. The next tap")
     f.soft(20, 282, "meets 4 others: one offset moves all.")
 
-    f.heading(282, 26, "A: pointers")
+    f.heading(272, 26, "A: pointers")
     for i in range(4):
         y = 58 + 40 * i
-        f.box(282, y, 118, 28, "a", f"x_pixels[{i}] + offset")
-        f.arrow((282, y + 14), (20 + 26 * (2 + i) + 26, 131))
-    f.soft(282, 238, "one float is broadcast")
+        f.box(272, y, 142, 28, "a", f"x_pixels[{i}] + offset")
+        f.arrow((272, y + 14), (20 + 26 * (2 + i) + 26, 131))
+    f.soft(272, 238, "one float is broadcast")
 
     f.heading(440, 26, "B: a packed filter panel")
     f.box(440, 40, 130, 34, "b", "vector 0")
@@ -139,7 +139,7 @@ def indirect():
     for i in range(4):
         for j in range(2):
             f.box(440 + 132 * j, 152 + 36 * i, 130, 32, "c", f"pixel {i}, vector {j}")
-    f.arrow((400, 152), (436, 166))
+    f.arrow((414, 152), (436, 166))
     f.arrow((660, 98), (660, 148))
     f.mono(20, 326, "for each tap:  its offset, its filter rows")
     f.mono(
