@@ -17,6 +17,9 @@ if not (3, 10) <= sys.version_info[:2] <= (3, 12):
              f"Received: {sys.version.split()[0]}")
 EOF
 
+# Python compiles the modules that are imported, and keeps them: pip need not compile all.
+unset PYTHONDONTWRITEBYTECODE
+
 mkdir -p build/bounds
 echo "building the wheel"
 rm -rf build/bounds/wheel
@@ -31,9 +34,9 @@ for bound in lowest newest; do
     requirements=$(echo "$requirements" | sed -E 's/>=([0-9.]+).*/==\1/')
   fi
   tools=$("$venv/bin/python" tools/extra.py test --only | grep -v '^fastconv')
-  printf '%s\n' "$requirements" "$tools" matplotlib | xargs -d '\n' "$venv/bin/pip" install --quiet
+  printf '%s\n' "$requirements" "$tools" matplotlib | xargs -d '\n' "$venv/bin/pip" install --quiet --no-compile
   "$venv/bin/pip" install --quiet --no-deps build/bounds/wheel/*.whl
   echo "== $bound: $("$venv/bin/pip" list --format=freeze 2>/dev/null |
     grep -iE '^(numpy|click|rich|tensorflow|keras)==' | tr '\n' ' ')"
-  "$venv/bin/python" -m pytest -q -p no:cacheprovider "${tests[@]}" "$@"
+  "$venv/bin/python" -m pytest -q -n 2 --dist loadfile -p no:cacheprovider "${tests[@]}" "$@"
 done
