@@ -32,7 +32,10 @@ def test_explain_names_the_choice(isa):
 
 
 def test_predicted_time_is_that_of_the_clock():
-    """Within a factor that a loaded machine explains; a wrong unit would be off by a thousand."""
+    """Within a factor that a loaded machine explains; a wrong unit would be off by a thousand.
+
+    Of this thread's own processor time: another process may have the core.
+    """
     import time
 
     x = np.ones((8, 28, 28, 64), np.float32)
@@ -41,9 +44,9 @@ def test_predicted_time_is_that_of_the_clock():
         predicted = fastconv.explain(x.shape, w.shape)["predicted_seconds"]
         seconds = []
         for _ in range(10):
-            begin = time.perf_counter()
+            begin = time.thread_time()
             fastconv.conv2d(x, w)
-            seconds.append(time.perf_counter() - begin)
+            seconds.append(time.thread_time() - begin)
     assert predicted / 20 < min(seconds) < predicted * 20
 
 
