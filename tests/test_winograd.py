@@ -43,7 +43,9 @@ def test_against_float64(problem, algorithm, isa):
     expected = solve_by_oracle(problem, data)
     with running_on(algorithm=algorithm):
         results = solve(problem, data)
-    for name in ("y", "dx", "y_fused", "dx_fused"):
+    # The gradient by the filters has an algorithm of tiles of 4 x 4 alone.
+    by_filters = ("dw", "dw_fused", "dbias_fused") if algorithm == "winograd4" else ()
+    for name in ("y", "dx", "y_fused", "dx_fused", *by_filters):
         assert results[name].dtype == np.float32
         assert results[name].shape == expected[name].shape
         assert largest_error(results[name], expected[name]) < 1e-5, name
@@ -60,6 +62,32 @@ def test_error_is_what_the_documentation_says(algorithm, rms, channels, rng):
     scale = np.sqrt(np.mean(expected**2))
     assert np.sqrt(np.mean(error**2)) < rms * scale
     assert np.abs(error).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("positive", [False, True], ids=["normal", "positive"])
+@pytest.mark.parametrize("images", [1, 30])
+def test_error_of_the_gradient_by_filters(images, positive, isa, rng):
+    """Whatever the number of pixels, of which some 32,000 are summed, in parts, at most."""
+    x = rng.standard_normal((images, 33, 34, 20)).astype(np.float32)
+    dy = rng.standard_normal((images, 33, 34, 40)).astype(np.float32)
+    if positive:
+        x, dy = abs(x), abs(dy)
+    geometry = {"strides": (1, 1), "padding": "same", "dilation_rate": (1, 1)}
+    expected, _ = oracle.conv2d_grad_filter(x, dy, (3, 3, 20, 40), **geometry)
+    dw = fastconv.conv2d_grad_filter(x, dy, (3, 3, 20, 40), padding="same", algorithm="winograd4")
+    assert largest_error(dw, expected) < 3e-6
+
+
+def test_channels_without_a_signal_have_no_gradient(isa, rng):
+    """Exactly 0, as of the direct sum: of a unit that ReLU has stopped for good."""
+    x = rng.standard_normal((3, 12, 13, 20)).astype(np.float32)
+    dy = rng.standard_normal((3, 12, 13, 24)).astype(np.float32)
+    x[..., 5] = 0
+    dy[..., 17] = 0
+    dw = fastconv.conv2d_grad_filter(x, dy, (3, 3, 20, 24), padding="same", algorithm="winograd4")
+    assert not dw[:, :, 5].any()
+    assert not dw[..., 17].any()
+    assert dw[:, :, 4, 16].all()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -92,12 +120,17 @@ def test_same_bits_for_any_number_of_threads(algorithm, isa, rng):
         with running_on(threads=1):
             y = fastconv.conv2d(x, w, padding="same", algorithm=algorithm)
             dx = fastconv.conv2d_grad_input(y, w, shape, padding="same", algorithm=algorithm)
+            dw = fastconv.conv2d_grad_filter(x, y, w.shape, padding="same", algorithm="winograd4")
         for threads in (2, 3, 7):
             with running_on(threads=threads):
                 again = fastconv.conv2d(x, w, padding="same", algorithm=algorithm)
                 dx_again = fastconv.conv2d_grad_input(
                     y, w, shape, padding="same", algorithm=algorithm
                 )
+                dw_again = fastconv.conv2d_grad_filter(
+                    x, y, w.shape, padding="same", algorithm="winograd4"
+                )
+            assert dw_again.tobytes() == dw.tobytes()
             assert again.tobytes() == y.tobytes()
             assert dx_again.tobytes() == dx.tobytes()
 
@@ -105,12 +138,14 @@ def test_same_bits_for_any_number_of_threads(algorithm, isa, rng):
 def test_default_accuracy_chooses_it_and_strict_does_not():
     shapes = (8, 28, 28, 128), (3, 3, 128, 128)
     with running_on(isa=fastconv.info()["isa_available"][0], accuracy="default"):
-        for direction in ("fprop", "dgrad"):
+        for direction in ("fprop", "dgrad", "wgrad"):
             choice = fastconv.explain(*shapes, direction=direction, padding="same")
             assert choice["algorithm"].startswith("winograd")
     with running_on(accuracy="strict"):
+        for direction in ("fprop", "dgrad", "wgrad"):
+            choice = fastconv.explain(*shapes, direction=direction, padding="same")
+            assert choice["algorithm"] == "direct"
         choice = fastconv.explain(*shapes, padding="same")
-        assert choice["algorithm"] == "direct"
         refused = [c for c in choice["candidates"] if not c["allowed"]]
         assert {c["algorithm"] for c in refused} == set(ALGORITHMS)
 

@@ -24,6 +24,7 @@
 #include "cpu/implicit_gemm.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/pool.hpp"
+#include "cpu/winograd_wgrad.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -102,11 +103,12 @@ struct Winograd {
   using Transform = WinogradTransform<V, M>;
 
   static bool serves(const Conv2dProblem& p, Direction direction) {
-    return direction != Direction::wgrad && p.r == 3 && p.s == 3 && p.stride_h == 1 &&
+    return (direction != Direction::wgrad || M == 4) && p.r == 3 && p.s == 3 && p.stride_h == 1 &&
            p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 && p.groups == 1;
   }
 
   static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
+    if (direction == Direction::wgrad) return WinogradWgrad<V>::run(p, t);
     const Plan plan(p, direction);
     if (direction == Direction::fprop) {
       execute(plan, t.x, nullptr, t.filter, t.scale, t.bias,
@@ -121,6 +123,7 @@ struct Winograd {
   }
 
   static Estimate estimate(const Conv2dProblem& p, Direction direction) {
+    if (direction == Direction::wgrad) return WinogradWgrad<V>::estimate(p);
     const Plan plan(p, direction);
     // In cycles of a core that does one vector multiply-add each; constants by measurement.
     const double tiles = static_cast<double>(plan.tiles), c = static_cast<double>(plan.c);
@@ -141,6 +144,7 @@ struct Winograd {
   }
 
   static std::string blocking(const Conv2dProblem& p, Direction direction) {
+    if (direction == Direction::wgrad) return WinogradWgrad<V>::blocking(p);
     const Plan plan(p, direction);
     return std::to_string(plan.tiles) + " tiles of " + std::to_string(M) + " x " +
            std::to_string(M) + ", " + std::to_string(plan.block_tiles) + " a block" +
@@ -149,7 +153,7 @@ struct Winograd {
 
   static constexpr Conv2dAlgorithm kAlgorithm{.name = M == 2 ? "winograd2" : "winograd4",
                                               .masks_dgrad = true,
-                                              .masks_wgrad = false,
+                                              .masks_wgrad = M == 4,
                                               .serves = serves,
                                               .estimate = estimate,
                                               .blocking = blocking,

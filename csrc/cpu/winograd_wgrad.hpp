@@ -1,0 +1,397 @@
+// Winograd's minimal filtering for wgrad, F(3x3, 4x4): the 3 x 3 gradient that a 4 x 4 tile of dy and
+// the 6 x 6 tile of the input under it make, by 36 multiplications a pair of channels instead of 144.
+//
+//   dfilter = A^T [ sum over tiles (B^T x B) * (G dy G^T) ] A, elementwise in the brackets
+//
+// The points are those of winograd.hpp, and so is B; G evaluates a cubic at them, A takes three powers
+// of them and G's denominators. (A. Lavin, S. Gray, 2016, section 4.1; it names this F(3x3, 4x4) for
+// the gradient.)
+//
+// Sums over tiles are 36 small matrix products of channels x tiles x filters. Tiles are cut into parts by
+// the problem alone. Of each part, all tiles are transformed first; then a task multiplies some input
+// channels by a panel of output channels at all points and transforms back. Parts add up in order: the
+// same bits for any number of threads.
+#pragma once
+
+#include "cpu/implicit_gemm.hpp"
+#include "cpu/kernels.hpp"
+
+namespace fastconv::cpu {
+namespace {
+
+// apply() along the columns and then along the rows of an In x In square.
+template <class V, int In, int Out, class Apply, class Load, class Store>
+void transform_square(const Apply& apply, const Load& load, const Store& store) {
+  typename V::Reg rows[Out][In];
+#pragma GCC unroll 6
+  for (int j = 0; j < In; ++j) {
+    typename V::Reg from[In], column[Out];
+#pragma GCC unroll 6
+    for (int i = 0; i < In; ++i) from[i] = load(i, j);
+    apply(from, column);
+#pragma GCC unroll 6
+    for (int i = 0; i < Out; ++i) rows[i][j] = column[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < Out; ++i) {
+    typename V::Reg row[Out];
+    apply(rows[i], row);
+#pragma GCC unroll 6
+    for (int j = 0; j < Out; ++j) store(i, j, row[j]);
+  }
+}
+
+// The product of one point: rows of channels x vectors of filters, summed over tiles.
+struct PointTile {
+  const float* x;  // [tile][x_row]
+  int64_t x_row;
+  const float* dy;  // [tile][vectors * width]
+  int64_t tiles;
+  float* product;  // [row][vectors * width]
+};
+
+template <class V, int Rows, int Vectors>
+void point_tile(const PointTile& t) {
+  typename V::Reg sum[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) sum[i][v] = V::zero();
+  const float* x = t.x;
+  const float* dy = t.dy;
+  for (int64_t j = 0; j < t.tiles; ++j, x += t.x_row, dy += Vectors * V::kWidth) {
+    typename V::Reg b[Vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) b[v] = V::load(dy + v * V::kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const typename V::Reg a = V::broadcast(x + i);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(a, b[v], sum[i][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      V::store(t.product + (i * Vectors + v) * V::kWidth, sum[i][v]);
+    }
+}
+
+using PointTileFunction = void (*)(const PointTile&);
+
+// Of `Vectors` vectors, by rows - 1.
+template <class V, int Vectors, std::size_t... I>
+constexpr auto make_point_tiles(std::index_sequence<I...>) {
+  return std::array<PointTileFunction, kMostGemmRows<V>>{point_tile<V, I + 1, Vectors>...};
+}
+
+// By vectors - 1 and rows - 1.
+template <class V, std::size_t... I>
+constexpr auto make_point_tile_table(std::index_sequence<I...>) {
+  return std::array{
+      make_point_tiles<V, I + 1>(std::make_index_sequence<std::size_t{V::kGemmRows[I + 1]}>{})...};
+}
+
+template <class V>
+struct WinogradWgrad {
+  static constexpr int kTile = 6, kPoints = kTile * kTile, kStep = 4;
+  using Reg = typename V::Reg;
+
+  static void run(const Conv2dProblem& p, const Conv2dOperands& operands) {
+    const std::size_t filter_bytes = static_cast<std::size_t>(p.filter_size()) * 4;
+    const std::size_t bias_bytes = static_cast<std::size_t>(p.k) * 4;
+    if (p.n * p.oh * p.ow == 0) {
+      std::memset(operands.out, 0, filter_bytes);
+      if (operands.dbias) std::memset(operands.dbias, 0, bias_bytes);
+      return;
+    }
+    const Plan plan(p, operands.dbias != nullptr);
+    const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes()));
+    float* at = workspace.floats();
+    const auto take = [&at](int64_t floats) {
+      float* here = at;
+      at += floats;
+      return here;
+    };
+    const Buffers buffers{.zeros = take(plan.zeros_floats),
+                          .x = take(plan.x_floats),
+                          .dy = take(plan.dy_floats),
+                          .bias_sums = take(plan.bias_floats),
+                          .products = take(plan.workers * plan.product_floats)};
+    std::memset(buffers.zeros, 0, static_cast<std::size_t>(plan.zeros_floats) * 4);
+    for (int64_t part = 0; part < plan.parts; ++part) {
+      const int64_t begin = plan.tiles * part / plan.parts;
+      const int64_t tiles = plan.tiles * (part + 1) / plan.parts - begin;
+      parallel_for(tiles, [&](int64_t tile) {
+        transform_x(p, plan, operands.x, begin + tile, tile, buffers);
+        transform_dy(p, plan, operands, begin + tile, tile, buffers);
+      });
+      parallel_for(plan.c_groups * plan.panels, plan.workers, [&](int64_t task, int worker) {
+        const int64_t panel = task / plan.c_groups, group = task % plan.c_groups;
+        float* const product = buffers.products + worker * plan.product_floats;
+        multiply(plan, panel, group, tiles, buffers, product);
+        transform_back(p, plan, panel, group, product, part > 0, operands.out);
+        if (operands.dbias && group == 0) {
+          add_bias(p, plan, panel, tiles, buffers.bias_sums, part > 0, operands.dbias);
+        }
+      });
+    }
+  }
+
+  static Estimate estimate(const Conv2dProblem& p) {
+    const Plan plan(p, true);
+    // In cycles of a core that does one vector multiply-add each; constants by measurement.
+    const double tiles = static_cast<double>(plan.tiles), c = static_cast<double>(p.c);
+    const double c_vectors = static_cast<double>(ceil_div(p.c, V::kWidth));
+    const double k_vectors = static_cast<double>(plan.vectors);
+    const double parts = static_cast<double>(plan.parts);
+    // A tile's sums are made ready and stored at each point and part.
+    const double products = kPoints * (tiles * 1.25 + parts * 10) * c * k_vectors;
+    const double transforms = tiles * (c_vectors * 450 + k_vectors * 400);
+    const double back = parts * c * k_vectors * 300;
+    return {(products + transforms + back + 6000 * parts) * V::kWidth, plan.workspace_bytes(),
+            5e-6};
+  }
+
+  static std::string blocking(const Conv2dProblem& p) {
+    const Plan plan(p, true);
+    return std::to_string(plan.tiles) + " tiles of 4 x 4 in " + std::to_string(plan.parts) +
+           " partial sums";
+  }
+
+ private:
+  struct Plan {
+    int64_t c, tiles_h, tiles_w, tiles, parts, part_tiles;
+    int64_t vectors, panels, panel_vectors;  // of output channels
+    int64_t rows, c_tiles, c_groups, group_channels;
+    int64_t x_row, x_point, dy_point;  // floats from tile to tile, and from point to point
+    int64_t zeros_floats, x_floats, dy_floats, bias_floats, product_floats;
+    int workers;
+
+    Plan(const Conv2dProblem& p, bool with_bias) {
+      c = p.c;
+      tiles_h = ceil_div(p.oh, kStep);
+      tiles_w = ceil_div(p.ow, kStep);
+      tiles = p.n * tiles_h * tiles_w;
+      vectors = ceil_div(p.k, V::kWidth);
+      panels = ceil_div(vectors, kGemmVectors<V>);
+      panel_vectors = ceil_div(vectors, panels);
+      // Tiles of a part: what they are transformed to stays in the second-level cache, and what they make
+      // of one point and panel in the first; but enough of them to make up for the way back.
+      // x_row is an odd number of cache lines, so that the same channels of all tiles fill no single sets.
+      x_row = (ceil_div(p.c, 16) | 1) * 16;
+      constexpr int64_t kLeast = 56, kMost = 112;
+      const int64_t fitting = (int64_t{1100} << 10) / (kPoints * (x_row + vectors * V::kWidth) * 4);
+      parts = max64(1, ceil_div(tiles, max64(kLeast, min64(fitting, kMost))));
+      part_tiles = ceil_div(tiles, parts);
+
+      rows = V::kGemmRows[panel_vectors];
+      c_tiles = ceil_div(p.c, rows);
+      constexpr int64_t kTilesATask = 4, kEnoughTasks = 16;
+      c_groups =
+          max64(ceil_div(c_tiles, kTilesATask), min64(c_tiles, ceil_div(kEnoughTasks, panels)));
+      group_channels = ceil_div(c_tiles, c_groups) * rows;
+
+      x_point = part_tiles * x_row;
+      dy_point = part_tiles * vectors * V::kWidth;
+      zeros_floats = round_up(max64(p.c, p.k) + V::kWidth, 16);
+      x_floats = round_up(kPoints * x_point, 16);
+      dy_floats = round_up(kPoints * dy_point, 16);
+      bias_floats = with_bias ? round_up(dy_point, 16) : 0;
+      product_floats = round_up(kPoints * group_channels * panel_vectors * V::kWidth, 16);
+      workers = workers_for(c_groups * panels);
+    }
+    int64_t workspace_bytes() const {
+      return 4 * (zeros_floats + x_floats + dy_floats + bias_floats + workers * product_floats);
+    }
+    int vectors_of(int64_t panel) const {
+      return static_cast<int>(min64(panel_vectors, vectors - panel * panel_vectors));
+    }
+    // Where a panel of one point begins: [point][panel][tile][vectors * width].
+    int64_t panel_offset(int64_t panel) const {
+      return panel * panel_vectors * V::kWidth * part_tiles;
+    }
+    // A group's register tiles, and a tile's input channels.
+    int64_t first_tile(int64_t group) const { return c_tiles * group / c_groups; }
+    int64_t channel(int64_t tile) const { return c * tile / c_tiles; }
+  };
+
+  struct Buffers {
+    float *zeros, *x, *dy, *bias_sums, *products;
+  };
+
+  // Points 0, +-a, +-b and infinity, with a^2 = 1/2 and b^2 = 2.
+  static constexpr float kA = 0.70710678f, kB = 1.41421356f;
+
+  // B^T of six values.
+  static void apply_x(const Reg (&d)[6], Reg (&out)[6]) {
+    const Reg sum = V::set(-2.5f), a = V::set(kA), b = V::set(kB);
+    const Reg even_a = V::fma(V::set(-2.0f), d[2], d[4]), odd_a = V::fma(V::set(-2.0f), d[1], d[3]);
+    const Reg even_b = V::fma(V::set(-0.5f), d[2], d[4]), odd_b = V::fma(V::set(-0.5f), d[1], d[3]);
+    out[0] = V::fma(sum, d[2], V::add(d[0], d[4]));
+    out[1] = V::fma(a, odd_a, even_a);
+    out[2] = V::fma(V::set(-kA), odd_a, even_a);
+    out[3] = V::fma(b, odd_b, even_b);
+    out[4] = V::fma(V::set(-kB), odd_b, even_b);
+    out[5] = V::fma(sum, d[3], V::add(d[1], d[5]));
+  }
+  // A cubic's values at the points; its denominators are left to apply_back.
+  static void apply_dy(const Reg (&g)[4], Reg (&out)[6]) {
+    const Reg even_a = V::fma(V::set(0.5f), g[2], g[0]), odd_a = V::fma(V::set(0.5f), g[3], g[1]);
+    const Reg even_b = V::fma(V::set(2.0f), g[2], g[0]), odd_b = V::fma(V::set(2.0f), g[3], g[1]);
+    out[0] = g[0];
+    out[1] = V::fma(V::set(kA), odd_a, even_a);
+    out[2] = V::fma(V::set(-kA), odd_a, even_a);
+    out[3] = V::fma(V::set(kB), odd_b, even_b);
+    out[4] = V::fma(V::set(-kB), odd_b, even_b);
+    out[5] = g[3];
+  }
+  // 1 / (2 a^2 (a^2 - b^2)) = -2/3 and 1 / (2 b^2 (b^2 - a^2)) = 1/6.
+  static void apply_back(const Reg (&m)[6], Reg (&y)[3]) {
+    const Reg over_a = V::set(-2.0f / 3), over_b = V::set(1.0f / 6);
+    const Reg even_a = V::multiply(over_a, V::add(m[1], m[2]));
+    const Reg even_b = V::multiply(over_b, V::add(m[3], m[4]));
+    y[0] = V::add(m[0], V::add(even_a, even_b));
+    y[1] = V::fma(V::set(-2.0f / 3 * kA), V::subtract(m[1], m[2]),
+                  V::multiply(V::set(1.0f / 6 * kB), V::subtract(m[3], m[4])));
+    y[2] = V::fma(V::set(0.5f), even_a, V::fma(V::set(2.0f), even_b, m[5]));
+  }
+
+  // Calls body(first channel, vector, tail...) for each vector of `channels` channels.
+  template <class Body>
+  static void for_each_vector(int64_t channels, const Body& body) {
+    const int64_t whole = channels / V::kWidth;
+    for (int64_t v = 0; v < whole; ++v) body(v * V::kWidth, v);
+    if (whole * V::kWidth < channels) {
+      body(whole * V::kWidth, whole, V::tail(static_cast<int>(channels - whole * V::kWidth)));
+    }
+  }
+
+  // `tile` of the problem, `slot` of the part.
+  static void transform_x(const Conv2dProblem& p, const Plan& plan, const float* x, int64_t tile,
+                          int64_t slot, const Buffers& buffers) {
+    const int64_t n = tile / (plan.tiles_h * plan.tiles_w);
+    const int64_t top = tile / plan.tiles_w % plan.tiles_h * kStep - p.pad_top;
+    const int64_t left = tile % plan.tiles_w * kStep - p.pad_left;
+    const float* pixels[kPoints];
+    for (int i = 0; i < kTile; ++i)
+      for (int j = 0; j < kTile; ++j) {
+        const int64_t row = top + i, column = left + j;
+        const bool inside = row >= 0 && row < p.h && column >= 0 && column < p.w;
+        pixels[i * kTile + j] = inside ? x + ((n * p.h + row) * p.w + column) * p.c : buffers.zeros;
+      }
+    float* const out = buffers.x + slot * plan.x_row;
+    for_each_vector(p.c, [&](int64_t c, int64_t, const auto&... tail) {
+      transform_square<V, kTile, kTile>(
+          apply_x, [&](int i, int j) { return V::load(pixels[i * kTile + j] + c, tail...); },
+          [&](int i, int j, Reg value) {
+            V::store(out + (i * kTile + j) * plan.x_point + c, value);
+          });
+    });
+  }
+
+  // Likewise; what ReLU stopped is zero, and the sum of the tile is kept for the bias.
+  static void transform_dy(const Conv2dProblem& p, const Plan& plan, const Conv2dOperands& t,
+                           int64_t tile, int64_t slot, const Buffers& buffers) {
+    const int64_t n = tile / (plan.tiles_h * plan.tiles_w);
+    const int64_t top = tile / plan.tiles_w % plan.tiles_h * kStep;
+    const int64_t left = tile % plan.tiles_w * kStep;
+    const float *pixels[kStep * kStep], *masks[kStep * kStep];
+    for (int i = 0; i < kStep; ++i)
+      for (int j = 0; j < kStep; ++j) {
+        const int64_t row = top + i, column = left + j;
+        const bool inside = row < p.oh && column < p.ow;
+        const int64_t at = ((n * p.oh + row) * p.ow + column) * p.k;
+        pixels[i * kStep + j] = inside ? t.dy + at : buffers.zeros;
+        masks[i * kStep + j] = inside && t.y ? t.y + at : buffers.zeros;
+      }
+    for_each_vector(p.k, [&](int64_t k, int64_t vector, const auto&... tail) {
+      const int64_t panel = vector / plan.panel_vectors;
+      float* const out = buffers.dy + plan.panel_offset(panel) +
+                         (slot * plan.vectors_of(panel) + vector % plan.panel_vectors) * V::kWidth;
+      Reg sum = V::zero();
+      transform_square<V, kStep, kTile>(
+          apply_dy,
+          [&](int i, int j) {
+            Reg value = V::load(pixels[i * kStep + j] + k, tail...);
+            if (t.y) {
+              value = V::where_positive(V::load(masks[i * kStep + j] + k, tail...), value);
+            }
+            sum = V::add(sum, value);
+            return value;
+          },
+          [&](int i, int j, Reg value) { V::store(out + (i * kTile + j) * plan.dy_point, value); });
+      if (t.dbias) {
+        V::store(buffers.bias_sums + (slot * plan.vectors + vector) * V::kWidth, sum);
+      }
+    });
+  }
+
+  // product[point][channel of the group][vectors * width].
+  static void multiply(const Plan& plan, int64_t panel, int64_t group, int64_t tiles,
+                       const Buffers& buffers, float* product) {
+    static constexpr auto kTiles =
+        make_point_tile_table<V>(std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
+    const int vectors = plan.vectors_of(panel);
+    const auto& tile_by_rows = kTiles[static_cast<std::size_t>(vectors - 1)];
+    const int64_t begin = plan.first_tile(group), end = plan.first_tile(group + 1);
+    const int64_t first = plan.channel(begin);
+    PointTile t{};
+    t.x_row = plan.x_row;
+    t.tiles = tiles;
+    for (int point = 0; point < kPoints; ++point) {
+      t.dy = buffers.dy + point * plan.dy_point + plan.panel_offset(panel);
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t c = plan.channel(tile);
+        const int64_t count = plan.channel(tile + 1) - c;
+        t.x = buffers.x + point * plan.x_point + c;
+        t.product =
+            product + (point * plan.group_channels + c - first) * int64_t{vectors} * V::kWidth;
+        tile_by_rows[static_cast<std::size_t>(count - 1)](t);
+      }
+    }
+  }
+
+  // Adds to dfilter, or sets it.
+  static void transform_back(const Conv2dProblem& p, const Plan& plan, int64_t panel, int64_t group,
+                             const float* product, bool adds, float* dfilter) {
+    const int64_t first = plan.channel(plan.first_tile(group));
+    const int64_t end = plan.channel(plan.first_tile(group + 1));
+    const int64_t vectors = plan.vectors_of(panel);
+    const int64_t point_floats = plan.group_channels * vectors * V::kWidth;
+    for (int64_t c = first; c < end; ++c)
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t k = (panel * plan.panel_vectors + v) * V::kWidth;
+        const auto tail = V::tail(static_cast<int>(min64(V::kWidth, p.k - k)));
+        const float* const from = product + ((c - first) * vectors + v) * V::kWidth;
+        float* const to = dfilter + c * p.k + k;
+        transform_square<V, kTile, 3>(
+            apply_back,
+            [&](int i, int j) { return V::load(from + (i * kTile + j) * point_floats); },
+            [&](int r, int s, Reg value) {
+              float* const here = to + (3 * r + s) * p.c * p.k;
+              if (adds) value = V::add(V::load(here, tail), value);
+              V::store(here, value, tail);
+            });
+      }
+  }
+
+  // The sums of the tiles of a part, in order.
+  static void add_bias(const Conv2dProblem& p, const Plan& plan, int64_t panel, int64_t tiles,
+                       const float* sums, bool adds, float* dbias) {
+    for (int64_t v = 0; v < plan.vectors_of(panel); ++v) {
+      const int64_t vector = panel * plan.panel_vectors + v, k = vector * V::kWidth;
+      const auto tail = V::tail(static_cast<int>(min64(V::kWidth, p.k - k)));
+      Reg sum = V::zero();
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        sum = V::add(sum, V::load(sums + (tile * plan.vectors + vector) * V::kWidth));
+      }
+      if (adds) sum = V::add(V::load(dbias + k, tail), sum);
+      V::store(dbias + k, sum, tail);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fastconv::cpu
