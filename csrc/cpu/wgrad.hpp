@@ -341,6 +341,23 @@ inline int64_t list_pixels(const Conv2dProblem& p, int64_t r, int64_t s, int64_t
   return count;
 }
 
+// to[i] = the sum of from[part][i] over the parts, in order.
+template <class V>
+void add_parts(const float* from, int64_t parts, int64_t count, float* to) {
+  constexpr int64_t kFloatsATask = 4096;
+  parallel_for(ceil_div(count, kFloatsATask), [&](int64_t task) {
+    const int64_t end = min64(count, (task + 1) * kFloatsATask);
+    for (int64_t i = task * kFloatsATask; i < end; i += V::kWidth) {
+      const auto tail = V::tail(static_cast<int>(min64(V::kWidth, end - i)));
+      typename V::Reg sum = V::load(from + i, tail);
+      for (int64_t part = 1; part < parts; ++part) {
+        sum = V::add(sum, V::load(from + part * count + i, tail));
+      }
+      V::store(to + i, sum, tail);
+    }
+  });
+}
+
 template <class V>
 void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands) {
   const float* const x = operands.x;
@@ -478,23 +495,8 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
     });
   }
 
-  // Parts in order.
-  const auto add_up = [&](const float* from, int64_t count, float* to) {
-    constexpr int64_t kFloatsATask = 4096;
-    parallel_for(ceil_div(count, kFloatsATask), [&](int64_t task) {
-      const int64_t end = min64(count, (task + 1) * kFloatsATask);
-      for (int64_t i = task * kFloatsATask; i < end; i += V::kWidth) {
-        const auto tail = V::tail(static_cast<int>(min64(V::kWidth, end - i)));
-        typename V::Reg sum = V::load(from + i, tail);
-        for (int64_t part = 1; part < plan.parts; ++part) {
-          sum = V::add(sum, V::load(from + part * count + i, tail));
-        }
-        V::store(to + i, sum, tail);
-      }
-    });
-  };
-  if (plan.parts > 1) add_up(sums, plan.floats, dfilter);
-  if (dbias) add_up(bias_sums, p.k, dbias);
+  if (plan.parts > 1) add_parts<V>(sums, plan.parts, plan.floats, dfilter);
+  if (dbias) add_parts<V>(bias_sums, plan.parts, p.k, dbias);
 }
 
 // `Vectors` neighbouring vectors of channels through a block of pixels, every line read once.

@@ -8,13 +8,18 @@
 // the gradient.)
 //
 // Sums over tiles are 36 small matrix products of channels x tiles x filters. Tiles are cut into parts by
-// the problem alone. Of each part, all tiles are transformed first; then a task multiplies some input
-// channels by a panel of output channels at all points and transforms back. Parts add up in order: the
-// same bits for any number of threads.
+// the problem alone. Of each part, all tiles are transformed first; then some input channels are multiplied
+// by a panel of output channels at all points, and transformed back. Parts add up in order: the same bits
+// for any number of threads.
+//
+// Where the filter is small, a task takes some parts from the beginning to the end, with a sum of its own
+// (a slot), in the caches of its core. Else all threads share each part, first its tiles and then its
+// channels.
 #pragma once
 
 #include "cpu/implicit_gemm.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/wgrad.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -108,34 +113,12 @@ struct WinogradWgrad {
     }
     const Plan plan(p, operands.dbias != nullptr);
     const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes()));
-    float* at = workspace.floats();
-    const auto take = [&at](int64_t floats) {
-      float* here = at;
-      at += floats;
-      return here;
-    };
-    const Buffers buffers{.zeros = take(plan.zeros_floats),
-                          .x = take(plan.x_floats),
-                          .dy = take(plan.dy_floats),
-                          .bias_sums = take(plan.bias_floats),
-                          .products = take(plan.workers * plan.product_floats)};
-    std::memset(buffers.zeros, 0, static_cast<std::size_t>(plan.zeros_floats) * 4);
-    for (int64_t part = 0; part < plan.parts; ++part) {
-      const int64_t begin = plan.tiles * part / plan.parts;
-      const int64_t tiles = plan.tiles * (part + 1) / plan.parts - begin;
-      parallel_for(tiles, [&](int64_t tile) {
-        transform_x(p, plan, operands.x, begin + tile, tile, buffers);
-        transform_dy(p, plan, operands, begin + tile, tile, buffers);
-      });
-      parallel_for(plan.c_groups * plan.panels, plan.workers, [&](int64_t task, int worker) {
-        const int64_t panel = task / plan.c_groups, group = task % plan.c_groups;
-        float* const product = buffers.products + worker * plan.product_floats;
-        multiply(plan, panel, group, tiles, buffers, product);
-        transform_back(p, plan, panel, group, product, part > 0, operands.out);
-        if (operands.dbias && group == 0) {
-          add_bias(p, plan, panel, tiles, buffers.bias_sums, part > 0, operands.dbias);
-        }
-      });
+    float* const zeros = workspace.floats();
+    std::memset(zeros, 0, static_cast<std::size_t>(plan.zeros_floats) * 4);
+    if (plan.slots > 1) {
+      by_slots(p, plan, operands, zeros);
+    } else {
+      by_parts(p, plan, operands, zeros);
     }
   }
 
@@ -166,7 +149,9 @@ struct WinogradWgrad {
     int64_t vectors, panels, panel_vectors;  // of output channels
     int64_t rows, c_tiles, c_groups, group_channels;
     int64_t x_row, x_point, dy_point;  // floats from tile to tile, and from point to point
-    int64_t zeros_floats, x_floats, dy_floats, bias_floats, product_floats;
+    int64_t slots;  // partial sums, each of some parts; 1 where threads share the parts instead
+    int64_t zeros_floats, sums_floats, bias_sums_floats;
+    int64_t x_floats, dy_floats, bias_floats, product_floats;
     int workers;
 
     Plan(const Conv2dProblem& p, bool with_bias) {
@@ -200,11 +185,21 @@ struct WinogradWgrad {
       dy_floats = round_up(kPoints * dy_point, 16);
       bias_floats = with_bias ? round_up(dy_point, 16) : 0;
       product_floats = round_up(kPoints * group_channels * panel_vectors * V::kWidth, 16);
-      workers = workers_for(c_groups * panels);
+
+      constexpr int64_t kSumsBytes = int64_t{5} << 20, kMostSlots = 16, kLeastSlots = 4;
+      slots = min64(min64(parts, kMostSlots), kSumsBytes / max64(p.filter_size() * 4, 1));
+      if (slots < kLeastSlots) slots = 1;
+      sums_floats = slots > 1 ? round_up(slots * p.filter_size(), 16) : 0;
+      bias_sums_floats = slots > 1 && with_bias ? round_up(slots * p.k, 16) : 0;
+      workers = workers_for(slots > 1 ? slots : c_groups * panels);
     }
+    int64_t worker_floats() const { return x_floats + dy_floats + bias_floats + product_floats; }
     int64_t workspace_bytes() const {
-      return 4 * (zeros_floats + x_floats + dy_floats + bias_floats + workers * product_floats);
+      const int64_t floats = slots > 1 ? sums_floats + bias_sums_floats + workers * worker_floats()
+                                       : worker_floats() + (workers - 1) * product_floats;
+      return 4 * (zeros_floats + floats);
     }
+    int64_t first_of_part(int64_t part) const { return tiles * part / parts; }
     int vectors_of(int64_t panel) const {
       return static_cast<int>(min64(panel_vectors, vectors - panel * panel_vectors));
     }
@@ -217,9 +212,73 @@ struct WinogradWgrad {
     int64_t channel(int64_t tile) const { return c * tile / c_tiles; }
   };
 
+  // Scratch memory of a part, and where its product goes.
   struct Buffers {
-    float *zeros, *x, *dy, *bias_sums, *products;
+    const float* zeros;
+    float *x, *dy, *bias_sums, *product;
+
+    Buffers(const Plan& plan, const float* zeros, float* at)
+        : zeros(zeros), x(at), dy(x + plan.x_floats), bias_sums(dy + plan.dy_floats),
+          product(bias_sums + plan.bias_floats) {}
   };
+
+  static void transform_tile(const Conv2dProblem& p, const Plan& plan, const Conv2dOperands& t,
+                             int64_t tile, int64_t slot, const Buffers& buffers) {
+    transform_x(p, plan, t.x, tile, slot, buffers);
+    transform_dy(p, plan, t, tile, slot, buffers);
+  }
+
+  // A part's share of a panel and a group of channels; the first part sets what the others add to.
+  static void multiply_and_add(const Conv2dProblem& p, const Plan& plan, int64_t panel,
+                               int64_t group, int64_t tiles, const Buffers& buffers, bool adds,
+                               float* dfilter, float* dbias) {
+    multiply(plan, panel, group, tiles, buffers);
+    transform_back(p, plan, panel, group, buffers.product, adds, dfilter);
+    if (dbias && group == 0) add_bias(p, plan, panel, tiles, buffers.bias_sums, adds, dbias);
+  }
+
+  static void by_slots(const Conv2dProblem& p, const Plan& plan, const Conv2dOperands& t,
+                       float* zeros) {
+    float* const sums = zeros + plan.zeros_floats;
+    float* const bias_sums = sums + plan.sums_floats;
+    float* const scratch = bias_sums + plan.bias_sums_floats;
+    parallel_for(plan.slots, plan.workers, [&](int64_t slot, int worker) {
+      const Buffers buffers(plan, zeros, scratch + worker * plan.worker_floats());
+      const int64_t first = plan.parts * slot / plan.slots;
+      for (int64_t part = first; part < plan.parts * (slot + 1) / plan.slots; ++part) {
+        const int64_t begin = plan.first_of_part(part);
+        const int64_t tiles = plan.first_of_part(part + 1) - begin;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          transform_tile(p, plan, t, begin + tile, tile, buffers);
+        }
+        for (int64_t panel = 0; panel < plan.panels; ++panel)
+          for (int64_t group = 0; group < plan.c_groups; ++group) {
+            multiply_and_add(p, plan, panel, group, tiles, buffers, part > first,
+                             sums + slot * p.filter_size(),
+                             t.dbias ? bias_sums + slot * p.k : nullptr);
+          }
+      }
+    });
+    add_parts<V>(sums, plan.slots, p.filter_size(), t.out);
+    if (t.dbias) add_parts<V>(bias_sums, plan.slots, p.k, t.dbias);
+  }
+
+  static void by_parts(const Conv2dProblem& p, const Plan& plan, const Conv2dOperands& t,
+                       float* zeros) {
+    const Buffers shared(plan, zeros, zeros + plan.zeros_floats);
+    for (int64_t part = 0; part < plan.parts; ++part) {
+      const int64_t begin = plan.first_of_part(part);
+      const int64_t tiles = plan.first_of_part(part + 1) - begin;
+      parallel_for(tiles,
+                   [&](int64_t tile) { transform_tile(p, plan, t, begin + tile, tile, shared); });
+      parallel_for(plan.c_groups * plan.panels, plan.workers, [&](int64_t task, int worker) {
+        Buffers buffers = shared;
+        buffers.product += worker * plan.product_floats;
+        multiply_and_add(p, plan, task / plan.c_groups, task % plan.c_groups, tiles, buffers,
+                         part > 0, t.out, t.dbias);
+      });
+    }
+  }
 
   // Points 0, +-a, +-b and infinity, with a^2 = 1/2 and b^2 = 2.
   static constexpr float kA = 0.70710678f, kB = 1.41421356f;
@@ -330,7 +389,7 @@ struct WinogradWgrad {
 
   // product[point][channel of the group][vectors * width].
   static void multiply(const Plan& plan, int64_t panel, int64_t group, int64_t tiles,
-                       const Buffers& buffers, float* product) {
+                       const Buffers& buffers) {
     static constexpr auto kTiles =
         make_point_tile_table<V>(std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
     const int vectors = plan.vectors_of(panel);
@@ -346,8 +405,8 @@ struct WinogradWgrad {
         const int64_t c = plan.channel(tile);
         const int64_t count = plan.channel(tile + 1) - c;
         t.x = buffers.x + point * plan.x_point + c;
-        t.product =
-            product + (point * plan.group_channels + c - first) * int64_t{vectors} * V::kWidth;
+        t.product = buffers.product +
+                    (point * plan.group_channels + c - first) * int64_t{vectors} * V::kWidth;
         tile_by_rows[static_cast<std::size_t>(count - 1)](t);
       }
     }
