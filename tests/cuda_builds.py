@@ -6,8 +6,10 @@
 ``check``  instrumented as for ThreadSanitizer, whose place the emulator takes: races,
            uninitialised shared memory, out of bounds, misaligned vectors.
 
-What has been compiled lies in build/emulator and is kept as long as what it was made from is the
-same: an unchanged tree compiles nothing.
+And by nvcc, where there is one: the real module, for one architecture.
+
+What has been compiled lies in build/emulator and build/nvcc and is kept as long as what it was made
+from is the same: an unchanged tree compiles nothing.
 """
 
 import contextlib
@@ -93,6 +95,40 @@ def build(name, sources, kind):
             lambda: made,
         )
     return library
+
+
+def build_by_nvcc(nvcc, architecture):
+    """The real module, for one architecture and as CMakeLists.txt makes it, and its cubins.
+
+    Returns the path of libfastconv_cuda.so and the list of paths of the kernels' machine code, which
+    is what ``nvcc -O3`` makes of them; only the host's side is not optimised.
+    """
+    folder = ROOT / "build" / "nvcc" / f"sm_{architecture}"
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = ["-std=c++20", "-O3", f"-arch=sm_{architecture}", f"-I{ROOT / 'csrc'}"]
+    flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-O0"]
+    # PyPI's packages keep the libraries in lib, where nvcc looks for lib64.
+    libraries = Path(nvcc).resolve().parent.parent / "lib"
+    link = ["-shared", "-cudart", "static", f"-L{libraries}"]
+    link += ["-Xlinker=-Bsymbolic", "-Xlinker=--no-undefined"]
+
+    def compile_one(source):
+        target = folder / f"{source.stem}.o"
+        kept = folder / source.stem
+        kept.mkdir(exist_ok=True)
+        rules = target.with_suffix(".d")
+        command = [nvcc, *flags, "--keep", "--keep-dir", str(kept), "-MD", "-MF", str(rules)]
+        command += ["-x", "cu", "-c", str(source), "-o", str(target)]
+        return _make(target, command, lambda: _prerequisites(rules))
+
+    # The longest first, so that the last one does not run alone.
+    sources = sorted(library_sources(), key=lambda source: -source.stat().st_size)
+    with _locked(folder), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(compile_one, sources))
+        library = folder / "libfastconv_cuda.so"
+        _make(library, [nvcc, *link, *map(str, objects), "-o", str(library)], lambda: objects)
+    kernels = [folder / source.stem for source in sources if source.suffix == ".cu"]
+    return library, [cubin for kept in kernels for cubin in kept.glob("*.cubin")]
 
 
 def asan_environment():

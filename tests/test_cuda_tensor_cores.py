@@ -61,7 +61,9 @@ def test_every_tile(fast, tile, direction, dtype, capability):
     multiprocessors, problem = PROBLEMS[tile]
     with emulating(compute_capability=capability, multiprocessors=multiprocessors):
         found, expected, blocking = run(problem, direction, dtype)
-    copies = "3 slices by cp.async" if capability >= 80 else "2 slices through registers"
+    # wgrad of TF32 turns its operands in registers.
+    by_registers = capability < 80 or (dtype, direction) == ("tf32", "wgrad")
+    copies = "2 slices through registers" if by_registers else "3 slices by cp.async"
     assert copies in blocking
     if tile == "64x64":
         assert blocking.startswith("64x64")

@@ -226,12 +226,15 @@ def analyze(cubin, architecture):
         everywhere = collections.Counter(opcode.split(".")[0] for _, opcode, _ in instructions)
         if not any(opcode.startswith("ST") for opcode in everywhere):
             continue  # not for this architecture: its body is empty there
-        loop = [opcode for _, opcode, _ in hot_loop(instructions)]
-        mix = collections.Counter(opcode.split(".")[0] for opcode in loop)
+        loop = hot_loop(instructions)
+        mix = collections.Counter(opcode.split(".")[0] for _, opcode, _ in loop)
         memory = collections.Counter(
             _memory_access(opcode)
-            for opcode in loop
-            if opcode.startswith(("LD", "ST", "ATOM", "RED")) and opcode != "LDGDEPBAR"
+            for _, opcode, operands in loop
+            if opcode.startswith(("LD", "ST", "ATOM", "RED"))
+            and opcode != "LDGDEPBAR"
+            # It loads nothing: ptxas orders asynchronous copies with it.
+            and (opcode, operands.strip()) != ("LDS", "RZ, [RZ]")
         )
         used = usage[mangled]
         threads = bounds.get(mangled, 1024)
@@ -315,9 +318,13 @@ def broken_rules(kernel, figures):
     if kernel.startswith("tensor_core_gemm<"):
         if not figures["multiply"]:
             broken.append("no multiplication on tensor cores in the main loop")
-        # ldmatrix turns elements of 16 bits alone, which both operands of TF32's wgrad would need.
-        if "<Tf32, wgrad," not in kernel and not any(a.startswith("LDSM.") for a in memory):
+        if not any(access.startswith("LDSM.") for access in memory):
             broken.append("operands do not come by ldmatrix")
+        broken += [
+            f"{access} in the main loop; operands must come by ldmatrix alone"
+            for access in memory
+            if access.startswith("LDS.")
+        ]
         if any(access.startswith("LD.") for access in memory):
             broken.append("generic loads in the main loop")
         if " async," in kernel and not any(access.startswith("LDGSTS.") for access in memory):

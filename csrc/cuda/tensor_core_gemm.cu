@@ -134,9 +134,11 @@ Plan plan(const Conv2dSpec& spec, const Device& device) {
     const Plan small = plan_for(spec, device, Copies::registers, Shape::small, unlimited);
     return small.seconds < large.seconds ? small : large;
   }
-  Plan best = plan_for(spec, device, Copies::async, Shape::large, unlimited);
+  const bool turned = spec.direction == Direction::wgrad && spec.type == DataType::float32;
+  const Copies copies = turned ? Copies::registers : Copies::async;
+  Plan best = plan_for(spec, device, copies, Shape::large, unlimited);
   for (const Shape shape : {Shape::narrow, Shape::small}) {
-    const Plan other = plan_for(spec, device, Copies::async, shape, unlimited);
+    const Plan other = plan_for(spec, device, copies, shape, unlimited);
     if (other.seconds < best.seconds) best = other;
   }
   return best;
@@ -186,20 +188,28 @@ std::string blocking(const Conv2dSpec& spec, const Device& device) {
 
 using Kernel = void (*)(Parameters);
 
+template <class T, Direction kDirection, Copies kCopies>
+Kernel kernel(Shape shape) {
+  switch (shape) {
+    case Shape::large: return tensor_core_gemm<T, kDirection, kCopies, Large>;
+    case Shape::narrow: return tensor_core_gemm<T, kDirection, kCopies, Narrow>;
+    default: return tensor_core_gemm<T, kDirection, kCopies, Small>;
+  }
+}
+
 template <class T, Direction kDirection>
 Kernel kernel(Copies copies, Shape shape) {
-  switch (copies) {
-    case Copies::async:
-      return shape == Shape::large    ? tensor_core_gemm<T, kDirection, Copies::async, Large>
-             : shape == Shape::narrow ? tensor_core_gemm<T, kDirection, Copies::async, Narrow>
-                                      : tensor_core_gemm<T, kDirection, Copies::async, Small>;
-    case Copies::registers:
-      if constexpr (std::is_same_v<T, __half>) {
+  if (copies == Copies::gather) return tensor_core_gemm<T, kDirection, Copies::gather, Small>;
+  if constexpr (kTurnsBoth<T, kDirection>) {
+    return kernel<T, kDirection, Copies::registers>(shape);
+  } else {
+    if constexpr (std::is_same_v<T, __half>) {
+      if (copies == Copies::registers) {
         return shape == Shape::large ? tensor_core_gemm<T, kDirection, Copies::registers, Large>
                                      : tensor_core_gemm<T, kDirection, Copies::registers, Small>;
       }
-      [[fallthrough]];
-    default: return tensor_core_gemm<T, kDirection, Copies::gather, Small>;
+    }
+    return kernel<T, kDirection, Copies::async>(shape);
   }
 }
 

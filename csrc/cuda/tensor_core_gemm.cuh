@@ -16,21 +16,23 @@
 //   sum-major   a row for each of the tile's rows or columns, 4 chunks along K: dy and x of fprop
 //               and dgrad, the filter of dgrad
 //   tile-major  a row for each of 4 V steps of K, tile / V chunks: the filter of fprop, both
-//               operands of wgrad. ldmatrix transposes 16-bit elements; those of 32 bits it cannot,
-//               and TF32 fragments are read by 32-bit loads instead
+//               operands of wgrad. ldmatrix transposes elements of 16 bits; those of 32 it cannot,
+//               and TF32 is turned on its way to shared memory, where it is sum-major: a thread
+//               fetches 4 x 4 or 2 x 4 elements and stores columns of them
 //
 // Shared memory: chunk c of row r lies at chunk c ^ swizzle(r) of its row, such that the 8 rows of
-// one matrix of ldmatrix, the 8 chunks that a quarter of a warp writes and the 32 words of a
-// 32-bit load each meet all 32 banks once (the emulator's profile of bank conflicts is a test):
+// one matrix of ldmatrix and the 8 chunks that a quarter of a warp writes each meet all 32 banks
+// once (the emulator's profile of bank conflicts is a test):
 //
 //   rows of 64 bytes        c ^ (r / 2) % 4: two rows make a line of all banks
 //   rows of 128 and more    c ^ r % 8
-//   read by 32-bit loads    c ^ r % 4 * 2: a lane reads row t or t + 4, 8 lanes two chunks of it
+//   turned, rows of 64      see TurnedSlice
 //
 // Copies, the template's second axis:
 //
-//   async      cp.async of whole chunks, 3 slices in flight (sm_80 and newer)
-//   registers  whole chunks through registers, 2 slices (sm_75)
+//   async      cp.async of whole chunks, 3 slices in flight (sm_80 and newer). TF32's filter passes
+//              through registers all the same, where it is turned and rounded, once for all warps
+//   registers  whole chunks through registers, 2 slices (sm_75; wgrad of TF32)
 //   gather     element by element through registers, 2 slices: channels that are no multiple of V,
 //              N,C,H,W, misaligned tensors. Channels are padded to chunks with zeros
 //
@@ -87,23 +89,24 @@ struct Parameters {
 
 // --- where chunks lie in shared memory ------------------------------------------------------------
 
-// Chunk c of row r of rows of kChunks, in chunks. kWords: fragments are read by 32-bit loads.
-template <int kChunks, bool kWords>
+// Chunk c of row r of rows of kChunks, in chunks. kFloats: rows of float32 results, of which a lane
+// stores two at a time in row g or g + 8.
+template <int kChunks, bool kFloats = false>
 __device__ __forceinline__ int swizzled(int row, int chunk) {
-  const int turn = kWords ? row % 4 * 2 : kChunks == 4 ? row / 2 % 4 : row % 8;
+  const int turn = kFloats ? row % 4 * 2 : kChunks == 4 ? row / 2 % 4 : row % 8;
   return row * kChunks + (chunk ^ turn);
 }
 
 // kRows x kChunks chunks, and which of them a thread copies: those of column `column` and rows
-// first_row + i * kRowsAPass.
-template <int kRowsGiven, int kChunksGiven, bool kWordsGiven>
+// first_row + i * kRowsApart.
+template <int kRowsGiven, int kChunksGiven>
 struct Slice {
+  static constexpr bool kTurned = false;
   static constexpr int kRows = kRowsGiven, kChunks = kChunksGiven;
-  static constexpr bool kWords = kWordsGiven;
-  static constexpr int kRowsAPass = kThreads / kChunks;
-  static constexpr int kPasses = kRows / kRowsAPass;
+  static constexpr int kRowsApart = kThreads / kChunks;
+  static constexpr int kPasses = kRows / kRowsApart;
   static constexpr int kBytes = kRows * kChunks * 16;
-  static_assert(kRows % kRowsAPass == 0 && (kRowsAPass % 4 == 0));
+  static_assert(kRows % kRowsApart == 0 && (kRowsApart % 4 == 0));
 
   int first_row, column, offset;  // offset: bytes from the slice's start, of pass 0
 
@@ -111,15 +114,75 @@ struct Slice {
   // (N,C,H,W), neighbouring rows.
   __device__ __forceinline__ explicit Slice(bool along_rows) {
     const int thread = static_cast<int>(threadIdx.x);
-    first_row = along_rows ? thread % kRowsAPass : thread / kChunks;
-    column = along_rows ? thread / kRowsAPass : thread % kChunks;
-    offset = swizzled<kChunks, kWords>(first_row, column) * 16;
+    first_row = along_rows ? thread % kRowsApart : thread / kChunks;
+    column = along_rows ? thread / kRowsApart : thread % kChunks;
+    offset = swizzled<kChunks>(first_row, column) * 16;
   }
-  __device__ __forceinline__ int row(int pass) const { return first_row + pass * kRowsAPass; }
+  __device__ __forceinline__ int row(int pass) const { return first_row + pass * kRowsApart; }
   __device__ __forceinline__ int offset_of(int pass) const {
-    return offset + pass * (kRowsAPass * kChunks * 16);
+    return offset + pass * (kRowsApart * kChunks * 16);
   }
+
+  // Of what lies along the sum: the byte at which chunk c of row r begins, and what is added (by ^
+  // and +) for the rows that follow by 16.
+  __device__ __forceinline__ static int place(int row, int chunk) {
+    return swizzled<kChunks>(row, chunk) * 16;
+  }
+  static constexpr int kOddTile = 0;
 };
+
+// A slice of float32, kTile columns by 16 steps of the sum in memory, turned for shared memory: a
+// row of 4 chunks for each column of the tile. A thread copies kPasses neighbouring steps of 4
+// neighbouring columns, and stores kPasses steps of one column at a time.
+//
+// A line of 128 bytes is two rows. Of line l, chunk c of row h lies at (4 h + c) ^ turn(l), and
+// turn's bits are those of l: l0 ^ l2, l1, l3. Rows of 4 lines one after the other, which ldmatrix
+// reads, differ in the lower two (and in h); those of every other of 16 lines, which 8 threads
+// write, in all three.
+template <int kTile>
+struct TurnedSlice {
+  static constexpr bool kTurned = true;
+  static constexpr int kRows = 16, kChunks = kTile / 4;
+  static constexpr int kRowsApart = 1;
+  static constexpr int kPasses = kRows * kChunks / kThreads;
+  static constexpr int kBytes = kRows * kChunks * 16;
+  static_assert(kPasses == 2 || kPasses == 4);
+
+  int first_row, column, offset;  // offset: bytes from the slice's start, of column 0 of the chunk
+
+  __device__ __forceinline__ explicit TurnedSlice(bool along_rows) {
+    const int thread = static_cast<int>(threadIdx.x);
+    if constexpr (kPasses == 4) {
+      column = thread % 32;
+      first_row = thread / 32 * 4;
+    } else if (along_rows) {  // 16 threads have all steps of columns whose lines differ in l3
+      first_row = thread % 8 * 2;
+      column = thread / 8 % 2 * 4 + thread / 16 % 4 + thread / 64 * 8;
+    } else {  // 16 threads have both halves of one chunk of 8 columns
+      first_row = (thread / 8 % 2 + thread / 32 * 2) * 2;
+      column = thread % 8 + thread / 16 % 2 * 8;
+    }
+    offset = place(column * 4, first_row / 4) + first_row % 4 * 4;
+  }
+  __device__ __forceinline__ int row(int pass) const { return first_row + pass; }
+  // Of column e of the chunk: its row is e further.
+  __device__ __forceinline__ int offset_of(int e) const {
+    return (offset ^ (e / 2 * 16 + e % 2 * 64)) + e / 2 * 128;
+  }
+
+  __device__ __forceinline__ static int place(int row, int chunk) {
+    const int line = row / 2;
+    const int turn = ((line ^ line / 4) % 2) + line / 2 % 2 * 2 + line / 8 % 2 * 4;
+    return line * 128 + ((row % 2 * 4 + chunk) ^ turn) * 16;
+  }
+  static constexpr int kOddTile = 64;  // 16 rows are 8 lines: l3
+};
+
+// Of an operand: kTile rows or columns of a tile, which lie along the sum in memory or across it.
+template <class T, bool kSumMajor, int kTile>
+using SliceOf = std::conditional_t<kSumMajor, Slice<kTile, kChunksAlongSum>,
+                                   std::conditional_t<std::is_same_v<T, Tf32>, TurnedSlice<kTile>,
+                                                      Slice<kSliceSum<T>, kTile / kVector<T>>>>;
 
 // --- where chunks come from -----------------------------------------------------------------------
 
@@ -259,7 +322,7 @@ struct FilterRows : S {
   }
   __device__ __forceinline__ void advance() { at += S::kRows; }
   __device__ __forceinline__ Source<E> source(const Parameters& p, int pass) const {
-    int row = at + pass * S::kRowsAPass;
+    int row = at + pass * S::kRowsApart;
     bool inside = row < rows && count > 0;
     if constexpr (kCopies == Copies::gather) {
       const int tap = p.by_padded_channels.quotient(row), channel = row - tap * p.padded_channels;
@@ -295,8 +358,8 @@ struct FilterColumns : S {
   }
   __device__ __forceinline__ Source<E> source(const Parameters& p, const Step& step,
                                               int pass) const {
-    const bool inside = step.count > 0 && pass * S::kRowsAPass < channels_left;
-    return {inside ? filter + (base + pass * S::kRowsAPass * p.g.k + step.offset) : filter,
+    const bool inside = step.count > 0 && pass * S::kRowsApart < channels_left;
+    return {inside ? filter + (base + pass * S::kRowsApart * p.g.k + step.offset) : filter,
             inside ? step.count : 0, 1};
   }
 };
@@ -322,7 +385,7 @@ struct Patches : S {
   }
   __device__ __forceinline__ void advance() { at += S::kRows; }
   __device__ __forceinline__ Source<E> source(const Parameters& p, int pass) const {
-    const int pixel = at + pass * S::kRowsAPass;
+    const int pixel = at + pass * S::kRowsApart;
     int n, i, j;
     split_row<Direction::wgrad>(p.g, pixel, n, i, j);
     const int h = i * p.g.rows.stride + tap_h, w = j * p.g.columns.stride + tap_w;
@@ -351,7 +414,7 @@ struct GradientRows : S {
   }
   __device__ __forceinline__ void advance() { at += S::kRows; }
   __device__ __forceinline__ Source<E> source(const Parameters& p, int pass) const {
-    const int pixel = at + pass * S::kRowsAPass;
+    const int pixel = at + pass * S::kRowsApart;
     const bool inside = pixel < end && count > 0;
     int offset = 0;
     if constexpr (kCopies == Copies::gather) {
@@ -404,12 +467,37 @@ __device__ __forceinline__ void fetch(uint4 (&staged)[kPasses], const GetSource&
   }
 }
 
-template <class S>
+template <class T, class S>
 __device__ __forceinline__ void store_slice(unsigned char* slice, const S& map,
-                                            const uint4 (&staged)[S::kPasses]) {
+                                            uint4 (&staged)[S::kPasses]) {
+  if constexpr (std::is_same_v<T, Tf32>) {
 #pragma unroll
-  for (int i = 0; i < S::kPasses; ++i) {
-    *reinterpret_cast<uint4*>(slice + map.offset_of(i)) = staged[i];
+    for (int i = 0; i < S::kPasses; ++i) {
+      staged[i] = make_uint4(round_to_tf32(staged[i].x), round_to_tf32(staged[i].y),
+                             round_to_tf32(staged[i].z), round_to_tf32(staged[i].w));
+    }
+  }
+  if constexpr (!S::kTurned) {
+#pragma unroll
+    for (int i = 0; i < S::kPasses; ++i) {
+      *reinterpret_cast<uint4*>(slice + map.offset_of(i)) = staged[i];
+    }
+  } else if constexpr (S::kPasses == 4) {
+    const auto column = [&](int e, unsigned x, unsigned y, unsigned z, unsigned w) {
+      *reinterpret_cast<uint4*>(slice + map.offset_of(e)) = make_uint4(x, y, z, w);
+    };
+    column(0, staged[0].x, staged[1].x, staged[2].x, staged[3].x);
+    column(1, staged[0].y, staged[1].y, staged[2].y, staged[3].y);
+    column(2, staged[0].z, staged[1].z, staged[2].z, staged[3].z);
+    column(3, staged[0].w, staged[1].w, staged[2].w, staged[3].w);
+  } else {
+    const auto column = [&](int e, unsigned x, unsigned y) {
+      *reinterpret_cast<uint2*>(slice + map.offset_of(e)) = make_uint2(x, y);
+    };
+    column(0, staged[0].x, staged[1].x);
+    column(1, staged[0].y, staged[1].y);
+    column(2, staged[0].z, staged[1].z);
+    column(3, staged[0].w, staged[1].w);
   }
 }
 
@@ -425,39 +513,28 @@ __device__ __forceinline__ void copy_slice(unsigned char* slice, const S& map,
 
 // --- fragments ------------------------------------------------------------------------------------
 
-// The A fragments of kTiles x 16 rows, from a slice's row (or column, tile-major) `first` on.
-template <class T, class S, bool kSumMajor, int kTiles>
+// The A fragments of kTiles x 16 rows, from a slice's row (or column, tile-major) `first` on, which
+// is a multiple of 32. kAlongSum: a row of shared memory lies along the sum. kRound: to TF32.
+template <class S, bool kAlongSum, bool kRound, int kTiles>
 struct FragmentsA {
-  static constexpr bool kWords = S::kWords;
   int offset;
 
   __device__ __forceinline__ explicit FragmentsA(int first) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    if constexpr (kSumMajor) {
-      offset = swizzled<S::kChunks, false>(first + lane % 16, lane / 16) * 16;
-    } else if constexpr (!kWords) {
-      offset = swizzled<S::kChunks, false>(lane % 8 + lane / 16 * 8, first / 8 + lane / 8 % 2) * 16;
-    } else {
-      offset = swizzled<S::kChunks, true>(lane % 4, first / 4 + lane / 16) * 16 + lane / 4 % 4 * 4;
-    }
+    offset = kAlongSum ? S::place(first + lane % 16, lane / 16)
+                       : S::place(lane % 8 + lane / 16 * 8, first / 8 + lane / 8 % 2);
   }
   __device__ __forceinline__ void load(std::uint32_t (&a)[kTiles][4], const unsigned char* slice,
                                        int step) const {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      if constexpr (kSumMajor) {
-        load_matrices<false>(a[i], slice + ((offset ^ step * 32) + i * 16 * S::kChunks * 16));
-      } else if constexpr (!kWords) {
-        load_matrices<true>(a[i], slice + ((offset ^ i * 32) + step * 16 * S::kChunks * 16));
+      if constexpr (kAlongSum) {
+        load_matrices<false>(a[i],
+                             slice + ((offset ^ (step * 32 + i % 2 * S::kOddTile)) + i * 16 * 64));
       } else {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          a[i][e] = *reinterpret_cast<const std::uint32_t*>(
-              slice +
-              ((offset ^ (i * 4 + e % 2 * 2) * 16) + (step * 8 + e / 2 * 4) * S::kChunks * 16));
-        }
+        load_matrices<true>(a[i], slice + ((offset ^ i * 32) + step * 16 * S::kChunks * 16));
       }
-      if constexpr (std::is_same_v<T, Tf32>) {
+      if constexpr (kRound) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) a[i][e] = round_to_tf32(a[i][e]);
       }
@@ -466,52 +543,31 @@ struct FragmentsA {
 };
 
 // The B fragments of kTiles x 8 columns.
-template <class T, class S, bool kSumMajor, int kTiles>
+template <class S, bool kAlongSum, bool kRound, int kTiles>
 struct FragmentsB {
-  static constexpr bool kWords = S::kWords;
   static_assert(kTiles % 2 == 0);
   int offset;
 
   __device__ __forceinline__ explicit FragmentsB(int first) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    if constexpr (kSumMajor) {
-      offset = swizzled<S::kChunks, false>(first + lane % 8 + lane / 16 * 8, lane / 8 % 2) * 16;
-    } else if constexpr (!kWords) {
-      offset = swizzled<S::kChunks, false>(lane % 16, first / 8 + lane / 16) * 16;
-    } else {
-      offset = swizzled<S::kChunks, true>(lane % 4, first / 4 + lane / 16) * 16 + lane / 4 % 4 * 4;
-    }
+    offset = kAlongSum ? S::place(first + lane % 8 + lane / 16 * 8, lane / 8 % 2)
+                       : S::place(lane % 16, first / 8 + lane / 16);
   }
   __device__ __forceinline__ void load(std::uint32_t (&b)[kTiles][2], const unsigned char* slice,
                                        int step) const {
-    if constexpr (kSumMajor || !kWords) {
 #pragma unroll
-      for (int j = 0; j < kTiles / 2; ++j) {
-        std::uint32_t pair[4];
-        if constexpr (kSumMajor) {
-          load_matrices<false>(pair, slice + ((offset ^ step * 32) + j * 16 * S::kChunks * 16));
-        } else {
-          load_matrices<true>(pair, slice + ((offset ^ j * 32) + step * 16 * S::kChunks * 16));
-        }
-        b[2 * j][0] = pair[0];
-        b[2 * j][1] = pair[1];
-        b[2 * j + 1][0] = pair[2];
-        b[2 * j + 1][1] = pair[3];
+    for (int j = 0; j < kTiles / 2; ++j) {
+      std::uint32_t pair[4];
+      if constexpr (kAlongSum) {
+        load_matrices<false>(pair,
+                             slice + ((offset ^ (step * 32 + j % 2 * S::kOddTile)) + j * 16 * 64));
+      } else {
+        load_matrices<true>(pair, slice + ((offset ^ j * 32) + step * 16 * S::kChunks * 16));
       }
-    } else {
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          b[j][e] = *reinterpret_cast<const std::uint32_t*>(
-              slice + ((offset ^ j * 32) + (step * 8 + e * 4) * S::kChunks * 16));
-        }
-    }
-    if constexpr (std::is_same_v<T, Tf32>) {
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) b[j][e] = round_to_tf32(b[j][e]);
+      for (int e = 0; e < 4; ++e) {
+        b[2 * j + e / 2][e % 2] = kRound ? round_to_tf32(pair[e]) : pair[e];
+      }
     }
   }
 };
@@ -540,15 +596,19 @@ using Large = Tile<128, 128, 2>;
 using Narrow = Tile<128, 64, 3>;
 using Small = Tile<64, 64, 4>;
 
+// TF32's wgrad turns both operands, for which they pass through registers.
+template <class T, Direction kDirection>
+constexpr bool kTurnsBoth = std::is_same_v<T, Tf32> && kDirection == Direction::wgrad;
+
 // Whether the code of a kernel exists for the architecture being compiled.
-template <class T, Copies kCopies>
+template <class T, Direction kDirection, Copies kCopies>
 __host__ __device__ constexpr bool compiled_here() {
 #ifdef FASTCONV_CUDA_EMULATE
   return true;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   return std::is_same_v<T, __half> && kCopies != Copies::async;
 #else
-  return kCopies != Copies::registers;
+  return kCopies == Copies::gather || (kCopies == Copies::registers) == kTurnsBoth<T, kDirection>;
 #endif
 }
 
@@ -557,14 +617,17 @@ __device__ __forceinline__ void tensor_core_gemm_body(const Parameters& p) {
   using E = Stored<T>;
   constexpr bool kWgrad = kDirection == Direction::wgrad;
   constexpr bool kSumMajorA = !kWgrad, kSumMajorB = kDirection == Direction::dgrad;
-  constexpr bool kWordsT = std::is_same_v<T, Tf32>;
-  using SliceA = std::conditional_t<kSumMajorA, Slice<Block::kRows, kChunksAlongSum, false>,
-                                    Slice<kSliceSum<T>, Block::kRows / kVector<T>, kWordsT>>;
-  using SliceB = std::conditional_t<kSumMajorB, Slice<Block::kColumns, kChunksAlongSum, false>,
-                                    Slice<kSliceSum<T>, Block::kColumns / kVector<T>, kWordsT>>;
+  constexpr bool kTf32 = std::is_same_v<T, Tf32>;
+  using SliceA = SliceOf<T, kSumMajorA, Block::kRows>;
+  using SliceB = SliceOf<T, kSumMajorB, Block::kColumns>;
   constexpr int kSliceBytes = SliceA::kBytes + SliceB::kBytes;
   constexpr bool kAsync = kCopies == Copies::async;
   constexpr int kSlices = kAsync ? 3 : 2;
+  // What passes through registers. TF32 is rounded there, once; else when fragments are read, which
+  // each of two warps does.
+  constexpr bool kStagedA = !kAsync;
+  constexpr bool kStagedB = !kAsync || SliceB::kTurned || (kTf32 && Block::kRows > 64);
+  static_assert((kStagedA || !SliceA::kTurned) && (kStagedB || !SliceB::kTurned));
   // wgrad's parts are float32.
   using Out = std::conditional_t<kWgrad, float, E>;
   constexpr int kOutVector = 16 / static_cast<int>(sizeof(Out));
@@ -606,8 +669,10 @@ __device__ __forceinline__ void tensor_core_gemm_body(const Parameters& p) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) d[i][j][e] = 0.0f;
 
-  const FragmentsA<T, SliceA, kSumMajorA, Block::kTilesA> fragments_a(warp_row);
-  const FragmentsB<T, SliceB, kSumMajorB, Block::kTilesB> fragments_b(warp_column);
+  const FragmentsA<SliceA, kSumMajorA || SliceA::kTurned, kTf32 && !kStagedA, Block::kTilesA>
+      fragments_a(warp_row);
+  const FragmentsB<SliceB, kSumMajorB || SliceB::kTurned, kTf32 && !kStagedB, Block::kTilesB>
+      fragments_b(warp_column);
   const auto multiply = [&](const unsigned char* slice) {
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
@@ -623,15 +688,34 @@ __device__ __forceinline__ void tensor_core_gemm_body(const Parameters& p) {
 
   // Calls copy(a, b) with what gives the sources of the next slice of either operand.
   const auto run = [&](const auto& map_a, const auto& map_b, const auto& next) {
+    [[maybe_unused]] uint4 staged_a[SliceA::kPasses], staged_b[SliceB::kPasses];
+    const auto begin_copy = [&](int slice) {
+      next([&](const auto& source_a, const auto& source_b) {
+        if constexpr (kStagedA) {
+          fetch<kCopies>(staged_a, source_a);
+        } else {
+          copy_slice(shared + slice, map_a, source_a);
+        }
+        if constexpr (kStagedB) {
+          fetch<kCopies>(staged_b, source_b);
+        } else {
+          copy_slice(shared + slice + SliceA::kBytes, map_b, source_b);
+        }
+      });
+    };
+    const auto end_copy = [&](int slice) {
+      if constexpr (kStagedA) store_slice<T, SliceA>(shared + slice, map_a, staged_a);
+      if constexpr (kStagedB) {
+        store_slice<T, SliceB>(shared + slice + SliceA::kBytes, map_b, staged_b);
+      }
+    };
     if constexpr (kAsync) {
       int filled = 0;
 #pragma unroll
       for (; filled < kSlices - 1; ++filled) {
         if (filled < slices) {
-          next([&](const auto& source_a, const auto& source_b) {
-            copy_slice(shared + filled * kSliceBytes, map_a, source_a);
-            copy_slice(shared + filled * kSliceBytes + SliceA::kBytes, map_b, source_b);
-          });
+          begin_copy(filled * kSliceBytes);
+          end_copy(filled * kSliceBytes);
         }
         copy_async_commit();
       }
@@ -640,43 +724,29 @@ __device__ __forceinline__ void tensor_core_gemm_body(const Parameters& p) {
       for (int slice = 0; slice < slices; ++slice) {
         copy_async_wait<kSlices - 2>();
         __syncthreads();
-        if (slice + kSlices - 1 < slices) {
-          next([&](const auto& source_a, const auto& source_b) {
-            copy_slice(shared + write, map_a, source_a);
-            copy_slice(shared + write + SliceA::kBytes, map_b, source_b);
-          });
-        }
+        const bool more = slice + kSlices - 1 < slices;
+        if (more) begin_copy(write);
         copy_async_commit();
         multiply(shared + read);
+        if (more) end_copy(write);
         write = read;
         read = read + kSliceBytes == kSlices * kSliceBytes ? 0 : read + kSliceBytes;
       }
       copy_async_wait<0>();
     } else {
-      uint4 staged_a[SliceA::kPasses], staged_b[SliceB::kPasses];
-      const auto load = [&] {
-        next([&](const auto& source_a, const auto& source_b) {
-          fetch<kCopies>(staged_a, source_a);
-          fetch<kCopies>(staged_b, source_b);
-        });
-      };
       if (slices > 0) {
-        load();
-        store_slice<SliceA>(shared, map_a, staged_a);
-        store_slice<SliceB>(shared + SliceA::kBytes, map_b, staged_b);
+        begin_copy(0);
+        end_copy(0);
       }
       __syncthreads();
       int read = 0;
 #pragma unroll 1
       for (int slice = 0; slice < slices; ++slice) {
         const bool more = slice + 1 < slices;
-        if (more) load();
+        if (more) begin_copy(0);
         multiply(shared + read);
         read ^= kSliceBytes;
-        if (more) {
-          store_slice<SliceA>(shared + read, map_a, staged_a);
-          store_slice<SliceB>(shared + read + SliceA::kBytes, map_b, staged_b);
-        }
+        if (more) end_copy(read);
         __syncthreads();
       }
     }
@@ -807,7 +877,7 @@ __device__ __forceinline__ void tensor_core_gemm_body(const Parameters& p) {
 
 template <class T, Direction kDirection, Copies kCopies, class Block>
 __global__ void __launch_bounds__(kThreads, Block::kBlocks) tensor_core_gemm(const Parameters p) {
-  if constexpr (compiled_here<T, kCopies>()) {
+  if constexpr (compiled_here<T, kDirection, kCopies>()) {
     tensor_core_gemm_body<T, kDirection, kCopies, Block>(p);
   }
 }
