@@ -118,7 +118,8 @@ def build_by_nvcc(nvcc, architecture):
         kept.mkdir(exist_ok=True)
         rules = target.with_suffix(".d")
         command = [nvcc, *flags, "--keep", "--keep-dir", str(kept), "-MD", "-MF", str(rules)]
-        command += ["-x", "cu", "-c", str(source), "-o", str(target)]
+        command += ["-x", "cu" if source.is_relative_to(CUDA) else "c++"]
+        command += ["-c", str(source), "-o", str(target)]
         return _make(target, command, lambda: _prerequisites(rules))
 
     # The longest first, so that the last one does not run alone.
@@ -127,8 +128,7 @@ def build_by_nvcc(nvcc, architecture):
         objects = list(pool.map(compile_one, sources))
         library = folder / "libfastconv_cuda.so"
         _make(library, [nvcc, *link, *map(str, objects), "-o", str(library)], lambda: objects)
-    kernels = [folder / source.stem for source in sources if source.suffix == ".cu"]
-    return library, [cubin for kept in kernels for cubin in kept.glob("*.cubin")]
+    return library, sorted(folder.glob("*/*.cubin"))
 
 
 def asan_environment():

@@ -153,8 +153,16 @@ def assert_exact(results, expected, dtype):
         assert result.shape == expected[name].shape
 
 
-@over(PROBLEMS)
-@pytest.mark.parametrize("dtype", TYPES)
+# bfloat16 is float16 but for how a number is read and rounded: every third problem shows that.
+@pytest.mark.parametrize(
+    ("problem", "dtype"),
+    [
+        pytest.param(problem, dtype, id=f"{dtype}-{problem}")
+        for i, problem in enumerate(PROBLEMS)
+        for dtype in TYPES
+        if dtype != "bfloat16" or i % 3 == 0
+    ],
+)
 def test_exact(problem, dtype):
     data, expected = exact_case(problem)
     assert_exact(solve_one_by_one(problem, data, dtype), expected, dtype)

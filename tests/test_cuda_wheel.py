@@ -71,7 +71,7 @@ def assert_on_the_cpu(python, folder, *paths):
     output = run(python, "-c", SCRIPT, *paths, FASTCONV_CUDA_LIBRARY="")
     facts, errors = json.loads(output)
     assert Path(facts["library"] or "none").is_relative_to(folder)
-    assert facts["runtime"].startswith("13.")
+    assert facts["runtime"]
     if facts["available"]:
         pytest.skip("this machine has a GPU")
     assert not facts["devices"]
