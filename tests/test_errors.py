@@ -527,3 +527,19 @@ def test_normalized_names():
     assert _arguments.normalize_activation(None) == "linear"
     assert _arguments.normalize_activation("relu") == "relu"
     assert _arguments.normalize_data_format("channels_first") == "channels_first"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (np.zeros((40, 3)), "<ndarray of shape (40, 3)>"),
+        (np.array([1, 2]), "array([1, 2])"),
+        (np.float32(2), repr(np.float32(2))),
+        ("x" * 1000, "'" + "x" * 199 + "..."),
+    ],
+)
+def test_messages_stay_short(value, shown):
+    """An array in the wrong place would fill the screen."""
+    with pytest.raises((TypeError, ValueError)) as error:
+        _arguments.normalize_shape(value, "input_shape")
+    assert str(error.value).endswith(f"Received: input_shape={shown}")

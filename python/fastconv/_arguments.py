@@ -8,6 +8,7 @@ NumPy is imported where it is needed: it takes ten times as long to import as al
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -22,11 +23,20 @@ Padding: TypeAlias = "str | Sequence[Sequence[SupportsIndex]]"
 _NO_SIDES: Sides = (0, 0, 0, 0)
 
 
+def shown(value: Any) -> str:
+    """``value`` as an error message shows it: in a line, of a large array the shape alone."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and hasattr(value, "dtype") and math.prod(shape) > 16:
+        return f"<{type(value).__name__} of shape {tuple(shape)}>"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def normalize_integer(value: Any, name: str) -> int:
     """``value`` as an int. Takes NumPy's integers too, but no bool."""
     integer = _as_integer(value)
     if integer is None:
-        raise TypeError(f"`{name}` must be an integer. Received: {name}={value!r}")
+        raise TypeError(f"`{name}` must be an integer. Received: {name}={shown(value)}")
     return _fit(integer, name, value)
 
 
@@ -39,7 +49,7 @@ def normalize_pair(value: Any, name: str) -> tuple[int, int]:
     rule = f"`{name}` must be an integer or a pair of integers"
     items = _as_integers(value, name, rule, value)
     if len(items) != 2:
-        raise ValueError(f"{rule}. Received: {name}={value!r}")
+        raise ValueError(f"{rule}. Received: {name}={shown(value)}")
     return items[0], items[1]
 
 
@@ -48,7 +58,7 @@ def normalize_shape(value: Any, name: str) -> tuple[int, int, int, int]:
     rule = f"`{name}` must be four integers that are not negative"
     shape = _as_integers(value, name, rule, value)
     if len(shape) != 4 or min(shape) < 0:
-        raise ValueError(f"{rule}. Received: {name}={value!r}")
+        raise ValueError(f"{rule}. Received: {name}={shown(value)}")
     return shape[0], shape[1], shape[2], shape[3]
 
 
@@ -61,13 +71,13 @@ def normalize_padding(padding: Any) -> tuple[str, Sides]:
     if isinstance(padding, str):
         kind = padding.lower()
         if kind not in ("valid", "same"):
-            raise ValueError(f"{rule}. Received: padding={padding!r}")
+            raise ValueError(f"{rule}. Received: padding={shown(padding)}")
         return kind, _NO_SIDES
     if not _is_sequence(padding):
-        raise TypeError(f"{rule}. Received: padding={padding!r}")
+        raise TypeError(f"{rule}. Received: padding={shown(padding)}")
     axes = [_as_integers(sides, "padding", f"{rule}, of integers", padding) for sides in padding]
     if [len(sides) for sides in axes] != [2, 2]:
-        raise ValueError(f"{rule}. Received: padding={padding!r}")
+        raise ValueError(f"{rule}. Received: padding={shown(padding)}")
     (top, bottom), (left, right) = axes
     return "explicit", (top, bottom, left, right)
 
@@ -99,7 +109,7 @@ def normalize_algorithm(algorithm: Any) -> str | None:
     if algorithm is None or isinstance(algorithm, str):
         return algorithm
     raise TypeError(
-        f"`algorithm` must be None or the name of an algorithm. Received: algorithm={algorithm!r}"
+        f"`algorithm` must be None or the name of an algorithm. Received: algorithm={shown(algorithm)}"
     )
 
 
@@ -119,9 +129,9 @@ def conv2d_options(
 def _choose(value: Any, name: str, choices: tuple[str, ...], also: str = "") -> str:
     rule = f"`{name}` must be one of {also}{', '.join(map(repr, choices))}"
     if not isinstance(value, str):
-        raise TypeError(f"{rule}. Received: {name}={value!r}")
+        raise TypeError(f"{rule}. Received: {name}={shown(value)}")
     if value not in choices:
-        raise ValueError(f"{rule}. Received: {name}={value!r}")
+        raise ValueError(f"{rule}. Received: {name}={shown(value)}")
     return value
 
 
@@ -144,7 +154,7 @@ def _as_integers(value: Any, name: str, rule: str, received: Any) -> list[int]:
     items = [_as_integer(item) for item in value] if _is_sequence(value) else [None]
     integers = [item for item in items if item is not None]
     if len(integers) != len(items):
-        raise TypeError(f"{rule}. Received: {name}={received!r}")
+        raise TypeError(f"{rule}. Received: {name}={shown(received)}")
     return [_fit(integer, name, received) for integer in integers]
 
 
@@ -158,5 +168,5 @@ def _is_sequence(value: Any) -> bool:
 
 def _fit(integer: int, name: str, received: Any) -> int:
     if not -(2**63) <= integer < 2**63:
-        raise ValueError(f"`{name}` must fit 64-bit integers. Received: {name}={received!r}")
+        raise ValueError(f"`{name}` must fit 64-bit integers. Received: {name}={shown(received)}")
     return integer

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from fastconv._arguments import normalize_integer, normalize_pair
+from fastconv._arguments import normalize_integer, normalize_pair, shown
 from fastconv.adapters import torch as _adapter
 from fastconv.adapters.torch import ops_executed
 
@@ -203,7 +203,7 @@ def avg_pool2d(
 def _batched(input: Tensor) -> tuple[Tensor, bool]:  # noqa: A002
     """``input`` with a batch, and whether it had none."""
     if not isinstance(input, torch.Tensor):
-        raise TypeError(f"`input` must be a torch.Tensor. Received: input={input!r}")
+        raise TypeError(f"`input` must be a torch.Tensor. Received: input={shown(input)}")
     if input.dim() not in (3, 4):
         raise ValueError(
             f"`input` must have 3 or 4 dimensions. Received: input.shape={tuple(input.shape)}"

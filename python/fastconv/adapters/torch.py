@@ -16,6 +16,7 @@ import torch
 
 import fastconv
 from fastconv import _core
+from fastconv._arguments import shown
 from fastconv.adapters import _host, _operations
 from fastconv.adapters._extents import Attributes, Extent
 
@@ -188,7 +189,7 @@ def _tensors(**tensors: Any) -> list[Tensor]:
             continue
         tensor = getattr(tensor, "value", tensor)  # of a variable of Keras's
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"`{name}` must be a torch.Tensor. Received: {name}={tensor!r}")
+            raise TypeError(f"`{name}` must be a torch.Tensor. Received: {name}={shown(tensor)}")
         if tensor.dtype != torch.float32:
             raise TypeError(f"`{name}` must be of float32. Received: {name}.dtype={tensor.dtype}")
         if tensor.device.type not in ("cpu", "meta"):
