@@ -1,12 +1,875 @@
-// Depthwise convolutions: one input channel a group, any channel multiplier. What computes them is
-// in lanes.hpp; here is when.
+// Depthwise convolutions: one input channel a group. Those of square filters of 3, 5 or 7 taps a
+// side, stride 1 or 2 and channel multiplier 1 have the kernels below; what computes the others is
+// in lanes.hpp.
+//
+// A multiply-add of a depthwise convolution has two operands of its own: what counts is how often a
+// vector is loaded, and from which cache. A tile is some rows of some columns of one or two vectors
+// of channels. The kernel goes along the columns of the source; the sums of the output columns that
+// a source column meets stay in registers, and move on by one as a column is done. A source vector
+// is thereby loaded once a tile for all its taps: with 4 rows of a 3 x 3 filter, 6 loads for 36
+// multiply-adds, and none is needed twice from the first-level cache, which the rows of all
+// channels would not fit in. The tile needs no particular width, so borders cost nothing but
+// themselves: a column in padding is left out, and so is a row (not multiplied by zero).
+//
+// The taps come from a copy in the first-level cache, one load for all rows of the tile.
+//
+// dgrad of stride 1 is fprop with the filter turned round. With stride 2 it scatters: a column of
+// dy adds to the columns of dx that it meets, in registers likewise, so that dy is read once for
+// all residue classes. wgrad holds the sums of the taps in registers, of as many filter rows as
+// there are registers for.
 #pragma once
 
+#include <string>
+#include <type_traits>
+
+#include "cpu/implicit_gemm.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/lanes.hpp"
 
 namespace fastconv::cpu {
 namespace {
+
+// Rows of some columns of some channels. What is called the source is x, or, of dgrad, dy.
+struct DepthwiseTile {
+  // The first channel of the source pixel that the tile's first tap meets; it may lie outside.
+  const float* source;
+  const float* mask;  // likewise: the source counts where it is positive; null for everywhere
+  int64_t source_row, source_column;  // floats
+  int64_t row_begin, row_end;         // the tile's source rows that exist
+  int64_t column_begin, column_end;   // the tile's source columns that exist
+  const float* filter;                // of the first tap and channel
+  int64_t filter_row, filter_column;  // floats from tap to tap
+  const float* bias;                  // null for none
+  bool relu;
+  float ceiling;  // with relu
+  float* out;     // fprop and dgrad; wgrad: dy, read only
+  int64_t out_row, out_column;
+  int64_t rows, columns;  // of the output; of a scattering dgrad, cells
+  int64_t channels;
+  // dgrad with stride: the tile's output rows and columns that exist.
+  int64_t out_row_begin, out_row_end, out_column_begin, out_column_end;
+  float* scratch;  // R * R vectors, for as many neighbouring vectors as a tile has
+  // wgrad: the sums, [vector][tap][lane], and those of the bias, [vector][lane], or null.
+  float *sums, *bias_sums;
+};
+
+using DepthwiseTileFunction = void (*)(const DepthwiseTile&);
+
+// Neighbouring vectors of channels, loaded and stored whole or by masks.
+template <class V, int Vectors, bool Whole>
+struct ChannelVectors {
+  static constexpr int kVectors = Vectors;
+  typename V::Tail tails[Vectors];
+
+  explicit ChannelVectors(int64_t channels) {
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) {
+      const int64_t own = max64(0, min64(V::kWidth, channels - v * V::kWidth));
+      tails[v] = V::tail(static_cast<int>(own));
+    }
+  }
+  typename V::Reg load(const float* p, int v) const {
+    return Whole ? V::load(p + v * V::kWidth) : V::load(p + v * V::kWidth, tails[v]);
+  }
+  // `mask`: null for none.
+  typename V::Reg load(const float* p, const float* mask, int64_t at, int v) const {
+    return mask ? V::where_positive(load(mask + at, v), load(p + at, v)) : load(p + at, v);
+  }
+  void store(float* p, typename V::Reg value, int v) const {
+    if (Whole) {
+      V::store(p + v * V::kWidth, value);
+    } else {
+      V::store(p + v * V::kWidth, value, tails[v]);
+    }
+  }
+};
+
+// Vectors of channels that a tile of 3 x 3 taps has, registers allowing. A source of C channels has
+// its pixels C * 4 bytes apart: of one vector, they may all lie in one bank in four of the
+// second-level cache, which then gives half of what it can.
+template <class V, int R>
+constexpr int kDepthwiseVectors = V::kRegisters >= 32 && R == 3 ? 2 : 1;
+
+// Calls body(first channel, ChannelVectors) for all channels of a tile. The last of several vectors
+// may have none.
+template <class V, int Vectors, class Body>
+inline __attribute__((always_inline)) void for_each_channel_vector(int64_t channels,
+                                                                   const Body& body) {
+  static_assert(Vectors == 1 || V::kFreeMasks);
+  for (int64_t c = 0; c < channels; c += Vectors * V::kWidth) {
+    if (!V::kFreeMasks && c + V::kWidth <= channels) {
+      body(c, ChannelVectors<V, Vectors, true>(channels - c));
+    } else {
+      body(c, ChannelVectors<V, Vectors, false>(channels - c));
+    }
+  }
+}
+
+// A copy of the taps, [tap][vector][lane], and behind it what the sums begin with.
+template <class V, int R, class Channels>
+inline __attribute__((always_inline)) void copy_depthwise_taps(const DepthwiseTile& t, int64_t c,
+                                                               const Channels& channels) {
+  float* to = t.scratch;
+  for (int r = 0; r < R; ++r) {
+    for (int s = 0; s < R; ++s) {
+      const float* const from = t.filter + r * t.filter_row + s * t.filter_column + c;
+#pragma GCC unroll 2
+      for (int v = 0; v < Channels::kVectors; ++v, to += V::kWidth) {
+        V::store(to, channels.load(from, v));
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < Channels::kVectors; ++v, to += V::kWidth) {
+    V::store(to, t.bias ? channels.load(t.bias + c, v) : V::zero());
+  }
+}
+
+// fprop, and dgrad of stride 1: the rows of a tile, as many as there are registers for beside a
+// column of the source and a tap. None where there are not enough for one; then every
+// multiply-add reads its tap from the first-level cache.
+template <class V, int R, int Step>
+constexpr int depthwise_rows_in_registers() {
+  constexpr int kLive = (R - 1) / Step + 1;
+  for (int rows = 4; rows > 0; --rows) {
+    const int sums = kDepthwiseVectors<V, R> * rows * kLive;
+    if (sums + (rows - 1) * Step + R + 1 < V::kRegisters) return rows;
+  }
+  return 0;
+}
+
+template <class V, int R, int Step>
+constexpr int depthwise_rows = max64(2, depthwise_rows_in_registers<V, R, Step>());
+
+// `Edge`: some source rows may be missing, above no more than R; or some rows of the tile.
+template <class V, int R, int Step, int Rows, bool Edge, bool Masked, class Channels>
+inline __attribute__((always_inline)) void depthwise_vectors(const DepthwiseTile& t, int64_t c,
+                                                             const Channels& channels) {
+  using Reg = typename V::Reg;
+  constexpr int kVectors = Channels::kVectors;
+  constexpr bool kHoldsColumn = !Edge && depthwise_rows_in_registers<V, R, Step>() > 1;
+  constexpr int kSourceRows = (Rows - 1) * Step + R;
+  constexpr int kLive = (R - 1) / Step + 1;  // output columns that a source column meets
+  copy_depthwise_taps<V, R>(t, c, channels);
+  const float* const taps = t.scratch;
+  Reg sum[kLive][Rows][kVectors];
+  const auto start = [&](int l) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const Reg value = V::load(taps + (R * R * kVectors + v) * V::kWidth);
+#pragma GCC unroll 8
+      for (int row = 0; row < Rows; ++row) sum[l][row][v] = value;
+    }
+  };
+#pragma GCC unroll 8
+  for (int l = 0; l < kLive; ++l) start(l);
+
+  // The source columns of output column m: those from m * Step on, as many as the stride.
+  const float* source = t.source + c;
+  const float* mask = Masked ? t.mask + c : nullptr;
+  const int64_t source_row = t.source_row, row_begin = t.row_begin, row_end = t.row_end;
+  const auto meet = [&]<bool Checked>(std::bool_constant<Checked>,
+                                      int64_t m) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int d = 0; d < Step; ++d) {
+      if (Checked && (m * Step + d < t.column_begin || m * Step + d >= t.column_end)) continue;
+      const int64_t column = d * t.source_column;
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        const auto tap = [&](int r, int s) {
+          return V::load(taps + ((r * R + s) * kVectors + v) * V::kWidth);
+        };
+        if constexpr (kHoldsColumn) {
+          Reg a[kSourceRows];
+#pragma GCC unroll 16
+          for (int q = 0; q < kSourceRows; ++q) {
+            a[q] = channels.load(source, mask, column + q * source_row, v);
+          }
+#pragma GCC unroll 8
+          for (int l = 0; l < kLive; ++l) {
+            const int s = d + l * Step;
+            if (s >= R || (Checked && (m < l || m - l >= t.columns))) continue;
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+              const Reg b = tap(r, s);
+#pragma GCC unroll 8
+              for (int row = 0; row < Rows; ++row) {
+                sum[l][row][v] = V::fma(a[row * Step + r], b, sum[l][row][v]);
+              }
+            }
+          }
+        } else {
+#pragma GCC unroll 16
+          for (int q = 0; q < kSourceRows; ++q) {
+            if (Edge && ((q < R && q < row_begin) || q >= row_end)) continue;
+            const Reg a = channels.load(source, mask, column + q * source_row, v);
+#pragma GCC unroll 8
+            for (int l = 0; l < kLive; ++l) {
+              const int s = d + l * Step;
+              if (s >= R || (Checked && (m < l || m - l >= t.columns))) continue;
+#pragma GCC unroll 8
+              for (int row = 0; row < Rows; ++row) {
+                const int r = q - row * Step;
+                if (r < 0 || r >= R) continue;
+                sum[l][row][v] = V::fma(a, tap(r, s), sum[l][row][v]);
+              }
+            }
+          }
+        }
+      }
+    }
+    source += Step * t.source_column;
+    if (Masked) mask += Step * t.source_column;
+  };
+  float* out = t.out + c;
+  const int64_t out_row = t.out_row;
+  const bool relu = t.relu;
+  const int64_t rows = t.rows;
+  const auto finish = [&]() __attribute__((always_inline)) {
+    const auto store_all = [&](const auto& activation) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int row = 0; row < Rows; ++row) {
+        if (Edge && row >= rows) break;
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+          channels.store(out + row * out_row, activation(sum[kLive - 1][row][v]), v);
+        }
+      }
+    };
+    if (relu) {
+      const Reg ceiling = V::set(t.ceiling);
+      store_all([&](Reg value) { return V::min(ceiling, V::relu(value)); });
+    } else {
+      store_all([](Reg value) { return value; });
+    }
+    out += t.out_column;
+  };
+  const auto move_on = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int l = kLive - 1; l > 0; --l) {
+#pragma GCC unroll 8
+      for (int row = 0; row < Rows; ++row) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sum[l][row][v] = sum[l - 1][row][v];
+      }
+    }
+    start(0);
+  };
+
+  const int64_t end = t.columns + kLive - 1;
+  const int64_t inner = max64(kLive - 1, ceil_div(t.column_begin, Step));
+  const int64_t inner_end = min64(t.columns, t.column_end / Step);
+  for (int64_t m = 0; m < end;) {
+    if (m == inner && inner < inner_end) {
+      for (; m < inner_end; ++m) {
+        meet(std::false_type{}, m);
+        finish();
+        move_on();
+      }
+      continue;
+    }
+    meet(std::true_type{}, m);
+    if (m >= kLive - 1) finish();
+    move_on();
+    ++m;
+  }
+}
+
+template <class V, int R, int Step, int Rows, bool Edge, bool Masked>
+void depthwise_tile(const DepthwiseTile& t) {
+  for_each_channel_vector<V, kDepthwiseVectors<V, R>>(
+      t.channels, [&](int64_t c, const auto& channels) __attribute__((always_inline)) {
+        depthwise_vectors<V, R, Step, Rows, Edge, Masked>(t, c, channels);
+      });
+}
+
+// dgrad with stride: output rows and columns in cells of Step x Step. Source column m begins cell
+// column m, and adds to it and to those behind it that a filter's width reaches.
+template <class V, int R, int Step>
+constexpr int depthwise_cells_in_registers() {
+  constexpr int kLive = (R - 1) / Step + 1;
+  return 2 * Step * R + 2 + kLive < V::kRegisters ? 2 : Step * R + 1 + kLive < V::kRegisters;
+}
+
+template <class V, int R, int Step>
+constexpr int depthwise_cell_rows = max64(1, depthwise_cells_in_registers<V, R, Step>());
+
+// `Rows` of cells. `Edge`: some source rows, or some output rows, may not exist.
+template <class V, int R, int Step, int Rows, bool Edge, bool Masked, class Channels>
+inline __attribute__((always_inline)) void depthwise_scatter_vector(const DepthwiseTile& t,
+                                                                    int64_t c,
+                                                                    const Channels& channels) {
+  using Reg = typename V::Reg;
+  constexpr bool kHoldsColumn = !Edge && depthwise_cells_in_registers<V, R, Step>() > 0;
+  constexpr int kLive = (R - 1) / Step + 1;  // cells that a source pixel meets in each direction
+  constexpr int kSourceRows = Rows + kLive - 1, kOutRows = Rows * Step;
+  copy_depthwise_taps<V, R>(t, c, channels);
+  const float* const taps = t.scratch;
+  const auto tap = [&](int r, int s) { return V::load(taps + (r * R + s) * V::kWidth); };
+  Reg sum[R][kOutRows];  // of columns, from those of the source column's own cell on
+#pragma GCC unroll 8
+  for (int s = 0; s < R; ++s) {
+#pragma GCC unroll 8
+    for (int row = 0; row < kOutRows; ++row) sum[s][row] = V::zero();
+  }
+
+  const float* source = t.source + c;
+  const float* mask = Masked ? t.mask + c : nullptr;
+  const auto meet = [&]() __attribute__((always_inline)) {
+    if constexpr (kHoldsColumn) {
+      Reg a[kSourceRows];
+#pragma GCC unroll 8
+      for (int q = 0; q < kSourceRows; ++q) a[q] = channels.load(source, mask, q * t.source_row, 0);
+#pragma GCC unroll 8
+      for (int r = R - 1; r >= 0; --r) {
+#pragma GCC unroll 8
+        for (int s = 0; s < R; ++s) {
+          const Reg b = tap(r, s);
+#pragma GCC unroll 2
+          for (int cell = 0; cell < Rows; ++cell) {
+            Reg& to = sum[s][cell * Step + r % Step];
+            to = V::fma(a[cell + kLive - 1 - r / Step], b, to);
+          }
+        }
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int q = 0; q < kSourceRows; ++q) {
+        if (Edge && (q < t.row_begin || q >= t.row_end)) continue;
+        const Reg a = channels.load(source, mask, q * t.source_row, 0);
+#pragma GCC unroll 8
+        for (int r = R - 1; r >= 0; --r) {
+          const int cell = q - (kLive - 1) + r / Step;
+          if (cell < 0 || cell >= Rows) continue;
+#pragma GCC unroll 8
+          for (int s = 0; s < R; ++s) {
+            Reg& to = sum[s][cell * Step + r % Step];
+            to = V::fma(a, tap(r, s), to);
+          }
+        }
+      }
+    }
+  };
+  float* out = t.out + c;
+  const auto finish = [&]<bool Checked>(std::bool_constant<Checked>,
+                                        int64_t m) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int b = 0; b < Step; ++b) {
+      const int64_t column = m * Step + b;
+      if (Checked && (column < t.out_column_begin || column >= t.out_column_end)) continue;
+#pragma GCC unroll 8
+      for (int row = 0; row < kOutRows; ++row) {
+        if (Edge && (row < t.out_row_begin || row >= t.out_row_end)) continue;
+        channels.store(out + row * t.out_row + b * t.out_column, sum[b][row], 0);
+      }
+    }
+    // The columns move on by a cell.
+#pragma GCC unroll 8
+    for (int s = 0; s < R; ++s) {
+#pragma GCC unroll 8
+      for (int row = 0; row < kOutRows; ++row) {
+        sum[s][row] = s + Step < R ? sum[s + Step][row] : V::zero();
+      }
+    }
+    source += t.source_column;
+    if (Masked) mask += t.source_column;
+    out += Step * t.out_column;
+  };
+
+  // Cell columns -(kLive - 1) and on are met, those from 0 on are stored.
+  source -= (kLive - 1) * t.source_column;
+  if (Masked) mask -= (kLive - 1) * t.source_column;
+  out -= (kLive - 1) * Step * t.out_column;
+  const int64_t inner = max64(max64(0, t.column_begin), ceil_div(t.out_column_begin, Step));
+  const int64_t inner_end = min64(min64(t.columns, t.column_end), t.out_column_end / Step);
+  for (int64_t m = -(kLive - 1); m < t.columns;) {
+    if (m == inner && inner < inner_end) {
+      for (; m < inner_end; ++m) {
+        meet();
+        finish(std::false_type{}, m);
+      }
+      continue;
+    }
+    if (m >= t.column_begin && m < t.column_end) meet();
+    finish(std::true_type{}, m);
+    ++m;
+  }
+}
+
+template <class V, int R, int Step, int Rows, bool Edge, bool Masked>
+void depthwise_scatter_tile(const DepthwiseTile& t) {
+  for_each_channel_vector<V, 1>(
+      t.channels, [&](int64_t c, const auto& channels) __attribute__((always_inline)) {
+        depthwise_scatter_vector<V, R, Step, Rows, Edge, Masked>(t, c, channels);
+      });
+}
+
+// wgrad: `rows` of dy, and so many filter rows at a time: all of them, half, or one, as there are
+// registers for with a source column and a vector of dy, which comes from the first-level cache.
+struct DepthwiseWgradTile {
+  int rows, taps;
+};
+
+template <class V, int R, int Step>
+constexpr DepthwiseWgradTile depthwise_wgrad_tile_in_registers() {
+  for (int taps : {R, (R + 1) / 2, R / 2, 1}) {
+    const int sums = kDepthwiseVectors<V, R> * taps * R;
+    for (int rows = 4; rows > 1; --rows) {
+      if (sums + (rows - 1) * Step + taps + 1 < V::kRegisters) return {rows, taps};
+    }
+  }
+  return {1, 1};
+}
+
+// Filter rows from `first` on, `Taps` of them.
+template <class V, int R, int Step, int Rows, int Taps, bool Edge, bool Masked, class Channels>
+inline __attribute__((always_inline)) void depthwise_wgrad_vectors(const DepthwiseTile& t,
+                                                                   int first, int64_t c,
+                                                                   const Channels& channels) {
+  using Reg = typename V::Reg;
+  constexpr int kVectors = Channels::kVectors;
+  constexpr int kSourceRows = (Rows - 1) * Step + Taps;
+  constexpr int kLive = (R - 1) / Step + 1;  // columns of dy that a source column meets
+  float* const sums = t.sums + (c / V::kWidth * R + first) * R * V::kWidth;
+  const auto place = [&](int r, int s, int v) { return sums + ((v * R + r) * R + s) * V::kWidth; };
+  Reg sum[Taps][R][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < Taps; ++r) {
+#pragma GCC unroll 8
+    for (int s = 0; s < R; ++s) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[r][s][v] = V::load(place(r, s, v));
+    }
+  }
+
+  const float* source = t.source + first * t.source_row + c;
+  const float* dy = t.out + c;
+  const float* mask = Masked ? t.mask + c : nullptr;
+  const int64_t row_begin = t.row_begin - first, row_end = t.row_end - first;
+  const int64_t source_row = t.source_row, out_row = t.out_row, out_column = t.out_column;
+  const auto meet = [&]<bool Checked>(std::bool_constant<Checked>,
+                                      int64_t m) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int d = 0; d < Step; ++d) {
+      if (Checked && (m * Step + d < t.column_begin || m * Step + d >= t.column_end)) continue;
+      const int64_t column = d * t.source_column;
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        if constexpr (!Edge) {
+          Reg a[kSourceRows];
+#pragma GCC unroll 16
+          for (int q = 0; q < kSourceRows; ++q) {
+            a[q] = channels.load(source + column + q * source_row, v);
+          }
+#pragma GCC unroll 8
+          for (int l = 0; l < kLive; ++l) {
+            const int s = d + l * Step;
+            if (s >= R || (Checked && (m < l || m - l >= t.columns))) continue;
+#pragma GCC unroll 8
+            for (int row = 0; row < Rows; ++row) {
+              const Reg b = channels.load(dy, mask, row * out_row - l * out_column, v);
+#pragma GCC unroll 8
+              for (int r = 0; r < Taps; ++r) {
+                sum[r][s][v] = V::fma(a[row * Step + r], b, sum[r][s][v]);
+              }
+            }
+          }
+        } else {
+#pragma GCC unroll 16
+          for (int q = 0; q < kSourceRows; ++q) {
+            if (q < row_begin || q >= row_end) continue;
+            const Reg a = channels.load(source + column + q * source_row, v);
+#pragma GCC unroll 8
+            for (int l = 0; l < kLive; ++l) {
+              const int s = d + l * Step;
+              if (s >= R || (Checked && (m < l || m - l >= t.columns))) continue;
+#pragma GCC unroll 8
+              for (int row = 0; row < Rows; ++row) {
+                const int r = q - row * Step;
+                if (r < 0 || r >= Taps) continue;
+                const Reg b = channels.load(dy, mask, row * out_row - l * out_column, v);
+                sum[r][s][v] = V::fma(a, b, sum[r][s][v]);
+              }
+            }
+          }
+        }
+      }
+    }
+    source += Step * t.source_column;
+    dy += t.out_column;
+    if (Masked) mask += t.out_column;
+  };
+  const int64_t end = t.columns + kLive - 1;
+  const int64_t inner = max64(kLive - 1, ceil_div(t.column_begin, Step));
+  const int64_t inner_end = min64(t.columns, t.column_end / Step);
+  for (int64_t m = 0; m < end;) {
+    if (m == inner && inner < inner_end) {
+      for (; m < inner_end; ++m) meet(std::false_type{}, m);
+      continue;
+    }
+    meet(std::true_type{}, m);
+    ++m;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Taps; ++r) {
+#pragma GCC unroll 8
+    for (int s = 0; s < R; ++s) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) V::store(place(r, s, v), sum[r][s][v]);
+    }
+  }
+}
+
+template <class V, int R, int Step, int Rows, bool Edge, bool Masked>
+void depthwise_wgrad_tile(const DepthwiseTile& t) {
+  constexpr int kTaps = depthwise_wgrad_tile_in_registers<V, R, Step>().taps, kRest = R % kTaps;
+  for_each_channel_vector<V, kDepthwiseVectors<V, R>>(
+      t.channels, [&](int64_t c, const auto& channels) __attribute__((always_inline)) {
+        for (int first = 0; first + kTaps <= R; first += kTaps) {
+          depthwise_wgrad_vectors<V, R, Step, Rows, kTaps, Edge, Masked>(t, first, c, channels);
+        }
+        if constexpr (kRest > 0) {
+          depthwise_wgrad_vectors<V, R, Step, Rows, kRest, Edge, Masked>(t, R - kRest, c, channels);
+        }
+        if (!t.bias_sums) return;
+        for (int v = 0; v < std::decay_t<decltype(channels)>::kVectors; ++v) {
+          float* const to = t.bias_sums + c + v * V::kWidth;
+          typename V::Reg sum = V::load(to);
+          for (int64_t row = 0; row < t.rows; ++row) {
+            for (int64_t j = 0; j < t.columns; ++j) {
+              sum = V::add(sum, channels.load(t.out + c, Masked ? t.mask + c : nullptr,
+                                              row * t.out_row + j * t.out_column, v));
+            }
+          }
+          V::store(to, sum);
+        }
+      });
+}
+
+// The kernels of one direction: for tiles all of whose rows exist, and for others.
+struct DepthwiseKernels {
+  static constexpr int kMostRows = 4;
+
+  int64_t rows;                      // of a tile: of the output; of a scattering dgrad, cells
+  int64_t source_rows, source_step;  // of such a tile; from tile row to tile row
+  int64_t cell;                      // output rows of a tile row; 0 for wgrad, which has none
+  int64_t missing;                   // source rows that may be missing above in `edge`
+  DepthwiseTileFunction whole;
+  // By rows - 1. Where there is none, rows go one by one.
+  DepthwiseTileFunction edge[kMostRows];
+
+  void run(DepthwiseTile& t) const {
+    if (t.rows == rows && t.row_begin == 0 && t.row_end >= source_rows && t.out_row_begin == 0 &&
+        t.out_row_end >= rows * cell) {
+      return whole(t);
+    }
+    t.row_end = min64(t.row_end, source_rows - (rows - t.rows) * source_step);
+    t.out_row_end = min64(t.out_row_end, t.rows * cell);
+    if (t.row_begin <= missing && edge[t.rows - 1]) return edge[t.rows - 1](t);
+    for (int64_t row = 0; row < t.rows; ++row) {
+      DepthwiseTile one = t;
+      one.rows = 1;
+      one.source += row * source_step * t.source_row;
+      one.out += row * t.out_row;
+      if (t.mask) one.mask += row * (cell > 0 ? source_step * t.source_row : t.out_row);
+      one.row_begin = min64(missing, max64(0, t.row_begin - row * source_step));
+      one.row_end = min64(t.row_end - row * source_step, source_rows - (rows - 1) * source_step);
+      edge[0](one);
+    }
+  }
+};
+
+enum class DepthwiseWalk { gather, scatter, wgrad };
+
+// Whether dgrad and wgrad of filters of this size mask dy as they read it; for the others it is
+// done beforehand.
+inline bool depthwise_kernels_mask(int64_t taps) { return taps == 3; }
+
+template <class V, DepthwiseWalk kWalk, int R, int Step, bool Masked>
+DepthwiseKernels depthwise_kernels_of() {
+  constexpr int64_t kAny = int64_t{1} << 60;
+  if constexpr (kWalk == DepthwiseWalk::gather) {
+    constexpr int kRows = depthwise_rows<V, R, Step>;
+    constexpr auto kEdge = depthwise_tile<V, R, Step, kRows, true, Masked>;
+    return {.rows = kRows,
+            .source_rows = (kRows - 1) * Step + R,
+            .source_step = Step,
+            .cell = 1,
+            .missing = R,
+            .whole = depthwise_tile<V, R, Step, kRows, false, Masked>,
+            .edge = {kEdge, kEdge, kEdge, kEdge}};
+  } else if constexpr (kWalk == DepthwiseWalk::scatter) {
+    constexpr int kRows = depthwise_cell_rows<V, R, Step>;
+    constexpr auto kEdge = depthwise_scatter_tile<V, R, Step, kRows, true, Masked>;
+    return {.rows = kRows,
+            .source_rows = kRows + (R - 1) / Step,
+            .source_step = 1,
+            .cell = Step,
+            .missing = kAny,
+            .whole = depthwise_scatter_tile<V, R, Step, kRows, false, Masked>,
+            .edge = {kEdge, kEdge, kEdge, kEdge}};
+  } else {
+    constexpr int kRows = depthwise_wgrad_tile_in_registers<V, R, Step>().rows;
+    DepthwiseKernels out{.rows = kRows,
+                         .source_rows = (kRows - 1) * Step + R,
+                         .source_step = Step,
+                         .cell = 0,
+                         .missing = kAny,
+                         .whole = depthwise_wgrad_tile<V, R, Step, kRows, false, Masked>,
+                         .edge = {}};
+    const auto add = [&]<int Rows>(std::integral_constant<int, Rows>) {
+      // Of larger filters, fewer: they take long to compile.
+      constexpr bool kWanted = Rows == 1 || Rows == kRows || (R == 3 && Rows < kRows);
+      if constexpr (kWanted) {
+        out.edge[Rows - 1] = depthwise_wgrad_tile<V, R, Step, Rows, true, Masked>;
+      }
+    };
+    add(std::integral_constant<int, 1>{});
+    add(std::integral_constant<int, 2>{});
+    add(std::integral_constant<int, 3>{});
+    add(std::integral_constant<int, 4>{});
+    return out;
+  }
+}
+
+template <class V, DepthwiseWalk kWalk, int R, int Step>
+DepthwiseKernels depthwise_kernels(bool masked) {
+  // Of a gathering walk with stride, fprop, nothing is masked.
+  if constexpr (R == 3 && (kWalk != DepthwiseWalk::gather || Step == 1)) {
+    if (masked) return depthwise_kernels_of<V, kWalk, R, Step, true>();
+  }
+  return depthwise_kernels_of<V, kWalk, R, Step, false>();
+}
+
+template <class V, DepthwiseWalk kWalk, int Step>
+DepthwiseKernels depthwise_kernels(int64_t taps, bool masked) {
+  if (taps == 3) return depthwise_kernels<V, kWalk, 3, Step>(masked);
+  if (taps == 5) return depthwise_kernels<V, kWalk, 5, Step>(masked);
+  return depthwise_kernels<V, kWalk, 7, Step>(masked);
+}
+
+inline bool has_depthwise_kernels(const Conv2dProblem& p) {
+  return p.c_per_group() == 1 && p.k_per_group() == 1 && p.r == p.s &&
+         (p.r == 3 || p.r == 5 || p.r == 7) && p.stride_h == p.stride_w && p.stride_h <= 2 &&
+         p.dilation_h == 1 && p.dilation_w == 1;
+}
+
+template <class V>
+struct DepthwiseConvolution {
+  static constexpr int64_t kColumns =
+      32;  // of a tile; what it reads stays in the first-level cache
+
+  const Conv2dProblem& p;
+  Direction direction;
+  bool scatter;
+  // Of the source and of what is walked over: the output, or its cells.
+  int64_t source_h, source_w, rows, columns;
+  int64_t step, first_row, first_column;  // source row = row * step + first_row + tap
+  int64_t row_tiles, column_tiles;
+  int64_t neighbours, vectors;  // vectors of a tile; of all channels, a multiple of that
+  int64_t strip, strips;        // row tiles of a task; such strips of all images, or parts
+  int64_t block, blocks;        // vectors of a task
+  int64_t parts, part_floats;   // wgrad: of sums
+  int64_t taps_floats;          // wgrad: of one vector
+  DepthwiseKernels kernels;
+
+  DepthwiseConvolution(const Conv2dProblem& problem, Direction which, bool masked, bool bias)
+      : p(problem), direction(which), scatter(which == Direction::dgrad && problem.stride_h == 2),
+        neighbours(problem.r == 3 ? kDepthwiseVectors<V, 3> : kDepthwiseVectors<V, 5>),
+        vectors(round_up(ceil_div(problem.c, V::kWidth), neighbours)) {
+    source_h = direction == Direction::dgrad ? p.oh : p.h;
+    source_w = direction == Direction::dgrad ? p.ow : p.w;
+    if (scatter) {
+      // Cells are counted in the padded image.
+      kernels = depthwise_kernels<V, DepthwiseWalk::scatter, 2>(p.r, masked);
+      step = 1;
+      first_row = p.pad_top / 2 - (p.r - 1) / 2;
+      first_column = p.pad_left / 2;
+      rows = ceil_div(p.pad_top + p.h, 2) - p.pad_top / 2;
+      columns = ceil_div(p.pad_left + p.w, 2) - p.pad_left / 2;
+    } else {
+      const bool turned = direction == Direction::dgrad;
+      step = turned ? 1 : p.stride_h;
+      first_row = turned ? p.pad_top - (p.r - 1) : -p.pad_top;
+      first_column = turned ? p.pad_left - (p.s - 1) : -p.pad_left;
+      rows = turned ? p.h : p.oh;
+      columns = turned ? p.w : p.ow;
+      constexpr auto kGather = DepthwiseWalk::gather, kWgrad = DepthwiseWalk::wgrad;
+      if (direction == Direction::wgrad) {
+        kernels = step == 1 ? depthwise_kernels<V, kWgrad, 1>(p.r, masked)
+                            : depthwise_kernels<V, kWgrad, 2>(p.r, masked);
+      } else {
+        kernels = step == 1 ? depthwise_kernels<V, kGather, 1>(p.r, masked)
+                            : depthwise_kernels<V, kGather, 2>(p.r, masked);
+      }
+    }
+    row_tiles = ceil_div(rows, kernels.rows);
+    column_tiles = ceil_div(columns, kColumns);
+    taps_floats = p.r * p.s * V::kWidth;
+    part_floats = vectors * (taps_floats + (bias ? V::kWidth : 0));
+    divide();
+  }
+
+  int64_t workspace_bytes() const {
+    return direction == Direction::wgrad ? parts * part_floats * 4 : 0;
+  }
+
+  // fprop and dgrad.
+  void execute(const float* source, const float* mask, const float* filter, const float* bias,
+               float* out) {
+    DepthwiseTile common{};
+    common.filter_row = p.s * p.c;
+    common.filter_column = p.c;
+    if (direction == Direction::dgrad && !scatter) {
+      filter += (p.r * p.s - 1) * p.c;
+      common.filter_row = -common.filter_row;
+      common.filter_column = -common.filter_column;
+    }
+    common.relu = direction == Direction::fprop && p.activation != Activation::linear;
+    common.ceiling = ceiling_of(p.activation);
+    const int64_t out_h = direction == Direction::fprop ? p.oh : p.h;
+    const int64_t out_w = direction == Direction::fprop ? p.ow : p.w;
+    parallel_for(strips * blocks, [&](int64_t task) {
+      alignas(64) float scratch[(7 * 7 + 1) * V::kWidth];
+      DepthwiseTile t = common;
+      t.scratch = scratch;
+      const int64_t first = begin_block(task % blocks, t);
+      const int64_t strips_of_one = ceil_div(row_tiles, strip);
+      const int64_t n = task / blocks / strips_of_one;
+      const int64_t tile = task / blocks % strips_of_one * strip;
+      t.filter = filter + first;
+      t.bias = bias ? bias + first : nullptr;
+      for_each_tile(n, tile, min64(row_tiles, tile + strip), source, mask, first, t,
+                    [&](int64_t row, int64_t column) {
+                      // Of the output; a cell's first pixel may lie in padding.
+                      const int64_t cell = kernels.cell;
+                      const int64_t i = row * cell - (scatter ? p.pad_top % 2 : 0);
+                      const int64_t j = column * cell - (scatter ? p.pad_left % 2 : 0);
+                      t.out_row_begin = max64(0, -i);
+                      t.out_row_end = out_h - i;
+                      t.out_column_begin = max64(0, -j);
+                      t.out_column_end = out_w - j;
+                      t.out_row = out_w * p.c;
+                      t.out_column = p.c;
+                      t.out = out + (n * out_h + i) * t.out_row + j * p.c + first;
+                      kernels.run(t);
+                    });
+    });
+  }
+
+  // wgrad. Row tiles are dealt to parts whose number depends on the problem alone; a part has sums
+  // of its own, which are added up in order. `y`: dy counts where it is positive; null for all.
+  void execute_wgrad(const float* x, const float* dy, const float* y, float* dfilter,
+                     float* dbias) {
+    const Workspace workspace(static_cast<std::size_t>(workspace_bytes()));
+    float* const sums = workspace.floats();
+    parallel_for(parts * blocks, [&](int64_t task) {
+      DepthwiseTile t{};
+      const int64_t first = begin_block(task % blocks, t), part = task / blocks;
+      const int64_t vector = first / V::kWidth;
+      const int64_t count = round_up(ceil_div(t.channels, V::kWidth), neighbours);
+      float* const own = sums + part * part_floats;
+      t.sums = own + vector * taps_floats;
+      clear_floats(t.sums, count * taps_floats);
+      if (dbias) {
+        t.bias_sums = own + vectors * taps_floats + first;
+        clear_floats(t.bias_sums, count * V::kWidth);
+      }
+      t.out_row = p.ow * p.c;
+      t.out_column = p.c;
+      const int64_t end = p.n * row_tiles * (part + 1) / parts;
+      for (int64_t line = p.n * row_tiles * part / parts; line < end; ++line) {
+        const int64_t n = line / row_tiles, tile = line % row_tiles;
+        for_each_tile(n, tile, tile + 1, x, nullptr, first, t, [&](int64_t row, int64_t column) {
+          const int64_t at = ((n * p.oh + row) * p.ow + column) * p.c + first;
+          t.out = const_cast<float*>(dy) + at;
+          t.mask = y ? y + at : nullptr;
+          kernels.run(t);
+        });
+      }
+    });
+    parallel_for(ceil_div(p.c, V::kWidth), [&](int64_t v) {
+      const auto tail = V::tail(static_cast<int>(min64(V::kWidth, p.c - v * V::kWidth)));
+      const auto add_up = [&](int64_t at, float* out) {
+        typename V::Reg sum = V::load(sums + at);
+        for (int64_t part = 1; part < parts; ++part) {
+          sum = V::add(sum, V::load(sums + part * part_floats + at));
+        }
+        V::store(out + v * V::kWidth, sum, tail);
+      };
+      for (int64_t tap = 0; tap < p.r * p.s; ++tap) {
+        add_up(v * taps_floats + tap * V::kWidth, dfilter + tap * p.c);
+      }
+      if (dbias) add_up(vectors * taps_floats + v * V::kWidth, dbias);
+    });
+  }
+
+ private:
+  static void clear_floats(float* at, int64_t count) {
+    std::memset(at, 0, static_cast<std::size_t>(count) * 4);
+  }
+
+  void divide() {
+    // Tasks of some 10 us, yet enough of them for many threads as long as they take a few.
+    constexpr int64_t kMultiplyAdds = int64_t{1} << 19, kLeast = int64_t{1} << 16, kFewTasks = 32;
+    const int64_t tile = max64(1, p.oh * p.ow * p.r * p.s * vectors * V::kWidth / row_tiles);
+    const int64_t work = p.n * row_tiles * tile;
+    const int64_t tasks = max64(work / kMultiplyAdds, min64(work / kLeast, kFewTasks));
+    if (direction == Direction::wgrad) {
+      // 4 MiB of sums at most. Fewer parts than the tiles they are made of: a part has its sums to
+      // clear and to add up.
+      constexpr int64_t kTilesAPart = 2, kMostParts = 64, kWorkAPart = int64_t{1} << 18;
+      const int64_t by_bytes = (int64_t{4} << 20) / (part_floats * 4);
+      const int64_t by_tiles = p.n * row_tiles / kTilesAPart;
+      parts = max64(1, min64(min64(work / kWorkAPart, by_bytes), min64(by_tiles, kMostParts)));
+      strips = parts;
+    } else {
+      const int64_t strips_wanted = min64(row_tiles, max64(1, tasks / max64(1, p.n)));
+      strip = row_tiles / strips_wanted;
+      strips = ceil_div(row_tiles, strip);
+      strips *= p.n;
+    }
+    // Of neighbouring vectors: pixels are read in runs.
+    constexpr int64_t kLeastVectors = 64 / V::kWidth;
+    blocks = min64(vectors / kLeastVectors, min64(tasks, kFewTasks) / max64(1, strips));
+    blocks = max64(1, blocks);
+    block = round_up(ceil_div(vectors, blocks), neighbours);
+    blocks = ceil_div(vectors, block);
+  }
+
+  int64_t begin_block(int64_t index, DepthwiseTile& t) const {
+    const int64_t first = index * block * V::kWidth;
+    t.channels = min64(p.c, first + block * V::kWidth) - first;
+    return first;
+  }
+
+  // Calls body(row, column) for row tiles tile .. tile_end - 1 of image n, with what t
+  // says of the source.
+  template <class Body>
+  void for_each_tile(int64_t n, int64_t tile, int64_t tile_end, const float* source,
+                     const float* mask, int64_t channel, DepthwiseTile& t, const Body& body) const {
+    t.source_column = p.c;
+    t.source_row = source_w * p.c;
+    for (; tile < tile_end; ++tile) {
+      const int64_t row = tile * kernels.rows;
+      const int64_t source_i = row * step + first_row;
+      for (int64_t part = 0; part < column_tiles; ++part) {
+        const int64_t column = columns * part / column_tiles;
+        t.rows = min64(kernels.rows, rows - row);
+        t.row_begin = max64(0, -source_i);
+        t.row_end = source_h - source_i;
+        const int64_t source_j = column * step + first_column;
+        t.columns = columns * (part + 1) / column_tiles - column;
+        t.column_begin = scatter ? -source_j : max64(0, -source_j);
+        t.column_end = source_w - source_j;
+        const int64_t at = ((n * source_h + source_i) * source_w + source_j) * p.c + channel;
+        t.source = source + at;
+        if (mask) t.mask = mask + at;
+        body(row, column);
+      }
+    }
+  }
+};
 
 template <class V>
 struct Depthwise {
@@ -16,15 +879,49 @@ struct Depthwise {
   }
 
   static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
-    run_lanes<V>(p, direction, t);
+    if (!has_depthwise_kernels(p)) return run_lanes<V>(p, direction, t);
+    if (t.y && !depthwise_kernels_mask(p.r)) {
+      const Workspace dz(static_cast<std::size_t>(p.y_size()) * 4);
+      activation_grad<V>(p.n * p.oh * p.ow, p.k, t.dy, t.y, dz.floats(), t.dbias);
+      Conv2dOperands masked = t;
+      masked.dy = dz.floats();
+      masked.y = nullptr;
+      masked.dbias = nullptr;
+      return run(p, direction, masked);
+    }
+    DepthwiseConvolution<V> convolution(p, direction, t.y != nullptr, t.dbias != nullptr);
+    switch (direction) {
+      case Direction::fprop: return convolution.execute(t.x, nullptr, t.filter, t.bias, t.out);
+      case Direction::dgrad: return convolution.execute(t.dy, t.y, t.filter, nullptr, t.out);
+      case Direction::wgrad: return convolution.execute_wgrad(t.x, t.dy, t.y, t.out, t.dbias);
+    }
   }
 
   static Estimate estimate(const Conv2dProblem& p, Direction direction) {
-    return estimate_lanes<V>(p, direction);
+    if (!has_depthwise_kernels(p)) return estimate_lanes<V>(p, direction);
+    constexpr double kATap = 1.1, kAPixel = 3;
+    const DepthwiseConvolution<V> convolution(p, direction, true, true);
+    const double pixels = static_cast<double>(p.n * p.oh * p.ow);
+    Estimate out;
+    out.multiply_adds = static_cast<double>(convolution.vectors * V::kWidth) * pixels *
+                        (static_cast<double>(p.r * p.s) * kATap + kAPixel);
+    out.workspace_bytes = convolution.workspace_bytes();
+    return out;
   }
 
   static std::string blocking(const Conv2dProblem& p, Direction direction) {
-    return describe_lanes<V>(p, direction);
+    if (!has_depthwise_kernels(p)) return describe_lanes<V>(p, direction);
+    const DepthwiseConvolution<V> convolution(p, direction, true, true);
+    const int64_t vectors = convolution.scatter ? 1 : convolution.neighbours;
+    std::string text = std::to_string(convolution.kernels.rows) + " rows x " +
+                       std::to_string(min64(convolution.columns, convolution.kColumns)) + " x " +
+                       std::to_string(V::kWidth * vectors) + " tile of " +
+                       (convolution.scatter ? "2 x 2 cells" : "pixels") +
+                       " x channels, sums of a column in registers";
+    if (direction == Direction::wgrad) {
+      text += ", " + std::to_string(convolution.parts) + " partial sums";
+    }
+    return text;
   }
 
   static constexpr Conv2dAlgorithm kAlgorithm{.name = "depthwise",

@@ -286,12 +286,11 @@ const LaneTileFunction* lane_tiles(int64_t taps, int64_t step) {
     if constexpr (kPlain) {
       if (step == 1 && taps == 1) return lane_tiles<V, Wgrad, kLanes, 1, 1>();
       if (step == 1 && taps == 2) return lane_tiles<V, Wgrad, kLanes, 2, 1>();
-      if (step == 1 && taps == 5) return lane_tiles<V, Wgrad, kLanes, 5, 1>();
-      if (step == 1 && taps == 7) return lane_tiles<V, Wgrad, kLanes, 7, 1>();
     }
     if constexpr (kLanes == Lanes::plain) {
-      if (step == 2 && taps == 5) return lane_tiles<V, Wgrad, kLanes, 5, 2>();
-      if (step == 2 && taps == 7) return lane_tiles<V, Wgrad, kLanes, 7, 2>();
+      // Square filters of so many taps have kernels of their own (depthwise.hpp).
+      if (step == 1 && taps == 5) return lane_tiles<V, Wgrad, kLanes, 5, 1>();
+      if (step == 1 && taps == 7) return lane_tiles<V, Wgrad, kLanes, 7, 1>();
     }
     if constexpr (kLanes != Lanes::gather) {
       if (step == 1 && taps == 3) return lane_tiles<V, Wgrad, kLanes, 3, 1>();

@@ -16,7 +16,7 @@ namespace fastconv::cpu {
 namespace {
 
 struct Avx2 {
-  static constexpr int kWidth = 8, kRows = 6, kVectors = 2;
+  static constexpr int kWidth = 8, kRegisters = 16, kRows = 6, kVectors = 2;
   static constexpr int kGemmRows[] = {0, 12, 6};  // of a register tile, by its vectors
   static constexpr bool kFreeMasks = false;       // a masked store costs ten others
   using Reg = __m256;

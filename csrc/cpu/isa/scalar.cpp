@@ -15,7 +15,7 @@ namespace fastconv::cpu {
 namespace {
 
 struct Scalar {
-  static constexpr int kWidth = 1, kRows = 4, kVectors = 2;
+  static constexpr int kWidth = 1, kRegisters = 16, kRows = 4, kVectors = 2;
   static constexpr int kGemmRows[] = {0, 4, 4};  // of a register tile, by its vectors
   static constexpr bool kFreeMasks = true;
   using Reg = float;
