@@ -32,7 +32,7 @@ def load(path):
     if path is None:
         arrays = keras.datasets.mnist.load_data()
     else:
-        with np.load(path) as file:
+        with np.load(path, allow_pickle=False) as file:
             arrays = [(file[f"x_{part}"], file[f"y_{part}"]) for part in ("train", "test")]
     return [
         (images[..., None].astype("float32") / 255, np.eye(10, dtype="float32")[labels])

@@ -8,7 +8,6 @@ NumPy is imported where it is needed: it takes ten times as long to import as al
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -26,7 +25,7 @@ _NO_SIDES: Sides = (0, 0, 0, 0)
 def shown(value: Any) -> str:
     """``value`` as an error message shows it: in a line, of a large array the shape alone."""
     shape = getattr(value, "shape", None)
-    if isinstance(shape, tuple) and hasattr(value, "dtype") and math.prod(shape) > 16:
+    if isinstance(shape, tuple) and hasattr(value, "dtype") and (len(shape) > 1 or sum(shape) > 16):
         return f"<{type(value).__name__} of shape {tuple(shape)}>"
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
