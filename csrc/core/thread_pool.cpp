@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <mutex>
@@ -53,25 +54,49 @@ void relax() {
 
 // One parallel_for. Lives on the caller's stack; a worker holds it only between taking a ticket and
 // being counted in `left_`.
+//
+// Each thread begins with a range of tasks of its own, and goes on with what others have left of theirs.
+// So a thread mostly gets the same tasks when the same layer, or the next one of like shape, comes again,
+// and finds their data in its core's caches.
 struct Job {
+  static constexpr int kMostRanges = 16;
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+
   TaskFunction function;
   void* context;
-  int64_t tasks;
-  std::atomic<int64_t> next{0};
+  int count;  // of the ranges
   std::atomic<int> workers{0};
+  std::array<Range, kMostRanges> ranges;
 
-  // Works until no task is left, or until go_on() says no after a task.
+  Job(TaskFunction function, void* context, int64_t tasks, int64_t threads)
+      : function(function), context(context),
+        count(static_cast<int>(std::clamp<int64_t>(threads, 1, kMostRanges))) {
+    for (int i = 0; i < count; ++i) {
+      ranges[i].next.store(tasks / count * i + std::min<int64_t>(tasks % count, i),
+                           std::memory_order_relaxed);
+      if (i > 0) ranges[i - 1].end = ranges[i].next.load(std::memory_order_relaxed);
+    }
+    ranges[count - 1].end = tasks;
+  }
+
+  // Works until no task is left, or until go_on() says no after a task. `home` tells threads apart.
   template <class GoOn>
-  void work(const GoOn& go_on) {
+  void work(int home, const GoOn& go_on) {
     const FlushDenormals flush;
     const int worker = workers.fetch_add(1, std::memory_order_relaxed);
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      function(context, task, worker);
-      if (!go_on()) return;
+    for (int i = 0; i < count; ++i) {
+      Range& range = ranges[(home + i) % count];
+      for (int64_t task; (task = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) {
+        function(context, task, worker);
+        if (!go_on()) return;
+      }
     }
   }
   void work() {
-    work([] { return true; });
+    work(0, [] { return true; });
   }
 };
 
@@ -117,7 +142,9 @@ class Pool {
       // A thread that cannot be had is not missed: the caller does its share.
       try {
         handles_.reserve(workers_ + 1);  // nothing may throw while `worker` is not detached
-        std::thread worker([this, epoch = epoch_.load()] { serve(epoch); });
+        std::thread worker([this, epoch = epoch_.load(), home = static_cast<int>(workers_) + 1] {
+          serve(epoch, home);
+        });
         handles_.push_back(worker.native_handle());
         worker.detach();
         avoided_cpu_ = -1;  // not told to the new one yet
@@ -147,7 +174,7 @@ class Pool {
 #endif
   }
 
-  void serve(std::uint32_t seen) {
+  void serve(std::uint32_t seen, int home) {
     t_inside_task = true;
     for (;;) {
       seen = wait_for_epoch_after(seen);
@@ -159,7 +186,7 @@ class Pool {
       if (tickets <= 0) continue;
       active.fetch_add(1, std::memory_order_relaxed);
       // When other callers come, a worker makes room: its job's caller goes on without it.
-      job_->work([this] { return active.load(std::memory_order_relaxed) <= num_threads(); });
+      job_->work(home, [this] { return active.load(std::memory_order_relaxed) <= num_threads(); });
       active.fetch_sub(1, std::memory_order_relaxed);
       left_.fetch_add(1, std::memory_order_release);
     }
@@ -252,16 +279,16 @@ bool num_threads_is_default() {
 }
 
 void parallel_for(int64_t tasks, int most_workers, TaskFunction function, void* context) {
-  Job job{function, context, tasks};
   const int threads = std::min(num_threads(), most_workers);
   Pool* const workers = t_inside_task || tasks <= 1 || threads <= 1 ? nullptr : pool();
   if (!workers) {
-    job.work();
+    Job(function, context, tasks, 1).work();
     return;
   }
   t_inside_task = true;
   const int others = workers->active.fetch_add(1, std::memory_order_relaxed);
   const int64_t helpers = std::min<int64_t>(threads - others, tasks) - 1;
+  Job job(function, context, tasks, helpers + 1);
   if (helpers > 0 && workers->busy.try_lock()) {
     workers->run(job, static_cast<int>(helpers));
     workers->busy.unlock();

@@ -1,5 +1,5 @@
-// The process's one thread pool. A call's tasks are handed out in order from a shared counter; the
-// caller works too. What a task computes never depends on which thread runs it.
+// The process's one thread pool. Each thread, the caller among them, begins with a range of a call's tasks
+// and then takes what others have left of theirs. What a task computes never depends on which thread runs it.
 #pragma once
 
 #include <cstdint>

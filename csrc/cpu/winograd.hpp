@@ -135,7 +135,7 @@ struct Winograd {
     // The transformed filter is written once and read once a block: from beyond the caches if large.
     const double filter_vectors = c * k_vectors * kPoints;
     const double filter_bytes = filter_vectors * V::kWidth * 4;
-    const double to_memory = filter_bytes > (8 << 20) ? 12 : filter_bytes > (1 << 19) ? 5 : 2.5;
+    const double to_memory = filter_bytes > (8 << 20) ? 70 : filter_bytes > (1 << 19) ? 5 : 2.5;
     const double blocks = static_cast<double>(plan.blocks);
     const double stream = filter_bytes > (8 << 20) ? 4.0 : 0.6;
     const double cycles = products + transforms + filter_vectors * to_memory +
