@@ -20,6 +20,7 @@
 #include "cpu/implicit_gemm.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/wgrad.hpp"
+#include "cpu/winograd_transform.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -280,21 +281,10 @@ struct WinogradWgrad {
     }
   }
 
-  // Points 0, +-a, +-b and infinity, with a^2 = 1/2 and b^2 = 2.
-  static constexpr float kA = 0.70710678f, kB = 1.41421356f;
+  using Transform = WinogradTransform<V, 4>;
+  static constexpr float kA = Transform::kA,
+                         kB = Transform::kB;  // the points, beside 0 and infinity
 
-  // B^T of six values.
-  static void apply_x(const Reg (&d)[6], Reg (&out)[6]) {
-    const Reg sum = V::set(-2.5f), a = V::set(kA), b = V::set(kB);
-    const Reg even_a = V::fma(V::set(-2.0f), d[2], d[4]), odd_a = V::fma(V::set(-2.0f), d[1], d[3]);
-    const Reg even_b = V::fma(V::set(-0.5f), d[2], d[4]), odd_b = V::fma(V::set(-0.5f), d[1], d[3]);
-    out[0] = V::fma(sum, d[2], V::add(d[0], d[4]));
-    out[1] = V::fma(a, odd_a, even_a);
-    out[2] = V::fma(V::set(-kA), odd_a, even_a);
-    out[3] = V::fma(b, odd_b, even_b);
-    out[4] = V::fma(V::set(-kB), odd_b, even_b);
-    out[5] = V::fma(sum, d[3], V::add(d[1], d[5]));
-  }
   // A cubic's values at the points; its denominators are left to apply_back.
   static void apply_dy(const Reg (&g)[4], Reg (&out)[6]) {
     const Reg even_a = V::fma(V::set(0.5f), g[2], g[0]), odd_a = V::fma(V::set(0.5f), g[3], g[1]);
@@ -343,7 +333,8 @@ struct WinogradWgrad {
     float* const out = buffers.x + slot * plan.x_row;
     for_each_vector(p.c, [&](int64_t c, int64_t, const auto&... tail) {
       transform_square<V, kTile, kTile>(
-          apply_x, [&](int i, int j) { return V::load(pixels[i * kTile + j] + c, tail...); },
+          Transform::input,
+          [&](int i, int j) { return V::load(pixels[i * kTile + j] + c, tail...); },
           [&](int i, int j, Reg value) {
             V::store(out + (i * kTile + j) * plan.x_point + c, value);
           });
