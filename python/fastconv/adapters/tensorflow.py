@@ -10,6 +10,7 @@ compiled one later; TensorFlow refuses to compile that one.
 
 from __future__ import annotations
 
+import abc
 import ctypes
 import dataclasses
 import functools
@@ -620,11 +621,11 @@ for _name, _rule in _operations.RULES.items():
 # --- convolution, which may still become one op with the pooling behind it ------------------------
 
 
-_CALL = "_fastconv_call"  # attribute of a tensor in a graph: the _Conv2dCall that made it
+_CALL = "_fastconv_call"  # attribute of a tensor in a graph: the _Call that made it
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Call(abc.ABC):
     """How a tensor of a graph was made."""
 
     graph: Any
@@ -636,8 +637,9 @@ class _Call:
     def is_activated(self) -> bool:
         return bool(self.attributes["activation"] != "LINEAR")
 
+    @abc.abstractmethod
     def run(self) -> tf.Tensor:
-        raise NotImplementedError
+        """The tensor that the call makes, which remembers the call where a graph is made."""
 
     def replaced(self, **changes: Any) -> tf.Tensor:
         return dataclasses.replace(self, **changes).run()
