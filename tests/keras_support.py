@@ -19,8 +19,9 @@ def equal_layers(fast_class, stock_class, shape, **options):
     fast.build(shape)
     stock.build(shape)
     generator = np.random.default_rng(1)
-    fast.set_weights([generator.standard_normal(w.shape) for w in fast.get_weights()])
-    stock.set_weights(fast.get_weights())
+    weights = [generator.standard_normal(w.shape) for w in fast.weights]
+    fast.set_weights(weights)
+    stock.set_weights(weights)
     return fast, stock
 
 

@@ -269,7 +269,7 @@ def test_summary():
             keras.Input((8, 8, 2)),
             L.Conv2D(4, 3, activation="relu"),
             L.DepthwiseConv2D(3, use_bias=False),
-            L.Conv2D(4, 3, dtype="float16"),
+            L.Conv2D(4, 3, dtype="float64"),
             L.Flatten(),
         ],
         name="net",
@@ -292,7 +292,9 @@ def test_summary():
     reasons = [explanation.reason for explanation in told]
     assert reasons[0] == "float32 on the CPU; bias and relu in the kernel"
     assert reasons[1] == "float32 on the CPU"
-    assert reasons[2] == "the data type is not float32: the layer computes in float16"
+    assert reasons[2] == (
+        "the data type is not float32, float16 or bfloat16: the layer computes in float64"
+    )
     assert reasons[3] == "fastconv has no layer for Flatten"
 
 

@@ -76,9 +76,8 @@ def test_unknown_shapes(jit_compile, draw, executed, executed_in_xla):
     assert_all_close(actual, two_orders(stock_pair(layer))(*inputs), 1e-5)
 
 
-@pytest.mark.parametrize("policy", ["float16", "mixed_bfloat16", "float64"])
-def test_other_data_types_go_to_stock(policy, draw, executed):
-    layer = FastConvPool2D(4, 3, activation="relu", dtype=policy)
+def test_other_data_types_go_to_stock(draw, executed):
+    layer = FastConvPool2D(4, 3, activation="relu", dtype="float64")
     x = draw(2, 8, 8, 3)
     y = layer(x)
     assert not executed()

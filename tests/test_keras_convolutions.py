@@ -311,10 +311,9 @@ def built(layer, shape):
     return layer
 
 
-@pytest.mark.parametrize("policy", ["float64", "float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("fast, stock, options, shape", KINDS, ids=KIND_IDS)
-def test_other_data_types(fast, stock, options, shape, policy, draw, executed, caplog):
-    fast, stock = equal_layers(fast, stock, shape, **options, dtype=policy)
+def test_other_data_types(fast, stock, options, shape, draw, executed, caplog):
+    fast, stock = equal_layers(fast, stock, shape, **options, dtype="float64")
     x = draw(*shape)
     with caplog.at_level(logging.DEBUG, "fastconv"):
         y = fast(x)

@@ -3,7 +3,7 @@
 // core/operations.hpp. A door (TensorFlow's C API, XLA's FFI) brings
 //
 //   Attributes   integers<N>(name), text(name)
-//   Tensor       type(), rank(), dim(axis), data(), floats()
+//   Tensor       type(), rank(), dim(axis), data(); values(), the data of a tensor of the op's type T
 //   Context      num_inputs(), num_outputs(), output_type(i), input(i), output(i, shape);
 //                operations(), unless they are those of the host
 //
@@ -29,7 +29,16 @@ namespace fastconv::framework {
 using std::int64_t;
 using Shape4 = std::array<int64_t, 4>;
 
-enum class ElementType { float32, int32, uint8, other };
+enum class ElementType { float32, float16, bfloat16, int32, uint8, other };
+
+// The op's type T, which all of its tensors have but an argmax.
+DataType data_type_of(const auto& tensor) {
+  switch (tensor.type()) {
+    case ElementType::float16: return DataType::float16;
+    case ElementType::bfloat16: return DataType::bfloat16;
+    default: return DataType::float32;
+  }
+}
 
 // --- attributes -------------------------------------------------------------------------------
 
@@ -118,8 +127,8 @@ std::optional<typename Context::Tensor> optional_input(const Context& context, i
 
 // What a window takes from its argmax's pixel: the transpose of max_pool2d_bprop. It serves second
 // derivatives alone, so it is plain.
-template <class Tap>
-void gather_at_argmax(const Pool2dProblem& p, const float* x, const Tap* argmax, float* y) {
+template <class Element, class Tap>
+void gather_at_argmax(const Pool2dProblem& p, const Element* x, const Tap* argmax, Element* y) {
   const bool channels_first = p.layout == Layout::nchw;
   const int64_t channel_step = channels_first ? p.h * p.w : 1;
   const int64_t pixel_step = channels_first ? 1 : p.c;
@@ -137,7 +146,7 @@ void gather_at_argmax(const Pool2dProblem& p, const float* x, const Tap* argmax,
           const bool inside = row >= 0 && row < p.h && column >= 0 && column < p.w;
           y[at] =
               inside ? x[n * p.h * p.w * p.c + (row * p.w + column) * pixel_step + c * channel_step]
-                     : 0.0f;
+                     : Element{};
         }
       }
     }
@@ -145,38 +154,42 @@ void gather_at_argmax(const Pool2dProblem& p, const float* x, const Tap* argmax,
 }
 
 struct HostOperations {
-  void conv2d_fprop(const Conv2dProblem& p, const float* x, const float* filter, const float* bias,
-                    float* y) const {
+  void conv2d_fprop(const Conv2dProblem& p, const void* x, const void* filter, const void* bias,
+                    void* y) const {
     fastconv::conv2d_fprop(p, x, filter, bias, y);
   }
-  void conv2d_scaled_fprop(const Conv2dProblem& p, const float* x, const float* filter,
-                           const float* scale, const float* bias, const float* residual,
-                           float* y) const {
+  void conv2d_scaled_fprop(const Conv2dProblem& p, const void* x, const void* filter,
+                           const void* scale, const void* bias, const void* residual,
+                           void* y) const {
     fastconv::conv2d_scaled_fprop(p, x, filter, scale, bias, residual, y);
   }
-  void conv2d_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, const float* y,
-                    float* dx) const {
+  void conv2d_dgrad(const Conv2dProblem& p, const void* dy, const void* filter, const void* y,
+                    void* dx) const {
     fastconv::conv2d_dgrad(p, dy, filter, y, dx);
   }
-  void conv2d_wgrad(const Conv2dProblem& p, const float* x, const float* dy, const float* y,
-                    float* dfilter, float* dbias) const {
+  void conv2d_wgrad(const Conv2dProblem& p, const void* x, const void* dy, const void* y,
+                    void* dfilter, void* dbias) const {
     fastconv::conv2d_wgrad(p, x, dy, y, dfilter, dbias);
   }
-  void max_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y, void* argmax) const {
+  void max_pool2d_fprop(const Pool2dProblem& p, const void* x, void* y, void* argmax) const {
     fastconv::max_pool2d_fprop(p, x, y, argmax);
   }
-  void max_pool2d_bprop(const Pool2dProblem& p, const float* dy, const void* argmax,
-                        float* dx) const {
+  void max_pool2d_bprop(const Pool2dProblem& p, const void* dy, const void* argmax,
+                        void* dx) const {
     fastconv::max_pool2d_bprop(p, dy, argmax, dx);
   }
   template <class Tap>
-  void gather_at_argmax(const Pool2dProblem& p, const float* x, const Tap* argmax, float* y) const {
-    framework::gather_at_argmax(p, x, argmax, y);
+  void gather_at_argmax(const Pool2dProblem& p, const void* x, const Tap* argmax, void* y) const {
+    if (p.dtype == DataType::float32) {
+      gather<float>(p, x, argmax, y);
+    } else {
+      gather<std::uint16_t>(p, x, argmax, y);  // whose bits travel as they are
+    }
   }
-  void avg_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y) const {
+  void avg_pool2d_fprop(const Pool2dProblem& p, const void* x, void* y) const {
     fastconv::avg_pool2d_fprop(p, x, y);
   }
-  void avg_pool2d_bprop(const Pool2dProblem& p, const float* dy, float* dx) const {
+  void avg_pool2d_bprop(const Pool2dProblem& p, const void* dy, void* dx) const {
     fastconv::avg_pool2d_bprop(p, dy, dx);
   }
   void batch_norm_moments(const BatchNormProblem& p, const float* x, float* mean,
@@ -195,14 +208,21 @@ struct HostOperations {
     fastconv::batch_norm_bprop(p, x, mean, variance, gamma, beta, dy, y, dx, dgamma, dbeta,
                                dresidual);
   }
-  void conv2d_pool_fprop(const Conv2dProblem& p, const float* x, const float* filter,
-                         const float* bias, float* y, std::uint8_t* argmax) const {
+  void conv2d_pool_fprop(const Conv2dProblem& p, const void* x, const void* filter,
+                         const void* bias, void* y, std::uint8_t* argmax) const {
     fastconv::conv2d_pool_fprop(p, x, filter, bias, y, argmax);
   }
-  void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filter,
-                         const float* dy, const float* y, const std::uint8_t* argmax, float* dx,
-                         float* dfilter, float* dbias) const {
+  void conv2d_pool_bprop(const Conv2dProblem& p, const void* x, const void* filter, const void* dy,
+                         const void* y, const std::uint8_t* argmax, void* dx, void* dfilter,
+                         void* dbias) const {
     fastconv::conv2d_pool_bprop(p, x, filter, dy, y, argmax, dx, dfilter, dbias);
+  }
+
+ private:
+  template <class Element, class Tap>
+  static void gather(const Pool2dProblem& p, const void* x, const Tap* argmax, void* y) {
+    framework::gather_at_argmax(p, static_cast<const Element*>(x), argmax,
+                                static_cast<Element*>(y));
   }
 };
 
@@ -235,6 +255,7 @@ class Conv2dKernel {
   }
 
   static constexpr std::span<const char* const> kGeometry = kGeometryAttributes;
+  static constexpr bool kOfFloat32Alone = false;
   static constexpr std::array kAttributes{
       "dilations: list(int) = [1, 1]",
       "activation: {'LINEAR', 'RELU'} = 'LINEAR'",
@@ -243,6 +264,7 @@ class Conv2dKernel {
  protected:
   Conv2dProblem problem(const Shape4& x_shape, const auto& filter) const {
     Conv2dArguments arguments = arguments_;
+    arguments.dtype = data_type_of(filter);
     arguments.x_shape = x_shape;
     arguments.filter_shape = rank4_shape(filter, "w");
     // Implied by the shapes. Where they do not fit, 1 leads to the error that says so.
@@ -255,15 +277,15 @@ class Conv2dKernel {
 
   // The forward op's output, whose sign is the ReLU mask, is an input of the gradient ops where the
   // activation is ReLU.
-  static const float* checked_mask(const Conv2dProblem& problem, const auto& context,
-                                   const auto& output) {
+  static const void* checked_mask(const Conv2dProblem& problem, const auto& context,
+                                  const auto& output) {
     if (problem.activation == Activation::linear) return nullptr;
     if (!output) {
       throw InvalidArgument("With activation 'RELU', `output` must be given. Received: " +
                             std::to_string(context.num_inputs()) + " inputs");
     }
     check_shape(*output, "output", problem.y_shape());
-    return output->floats();
+    return output->values();
   }
 
  private:
@@ -286,8 +308,8 @@ class Conv2d : public Conv2dKernel {
     const Conv2dProblem p = problem(rank4_shape(x, "x"), filter);
     if (bias) check_shape(*bias, "bias", std::array{p.k});
     const auto y = context.output(0, p.y_shape());
-    operations_of(context).conv2d_fprop(p, x.floats(), filter.floats(),
-                                        bias ? bias->floats() : nullptr, y.floats());
+    operations_of(context).conv2d_fprop(p, x.values(), filter.values(),
+                                        bias ? bias->values() : nullptr, y.values());
   }
 };
 
@@ -316,9 +338,9 @@ class Conv2dScaled : public Conv2dKernel {
     check_shape(bias, "bias", std::array{p.k});
     if (residual) check_shape(*residual, "residual", p.y_shape());
     const auto y = context.output(0, p.y_shape());
-    operations_of(context).conv2d_scaled_fprop(p, x.floats(), filter.floats(), scale.floats(),
-                                               bias.floats(),
-                                               residual ? residual->floats() : nullptr, y.floats());
+    operations_of(context).conv2d_scaled_fprop(p, x.values(), filter.values(), scale.values(),
+                                               bias.values(),
+                                               residual ? residual->values() : nullptr, y.values());
   }
 };
 
@@ -337,9 +359,9 @@ class Conv2dGradInput : public Conv2dKernel {
     const std::optional output = optional_input(context, 3);
     const Conv2dProblem p = problem(rank4_shape(x, "x"), filter);
     check_shape(dy, "dy", p.y_shape());
-    const float* mask = checked_mask(p, context, output);
+    const void* mask = checked_mask(p, context, output);
     const auto dx = context.output(0, p.x_shape());
-    operations_of(context).conv2d_dgrad(p, dy.floats(), filter.floats(), mask, dx.floats());
+    operations_of(context).conv2d_dgrad(p, dy.values(), filter.values(), mask, dx.values());
   }
 };
 
@@ -358,10 +380,10 @@ class Conv2dGradFilter : public Conv2dKernel {
     const std::optional output = optional_input(context, 3);
     const Conv2dProblem p = problem(rank4_shape(x, "x"), filter);
     check_shape(dy, "dy", p.y_shape());
-    const float* mask = checked_mask(p, context, output);
+    const void* mask = checked_mask(p, context, output);
     const auto dfilter = context.output(0, p.filter_shape());
     if (context.num_outputs() == 1) {
-      operations_of(context).conv2d_wgrad(p, x.floats(), dy.floats(), mask, dfilter.floats(),
+      operations_of(context).conv2d_wgrad(p, x.values(), dy.values(), mask, dfilter.values(),
                                           nullptr);
       return;
     }
@@ -370,8 +392,8 @@ class Conv2dGradFilter : public Conv2dKernel {
                             std::to_string(context.num_outputs() - 1));
     }
     const auto dbias = context.output(1, std::array{p.k});
-    operations_of(context).conv2d_wgrad(p, x.floats(), dy.floats(), mask, dfilter.floats(),
-                                        dbias.floats());
+    operations_of(context).conv2d_wgrad(p, x.values(), dy.values(), mask, dfilter.values(),
+                                        dbias.values());
   }
 };
 
@@ -413,7 +435,7 @@ class Conv2dTranspose : public Conv2dKernel {
     const Conv2dProblem p = problem(y_shape, filter);
     check_shape(x, "x", p.y_shape());  // the stride and the offset may not fit each other
     const auto y = context.output(0, y_shape);
-    operations_of(context).conv2d_dgrad(p, x.floats(), filter.floats(), nullptr, y.floats());
+    operations_of(context).conv2d_dgrad(p, x.values(), filter.values(), nullptr, y.values());
   }
 
  private:
@@ -434,12 +456,14 @@ class Pool2dKernel {
   }
 
   static constexpr std::span<const char* const> kGeometry = kGeometryAttributes;
+  static constexpr bool kOfFloat32Alone = false;
   // 0, 0: the height and width of the input, whatever they are.
   static constexpr std::array kAttributes{"pool_size: list(int)"};
 
  protected:
   Pool2dProblem problem(const auto& x) const {
     Pool2dArguments arguments = arguments_;
+    arguments.dtype = data_type_of(x);
     arguments.x_shape = rank4_shape(x, "x");
     if (arguments.pool_size == kWholeImage) {
       const int first = arguments.layout == Layout::nchw ? 2 : 1;
@@ -481,7 +505,7 @@ class MaxPool2d : public Pool2dKernel {
     const auto x = context.input(0);
     const Pool2dProblem p = problem(x);
     const auto y = context.output(0, p.y_shape());
-    operations_of(context).max_pool2d_fprop(p, x.floats(), y.floats(), nullptr);
+    operations_of(context).max_pool2d_fprop(p, x.values(), y.values(), nullptr);
   }
 };
 
@@ -502,7 +526,7 @@ class MaxPool2dWithArgmax : public Pool2dKernel {
     check_argmax_type(p, context.output_type(1));
     const auto y = context.output(0, p.y_shape());
     const auto argmax = context.output(1, p.y_shape());
-    operations_of(context).max_pool2d_fprop(p, x.floats(), y.floats(), argmax.data());
+    operations_of(context).max_pool2d_fprop(p, x.values(), y.values(), argmax.data());
   }
 };
 
@@ -523,7 +547,7 @@ class MaxPool2dGrad : public Pool2dKernel {
     check_shape(argmax, "argmax", p.y_shape());
     check_shape(dy, "dy", p.y_shape());
     const auto dx = context.output(0, p.x_shape());
-    operations_of(context).max_pool2d_bprop(p, dy.floats(), argmax.data(), dx.floats());
+    operations_of(context).max_pool2d_bprop(p, dy.values(), argmax.data(), dx.values());
   }
 };
 
@@ -545,10 +569,10 @@ class MaxPool2dGradGrad : public Pool2dKernel {
     const auto ddy = context.output(0, p.y_shape());
     if (p.argmax_fits_byte()) {
       operations_of(context).gather_at_argmax(
-          p, ddx.floats(), static_cast<const std::uint8_t*>(argmax.data()), ddy.floats());
+          p, ddx.values(), static_cast<const std::uint8_t*>(argmax.data()), ddy.values());
     } else {
       operations_of(context).gather_at_argmax(
-          p, ddx.floats(), static_cast<const std::int32_t*>(argmax.data()), ddy.floats());
+          p, ddx.values(), static_cast<const std::int32_t*>(argmax.data()), ddy.values());
     }
   }
 };
@@ -567,7 +591,7 @@ class AveragePool2d : public Pool2dKernel {
     const auto x = context.input(0);
     const Pool2dProblem p = problem(x);
     const auto y = context.output(0, p.y_shape());
-    operations_of(context).avg_pool2d_fprop(p, x.floats(), y.floats());
+    operations_of(context).avg_pool2d_fprop(p, x.values(), y.values());
   }
 };
 
@@ -586,7 +610,7 @@ class AveragePool2dGrad : public Pool2dKernel {
     const Pool2dProblem p = problem(x);
     check_shape(dy, "dy", p.y_shape());
     const auto dx = context.output(0, p.x_shape());
-    operations_of(context).avg_pool2d_bprop(p, dy.floats(), dx.floats());
+    operations_of(context).avg_pool2d_bprop(p, dy.values(), dx.values());
   }
 };
 
@@ -614,14 +638,14 @@ class Conv2dMaxPool2d : public Conv2dKernel {
                             std::to_string(context.num_outputs() - 1));
     }
     const auto y = context.output(0, pool.y_shape());
-    const float* const bias_data = bias ? bias->floats() : nullptr;
+    const void* const bias_data = bias ? bias->values() : nullptr;
     if (context.num_outputs() == 1) {
-      operations_of(context).conv2d_pool_fprop(p, x.floats(), filter.floats(), bias_data,
-                                               y.floats(), nullptr);
+      operations_of(context).conv2d_pool_fprop(p, x.values(), filter.values(), bias_data,
+                                               y.values(), nullptr);
       return;
     }
     const auto argmax = context.output(1, pool.y_shape());
-    operations_of(context).conv2d_pool_fprop(p, x.floats(), filter.floats(), bias_data, y.floats(),
+    operations_of(context).conv2d_pool_fprop(p, x.values(), filter.values(), bias_data, y.values(),
                                              static_cast<std::uint8_t*>(argmax.data()));
   }
 };
@@ -666,9 +690,9 @@ class Conv2dMaxPool2dGrad : public Conv2dKernel {
     if (num_dx) dx.emplace(context.output(1, p.x_shape()));
     if (num_bias) dbias.emplace(context.output(static_cast<int>(1 + num_dx), std::array{p.k}));
     operations_of(context).conv2d_pool_bprop(
-        p, x.floats(), filter.floats(), dy.floats(), y.floats(),
-        static_cast<const std::uint8_t*>(argmax.data()), dx ? dx->floats() : nullptr,
-        dfilter.floats(), dbias ? dbias->floats() : nullptr);
+        p, x.values(), filter.values(), dy.values(), y.values(),
+        static_cast<const std::uint8_t*>(argmax.data()), dx ? dx->values() : nullptr,
+        dfilter.values(), dbias ? dbias->values() : nullptr);
   }
 
  private:
@@ -683,6 +707,7 @@ class Conv2dMaxPool2dGrad : public Conv2dKernel {
 class BatchNormKernel {
  public:
   static constexpr std::span<const char* const> kGeometry{};
+  static constexpr bool kOfFloat32Alone = true;
 
  protected:
   static BatchNormProblem problem(const auto& x, float epsilon = 0,

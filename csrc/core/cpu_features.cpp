@@ -2,6 +2,9 @@
 
 #include <atomic>
 #include <cstdlib>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "core/error.hpp"
 
@@ -11,12 +14,21 @@ namespace {
 constexpr int kUndecided = -1;
 std::atomic<int> g_isa{kUndecided};
 
+#if defined(__x86_64__) && !defined(FASTCONV_SCALAR_ONLY)
+// Which not every compiler's __builtin_cpu_supports knows by name.
+bool cpu_supports_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 bool cpu_supports(Isa isa) {
   switch (isa) {
     case Isa::scalar: return true;
 #if defined(__x86_64__) && !defined(FASTCONV_SCALAR_ONLY)
     // libgcc and compiler-rt also ask XGETBV whether the system saves the registers.
-    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpu_supports_f16c();
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

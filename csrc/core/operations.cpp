@@ -17,62 +17,114 @@ const cpu::Kernels& kernels() { return cpu::kernels(current_isa()); }
 
 std::size_t bytes(int64_t elements) { return static_cast<std::size_t>(elements) * sizeof(float); }
 
-// The convolutions speak NHWC. An NCHW tensor is brought to it and back through scratch memory.
-class NhwcInput {
+// `elements` of a tensor further on; null stays null.
+const void* from(DataType type, const void* data, int64_t elements) {
+  if (!data) return nullptr;
+  return static_cast<const char*>(data) + static_cast<std::size_t>(elements) * size_of(type);
+}
+void* from(DataType type, void* data, int64_t elements) {
+  return const_cast<void*>(from(type, static_cast<const void*>(data), elements));
+}
+
+// The kernels speak float32, and those of convolution NHWC. What is of another type or layout is
+// brought to it and back through scratch memory. Null stays null.
+class Input {
  public:
-  NhwcInput(const Conv2dProblem& p, const float* data, int64_t pixels, int64_t channels)
-      : scratch_(needs_copy(p, data) ? bytes(p.n * pixels * channels) : 0), data_(data) {
-    if (!needs_copy(p, data)) return;
-    kernels().transpose(p.n, channels, pixels, data, scratch_.floats());
-    data_ = scratch_.floats();
+  // A tensor of which the layout does not matter.
+  Input(DataType type, const void* data, int64_t count)
+      : Input(data && type != DataType::float32, data, count) {
+    if (copied_) kernels().widen(type, count, data, scratch_.floats());
+  }
+  // Images.
+  Input(const Conv2dProblem& p, const void* data, int64_t pixels, int64_t channels)
+      : Input(data && !is_computed_on(p), data, p.n * pixels * channels) {
+    if (!copied_) return;
+    if (p.layout == Layout::nchw) {
+      kernels().transpose_in(p.dtype, p.n, channels, pixels, data, scratch_.floats());
+    } else {
+      kernels().widen(p.dtype, p.n * pixels * channels, data, scratch_.floats());
+    }
   }
   const float* data() const { return data_; }
 
- private:
-  static bool needs_copy(const Conv2dProblem& p, const float* data) {
-    return data && p.layout == Layout::nchw;
+  static bool is_computed_on(const Conv2dProblem& p) {
+    return p.layout == Layout::nhwc && p.dtype == DataType::float32;
   }
+
+ private:
+  Input(bool copied, const void* data, int64_t count)
+      : copied_(copied), scratch_(copied ? bytes(count) : 0),
+        data_(copied ? scratch_.floats() : static_cast<const float*>(data)) {}
+  bool copied_;
   Workspace scratch_;
   const float* data_;
 };
 
-class NhwcOutput {
+class Output {
  public:
-  NhwcOutput(const Conv2dProblem& p, float* data, int64_t pixels, int64_t channels)
-      : scratch_(p.layout == Layout::nchw ? bytes(p.n * pixels * channels) : 0), data_(data),
-        n_(p.n), pixels_(pixels), channels_(channels), copied_(p.layout == Layout::nchw) {}
-  float* data() const { return copied_ ? scratch_.floats() : data_; }
+  Output(DataType type, void* data, int64_t count)
+      : Output(data && type != DataType::float32, type, data, 1, count, 1, Layout::nhwc) {}
+  Output(const Conv2dProblem& p, void* data, int64_t pixels, int64_t channels)
+      : Output(data && !Input::is_computed_on(p), p.dtype, data, p.n, pixels, channels, p.layout) {}
+  float* data() const { return copied_ ? scratch_.floats() : static_cast<float*>(data_); }
   void finish() const {
-    if (copied_) kernels().transpose(n_, pixels_, channels_, scratch_.floats(), data_);
+    if (!copied_) return;
+    if (layout_ == Layout::nchw) {
+      kernels().transpose_out(type_, images_, pixels_, channels_, scratch_.floats(), data_);
+    } else {
+      kernels().narrow(type_, images_ * pixels_ * channels_, scratch_.floats(), data_);
+    }
   }
 
  private:
-  Workspace scratch_;
-  float* data_;
-  int64_t n_, pixels_, channels_;
+  Output(bool copied, DataType type, void* data, int64_t images, int64_t pixels, int64_t channels,
+         Layout layout)
+      : copied_(copied), scratch_(copied ? bytes(images * pixels * channels) : 0), type_(type),
+        data_(data), images_(images), pixels_(pixels), channels_(channels), layout_(layout) {}
   bool copied_;
+  Workspace scratch_;
+  DataType type_;
+  void* data_;
+  int64_t images_, pixels_, channels_;
+  Layout layout_;
 };
 
-Conv2dProblem as_nhwc(Conv2dProblem p) {
-  p.layout = Layout::nhwc;
+template <class Problem>
+Problem of_float32(Problem p) {
+  p.dtype = DataType::float32;
   return p;
 }
 
-// NCHW images are turned so many at a time that they stay in the caches between that and the kernels;
-// of NHWC, all are taken at once. `fixed_bytes` is what each part costs besides.
+Conv2dProblem as_computed(Conv2dProblem p) {
+  p.layout = Layout::nhwc;
+  return of_float32(p);
+}
+
+// As many images of so many floats as fill the budget, in parts of about equal size.
+int64_t images_within(int64_t budget_bytes, int64_t image_floats, int64_t images) {
+  const int64_t most =
+      std::clamp<int64_t>(budget_bytes / (4 * std::max<int64_t>(image_floats, 1)), 1, images);
+  const int64_t parts = (images + most - 1) / most;
+  return (images + parts - 1) / parts;
+}
+
+// Images that are copied are taken so many at a time that they stay in the caches between that and the
+// kernels; of others, all at once. `fixed_bytes` is what each part costs besides.
 int64_t images_a_part(const Conv2dProblem& p, int64_t fixed_bytes) {
-  if (p.layout == Layout::nhwc) return p.n;
-  const int64_t image_bytes = 4 * (p.h * p.w * p.c + p.oh * p.ow * p.k);
+  if (Input::is_computed_on(p)) return p.n;
   const int64_t budget = std::max(int64_t{6} << 20, 4 * fixed_bytes);
-  const int64_t most = std::clamp<int64_t>(budget / image_bytes, 1, p.n);
-  const int64_t parts = (p.n + most - 1) / most;
-  return (p.n + parts - 1) / parts;
+  return images_within(budget, p.h * p.w * p.c + p.oh * p.ow * p.k, p.n);
+}
+
+int64_t images_a_part(const Pool2dProblem& p) {
+  if (p.dtype == DataType::float32) return p.n;
+  return images_within(int64_t{2} << 20, (p.h * p.w + p.oh * p.ow) * p.c, p.n);
 }
 
 // Calls body(part of the problem, its first image).
-template <class Body>
-void for_each_part(const Conv2dProblem& p, int64_t images, const Body& body) {
-  Conv2dProblem part = p;
+template <class Problem, class Body>
+void for_each_part(const Problem& p, int64_t images, const Body& body) {
+  Problem part = p;
   for (int64_t n = 0; n < p.n; n += images) {
     part.n = std::min(images, p.n - n);
     body(part, n);
@@ -80,21 +132,21 @@ void for_each_part(const Conv2dProblem& p, int64_t images, const Body& body) {
 }
 
 // The gradient of some images by the filter and the bias.
-void wgrad_of_images(const Conv2dProblem& p, const cpu::Conv2dAlgorithm& chosen, const float* x,
-                     const float* dy, const float* y, float* dfilter, float* dbias) {
+void wgrad_of_images(const Conv2dProblem& p, const cpu::Conv2dAlgorithm& chosen, const void* x,
+                     const void* dy, const void* y, float* dfilter, float* dbias) {
   const bool relu = p.activation == Activation::relu;
   const bool fused = chosen.masks_wgrad && dfilter;
   const bool apart = relu && !fused;
-  const NhwcInput dy_nhwc(p, dy, p.oh * p.ow, p.k);
-  const NhwcInput y_nhwc(p, relu ? y : nullptr, p.oh * p.ow, p.k);
+  const Input dy_nhwc(p, dy, p.oh * p.ow, p.k);
+  const Input y_nhwc(p, relu ? y : nullptr, p.oh * p.ow, p.k);
   const Workspace dz(apart ? bytes(p.y_size()) : 0);
   if (!fused && (relu || dbias)) {
     kernels().activation_grad(p.n * p.oh * p.ow, p.k, dy_nhwc.data(), y_nhwc.data(), dz.floats(),
                               dbias);
   }
   if (!dfilter) return;
-  const NhwcInput x_nhwc(p, x, p.h * p.w, p.c);
-  chosen.run(as_nhwc(p), Direction::wgrad,
+  const Input x_nhwc(p, x, p.h * p.w, p.c);
+  chosen.run(as_computed(p), Direction::wgrad,
              {.x = x_nhwc.data(),
               .dy = apart ? dz.floats() : dy_nhwc.data(),
               .y = relu && fused ? y_nhwc.data() : nullptr,
@@ -136,110 +188,156 @@ void add(const float* from, int64_t count, float* to) {
 
 }  // namespace
 
-void conv2d_fprop(const Conv2dProblem& p, const float* x, const float* filter, const float* bias,
-                  float* y, const char* algorithm) {
+void conv2d_fprop(const Conv2dProblem& p, const void* x, const void* filter, const void* bias,
+                  void* y, const char* algorithm) {
   conv2d_scaled_fprop(p, x, filter, nullptr, bias, nullptr, y, algorithm);
 }
 
-void conv2d_scaled_fprop(const Conv2dProblem& p, const float* x, const float* filter,
-                         const float* scale, const float* bias, const float* residual, float* y,
+void conv2d_scaled_fprop(const Conv2dProblem& p, const void* x, const void* filter,
+                         const void* scale, const void* bias, const void* residual, void* y,
                          const char* algorithm) {
-  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_nhwc(p), Direction::fprop, algorithm);
+  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_computed(p), Direction::fprop, algorithm);
   if (p.n == 0) return;
+  const Input own_filter(p.dtype, filter, p.filter_size());
+  const Input own_scale(p.dtype, scale, p.k), own_bias(p.dtype, bias, p.k);
   const bool scaled_before = scale && !chosen.scales_filter;
   const bool added_behind = residual && !chosen.adds_residual;
   const Workspace scaled(scaled_before ? bytes(p.filter_size()) : 0);
   if (scaled_before) {
-    multiply_columns(filter, scale, p.filter_size() / p.k, p.k, scaled.floats());
-    filter = scaled.floats();
-    scale = nullptr;
+    multiply_columns(own_filter.data(), own_scale.data(), p.filter_size() / p.k, p.k,
+                     scaled.floats());
   }
-  Conv2dProblem computed = as_nhwc(p);
+  Conv2dProblem computed = as_computed(p);
   if (added_behind) computed.activation = Activation::linear;
   for_each_part(
       p, images_a_part(p, bytes(p.filter_size())), [&](const Conv2dProblem& part, int64_t n) {
-        const int64_t at_y = n * p.oh * p.ow * p.k;
-        const NhwcInput x_nhwc(part, x + n * p.h * p.w * p.c, p.h * p.w, p.c);
-        const NhwcInput residual_nhwc(part, residual ? residual + at_y : nullptr, p.oh * p.ow, p.k);
-        const NhwcOutput y_nhwc(part, y + at_y, p.oh * p.ow, p.k);
+        const int64_t at_x = n * p.h * p.w * p.c, at_y = n * p.oh * p.ow * p.k;
+        const Input own_x(part, from(p.dtype, x, at_x), p.h * p.w, p.c);
+        const Input own_residual(part, from(p.dtype, residual, at_y), p.oh * p.ow, p.k);
+        const Output own_y(part, from(p.dtype, y, at_y), p.oh * p.ow, p.k);
         computed.n = part.n;
         chosen.run(computed, Direction::fprop,
-                   {.x = x_nhwc.data(),
-                    .filter = filter,
-                    .bias = bias,
-                    .scale = scale,
-                    .residual = added_behind ? nullptr : residual_nhwc.data(),
-                    .out = y_nhwc.data()});
+                   {.x = own_x.data(),
+                    .filter = scaled_before ? scaled.floats() : own_filter.data(),
+                    .bias = own_bias.data(),
+                    .scale = scaled_before ? nullptr : own_scale.data(),
+                    .residual = added_behind ? nullptr : own_residual.data(),
+                    .out = own_y.data()});
         if (added_behind) {
-          add_and_activate(residual_nhwc.data(), part.y_size(), p.activation, y_nhwc.data());
+          add_and_activate(own_residual.data(), part.y_size(), p.activation, own_y.data());
         }
-        y_nhwc.finish();
+        own_y.finish();
       });
 }
 
-void conv2d_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, const float* y,
-                  float* dx, const char* algorithm) {
-  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_nhwc(p), Direction::dgrad, algorithm);
+void conv2d_dgrad(const Conv2dProblem& p, const void* dy, const void* filter, const void* y,
+                  void* dx, const char* algorithm) {
+  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_computed(p), Direction::dgrad, algorithm);
   if (p.n == 0) return;
+  const Input own_filter(p.dtype, filter, p.filter_size());
   const bool relu = p.activation == Activation::relu;
   const bool apart = relu && !chosen.masks_dgrad;  // the mask is a pass of its own
-  for_each_part(p, images_a_part(p, bytes(p.filter_size())),
-                [&](const Conv2dProblem& part, int64_t n) {
-                  const int64_t at_y = n * p.oh * p.ow * p.k;
-                  const NhwcInput dy_nhwc(part, dy + at_y, p.oh * p.ow, p.k);
-                  const NhwcInput y_nhwc(part, relu ? y + at_y : nullptr, p.oh * p.ow, p.k);
-                  const NhwcOutput dx_nhwc(part, dx + n * p.h * p.w * p.c, p.h * p.w, p.c);
-                  const Workspace dz(apart ? bytes(part.y_size()) : 0);
-                  if (apart) {
-                    kernels().activation_grad(part.n * p.oh * p.ow, p.k, dy_nhwc.data(),
-                                              y_nhwc.data(), dz.floats(), nullptr);
-                  }
-                  chosen.run(as_nhwc(part), Direction::dgrad,
-                             {.filter = filter,
-                              .dy = apart ? dz.floats() : dy_nhwc.data(),
-                              .y = relu && !apart ? y_nhwc.data() : nullptr,
-                              .out = dx_nhwc.data()});
-                  dx_nhwc.finish();
-                });
+  for_each_part(
+      p, images_a_part(p, bytes(p.filter_size())), [&](const Conv2dProblem& part, int64_t n) {
+        const int64_t at_x = n * p.h * p.w * p.c, at_y = n * p.oh * p.ow * p.k;
+        const Input own_dy(part, from(p.dtype, dy, at_y), p.oh * p.ow, p.k);
+        const Input own_y(part, relu ? from(p.dtype, y, at_y) : nullptr, p.oh * p.ow, p.k);
+        const Output own_dx(part, from(p.dtype, dx, at_x), p.h * p.w, p.c);
+        const Workspace dz(apart ? bytes(part.y_size()) : 0);
+        if (apart) {
+          kernels().activation_grad(part.n * p.oh * p.ow, p.k, own_dy.data(), own_y.data(),
+                                    dz.floats(), nullptr);
+        }
+        chosen.run(as_computed(part), Direction::dgrad,
+                   {.filter = own_filter.data(),
+                    .dy = apart ? dz.floats() : own_dy.data(),
+                    .y = relu && !apart ? own_y.data() : nullptr,
+                    .out = own_dx.data()});
+        own_dx.finish();
+      });
 }
 
-void conv2d_wgrad(const Conv2dProblem& p, const float* x, const float* dy, const float* y,
-                  float* dfilter, float* dbias, const char* algorithm) {
-  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_nhwc(p), Direction::wgrad, algorithm);
-  if (p.n == 0) {
-    if (dfilter) std::memset(dfilter, 0, bytes(p.filter_size()));
-    if (dbias) std::memset(dbias, 0, bytes(p.k));
+void conv2d_wgrad(const Conv2dProblem& p, const void* x, const void* dy, const void* y,
+                  void* dfilter, void* dbias, const char* algorithm) {
+  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_computed(p), Direction::wgrad, algorithm);
+  if (p.n == 0) {  // zeros are zero bytes in every data type
+    if (dfilter)
+      std::memset(dfilter, 0, static_cast<std::size_t>(p.filter_size()) * size_of(p.dtype));
+    if (dbias) std::memset(dbias, 0, static_cast<std::size_t>(p.k) * size_of(p.dtype));
     return;
   }
+  const Output own_dfilter(p.dtype, dfilter, p.filter_size()), own_dbias(p.dtype, dbias, p.k);
   const int64_t images = images_a_part(p, 2 * bytes(p.filter_size()));
   const bool in_parts = images < p.n;  // whose gradients are added up in order
   const Workspace sums(in_parts ? bytes(p.filter_size()) + bytes(p.k) : 0);
   for_each_part(p, images, [&](const Conv2dProblem& part, int64_t n) {
-    float* const own_dfilter = n > 0 && dfilter ? sums.floats(bytes(p.k)) : dfilter;
-    float* const own_dbias = n > 0 && dbias ? sums.floats() : dbias;
-    const int64_t at_y = n * p.oh * p.ow * p.k;
-    wgrad_of_images(part, chosen, x ? x + n * p.h * p.w * p.c : nullptr, dy + at_y,
-                    y ? y + at_y : nullptr, own_dfilter, own_dbias);
+    float* const part_dfilter = n > 0 && dfilter ? sums.floats(bytes(p.k)) : own_dfilter.data();
+    float* const part_dbias = n > 0 && dbias ? sums.floats() : own_dbias.data();
+    const int64_t at_x = n * p.h * p.w * p.c, at_y = n * p.oh * p.ow * p.k;
+    wgrad_of_images(part, chosen, from(p.dtype, x, at_x), from(p.dtype, dy, at_y),
+                    from(p.dtype, y, at_y), part_dfilter, part_dbias);
     if (n == 0) return;
-    if (dfilter) add(own_dfilter, p.filter_size(), dfilter);
-    if (dbias) add(own_dbias, p.k, dbias);
+    if (dfilter) add(part_dfilter, p.filter_size(), own_dfilter.data());
+    if (dbias) add(part_dbias, p.k, own_dbias.data());
+  });
+  own_dfilter.finish();
+  own_dbias.finish();
+}
+
+namespace {
+
+void* argmax_of(const Pool2dProblem& p, const void* argmax, int64_t elements) {
+  if (!argmax) return nullptr;
+  const int64_t size = p.argmax_fits_byte() ? 1 : 4;
+  return const_cast<char*>(static_cast<const char*>(argmax)) + elements * size;
+}
+
+// Calls body(part of float32, the first elements of its x and y).
+template <class Body>
+void for_each_pooled_part(const Pool2dProblem& p, const Body& body) {
+  if (p.n == 0) return;
+  for_each_part(p, images_a_part(p), [&](const Pool2dProblem& part, int64_t n) {
+    body(of_float32(part), n * p.h * p.w * p.c, n * p.oh * p.ow * p.c);
   });
 }
 
-void max_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y, void* argmax) {
-  if (p.n > 0) kernels().max_pool2d_fprop(p, x, y, argmax);
+}  // namespace
+
+void max_pool2d_fprop(const Pool2dProblem& p, const void* x, void* y, void* argmax) {
+  for_each_pooled_part(p, [&](const Pool2dProblem& part, int64_t at_x, int64_t at_y) {
+    const Input own_x(p.dtype, from(p.dtype, x, at_x), part.x_size());
+    const Output own_y(p.dtype, from(p.dtype, y, at_y), part.y_size());
+    kernels().max_pool2d_fprop(part, own_x.data(), own_y.data(), argmax_of(p, argmax, at_y));
+    own_y.finish();
+  });
 }
 
-void max_pool2d_bprop(const Pool2dProblem& p, const float* dy, const void* argmax, float* dx) {
-  if (p.n > 0) kernels().max_pool2d_bprop(p, dy, nullptr, argmax, dx);
+void max_pool2d_bprop(const Pool2dProblem& p, const void* dy, const void* argmax, void* dx) {
+  for_each_pooled_part(p, [&](const Pool2dProblem& part, int64_t at_x, int64_t at_y) {
+    const Input own_dy(p.dtype, from(p.dtype, dy, at_y), part.y_size());
+    const Output own_dx(p.dtype, from(p.dtype, dx, at_x), part.x_size());
+    kernels().max_pool2d_bprop(part, own_dy.data(), nullptr, argmax_of(p, argmax, at_y),
+                               own_dx.data());
+    own_dx.finish();
+  });
 }
 
-void avg_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y) {
-  if (p.n > 0) kernels().avg_pool2d_fprop(p, x, y);
+void avg_pool2d_fprop(const Pool2dProblem& p, const void* x, void* y) {
+  for_each_pooled_part(p, [&](const Pool2dProblem& part, int64_t at_x, int64_t at_y) {
+    const Input own_x(p.dtype, from(p.dtype, x, at_x), part.x_size());
+    const Output own_y(p.dtype, from(p.dtype, y, at_y), part.y_size());
+    kernels().avg_pool2d_fprop(part, own_x.data(), own_y.data());
+    own_y.finish();
+  });
 }
 
-void avg_pool2d_bprop(const Pool2dProblem& p, const float* dy, float* dx) {
-  if (p.n > 0) kernels().avg_pool2d_bprop(p, dy, dx);
+void avg_pool2d_bprop(const Pool2dProblem& p, const void* dy, void* dx) {
+  for_each_pooled_part(p, [&](const Pool2dProblem& part, int64_t at_x, int64_t at_y) {
+    const Input own_dy(p.dtype, from(p.dtype, dy, at_y), part.y_size());
+    const Output own_dx(p.dtype, from(p.dtype, dx, at_x), part.x_size());
+    kernels().avg_pool2d_bprop(part, own_dy.data(), own_dx.data());
+    own_dx.finish();
+  });
 }
 
 namespace {
@@ -300,7 +398,7 @@ void pool_by_strips(const Conv2dProblem& p, const cpu::Conv2dAlgorithm& chosen, 
 
 // The convolution without the last row or column that no window sees.
 Conv2dProblem seen_by_windows(const Conv2dProblem& p) {
-  Conv2dProblem seen = as_nhwc(p);
+  Conv2dProblem seen = as_computed(p);
   seen.oh -= seen.oh % 2;
   seen.ow -= seen.ow % 2;
   return seen;
@@ -308,52 +406,54 @@ Conv2dProblem seen_by_windows(const Conv2dProblem& p) {
 
 }  // namespace
 
-void conv2d_pool_fprop(const Conv2dProblem& p, const float* x, const float* filter,
-                       const float* bias, float* y, std::uint8_t* argmax, const char* algorithm) {
+void conv2d_pool_fprop(const Conv2dProblem& p, const void* x, const void* filter, const void* bias,
+                       void* y, std::uint8_t* argmax, const char* algorithm) {
   const Pool2dProblem pool = pool_behind(p);
   const Conv2dProblem seen = seen_by_windows(p);
   // That of the convolution alone, so that both have the same bits.
-  const cpu::Conv2dAlgorithm& alone = cpu::choose(as_nhwc(p), Direction::fprop, algorithm);
+  const cpu::Conv2dAlgorithm& alone = cpu::choose(as_computed(p), Direction::fprop, algorithm);
   const cpu::Conv2dAlgorithm& chosen =
       alone.serves(seen, Direction::fprop) ? alone : cpu::choose(seen, Direction::fprop, algorithm);
   if (p.n == 0) return;
+  const Input own_filter(p.dtype, filter, p.filter_size()), own_bias(p.dtype, bias, p.k);
   const int64_t pixels = pool.oh * pool.ow;
   const bool turned = argmax && p.layout == Layout::nchw;
   for_each_part(
       p, images_a_part(p, bytes(p.filter_size())), [&](const Conv2dProblem& part, int64_t n) {
         const Conv2dProblem seen_part = seen_by_windows(part);
-        const NhwcInput x_nhwc(part, x + n * p.h * p.w * p.c, p.h * p.w, p.c);
-        const NhwcOutput y_nhwc(part, y + n * pixels * p.k, pixels, p.k);
-        std::uint8_t* const own_argmax = argmax ? argmax + n * pixels * p.k : nullptr;
+        const int64_t at_x = n * p.h * p.w * p.c, at_y = n * pixels * p.k;
+        const Input own_x(part, from(p.dtype, x, at_x), p.h * p.w, p.c);
+        const Output own_y(part, from(p.dtype, y, at_y), pixels, p.k);
+        std::uint8_t* const own_argmax = argmax ? argmax + at_y : nullptr;
         const Workspace scratch(turned ? static_cast<std::size_t>(part.n * pixels * p.k) : 0);
         std::uint8_t* const taps =
             turned ? reinterpret_cast<std::uint8_t*>(scratch.floats()) : own_argmax;
         if (chosen.fuses_pool(seen, Direction::fprop)) {
           chosen.run(seen_part, Direction::fprop,
-                     {.x = x_nhwc.data(),
-                      .filter = filter,
-                      .bias = bias,
-                      .out = y_nhwc.data(),
+                     {.x = own_x.data(),
+                      .filter = own_filter.data(),
+                      .bias = own_bias.data(),
+                      .out = own_y.data(),
                       .pooled = true,
                       .argmax = taps});
         } else {
-          pool_by_strips(seen_part, chosen, x_nhwc.data(), filter, bias, y_nhwc.data(), taps);
+          pool_by_strips(seen_part, chosen, own_x.data(), own_filter.data(), own_bias.data(),
+                         own_y.data(), taps);
         }
-        y_nhwc.finish();
+        own_y.finish();
         if (turned) kernels().transpose_bytes(part.n, pixels, p.k, taps, own_argmax);
       });
 }
 
-void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filter, const float* dy,
-                       const float* y, const std::uint8_t* argmax, float* dx, float* dfilter,
-                       float* dbias, const char* algorithm) {
+namespace {
+
+// Of float32 tensors.
+void pool_bprop_of_floats(const Conv2dProblem& p, const float* x, const float* filter,
+                          const float* dy, const float* y, const std::uint8_t* argmax, float* dx,
+                          float* dfilter, float* dbias, const char* algorithm) {
   const Pool2dProblem pool = pool_behind(p);
   const Conv2dProblem seen = seen_by_windows(p);
   const bool relu = p.activation == Activation::relu;
-  if (p.n == 0) {
-    if (dx) cpu::choose(as_nhwc(p), Direction::dgrad, algorithm);  // for its refusal
-    return conv2d_wgrad(p, x, dy, y, dfilter, dbias, dx ? nullptr : algorithm);
-  }
   if (!dx && p.layout == Layout::nhwc) {
     const cpu::Conv2dAlgorithm& chosen = cpu::choose(seen, Direction::wgrad, algorithm);
     if (chosen.fuses_pool(seen, Direction::wgrad)) {
@@ -374,6 +474,40 @@ void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filt
   linear.activation = Activation::linear;
   if (dx) conv2d_dgrad(linear, dz.floats(), filter, nullptr, dx, algorithm);
   conv2d_wgrad(linear, x, dz.floats(), nullptr, dfilter, dbias, dx ? nullptr : algorithm);
+}
+
+}  // namespace
+
+void conv2d_pool_bprop(const Conv2dProblem& p, const void* x, const void* filter, const void* dy,
+                       const void* y, const std::uint8_t* argmax, void* dx, void* dfilter,
+                       void* dbias, const char* algorithm) {
+  const Pool2dProblem pool = pool_behind(p);
+  if (p.n == 0) {
+    if (dx) cpu::choose(as_computed(p), Direction::dgrad, algorithm);  // for its refusal
+    return conv2d_wgrad(p, x, dy, y, dfilter, dbias, dx ? nullptr : algorithm);
+  }
+  // As a whole: the gradient of the convolution's output is one of float32 anyway.
+  const bool relu = p.activation == Activation::relu;
+  const Input own_x(p.dtype, x, p.x_size()), own_filter(p.dtype, filter, p.filter_size());
+  const Input own_dy(p.dtype, dy, pool.y_size());
+  const Input own_y(p.dtype, relu ? y : nullptr, pool.y_size());
+  const Output own_dx(p.dtype, dx, p.x_size());
+  const Output own_dfilter(p.dtype, dfilter, p.filter_size()), own_dbias(p.dtype, dbias, p.k);
+  pool_bprop_of_floats(of_float32(p), own_x.data(), own_filter.data(), own_dy.data(), own_y.data(),
+                       argmax, own_dx.data(), own_dfilter.data(), own_dbias.data(), algorithm);
+  own_dx.finish();
+  own_dfilter.finish();
+  own_dbias.finish();
+}
+
+void to_float32(DataType type, int64_t count, const void* values, float* out) {
+  if (type != DataType::float32) return kernels().widen(type, count, values, out);
+  std::copy_n(static_cast<const float*>(values), count, out);
+}
+
+void from_float32(DataType type, int64_t count, const float* values, void* out) {
+  if (type != DataType::float32) return kernels().narrow(type, count, values, out);
+  std::copy_n(values, count, static_cast<float*>(out));
 }
 
 void batch_norm_moments(const BatchNormProblem& p, const float* x, float* mean, float* variance) {

@@ -1,6 +1,7 @@
 // What the doors call: every operation of the library on plain pointers. Pointers address dense
-// float32 tensors of the shapes that the problem names; outputs never overlap inputs. All run on
-// the process's thread pool and are bit-identical for any number of threads.
+// tensors of the shapes and the data type that the problem names (those of batch normalisation are of
+// float32); outputs never overlap inputs. Whatever the data type, sums are of float32; results of 16 bits
+// are rounded once. All run on the process's thread pool and are bit-identical for any number of threads.
 //
 // `algorithm` names one of the convolution algorithms (selection.hpp) instead of the selector's
 // choice; they throw InvalidArgument where it does not serve the problem.
@@ -12,57 +13,62 @@
 namespace fastconv {
 
 // y = activation(conv(x, filter) + bias). `bias` holds K values or is null.
-FASTCONV_API void conv2d_fprop(const Conv2dProblem& problem, const float* x, const float* filter,
-                               const float* bias, float* y, const char* algorithm = nullptr);
+FASTCONV_API void conv2d_fprop(const Conv2dProblem& problem, const void* x, const void* filter,
+                               const void* bias, void* y, const char* algorithm = nullptr);
 
 // y = activation(conv(x, filter * scale) + bias + residual): a convolution with what stands behind it in
 // a network at inference, batch normalisation (scale, bias), a shortcut and an activation. `scale` and
 // `bias` hold K values, `residual` has y's shape; each may be null.
-FASTCONV_API void conv2d_scaled_fprop(const Conv2dProblem& problem, const float* x,
-                                      const float* filter, const float* scale, const float* bias,
-                                      const float* residual, float* y,
+FASTCONV_API void conv2d_scaled_fprop(const Conv2dProblem& problem, const void* x,
+                                      const void* filter, const void* scale, const void* bias,
+                                      const void* residual, void* y,
                                       const char* algorithm = nullptr);
 
 // dx = the gradient of fprop by x. With activation relu, `y` is fprop's output and dy counts only
 // where y > 0; with linear, `y` is not read and may be null.
-FASTCONV_API void conv2d_dgrad(const Conv2dProblem& problem, const float* dy, const float* filter,
-                               const float* y, float* dx, const char* algorithm = nullptr);
+FASTCONV_API void conv2d_dgrad(const Conv2dProblem& problem, const void* dy, const void* filter,
+                               const void* y, void* dx, const char* algorithm = nullptr);
 
 // dfilter = the gradient of fprop by the filter and, where dbias is not null, dbias that by the
 // bias; `y` as for dgrad. dfilter may be null when only dbias is wanted.
-FASTCONV_API void conv2d_wgrad(const Conv2dProblem& problem, const float* x, const float* dy,
-                               const float* y, float* dfilter, float* dbias,
+FASTCONV_API void conv2d_wgrad(const Conv2dProblem& problem, const void* x, const void* dy,
+                               const void* y, void* dfilter, void* dbias,
                                const char* algorithm = nullptr);
 
 // y = the maximum of each window. The first maximum in row-major order wins a tie; a NaN in the
 // window makes the result NaN (the first one is the argmax). `argmax` may be null; else it is
 // uint8 or int32 by problem.argmax_fits_byte(), of y's shape, and holds row * S + column of the
 // maximum within its window.
-FASTCONV_API void max_pool2d_fprop(const Pool2dProblem& problem, const float* x, float* y,
+FASTCONV_API void max_pool2d_fprop(const Pool2dProblem& problem, const void* x, void* y,
                                    void* argmax);
 
 // dx = dy sent to the pixel each window's argmax names, summed where windows overlap.
-FASTCONV_API void max_pool2d_bprop(const Pool2dProblem& problem, const float* dy,
-                                   const void* argmax, float* dx);
+FASTCONV_API void max_pool2d_bprop(const Pool2dProblem& problem, const void* dy, const void* argmax,
+                                   void* dx);
 
 // y = the sum of each window's pixels inside x over their number: padding is not counted.
-FASTCONV_API void avg_pool2d_fprop(const Pool2dProblem& problem, const float* x, float* y);
+FASTCONV_API void avg_pool2d_fprop(const Pool2dProblem& problem, const void* x, void* y);
 
 // dx = dy over the number of its window's pixels inside x, summed over the windows of a pixel.
-FASTCONV_API void avg_pool2d_bprop(const Pool2dProblem& problem, const float* dy, float* dx);
+FASTCONV_API void avg_pool2d_bprop(const Pool2dProblem& problem, const void* dy, void* dx);
 
 // y = 2 x 2 max-pooling (pool_behind) of what conv2d_fprop computes, which is not kept. `argmax`, one
 // byte a result as of max_pool2d_fprop, may be null.
-FASTCONV_API void conv2d_pool_fprop(const Conv2dProblem& problem, const float* x,
-                                    const float* filter, const float* bias, float* y,
-                                    std::uint8_t* argmax, const char* algorithm = nullptr);
+FASTCONV_API void conv2d_pool_fprop(const Conv2dProblem& problem, const void* x, const void* filter,
+                                    const void* bias, void* y, std::uint8_t* argmax,
+                                    const char* algorithm = nullptr);
 
 // Its gradients by x, the filter and the bias; dx and dbias may be null. With activation relu, `y`
 // is conv2d_pool_fprop's output; with linear, it is not read.
-FASTCONV_API void conv2d_pool_bprop(const Conv2dProblem& problem, const float* x,
-                                    const float* filter, const float* dy, const float* y,
-                                    const std::uint8_t* argmax, float* dx, float* dfilter,
-                                    float* dbias, const char* algorithm = nullptr);
+FASTCONV_API void conv2d_pool_bprop(const Conv2dProblem& problem, const void* x, const void* filter,
+                                    const void* dy, const void* y, const std::uint8_t* argmax,
+                                    void* dx, void* dfilter, void* dbias,
+                                    const char* algorithm = nullptr);
+
+// The conversions that all these make of tensors of 16 bits: exactly to float32, and rounded to nearest,
+// ties to even, from it.
+FASTCONV_API void to_float32(DataType type, std::int64_t count, const void* values, float* out);
+FASTCONV_API void from_float32(DataType type, std::int64_t count, const float* values, void* out);
 
 // Batch normalisation in training. mean and variance (not of a sample: over their number) of each
 // channel, over all rows; NaN where there are none.

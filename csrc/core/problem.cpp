@@ -131,6 +131,7 @@ Conv2dProblem make_conv2d_problem(const Conv2dArguments& a) {
   p.dilation_w = a.dilations[1];
   p.groups = a.groups;
   p.layout = a.layout;
+  p.dtype = a.dtype;
   p.activation = a.activation;
 
   constexpr int64_t kLargest = std::numeric_limits<std::int32_t>::max();
@@ -208,6 +209,7 @@ Pool2dProblem make_pool2d_problem(const Pool2dArguments& a) {
   p.stride_h = a.strides[0];
   p.stride_w = a.strides[1];
   p.layout = a.layout;
+  p.dtype = a.dtype;
 
   constexpr int64_t kLargest = std::numeric_limits<std::int32_t>::max();
   if (p.h < 1 || p.w < 1 || p.c < 1) {
@@ -259,6 +261,7 @@ Pool2dProblem pool_behind(const Conv2dProblem& p) {
   pool.oh = p.oh / 2;
   pool.ow = p.ow / 2;
   pool.layout = p.layout;
+  pool.dtype = p.dtype;
   return pool;
 }
 

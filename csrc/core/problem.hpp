@@ -8,6 +8,7 @@
 #include <array>
 #include <cstdint>
 
+#include "core/data_type.hpp"
 #include "core/export.hpp"
 
 namespace fastconv {
@@ -33,6 +34,7 @@ struct Conv2dProblem {
   std::int64_t groups = 1;
   Layout layout = Layout::nhwc;
   Activation activation = Activation::linear;
+  DataType dtype = DataType::float32;  // of all tensors
 
   std::int64_t c_per_group() const { return c / groups; }
   std::int64_t k_per_group() const { return k / groups; }
@@ -53,6 +55,7 @@ struct Pool2dProblem {
   std::int64_t stride_h = 1, stride_w = 1;
   std::int64_t pad_top = 0, pad_bottom = 0, pad_left = 0, pad_right = 0;
   Layout layout = Layout::nhwc;
+  DataType dtype = DataType::float32;  // of all tensors but the argmax
 
   std::int64_t x_size() const { return n * h * w * c; }
   std::int64_t y_size() const { return n * oh * ow * c; }
@@ -81,6 +84,7 @@ struct Conv2dArguments {
   std::int64_t groups = 1;
   Layout layout = Layout::nhwc;
   Activation activation = Activation::linear;
+  DataType dtype = DataType::float32;
   // What messages call the two shapes.
   const char* x_shape_name = "x.shape";
   const char* filter_shape_name = "w.shape";
@@ -92,6 +96,7 @@ struct Pool2dArguments {
   std::array<std::int64_t, 2> strides{1, 1};
   Padding padding;
   Layout layout = Layout::nhwc;
+  DataType dtype = DataType::float32;
   const char* x_shape_name = "x.shape";
 };
 

@@ -74,9 +74,14 @@ struct Kernels {
   // summed over pixels in a fixed order (dbias may be null).
   void (*activation_grad)(std::int64_t pixels, std::int64_t channels, const float* dy,
                           const float* y, float* dz, float* dbias);
-  // out[n][j][i] = in[n][i][j] for `matrices` of rows x columns.
-  void (*transpose)(std::int64_t matrices, std::int64_t rows, std::int64_t columns, const float* in,
-                    float* out);
+  // From and to a data type of 16 bits: see convert.hpp.
+  void (*widen)(DataType, std::int64_t count, const void* in, float* out);
+  void (*narrow)(DataType, std::int64_t count, const float* in, void* out);
+  // out[n][j][i] = in[n][i][j] for `matrices` of rows x columns, from and to any data type.
+  void (*transpose_in)(DataType, std::int64_t matrices, std::int64_t rows, std::int64_t columns,
+                       const void* in, float* out);
+  void (*transpose_out)(DataType, std::int64_t matrices, std::int64_t rows, std::int64_t columns,
+                        const float* in, void* out);
   void (*transpose_bytes)(std::int64_t matrices, std::int64_t rows, std::int64_t columns,
                           const std::uint8_t* in, std::uint8_t* out);
   void (*max_pool2d_fprop)(const Pool2dProblem&, const float* x, float* y, void* argmax);

@@ -9,10 +9,14 @@
 namespace fastconv::cpu {
 namespace {
 
-// Elements on their way through registers of floats; those of an argmax travel as integers.
+// Elements on their way through registers of floats; those of an argmax travel as integers. Of 16-bit
+// types, which the loads and stores of V convert, see convert.hpp.
+template <class T>
+inline constexpr bool kIsArgmax = std::is_integral_v<T>;
+
 template <class V, class T, class... Tail>
 typename V::Reg load_elements(const T* p, const Tail&... tail) {
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (!kIsArgmax<T>) {
     return V::load(p, tail...);
   } else {
     return V::bits(V::load_index(p, tail...));
@@ -21,7 +25,7 @@ typename V::Reg load_elements(const T* p, const Tail&... tail) {
 
 template <class V, class T, class... Tail>
 void store_elements(T* p, typename V::Reg v, const Tail&... tail) {
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (!kIsArgmax<T>) {
     V::store(p, v, tail...);
   } else {
     V::store_index(p, V::int_bits(v), tail...);
@@ -29,15 +33,15 @@ void store_elements(T* p, typename V::Reg v, const Tail&... tail) {
 }
 
 // out[j][i] = in[i][j] for a part of a matrix, whose rows are `in_row` and `out_row` elements apart.
-template <class V, class T>
-void transpose_tile(int64_t rows, int64_t columns, const T* in, int64_t in_row, T* out,
+template <class V, class From, class To>
+void transpose_tile(int64_t rows, int64_t columns, const From* in, int64_t in_row, To* out,
                     int64_t out_row) {
   for (int64_t i = 0; i < rows; i += V::kWidth) {
     const int64_t height = min64(V::kWidth, rows - i);
     for (int64_t j = 0; j < columns; j += V::kWidth) {
       const int64_t width = min64(V::kWidth, columns - j);
-      const T* const from = in + i * in_row + j;
-      T* const to = out + j * out_row + i;
+      const From* const from = in + i * in_row + j;
+      To* const to = out + j * out_row + i;
       typename V::Reg square[V::kWidth];
       if (height == V::kWidth && width == V::kWidth) {
 #pragma GCC unroll 16
@@ -62,8 +66,8 @@ void transpose_tile(int64_t rows, int64_t columns, const T* in, int64_t in_row, 
 }
 
 // out[n][j][i] = in[n][i][j].
-template <class V, class T>
-void transpose(int64_t matrices, int64_t rows, int64_t columns, const T* in, T* out) {
+template <class V, class From, class To>
+void transpose(int64_t matrices, int64_t rows, int64_t columns, const From* in, To* out) {
   constexpr int64_t kTile = 64;
   const int64_t down = ceil_div(rows, kTile), across = ceil_div(columns, kTile);
   parallel_for(matrices * down * across, [&](int64_t task) {

@@ -10,15 +10,15 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/data_type.hpp"
 #include "core/problem.hpp"
 #include "core/selection.hpp"
 
 namespace fastconv::cuda {
 
 // The type of x, filter, bias, y and their gradients, all the same. Products are summed in float32.
-enum class DataType : std::uint8_t { float32, float16, bfloat16 };
-
-inline std::size_t size_of(DataType type) { return type == DataType::float32 ? 4 : 2; }
+using fastconv::DataType;
+using fastconv::size_of;
 
 // What float32 products may be computed in: themselves, or TF32 on tensor cores (10 bits of
 // mantissa, as by default in cuDNN).

@@ -1,10 +1,14 @@
 """Convolution and pooling (maximum and average) of NumPy arrays, forward and backward.
 
-Arguments and their names are those of Keras. Activations are float32 arrays of shape (batch,
-height, width, channels), or (batch, channels, height, width) with ``data_format=
-"channels_first"``; filters are of shape (rows, columns, channels / groups, filters) with either.
-Strided views are taken too, at the price of a copy. Results are new arrays, or go to ``out``, the same
-bits for any number of threads. Where shapes or options do not fit, nothing is computed.
+Arguments and their names are those of Keras. Activations are arrays of shape (batch, height, width,
+channels), or (batch, channels, height, width) with ``data_format="channels_first"``; filters are of
+shape (rows, columns, channels / groups, filters) with either. Strided views are taken too, at the price
+of a copy. Results are new arrays, or go to ``out``, the same bits for any number of threads. Where shapes
+or options do not fit, nothing is computed.
+
+Arrays are of float32, float16 or bfloat16 (the dtype of the package ``ml_dtypes``), all of a call of one of
+them, and so are the results. Sums are of float32 whatever that is; those of 16 bits are rounded once, to
+nearest.
 
 Convolutions are computed as implicit matrix products: the patches of the input that meet the filter
 are gathered while the multiplication runs, never stored as a matrix [1]_ [2]_.
@@ -36,14 +40,14 @@ from fastconv._core import cuda as _cuda
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import SupportsIndex
+    from typing import SupportsIndex, TypeVar
 
     import numpy as np
     from numpy.typing import NDArray
 
     from fastconv._arguments import IntegerOrPair, Padding
 
-    FloatArray = NDArray[np.float32]
+    Real = TypeVar("Real", bound=np.generic)  # float32, float16 or bfloat16
     ArgmaxArray = NDArray[np.uint8] | NDArray[np.int32]
     Shape = Sequence[SupportsIndex]
 
@@ -64,9 +68,9 @@ __all__ = [
 
 
 def conv2d(
-    x: FloatArray,
-    w: FloatArray,
-    bias: FloatArray | None = None,
+    x: NDArray[Real],
+    w: NDArray[Real],
+    bias: NDArray[Real] | None = None,
     *,
     strides: IntegerOrPair = 1,
     padding: Padding = "valid",
@@ -74,9 +78,9 @@ def conv2d(
     groups: SupportsIndex = 1,
     activation: str | None = None,
     data_format: str = "channels_last",
-    out: FloatArray | None = None,
+    out: NDArray[Real] | None = None,
     algorithm: str | None = None,
-) -> FloatArray:
+) -> NDArray[Real]:
     """2-D convolution, ``activation(x * w + bias)``, in one pass.
 
     As in every neural-network library this is the cross-correlation: filters are not flipped.
@@ -84,12 +88,12 @@ def conv2d(
     Parameters
     ----------
     x
-        float32 array of shape (batch, height, width, channels), or (batch, channels, height,
-        width) with ``data_format="channels_first"``. The batch may be 0.
+        Array of float32, float16 or bfloat16, of shape (batch, height, width, channels), or (batch,
+        channels, height, width) with ``data_format="channels_first"``. The batch may be 0.
     w
-        float32 array of shape (rows, columns, channels / groups, filters).
+        Array of the dtype of ``x`` and shape (rows, columns, channels / groups, filters).
     bias
-        float32 array of shape (filters,), or None for none.
+        Array of that dtype and shape (filters,), or None for none.
     strides
         Step of the window: an integer, or a pair for height and width.
     padding
@@ -107,7 +111,7 @@ def conv2d(
     data_format
         ``"channels_last"`` or ``"channels_first"``, of ``x`` and of the result.
     out
-        Array to write the result to, of its shape, float32, C-contiguous and sharing no memory
+        Array to write the result to, of its shape and dtype, C-contiguous and sharing no memory
         with the inputs; None for a new one.
     algorithm
         Name of the algorithm to use whatever the accuracy setting, such as ``"direct"`` (see
@@ -116,18 +120,18 @@ def conv2d(
     Returns
     -------
     y
-        float32 array of shape (batch, new_height, new_width, filters), or (batch, filters,
-        new_height, new_width) with ``data_format="channels_first"``.
+        Array of the dtype of ``x``, of shape (batch, new_height, new_width, filters), or (batch,
+        filters, new_height, new_width) with ``data_format="channels_first"``.
 
     Raises
     ------
     TypeError
-        If an array is none or not of float32, or an option is not of the kind stated above.
+        If an array is none or of another dtype than stated, or an option is not of the kind stated above.
     ValueError
         If a shape or the value of an option is not one of those stated above, the dilated filter
         is larger than the padded input, or ``algorithm`` does not serve the problem.
     """
-    result: FloatArray = _for(x).conv2d(
+    result: NDArray[Real] = _for(x).conv2d(
         x,
         w,
         bias,
@@ -139,8 +143,8 @@ def conv2d(
 
 
 def conv2d_grad_input(
-    dy: FloatArray,
-    w: FloatArray,
+    dy: NDArray[Real],
+    w: NDArray[Real],
     input_shape: Shape,
     *,
     strides: IntegerOrPair = 1,
@@ -149,10 +153,10 @@ def conv2d_grad_input(
     groups: SupportsIndex = 1,
     data_format: str = "channels_last",
     activation: str | None = None,
-    output: FloatArray | None = None,
-    out: FloatArray | None = None,
+    output: NDArray[Real] | None = None,
+    out: NDArray[Real] | None = None,
     algorithm: str | None = None,
-) -> FloatArray:
+) -> NDArray[Real]:
     """Gradient of :func:`conv2d` by its input; the transposed convolution of ``dy``.
 
     Computed as a convolution of ``dy`` with the flipped, transposed filters; a strided one is
@@ -161,7 +165,7 @@ def conv2d_grad_input(
     Parameters
     ----------
     dy
-        Gradient of the result: float32 array of the shape that ``conv2d`` returned.
+        Gradient of the result: array of the shape and dtype that ``conv2d`` returned.
     w
         The filters ``conv2d`` was given.
     input_shape
@@ -180,17 +184,17 @@ def conv2d_grad_input(
     Returns
     -------
     dx
-        float32 array of shape ``input_shape``.
+        Array of the dtype of ``dy`` and shape ``input_shape``.
 
     Raises
     ------
     TypeError
-        If an array is none or not of float32, or an option is not of the kind ``conv2d`` takes.
+        If an array is none or of another dtype than stated, or an option is not of the kind ``conv2d`` takes.
     ValueError
         If the shapes do not belong to one convolution, an option has a value that ``conv2d``
         refuses, ``output`` is missing, or ``algorithm`` does not serve the problem.
     """
-    result: FloatArray = _for(dy).conv2d_grad_input(
+    result: NDArray[Real] = _for(dy).conv2d_grad_input(
         dy,
         w,
         normalize_shape(input_shape, "input_shape"),
@@ -204,8 +208,8 @@ def conv2d_grad_input(
 
 @overload
 def conv2d_grad_filter(
-    x: FloatArray,
-    dy: FloatArray,
+    x: NDArray[Real],
+    dy: NDArray[Real],
     filter_shape: Shape,
     *,
     strides: IntegerOrPair = ...,
@@ -214,15 +218,15 @@ def conv2d_grad_filter(
     groups: SupportsIndex = ...,
     data_format: str = ...,
     activation: str | None = ...,
-    output: FloatArray | None = ...,
+    output: NDArray[Real] | None = ...,
     algorithm: str | None = ...,
     return_bias_grad: Literal[False] = ...,
-    out: FloatArray | None = ...,
-) -> FloatArray: ...
+    out: NDArray[Real] | None = ...,
+) -> NDArray[Real]: ...
 @overload
 def conv2d_grad_filter(
-    x: FloatArray,
-    dy: FloatArray,
+    x: NDArray[Real],
+    dy: NDArray[Real],
     filter_shape: Shape,
     *,
     strides: IntegerOrPair = ...,
@@ -231,14 +235,14 @@ def conv2d_grad_filter(
     groups: SupportsIndex = ...,
     data_format: str = ...,
     activation: str | None = ...,
-    output: FloatArray | None = ...,
+    output: NDArray[Real] | None = ...,
     algorithm: str | None = ...,
     return_bias_grad: Literal[True],
-    out: FloatArray | None = ...,
-) -> tuple[FloatArray, FloatArray]: ...
+    out: NDArray[Real] | None = ...,
+) -> tuple[NDArray[Real], NDArray[Real]]: ...
 def conv2d_grad_filter(
-    x: FloatArray,
-    dy: FloatArray,
+    x: NDArray[Real],
+    dy: NDArray[Real],
     filter_shape: Shape,
     *,
     strides: IntegerOrPair = 1,
@@ -247,11 +251,11 @@ def conv2d_grad_filter(
     groups: SupportsIndex = 1,
     data_format: str = "channels_last",
     activation: str | None = None,
-    output: FloatArray | None = None,
+    output: NDArray[Real] | None = None,
     algorithm: str | None = None,
     return_bias_grad: bool = False,
-    out: FloatArray | None = None,
-) -> FloatArray | tuple[FloatArray, FloatArray]:
+    out: NDArray[Real] | None = None,
+) -> NDArray[Real] | tuple[NDArray[Real], NDArray[Real]]:
     """Gradient of :func:`conv2d` by its filters and, if asked for, by its bias.
 
     The sum over batch and pixels is split by the shapes alone and its parts are added in a fixed
@@ -262,7 +266,7 @@ def conv2d_grad_filter(
     x
         The input ``conv2d`` was given.
     dy
-        Gradient of the result: float32 array of the shape that ``conv2d`` returned.
+        Gradient of the result: array of the shape and dtype that ``conv2d`` returned.
     filter_shape
         Shape of the filters ``w`` that ``conv2d`` was given.
     strides, padding, dilation_rate, groups, data_format
@@ -281,19 +285,19 @@ def conv2d_grad_filter(
     Returns
     -------
     dw
-        float32 array of shape ``filter_shape``.
+        Array of the dtype of ``x`` and shape ``filter_shape``.
     dbias
-        float32 array of shape (filters,), with ``return_bias_grad=True`` only.
+        Array of the dtype of ``x`` and shape (filters,), with ``return_bias_grad=True`` only.
 
     Raises
     ------
     TypeError
-        If an array is none or not of float32, or an option is not of the kind ``conv2d`` takes.
+        If an array is none or of another dtype than stated, or an option is not of the kind ``conv2d`` takes.
     ValueError
         If the shapes do not belong to one convolution, an option has a value that ``conv2d``
         refuses, ``output`` is missing, or ``algorithm`` does not serve the problem.
     """
-    result: FloatArray | tuple[FloatArray, FloatArray] = _for(x).conv2d_grad_filter(
+    result: NDArray[Real] | tuple[NDArray[Real], NDArray[Real]] = _for(x).conv2d_grad_filter(
         x,
         dy,
         normalize_shape(filter_shape, "filter_shape"),
@@ -308,36 +312,36 @@ def conv2d_grad_filter(
 
 @overload
 def max_pool2d(
-    x: FloatArray,
+    x: NDArray[Real],
     pool_size: IntegerOrPair,
     *,
     strides: IntegerOrPair | None = ...,
     padding: Padding = ...,
     data_format: str = ...,
     return_argmax: Literal[False] = ...,
-    out: FloatArray | None = ...,
-) -> FloatArray: ...
+    out: NDArray[Real] | None = ...,
+) -> NDArray[Real]: ...
 @overload
 def max_pool2d(
-    x: FloatArray,
+    x: NDArray[Real],
     pool_size: IntegerOrPair,
     *,
     strides: IntegerOrPair | None = ...,
     padding: Padding = ...,
     data_format: str = ...,
     return_argmax: Literal[True],
-    out: FloatArray | None = ...,
-) -> tuple[FloatArray, ArgmaxArray]: ...
+    out: NDArray[Real] | None = ...,
+) -> tuple[NDArray[Real], ArgmaxArray]: ...
 def max_pool2d(
-    x: FloatArray,
+    x: NDArray[Real],
     pool_size: IntegerOrPair,
     *,
     strides: IntegerOrPair | None = None,
     padding: Padding = "valid",
     data_format: str = "channels_last",
     return_argmax: bool = False,
-    out: FloatArray | None = None,
-) -> FloatArray | tuple[FloatArray, ArgmaxArray]:
+    out: NDArray[Real] | None = None,
+) -> NDArray[Real] | tuple[NDArray[Real], ArgmaxArray]:
     """Maximum of each window.
 
     Of equal maxima the first in row-major order wins, as in TensorFlow. A window that holds NaN
@@ -346,8 +350,8 @@ def max_pool2d(
     Parameters
     ----------
     x
-        float32 array of shape (batch, height, width, channels), or (batch, channels, height,
-        width) with ``data_format="channels_first"``. The batch may be 0.
+        Array of float32, float16 or bfloat16, of shape (batch, height, width, channels), or (batch,
+        channels, height, width) with ``data_format="channels_first"``. The batch may be 0.
     pool_size
         Extent of the window: an integer, or a pair for height and width.
     strides
@@ -365,8 +369,8 @@ def max_pool2d(
     Returns
     -------
     y
-        float32 array of shape (batch, new_height, new_width, channels), or (batch, channels,
-        new_height, new_width) with ``data_format="channels_first"``.
+        Array of the dtype of ``x``, of shape (batch, new_height, new_width, channels), or (batch,
+        channels, new_height, new_width) with ``data_format="channels_first"``.
     argmax
         With ``return_argmax=True`` only: an array of the shape of ``y`` that holds row *
         pool_width + column of the maximum within its window, padding included; uint8, or int32
@@ -375,12 +379,12 @@ def max_pool2d(
     Raises
     ------
     TypeError
-        If ``x`` is no array or not of float32, or an option is not of the kind stated above.
+        If ``x`` is no array or of another dtype, or an option is not of the kind stated above.
     ValueError
         If a shape or the value of an option is not one of those stated above, or the window is
         larger than the padded input.
     """
-    result: FloatArray | tuple[FloatArray, ArgmaxArray] = _for(x).max_pool2d(
+    result: NDArray[Real] | tuple[NDArray[Real], ArgmaxArray] = _for(x).max_pool2d(
         x,
         bool(return_argmax),
         **_pool2d_options(pool_size, strides, padding, data_format),
@@ -390,7 +394,7 @@ def max_pool2d(
 
 
 def max_pool2d_grad(
-    dy: FloatArray,
+    dy: NDArray[Real],
     argmax: ArgmaxArray,
     input_shape: Shape,
     pool_size: IntegerOrPair,
@@ -398,14 +402,14 @@ def max_pool2d_grad(
     strides: IntegerOrPair | None = None,
     padding: Padding = "valid",
     data_format: str = "channels_last",
-    out: FloatArray | None = None,
-) -> FloatArray:
+    out: NDArray[Real] | None = None,
+) -> NDArray[Real]:
     """Gradient of :func:`max_pool2d` by its input: each ``dy`` goes to its window's maximum.
 
     Parameters
     ----------
     dy
-        Gradient of the result: float32 array of the shape that ``max_pool2d`` returned.
+        Gradient of the result: array of the shape and dtype that ``max_pool2d`` returned.
     argmax
         The second result of ``max_pool2d``. A value that names a tap in the padding contributes
         nothing.
@@ -419,7 +423,7 @@ def max_pool2d_grad(
     Returns
     -------
     dx
-        float32 array of shape ``input_shape``; where windows overlap, the sum of their shares.
+        Array of the dtype of ``dy`` and shape ``input_shape``; where windows overlap, the sum of their shares.
 
     Raises
     ------
@@ -430,7 +434,7 @@ def max_pool2d_grad(
         If the shapes do not belong to one pooling, an option has a value that ``max_pool2d``
         refuses, or ``argmax`` holds a value outside the window.
     """
-    result: FloatArray = _for(dy).max_pool2d_grad(
+    result: NDArray[Real] = _for(dy).max_pool2d_grad(
         dy,
         argmax,
         normalize_shape(input_shape, "input_shape"),
@@ -441,14 +445,14 @@ def max_pool2d_grad(
 
 
 def avg_pool2d(
-    x: FloatArray,
+    x: NDArray[Real],
     pool_size: IntegerOrPair,
     *,
     strides: IntegerOrPair | None = None,
     padding: Padding = "valid",
     data_format: str = "channels_last",
-    out: FloatArray | None = None,
-) -> FloatArray:
+    out: NDArray[Real] | None = None,
+) -> NDArray[Real]:
     """Average of each window; as in TensorFlow, padding is not counted.
 
     The rows of a window are summed first, then their sums. With ``pool_size`` the height and width
@@ -457,8 +461,8 @@ def avg_pool2d(
     Parameters
     ----------
     x
-        float32 array of shape (batch, height, width, channels), or (batch, channels, height,
-        width) with ``data_format="channels_first"``. The batch may be 0.
+        Array of float32, float16 or bfloat16, of shape (batch, height, width, channels), or (batch,
+        channels, height, width) with ``data_format="channels_first"``. The batch may be 0.
     pool_size, strides, padding, data_format
         As for :func:`max_pool2d`.
     out
@@ -467,40 +471,40 @@ def avg_pool2d(
     Returns
     -------
     y
-        float32 array of shape (batch, new_height, new_width, channels), or (batch, channels,
-        new_height, new_width) with ``data_format="channels_first"``: the sum of a window's pixels
+        Array of the dtype of ``x``, of shape (batch, new_height, new_width, channels), or (batch,
+        channels, new_height, new_width) with ``data_format="channels_first"``: the sum of a window's pixels
         that lie inside ``x`` over their number.
 
     Raises
     ------
     TypeError
-        If ``x`` is no array or not of float32, or an option is not of the kind stated above.
+        If ``x`` is no array or of another dtype, or an option is not of the kind stated above.
     ValueError
         If a shape or the value of an option is not one of those stated above, or the window is
         larger than the padded input.
     """
-    result: FloatArray = _for(x).avg_pool2d(
+    result: NDArray[Real] = _for(x).avg_pool2d(
         x, **_pool2d_options(pool_size, strides, padding, data_format), out=out
     )
     return result
 
 
 def avg_pool2d_grad(
-    dy: FloatArray,
+    dy: NDArray[Real],
     input_shape: Shape,
     pool_size: IntegerOrPair,
     *,
     strides: IntegerOrPair | None = None,
     padding: Padding = "valid",
     data_format: str = "channels_last",
-    out: FloatArray | None = None,
-) -> FloatArray:
+    out: NDArray[Real] | None = None,
+) -> NDArray[Real]:
     """Gradient of :func:`avg_pool2d` by its input: each ``dy`` is shared out among its window.
 
     Parameters
     ----------
     dy
-        Gradient of the result: float32 array of the shape that ``avg_pool2d`` returned.
+        Gradient of the result: array of the shape and dtype that ``avg_pool2d`` returned.
     input_shape
         Shape of the input ``x`` that ``avg_pool2d`` was given.
     pool_size, strides, padding, data_format
@@ -511,18 +515,18 @@ def avg_pool2d_grad(
     Returns
     -------
     dx
-        float32 array of shape ``input_shape``; where windows overlap, the sum of their shares.
+        Array of the dtype of ``dy`` and shape ``input_shape``; where windows overlap, the sum of their shares.
 
     Raises
     ------
     TypeError
-        If ``dy`` is no array or not of float32, or an option is not of the kind ``avg_pool2d``
+        If ``dy`` is no array or of another dtype, or an option is not of the kind ``avg_pool2d``
         takes.
     ValueError
         If the shapes do not belong to one pooling, or an option has a value that ``avg_pool2d``
         refuses.
     """
-    result: FloatArray = _for(dy).avg_pool2d_grad(
+    result: NDArray[Real] = _for(dy).avg_pool2d_grad(
         dy,
         normalize_shape(input_shape, "input_shape"),
         **_pool2d_options(pool_size, strides, padding, data_format),
@@ -533,9 +537,9 @@ def avg_pool2d_grad(
 
 @overload
 def conv2d_max_pool2d(
-    x: FloatArray,
-    w: FloatArray,
-    bias: FloatArray | None = ...,
+    x: NDArray[Real],
+    w: NDArray[Real],
+    bias: NDArray[Real] | None = ...,
     *,
     strides: IntegerOrPair = ...,
     padding: Padding = ...,
@@ -544,14 +548,14 @@ def conv2d_max_pool2d(
     activation: str | None = ...,
     data_format: str = ...,
     return_argmax: Literal[False] = ...,
-    out: FloatArray | None = ...,
+    out: NDArray[Real] | None = ...,
     algorithm: str | None = ...,
-) -> FloatArray: ...
+) -> NDArray[Real]: ...
 @overload
 def conv2d_max_pool2d(
-    x: FloatArray,
-    w: FloatArray,
-    bias: FloatArray | None = ...,
+    x: NDArray[Real],
+    w: NDArray[Real],
+    bias: NDArray[Real] | None = ...,
     *,
     strides: IntegerOrPair = ...,
     padding: Padding = ...,
@@ -560,13 +564,13 @@ def conv2d_max_pool2d(
     activation: str | None = ...,
     data_format: str = ...,
     return_argmax: Literal[True],
-    out: FloatArray | None = ...,
+    out: NDArray[Real] | None = ...,
     algorithm: str | None = ...,
-) -> tuple[FloatArray, NDArray[np.uint8]]: ...
+) -> tuple[NDArray[Real], NDArray[np.uint8]]: ...
 def conv2d_max_pool2d(
-    x: FloatArray,
-    w: FloatArray,
-    bias: FloatArray | None = None,
+    x: NDArray[Real],
+    w: NDArray[Real],
+    bias: NDArray[Real] | None = None,
     *,
     strides: IntegerOrPair = 1,
     padding: Padding = "valid",
@@ -575,9 +579,9 @@ def conv2d_max_pool2d(
     activation: str | None = None,
     data_format: str = "channels_last",
     return_argmax: bool = False,
-    out: FloatArray | None = None,
+    out: NDArray[Real] | None = None,
     algorithm: str | None = None,
-) -> FloatArray | tuple[FloatArray, NDArray[np.uint8]]:
+) -> NDArray[Real] | tuple[NDArray[Real], NDArray[np.uint8]]:
     """:func:`conv2d` and 2 x 2 max-pooling of stride 2 behind it, in one pass.
 
     ``max_pool2d(conv2d(...), 2)``, of which the convolution's output is never in memory as a whole:
@@ -595,7 +599,7 @@ def conv2d_max_pool2d(
     Returns
     -------
     y
-        float32 array of shape (batch, new_height // 2, new_width // 2, filters), or (batch,
+        Array of the dtype of ``x``, of shape (batch, new_height // 2, new_width // 2, filters), or (batch,
         filters, new_height // 2, new_width // 2) with ``data_format="channels_first"``, of which
         new_height and new_width are those of the convolution.
     argmax
@@ -605,11 +609,11 @@ def conv2d_max_pool2d(
     Raises
     ------
     TypeError
-        If an array is none or not of float32, or an option is not of the kind stated above.
+        If an array is none or of another dtype than stated, or an option is not of the kind stated above.
     ValueError
         If ``conv2d`` refuses the arguments, or its output is smaller than the window.
     """
-    result: FloatArray | tuple[FloatArray, NDArray[np.uint8]] = _for(x).conv2d_max_pool2d(
+    result: NDArray[Real] | tuple[NDArray[Real], NDArray[np.uint8]] = _for(x).conv2d_max_pool2d(
         x,
         w,
         bias,
@@ -622,10 +626,10 @@ def conv2d_max_pool2d(
 
 
 def conv2d_max_pool2d_grad(
-    x: FloatArray,
-    w: FloatArray,
-    dy: FloatArray,
-    output: FloatArray,
+    x: NDArray[Real],
+    w: NDArray[Real],
+    dy: NDArray[Real],
+    output: NDArray[Real],
     argmax: NDArray[np.uint8],
     *,
     strides: IntegerOrPair = 1,
@@ -636,7 +640,7 @@ def conv2d_max_pool2d_grad(
     data_format: str = "channels_last",
     with_input_grad: bool = True,
     algorithm: str | None = None,
-) -> tuple[FloatArray | None, FloatArray, FloatArray]:
+) -> tuple[NDArray[Real] | None, NDArray[Real], NDArray[Real]]:
     """Gradients of :func:`conv2d_max_pool2d`; all that it needs of the forward pass is pooled.
 
     Parameters
@@ -644,7 +648,7 @@ def conv2d_max_pool2d_grad(
     x, w, strides, padding, dilation_rate, groups, activation, data_format
         As ``conv2d_max_pool2d`` was given.
     dy
-        Gradient of the result: float32 array of the shape that ``conv2d_max_pool2d`` returned.
+        Gradient of the result: array of the shape and dtype that ``conv2d_max_pool2d`` returned.
     output, argmax
         What ``conv2d_max_pool2d`` returned.
     with_input_grad
@@ -655,11 +659,11 @@ def conv2d_max_pool2d_grad(
     Returns
     -------
     dx
-        float32 array of the shape of ``x``; None with ``with_input_grad=False``.
+        Array of the shape and dtype of ``x``; None with ``with_input_grad=False``.
     dw
-        float32 array of the shape of ``w``.
+        Array of the shape and dtype of ``w``.
     dbias
-        float32 array of shape (filters,).
+        Array of that dtype and shape (filters,).
 
     Raises
     ------
@@ -670,7 +674,9 @@ def conv2d_max_pool2d_grad(
         If the shapes do not belong to one another, or an option has a value that ``conv2d``
         refuses, or ``argmax`` holds a value above 3.
     """
-    result: tuple[FloatArray | None, FloatArray, FloatArray] = _for(x).conv2d_max_pool2d_grad(
+    result: tuple[NDArray[Real] | None, NDArray[Real], NDArray[Real]] = _for(
+        x
+    ).conv2d_max_pool2d_grad(
         x,
         w,
         dy,

@@ -10,8 +10,10 @@
 #include <array>
 #include <chrono>
 #include <cstdint>
+#include <new>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -33,15 +35,33 @@ namespace py = pybind11;
 namespace {
 
 using namespace fastconv::python;
+using fastconv::DataType;
 using std::int64_t;
 
-// The arrays that kernels read. Constructing one from an array of the same type copies only where
-// strides or alignment ask for it.
+// The arrays that kernels read, copied only where strides or alignment ask for it.
 constexpr int kDense = int{py::array::c_style} | int{py::detail::npy_api::NPY_ARRAY_ALIGNED_};
-template <class T>
-using Dense = py::array_t<T, kDense>;
+py::array dense(const py::array& array) {
+  py::array out = py::array::ensure(array, kDense);
+  if (!out) throw std::bad_alloc();  // there is no other reason
+  return out;
+}
 
 // --- arrays ---------------------------------------------------------------------------------------
+
+// The functions behind one set of Python names: the kernels, the kernels timed, or the reference
+// that tests compare them with.
+struct Operations {
+  bool of_16_bits;  // or of float32 alone
+  decltype(&fastconv::conv2d_fprop) conv2d_fprop;
+  decltype(&fastconv::conv2d_dgrad) conv2d_dgrad;
+  decltype(&fastconv::conv2d_wgrad) conv2d_wgrad;
+  decltype(&fastconv::max_pool2d_fprop) max_pool2d_fprop;
+  decltype(&fastconv::max_pool2d_bprop) max_pool2d_bprop;
+  decltype(&fastconv::avg_pool2d_fprop) avg_pool2d_fprop;
+  decltype(&fastconv::avg_pool2d_bprop) avg_pool2d_bprop;
+  decltype(&fastconv::conv2d_pool_fprop) conv2d_pool_fprop;
+  decltype(&fastconv::conv2d_pool_bprop) conv2d_pool_bprop;
+};
 
 py::array require_array(py::handle object, const char* name) {
   if (!py::isinstance<py::array>(object)) {
@@ -51,13 +71,17 @@ py::array require_array(py::handle object, const char* name) {
   return py::reinterpret_borrow<py::array>(object);
 }
 
-py::array require_floats(py::handle object, const char* name) {
-  py::array array = require_array(object, name);
-  if (!py::isinstance<py::array_t<float>>(array)) {
-    throw py::type_error(text("`", name, "` must have dtype float32 in native byte order. ",
-                              "Received: ", name, ".dtype=", python_text(array.dtype())));
-  }
-  return array;
+// None where the kernels take no such arrays. bfloat16, which is not NumPy's own, goes by its name: nothing
+// need be imported.
+std::optional<DataType> data_type_of(const py::array& array) {
+  if (py::isinstance<py::array_t<float>>(array)) return DataType::float32;
+  const py::dtype dtype = array.dtype();
+  if (dtype.itemsize() != 2 || !dtype.attr("isnative").cast<bool>()) return std::nullopt;
+  if (dtype.kind() == 'f') return DataType::float16;
+  constexpr int kFirstUserType = 256;
+  const bool is_bfloat16 =
+      dtype.num() >= kFirstUserType && python_text(dtype.attr("name")) == "bfloat16";
+  return is_bfloat16 ? std::optional(DataType::bfloat16) : std::nullopt;
 }
 
 Shape shape_of(const py::array& array, const char* name) {
@@ -77,38 +101,78 @@ void require_shape(const py::array& array, const char* name,
            ". Received: ", name, ".shape=", python_text(array.attr("shape"))));
 }
 
-template <std::size_t Rank>
-py::array require_floats(py::handle object, const char* name,
-                         const std::array<int64_t, Rank>& shape) {
-  py::array array = require_floats(object, name);
-  require_shape(array, name, shape);
-  return array;
-}
-
-// An optional input: None gives an empty holder, whose data() is null.
-class OptionalFloats {
+// The dtype of all floating-point arrays of a call: that of the first.
+class Dtype {
  public:
-  template <std::size_t Rank>
-  OptionalFloats(const py::object& object, const char* name,
-                 const std::array<int64_t, Rank>& shape) {
-    if (!object.is_none()) array_.emplace(require_floats(object, name, shape));
+  // Throws TypeError where `first` has none of those that `operations` take.
+  Dtype(const Operations& operations, const py::array& first, const char* name)
+      : dtype_(first.dtype()), name_(name) {
+    const std::optional<DataType> type = data_type_of(first);
+    if (type == DataType::float32 || (type && operations.of_16_bits)) {
+      type_ = *type;
+      return;
+    }
+    throw py::type_error(text("`", name, "` must have dtype float32",
+                              operations.of_16_bits ? ", float16 or bfloat16" : "",
+                              " in native byte order. Received: ", name,
+                              ".dtype=", python_text(dtype_)));
   }
-  const float* data() const { return array_ ? array_->data() : nullptr; }
-  // The array, or an empty one.
-  py::array array() const { return array_ ? *array_ : Dense<float>(0); }
+  py::array require(py::handle object, const char* name) const {
+    py::array array = require_array(object, name);
+    if (data_type_of(array) == type_) return array;
+    throw py::type_error(text("`", name, "` must have dtype ", python_text(dtype_),
+                              " in native byte order, as `", name_, "` has. Received: ", name,
+                              ".dtype=", python_text(array.dtype())));
+  }
+  template <std::size_t Rank>
+  py::array require(py::handle object, const char* name,
+                    const std::array<int64_t, Rank>& shape) const {
+    py::array array = require(object, name);
+    require_shape(array, name, shape);
+    return array;
+  }
+  template <std::size_t Rank>
+  py::array make(const std::array<int64_t, Rank>& shape) const {
+    return {dtype_, shape};
+  }
+  DataType type() const { return type_; }
+  template <class Problem>
+  Problem set_in(Problem problem) const {
+    problem.dtype = type_;
+    return problem;
+  }
 
  private:
-  std::optional<Dense<float>> array_;
+  DataType type_ = DataType::float32;
+  py::dtype dtype_;
+  const char* name_;
+};
+
+// An optional input: None gives an empty holder, whose data() is null.
+class OptionalInput {
+ public:
+  template <std::size_t Rank>
+  OptionalInput(const Dtype& dtype, const py::object& object, const char* name,
+                const std::array<int64_t, Rank>& shape) {
+    if (!object.is_none()) array_.emplace(dense(dtype.require(object, name, shape)));
+  }
+  const void* data() const { return array_ ? array_->data() : nullptr; }
+  // The array, or an empty one.
+  py::array array() const { return array_ ? *array_ : py::array(); }
+
+ private:
+  std::optional<py::array> array_;
 };
 
 // fprop's output, which the backward passes need where ReLU has zeroed part of it.
-OptionalFloats require_output(const fastconv::Conv2dProblem& problem, const py::object& output) {
+OptionalInput require_output(const fastconv::Conv2dProblem& problem, const Dtype& dtype,
+                             const py::object& output) {
   if (problem.activation == fastconv::Activation::relu && output.is_none()) {
     throw fastconv::InvalidArgument(
         "`output`, the result of conv2d, is required with activation='relu'. "
         "Received: output=None");
   }
-  return {output, "output", problem.y_shape()};
+  return {dtype, output, "output", problem.y_shape()};
 }
 
 // The memory of an array's elements, from the first byte to behind the last one.
@@ -126,10 +190,10 @@ std::pair<const char*, const char*> extent(const py::array& array) {
 // Where a result goes: `out`, checked, or a new array where it is None. Kernels write while they
 // read, so that memory shared with an input would spoil the result.
 template <class... Inputs>
-py::array_t<float> result_array(const py::object& out, const Shape& shape,
-                                const Inputs&... inputs) {
-  if (out.is_none()) return py::array_t<float>(shape);
-  py::array array = require_floats(out, "out", shape);
+py::array result_array(const Dtype& dtype, const py::object& out, const Shape& shape,
+                       const Inputs&... inputs) {
+  if (out.is_none()) return dtype.make(shape);
+  py::array array = dtype.require(out, "out", shape);
   constexpr int kFlags = kDense | int{py::detail::npy_api::NPY_ARRAY_WRITEABLE_};
   if ((array.flags() & kFlags) != kFlags) {
     throw fastconv::InvalidArgument(
@@ -143,47 +207,49 @@ py::array_t<float> result_array(const py::object& out, const Shape& shape,
           "`out` must not share memory with an input. Received: out that does");
     }
   }
-  return py::reinterpret_borrow<py::array_t<float>>(array);
+  return array;
 }
 
 // --- convolution ----------------------------------------------------------------------------------
 
-// The functions behind one set of Python names: the kernels, the kernels timed, or the reference
-// that tests compare them with.
-struct Operations {
-  decltype(&fastconv::conv2d_fprop) conv2d_fprop;
-  decltype(&fastconv::conv2d_dgrad) conv2d_dgrad;
-  decltype(&fastconv::conv2d_wgrad) conv2d_wgrad;
-  decltype(&fastconv::max_pool2d_fprop) max_pool2d_fprop;
-  decltype(&fastconv::max_pool2d_bprop) max_pool2d_bprop;
-  decltype(&fastconv::avg_pool2d_fprop) avg_pool2d_fprop;
-  decltype(&fastconv::avg_pool2d_bprop) avg_pool2d_bprop;
-  decltype(&fastconv::conv2d_pool_fprop) conv2d_pool_fprop;
-  decltype(&fastconv::conv2d_pool_bprop) conv2d_pool_bprop;
-};
+constexpr Operations kKernels{true,
+                              fastconv::conv2d_fprop,
+                              fastconv::conv2d_dgrad,
+                              fastconv::conv2d_wgrad,
+                              fastconv::max_pool2d_fprop,
+                              fastconv::max_pool2d_bprop,
+                              fastconv::avg_pool2d_fprop,
+                              fastconv::avg_pool2d_bprop,
+                              fastconv::conv2d_pool_fprop,
+                              fastconv::conv2d_pool_bprop};
 
-constexpr Operations kKernels{
-    fastconv::conv2d_fprop,     fastconv::conv2d_dgrad,      fastconv::conv2d_wgrad,
-    fastconv::max_pool2d_fprop, fastconv::max_pool2d_bprop,  fastconv::avg_pool2d_fprop,
-    fastconv::avg_pool2d_bprop, fastconv::conv2d_pool_fprop, fastconv::conv2d_pool_bprop};
-
-// The reference is one algorithm: a name that the caller gives is not looked at.
+// The reference is one algorithm, of float32: a name that the caller gives is not looked at.
+template <class Pointer>
+using Untyped = std::conditional_t<
+    std::is_same_v<Pointer, float*>, void*,
+    std::conditional_t<std::is_same_v<Pointer, const float*>, const void*, Pointer>>;
 template <auto function>
-struct WithoutAlgorithm;
-template <class... Parameters, void (*function)(Parameters...)>
-struct WithoutAlgorithm<function> {
-  static void call(Parameters... parameters, const char*) { function(parameters...); }
+struct OfFloats;
+template <class Problem, class... Pointers, void (*function)(const Problem&, Pointers...)>
+struct OfFloats<function> {
+  static void call(const Problem& problem, Untyped<Pointers>... pointers) {
+    function(problem, static_cast<Pointers>(pointers)...);
+  }
+  static void convolve(const Problem& problem, Untyped<Pointers>... pointers, const char*) {
+    call(problem, pointers...);
+  }
 };
 
-constexpr Operations kReference{WithoutAlgorithm<fastconv::reference::conv2d_fprop>::call,
-                                WithoutAlgorithm<fastconv::reference::conv2d_dgrad>::call,
-                                WithoutAlgorithm<fastconv::reference::conv2d_wgrad>::call,
-                                fastconv::reference::max_pool2d_fprop,
-                                fastconv::reference::max_pool2d_bprop,
-                                fastconv::reference::avg_pool2d_fprop,
-                                fastconv::reference::avg_pool2d_bprop,
-                                WithoutAlgorithm<fastconv::reference::conv2d_pool_fprop>::call,
-                                WithoutAlgorithm<fastconv::reference::conv2d_pool_bprop>::call};
+constexpr Operations kReference{false,
+                                OfFloats<fastconv::reference::conv2d_fprop>::convolve,
+                                OfFloats<fastconv::reference::conv2d_dgrad>::convolve,
+                                OfFloats<fastconv::reference::conv2d_wgrad>::convolve,
+                                OfFloats<fastconv::reference::max_pool2d_fprop>::call,
+                                OfFloats<fastconv::reference::max_pool2d_bprop>::call,
+                                OfFloats<fastconv::reference::avg_pool2d_fprop>::call,
+                                OfFloats<fastconv::reference::avg_pool2d_bprop>::call,
+                                OfFloats<fastconv::reference::conv2d_pool_fprop>::convolve,
+                                OfFloats<fastconv::reference::conv2d_pool_bprop>::convolve};
 
 // For benchmarks: one call from Python runs the kernel `calls` times and notes what each run took,
 // so that neither Python nor the checks of this file are in the time.
@@ -209,25 +275,31 @@ struct Timed<operation> {
   }
 };
 
-constexpr Operations kTimed{
-    Timed<fastconv::conv2d_fprop>::run,     Timed<fastconv::conv2d_dgrad>::run,
-    Timed<fastconv::conv2d_wgrad>::run,     Timed<fastconv::max_pool2d_fprop>::run,
-    Timed<fastconv::max_pool2d_bprop>::run, Timed<fastconv::avg_pool2d_fprop>::run,
-    Timed<fastconv::avg_pool2d_bprop>::run, Timed<fastconv::conv2d_pool_fprop>::run,
-    Timed<fastconv::conv2d_pool_bprop>::run};
+constexpr Operations kTimed{true,
+                            Timed<fastconv::conv2d_fprop>::run,
+                            Timed<fastconv::conv2d_dgrad>::run,
+                            Timed<fastconv::conv2d_wgrad>::run,
+                            Timed<fastconv::max_pool2d_fprop>::run,
+                            Timed<fastconv::max_pool2d_bprop>::run,
+                            Timed<fastconv::avg_pool2d_fprop>::run,
+                            Timed<fastconv::avg_pool2d_bprop>::run,
+                            Timed<fastconv::conv2d_pool_fprop>::run,
+                            Timed<fastconv::conv2d_pool_bprop>::run};
 
 template <const Operations& operations>
-py::array_t<float> conv2d(const py::object& x_object, const py::object& w_object,
-                          const py::object& bias_object, const Conv2dOptions& options,
-                          const py::object& out) {
-  const py::array x_array = require_floats(x_object, "x");
-  const py::array w_array = require_floats(w_object, "w");
-  const auto problem = options.problem(shape_of(x_array, "x"), shape_of(w_array, "w"));
-  const OptionalFloats bias(bias_object, "bias", std::array{problem.k});
+py::array conv2d(const py::object& x_object, const py::object& w_object,
+                 const py::object& bias_object, const Conv2dOptions& options,
+                 const py::object& out) {
+  const py::array x_array = require_array(x_object, "x");
+  const Dtype dtype(operations, x_array, "x");
+  const py::array w_array = dtype.require(w_object, "w");
+  const auto problem =
+      dtype.set_in(options.problem(shape_of(x_array, "x"), shape_of(w_array, "w")));
+  const OptionalInput bias(dtype, bias_object, "bias", std::array{problem.k});
 
-  py::array_t<float> y = result_array(out, problem.y_shape(), x_array, w_array, bias.array());
-  const Dense<float> x(x_array), w(w_array);
-  float* const y_data = y.mutable_data();
+  py::array y = result_array(dtype, out, problem.y_shape(), x_array, w_array, bias.array());
+  const py::array x = dense(x_array), w = dense(w_array);
+  void* const y_data = y.mutable_data();
   const GilReleased unlocked;
   operations.conv2d_fprop(problem, x.data(), w.data(), bias.data(), y_data,
                           options.algorithm_name());
@@ -235,17 +307,19 @@ py::array_t<float> conv2d(const py::object& x_object, const py::object& w_object
 }
 
 template <const Operations& operations>
-py::array_t<float> conv2d_grad_input(const py::object& dy_object, const py::object& w_object,
-                                     const Shape& input_shape, const py::object& output_object,
-                                     const Conv2dOptions& options, const py::object& out) {
-  const py::array w_array = require_floats(w_object, "w");
-  const auto problem = options.problem(input_shape, shape_of(w_array, "w"), "input_shape");
-  const py::array dy_array = require_floats(dy_object, "dy", problem.y_shape());
-  const OptionalFloats output = require_output(problem, output_object);
+py::array conv2d_grad_input(const py::object& dy_object, const py::object& w_object,
+                            const Shape& input_shape, const py::object& output_object,
+                            const Conv2dOptions& options, const py::object& out) {
+  const py::array w_array = require_array(w_object, "w");
+  const Dtype dtype(operations, w_array, "w");
+  const auto problem =
+      dtype.set_in(options.problem(input_shape, shape_of(w_array, "w"), "input_shape"));
+  const py::array dy_array = dtype.require(dy_object, "dy", problem.y_shape());
+  const OptionalInput output = require_output(problem, dtype, output_object);
 
-  py::array_t<float> dx = result_array(out, problem.x_shape(), dy_array, w_array, output.array());
-  const Dense<float> dy(dy_array), w(w_array);
-  float* const dx_data = dx.mutable_data();
+  py::array dx = result_array(dtype, out, problem.x_shape(), dy_array, w_array, output.array());
+  const py::array dy = dense(dy_array), w = dense(w_array);
+  void* const dx_data = dx.mutable_data();
   const GilReleased unlocked;
   operations.conv2d_dgrad(problem, dy.data(), w.data(), output.data(), dx_data,
                           options.algorithm_name());
@@ -257,19 +331,20 @@ py::object conv2d_grad_filter(const py::object& x_object, const py::object& dy_o
                               const Shape& filter_shape, const py::object& output_object,
                               bool return_bias_grad, const Conv2dOptions& options,
                               const py::object& out) {
-  const py::array x_array = require_floats(x_object, "x");
-  const auto problem =
-      options.problem(shape_of(x_array, "x"), filter_shape, "x.shape", "filter_shape");
-  const py::array dy_array = require_floats(dy_object, "dy", problem.y_shape());
-  const OptionalFloats output = require_output(problem, output_object);
+  const py::array x_array = require_array(x_object, "x");
+  const Dtype dtype(operations, x_array, "x");
+  const auto problem = dtype.set_in(
+      options.problem(shape_of(x_array, "x"), filter_shape, "x.shape", "filter_shape"));
+  const py::array dy_array = dtype.require(dy_object, "dy", problem.y_shape());
+  const OptionalInput output = require_output(problem, dtype, output_object);
 
-  py::array_t<float> dw =
-      result_array(out, problem.filter_shape(), x_array, dy_array, output.array());
-  std::optional<py::array_t<float>> dbias;
-  if (return_bias_grad) dbias.emplace(problem.k);
-  const Dense<float> x(x_array), dy(dy_array);
-  float* const dw_data = dw.mutable_data();
-  float* const dbias_data = dbias ? dbias->mutable_data() : nullptr;
+  py::array dw =
+      result_array(dtype, out, problem.filter_shape(), x_array, dy_array, output.array());
+  std::optional<py::array> dbias;
+  if (return_bias_grad) dbias.emplace(dtype.make(std::array{problem.k}));
+  const py::array x = dense(x_array), dy = dense(dy_array);
+  void* const dw_data = dw.mutable_data();
+  void* const dbias_data = dbias ? dbias->mutable_data() : nullptr;
   {
     const GilReleased unlocked;
     operations.conv2d_wgrad(problem, x.data(), dy.data(), output.data(), dw_data, dbias_data,
@@ -284,18 +359,19 @@ py::object conv2d_grad_filter(const py::object& x_object, const py::object& dy_o
 template <const Operations& operations>
 py::object max_pool2d(const py::object& x_object, bool return_argmax, const Pool2dOptions& options,
                       const py::object& out) {
-  const py::array x_array = require_floats(x_object, "x");
-  const auto problem = options.problem(shape_of(x_array, "x"));
+  const py::array x_array = require_array(x_object, "x");
+  const Dtype dtype(operations, x_array, "x");
+  const auto problem = dtype.set_in(options.problem(shape_of(x_array, "x")));
 
-  py::array_t<float> y = result_array(out, problem.y_shape(), x_array);
+  py::array y = result_array(dtype, out, problem.y_shape(), x_array);
   std::optional<py::array> argmax;
   if (return_argmax) {
     argmax.emplace(
         problem.argmax_fits_byte() ? py::dtype::of<std::uint8_t>() : py::dtype::of<std::int32_t>(),
         problem.y_shape());
   }
-  const Dense<float> x(x_array);
-  float* const y_data = y.mutable_data();
+  const py::array x = dense(x_array);
+  void* const y_data = y.mutable_data();
   void* const argmax_data = argmax ? argmax->mutable_data() : nullptr;
   {
     const GilReleased unlocked;
@@ -322,24 +398,27 @@ void require_taps(const T* argmax, int64_t count, const fastconv::Pool2dProblem&
 }
 
 template <const Operations& operations, class T>
-py::array_t<float> scatter(const fastconv::Pool2dProblem& problem, const py::array& dy_array,
-                           const py::array& argmax_array, const py::object& out) {
-  py::array_t<float> dx = result_array(out, problem.x_shape(), dy_array, argmax_array);
-  const Dense<float> dy(dy_array);
-  const Dense<T> argmax(argmax_array);
-  float* const dx_data = dx.mutable_data();
+py::array scatter(const fastconv::Pool2dProblem& problem, const Dtype& dtype,
+                  const py::array& dy_array, const py::array& argmax_array, const py::object& out) {
+  py::array dx = result_array(dtype, out, problem.x_shape(), dy_array, argmax_array);
+  const py::array dy = dense(dy_array);
+  const py::array argmax_values = dense(argmax_array);
+  const T* const argmax = static_cast<const T*>(argmax_values.data());
+  void* const dx_data = dx.mutable_data();
   const GilReleased unlocked;
-  require_taps(argmax.data(), problem.y_size(), problem);
-  operations.max_pool2d_bprop(problem, dy.data(), argmax.data(), dx_data);
+  require_taps(argmax, problem.y_size(), problem);
+  operations.max_pool2d_bprop(problem, dy.data(), argmax, dx_data);
   return dx;
 }
 
 template <const Operations& operations>
-py::array_t<float> max_pool2d_grad(const py::object& dy_object, const py::object& argmax_object,
-                                   const Shape& input_shape, const Pool2dOptions& options,
-                                   const py::object& out) {
-  const auto problem = options.problem(input_shape, "input_shape");
-  const py::array dy = require_floats(dy_object, "dy", problem.y_shape());
+py::array max_pool2d_grad(const py::object& dy_object, const py::object& argmax_object,
+                          const Shape& input_shape, const Pool2dOptions& options,
+                          const py::object& out) {
+  const py::array dy = require_array(dy_object, "dy");
+  const Dtype dtype(operations, dy, "dy");
+  const auto problem = dtype.set_in(options.problem(input_shape, "input_shape"));
+  require_shape(dy, "dy", problem.y_shape());
   const py::array argmax = require_array(argmax_object, "argmax");
   const bool is_byte = problem.argmax_fits_byte();
   if (!(is_byte ? py::isinstance<py::array_t<std::uint8_t>>(argmax)
@@ -349,31 +428,34 @@ py::array_t<float> max_pool2d_grad(const py::object& dy_object, const py::object
                               ". Received: argmax.dtype=", python_text(argmax.dtype())));
   }
   require_shape(argmax, "argmax", problem.y_shape());
-  return is_byte ? scatter<operations, std::uint8_t>(problem, dy, argmax, out)
-                 : scatter<operations, std::int32_t>(problem, dy, argmax, out);
+  return is_byte ? scatter<operations, std::uint8_t>(problem, dtype, dy, argmax, out)
+                 : scatter<operations, std::int32_t>(problem, dtype, dy, argmax, out);
 }
 
 template <const Operations& operations>
-py::array_t<float> avg_pool2d(const py::object& x_object, const Pool2dOptions& options,
-                              const py::object& out) {
-  const py::array x_array = require_floats(x_object, "x");
-  const auto problem = options.problem(shape_of(x_array, "x"));
-  py::array_t<float> y = result_array(out, problem.y_shape(), x_array);
-  const Dense<float> x(x_array);
-  float* const y_data = y.mutable_data();
+py::array avg_pool2d(const py::object& x_object, const Pool2dOptions& options,
+                     const py::object& out) {
+  const py::array x_array = require_array(x_object, "x");
+  const Dtype dtype(operations, x_array, "x");
+  const auto problem = dtype.set_in(options.problem(shape_of(x_array, "x")));
+  py::array y = result_array(dtype, out, problem.y_shape(), x_array);
+  const py::array x = dense(x_array);
+  void* const y_data = y.mutable_data();
   const GilReleased unlocked;
   operations.avg_pool2d_fprop(problem, x.data(), y_data);
   return y;
 }
 
 template <const Operations& operations>
-py::array_t<float> avg_pool2d_grad(const py::object& dy_object, const Shape& input_shape,
-                                   const Pool2dOptions& options, const py::object& out) {
-  const auto problem = options.problem(input_shape, "input_shape");
-  const py::array dy_array = require_floats(dy_object, "dy", problem.y_shape());
-  py::array_t<float> dx = result_array(out, problem.x_shape(), dy_array);
-  const Dense<float> dy(dy_array);
-  float* const dx_data = dx.mutable_data();
+py::array avg_pool2d_grad(const py::object& dy_object, const Shape& input_shape,
+                          const Pool2dOptions& options, const py::object& out) {
+  const py::array dy_array = require_array(dy_object, "dy");
+  const Dtype dtype(operations, dy_array, "dy");
+  const auto problem = dtype.set_in(options.problem(input_shape, "input_shape"));
+  require_shape(dy_array, "dy", problem.y_shape());
+  py::array dx = result_array(dtype, out, problem.x_shape(), dy_array);
+  const py::array dy = dense(dy_array);
+  void* const dx_data = dx.mutable_data();
   const GilReleased unlocked;
   operations.avg_pool2d_bprop(problem, dy.data(), dx_data);
   return dx;
@@ -385,17 +467,19 @@ template <const Operations& operations>
 py::object conv2d_max_pool2d(const py::object& x_object, const py::object& w_object,
                              const py::object& bias_object, bool return_argmax,
                              const Conv2dOptions& options, const py::object& out) {
-  const py::array x_array = require_floats(x_object, "x");
-  const py::array w_array = require_floats(w_object, "w");
-  const auto problem = options.problem(shape_of(x_array, "x"), shape_of(w_array, "w"));
+  const py::array x_array = require_array(x_object, "x");
+  const Dtype dtype(operations, x_array, "x");
+  const py::array w_array = dtype.require(w_object, "w");
+  const auto problem =
+      dtype.set_in(options.problem(shape_of(x_array, "x"), shape_of(w_array, "w")));
   const auto pool = fastconv::pool_behind(problem);
-  const OptionalFloats bias(bias_object, "bias", std::array{problem.k});
+  const OptionalInput bias(dtype, bias_object, "bias", std::array{problem.k});
 
-  py::array_t<float> y = result_array(out, pool.y_shape(), x_array, w_array, bias.array());
+  py::array y = result_array(dtype, out, pool.y_shape(), x_array, w_array, bias.array());
   std::optional<py::array_t<std::uint8_t>> argmax;
   if (return_argmax) argmax.emplace(pool.y_shape());
-  const Dense<float> x(x_array), w(w_array);
-  float* const y_data = y.mutable_data();
+  const py::array x = dense(x_array), w = dense(w_array);
+  void* const y_data = y.mutable_data();
   std::uint8_t* const argmax_data = argmax ? argmax->mutable_data() : nullptr;
   {
     const GilReleased unlocked;
@@ -411,12 +495,14 @@ py::tuple conv2d_max_pool2d_grad(const py::object& x_object, const py::object& w
                                  const py::object& dy_object, const py::object& output_object,
                                  const py::object& argmax_object, bool with_input_grad,
                                  const Conv2dOptions& options) {
-  const py::array x_array = require_floats(x_object, "x");
-  const py::array w_array = require_floats(w_object, "w");
-  const auto problem = options.problem(shape_of(x_array, "x"), shape_of(w_array, "w"));
+  const py::array x_array = require_array(x_object, "x");
+  const Dtype dtype(operations, x_array, "x");
+  const py::array w_array = dtype.require(w_object, "w");
+  const auto problem =
+      dtype.set_in(options.problem(shape_of(x_array, "x"), shape_of(w_array, "w")));
   const auto pool = fastconv::pool_behind(problem);
-  const py::array dy_array = require_floats(dy_object, "dy", pool.y_shape());
-  const Dense<float> output(require_floats(output_object, "output", pool.y_shape()));
+  const py::array dy_array = dtype.require(dy_object, "dy", pool.y_shape());
+  const py::array output = dense(dtype.require(output_object, "output", pool.y_shape()));
   const py::array argmax_array = require_array(argmax_object, "argmax");
   if (!py::isinstance<py::array_t<std::uint8_t>>(argmax_array)) {
     throw py::type_error(text("`argmax` must have dtype uint8. Received: argmax.dtype=",
@@ -424,23 +510,45 @@ py::tuple conv2d_max_pool2d_grad(const py::object& x_object, const py::object& w
   }
   require_shape(argmax_array, "argmax", pool.y_shape());
 
-  std::optional<py::array_t<float>> dx;
-  if (with_input_grad) dx.emplace(problem.x_shape());
-  py::array_t<float> dw(problem.filter_shape());
-  py::array_t<float> dbias(std::array{problem.k});
-  const Dense<float> x(x_array), w(w_array), dy(dy_array);
-  const Dense<std::uint8_t> argmax(argmax_array);
-  float* const dx_data = dx ? dx->mutable_data() : nullptr;
-  float* const dw_data = dw.mutable_data();
-  float* const dbias_data = dbias.mutable_data();
+  std::optional<py::array> dx;
+  if (with_input_grad) dx.emplace(dtype.make(problem.x_shape()));
+  py::array dw = dtype.make(problem.filter_shape());
+  py::array dbias = dtype.make(std::array{problem.k});
+  const py::array x = dense(x_array), w = dense(w_array), dy = dense(dy_array);
+  const py::array argmax_values = dense(argmax_array);
+  const auto* const argmax = static_cast<const std::uint8_t*>(argmax_values.data());
+  void* const dx_data = dx ? dx->mutable_data() : nullptr;
+  void* const dw_data = dw.mutable_data();
+  void* const dbias_data = dbias.mutable_data();
   {
     const GilReleased unlocked;
-    require_taps(argmax.data(), pool.y_size(), pool);
-    operations.conv2d_pool_bprop(problem, x.data(), w.data(), dy.data(), output.data(),
-                                 argmax.data(), dx_data, dw_data, dbias_data,
-                                 options.algorithm_name());
+    require_taps(argmax, pool.y_size(), pool);
+    operations.conv2d_pool_bprop(problem, x.data(), w.data(), dy.data(), output.data(), argmax,
+                                 dx_data, dw_data, dbias_data, options.algorithm_name());
   }
   return py::make_tuple(dx ? py::object(*dx) : py::object(py::none()), dw, dbias);
+}
+
+// --- conversion -----------------------------------------------------------------------------------
+
+// One-dimensional, for tests.
+py::array widened(const py::array& array) {
+  const Dtype dtype(kKernels, array, "array");
+  py::array_t<float> out(array.size());
+  const py::array values = dense(array);
+  fastconv::to_float32(dtype.type(), array.size(), values.data(), out.mutable_data());
+  return out;
+}
+
+py::array narrowed(const py::array& array, const py::dtype& type) {
+  const Dtype floats(kReference, array, "array");
+  const std::array count{static_cast<int64_t>(array.size())};
+  py::array out(type, count);
+  const Dtype dtype(kKernels, out, "dtype");
+  const py::array values = dense(array);
+  fastconv::from_float32(dtype.type(), array.size(), static_cast<const float*>(values.data()),
+                         out.mutable_data());
+  return out;
 }
 
 // --- module ---------------------------------------------------------------------------------------
@@ -544,6 +652,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
             py::arg("seconds"));
   py::module_ cuda = m.def_submodule("cuda", "The operations on a GPU, and arrays there.");
   define_cuda(cuda);
+  m.def("widened", &widened, py::arg("array"));
+  m.def("narrowed", &narrowed, py::arg("array"), py::arg("dtype"));
   m.def("set_num_threads", &set_num_threads, py::arg("num_threads"));
   m.def("get_num_threads", &fastconv::num_threads);
   m.def("num_threads_is_default", &fastconv::num_threads_is_default);

@@ -1,4 +1,4 @@
-// TensorFlow's door: registers the ops of framework_ops.hpp for float32 on the CPU, on the C API.
+// TensorFlow's door: registers the ops of framework_ops.hpp for the CPU, on the C API.
 #include <array>
 #include <cstdint>
 #include <exception>
@@ -24,6 +24,8 @@ using std::int64_t;
 ElementType element_type(int type) {
   switch (type) {
     case kFloat: return ElementType::float32;
+    case kHalf: return ElementType::float16;
+    case kBfloat16: return ElementType::bfloat16;
     case kInt32: return ElementType::int32;
     case kUint8: return ElementType::uint8;
     default: return ElementType::other;
@@ -63,7 +65,8 @@ class Tensor {
   int rank() const { return TF_NumDims(tensor_.get()); }
   int64_t dim(int axis) const { return TF_Dim(tensor_.get(), axis); }
   void* data() const { return TF_TensorData(tensor_.get()); }
-  float* floats() const { return static_cast<float*>(data()); }
+  void* values() const { return data(); }
+  float* floats() const { return static_cast<float*>(data()); }  // of an op of float32 alone
 
  private:
   struct Delete {
@@ -97,7 +100,7 @@ class Context {
   // The element type is the one that the op's definition and attributes give this output.
   Tensor output(int index, std::span<const int64_t> shape) const {
     const int type = TF_ExpectedOutputDataType(context_, index);
-    std::size_t bytes = type == kUint8 ? 1 : 4;
+    std::size_t bytes = type == kUint8 ? 1 : type == kHalf || type == kBfloat16 ? 2 : 4;
     for (int64_t extent : shape) bytes *= static_cast<std::size_t>(extent);
     const Status status;
     Tensor tensor(TF_AllocateOutput(context_, index, type, shape.data(),
@@ -215,7 +218,10 @@ void infer_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
 template <class Kernel>
 void register_op() {
   TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(Kernel::kName);
-  TF_OpDefinitionBuilderAddAttr(op, "T: {float} = DT_FLOAT");
+  // TensorFlow sees to it that all inputs of an op have its T.
+  TF_OpDefinitionBuilderAddAttr(op, Kernel::kOfFloat32Alone
+                                        ? "T: {float} = DT_FLOAT"
+                                        : "T: {float, half, bfloat16} = DT_FLOAT");
   for (const char* spec : Kernel::kGeometry) TF_OpDefinitionBuilderAddAttr(op, spec);
   for (const char* spec : Kernel::kAttributes) TF_OpDefinitionBuilderAddAttr(op, spec);
   for (const char* spec : Kernel::kOwnAttributes) TF_OpDefinitionBuilderAddAttr(op, spec);

@@ -16,8 +16,8 @@ class DeviceOperations {
   DeviceOperations(const cuda::Library& library, int device, void* stream)
       : library_(library), device_(device), stream_(stream) {}
 
-  void conv2d_fprop(const Conv2dProblem& p, const float* x, const float* filter, const float* bias,
-                    float* y) const {
+  void conv2d_fprop(const Conv2dProblem& p, const void* x, const void* filter, const void* bias,
+                    void* y) const {
     cuda::Conv2dCall call = conv2d_call(p, Direction::fprop);
     call.x = x;
     call.filter = filter;
@@ -25,8 +25,8 @@ class DeviceOperations {
     call.out = y;
     run(call);
   }
-  void conv2d_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, const float* y,
-                    float* dx) const {
+  void conv2d_dgrad(const Conv2dProblem& p, const void* dy, const void* filter, const void* y,
+                    void* dx) const {
     cuda::Conv2dCall call = conv2d_call(p, Direction::dgrad);
     call.dy = dy;
     call.filter = filter;
@@ -34,8 +34,8 @@ class DeviceOperations {
     call.out = dx;
     run(call);
   }
-  void conv2d_wgrad(const Conv2dProblem& p, const float* x, const float* dy, const float* y,
-                    float* dfilter, float* dbias) const {
+  void conv2d_wgrad(const Conv2dProblem& p, const void* x, const void* dy, const void* y,
+                    void* dfilter, void* dbias) const {
     cuda::Conv2dCall call = conv2d_call(p, Direction::wgrad);
     call.x = x;
     call.dy = dy;
@@ -44,47 +44,47 @@ class DeviceOperations {
     call.dbias = dbias;
     run(call);
   }
-  void max_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y, void* argmax) const {
+  void max_pool2d_fprop(const Pool2dProblem& p, const void* x, void* y, void* argmax) const {
     run({.problem = p, .in = x, .out = y, .argmax = argmax});
   }
-  void max_pool2d_bprop(const Pool2dProblem& p, const float* dy, const void* argmax,
-                        float* dx) const {
+  void max_pool2d_bprop(const Pool2dProblem& p, const void* dy, const void* argmax,
+                        void* dx) const {
     // Which is only read.
     run({.problem = p, .backward = true, .in = dy, .out = dx, .argmax = const_cast<void*>(argmax)});
   }
-  void avg_pool2d_fprop(const Pool2dProblem& p, const float* x, float* y) const {
+  void avg_pool2d_fprop(const Pool2dProblem& p, const void* x, void* y) const {
     run({.problem = p, .pooling = cuda::Pooling::average, .in = x, .out = y});
   }
-  void avg_pool2d_bprop(const Pool2dProblem& p, const float* dy, float* dx) const {
+  void avg_pool2d_bprop(const Pool2dProblem& p, const void* dy, void* dx) const {
     run({.problem = p, .pooling = cuda::Pooling::average, .backward = true, .in = dy, .out = dx});
   }
   template <class Tap>
-  void gather_at_argmax(const Pool2dProblem&, const float*, const Tap*, float*) const {
+  void gather_at_argmax(const Pool2dProblem&, const void*, const Tap*, void*) const {
     throw InvalidArgument(
         "Second derivatives of max-pooling are computed on the host alone. Received: one on a GPU");
   }
 
   // In two passes: the convolution's output is scratch.
-  void conv2d_pool_fprop(const Conv2dProblem& p, const float* x, const float* filter,
-                         const float* bias, float* y, std::uint8_t* argmax) const {
+  void conv2d_pool_fprop(const Conv2dProblem& p, const void* x, const void* filter,
+                         const void* bias, void* y, std::uint8_t* argmax) const {
     const cuda::Memory whole = floats(p.y_size());
-    auto* const unpooled = static_cast<float*>(whole.data());
+    void* const unpooled = whole.data();
     conv2d_fprop(p, x, filter, bias, unpooled);
     max_pool2d_fprop(pool_behind(p), unpooled, y, argmax);
   }
   // Windows do not overlap: dy, and y for the ReLU mask, go back to where the maxima were.
-  void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filter,
-                         const float* dy, const float* y, const std::uint8_t* argmax, float* dx,
-                         float* dfilter, float* dbias) const {
+  void conv2d_pool_bprop(const Conv2dProblem& p, const void* x, const void* filter, const void* dy,
+                         const void* y, const std::uint8_t* argmax, void* dx, void* dfilter,
+                         void* dbias) const {
     const Pool2dProblem pool = pool_behind(p);
     const cuda::Memory gradient = floats(p.y_size());
-    auto* const dy_unpooled = static_cast<float*>(gradient.data());
+    void* const dy_unpooled = gradient.data();
     max_pool2d_bprop(pool, dy, argmax, dy_unpooled);
     std::optional<cuda::Memory> output;
-    float* y_unpooled = nullptr;
+    void* y_unpooled = nullptr;
     if (p.activation == Activation::relu) {
       output.emplace(library_, device_, stream_, bytes(p.y_size()));
-      y_unpooled = static_cast<float*>(output->data());
+      y_unpooled = output->data();
       max_pool2d_bprop(pool, y, argmax, y_unpooled);
     }
     conv2d_wgrad(p, x, dy_unpooled, y_unpooled, dfilter, dbias);

@@ -78,12 +78,13 @@ class Tensor {
   int rank() const { return static_cast<int>(buffer_->rank); }
   int64_t dim(int axis) const { return buffer_->dims[axis]; }
   void* data() const { return buffer_->data; }
-  float* floats() const {
+  // On the host and on GPUs, of float32 alone.
+  void* values() const {
     if (type() != ElementType::float32) {
       throw InvalidArgument("Tensors must be of float32. Received: the data type " +
                             std::to_string(static_cast<int>(buffer_->type)) + " of XLA's");
     }
-    return static_cast<float*>(data());
+    return data();
   }
 
  private:

@@ -3,13 +3,13 @@
 #include <immintrin.h>
 
 #include "cpu/batch_norm.hpp"
+#include "cpu/convert.hpp"
 #include "cpu/depthwise.hpp"
 #include "cpu/direct.hpp"
 #include "cpu/grouped.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/pool.hpp"
 #include "cpu/small_channel.hpp"
-#include "cpu/transpose.hpp"
 #include "cpu/winograd.hpp"
 
 namespace fastconv::cpu {
@@ -49,6 +49,42 @@ struct Avx2 {
       p += 2;
     }
     if (t.count & 1) _mm_store_ss(p, rest);
+  }
+  static Reg load(const Float16* p) { return _mm256_cvtph_ps(load_halves(p)); }
+  static Reg load(const Float16* p, Tail t) { return _mm256_cvtph_ps(load_halves(p, t)); }
+  static Reg load(const Bfloat16* p) { return as_high_halves(load_halves(p)); }
+  static Reg load(const Bfloat16* p, Tail t) { return as_high_halves(load_halves(p, t)); }
+  template <class... Tails>
+  static void store(Float16* p, Reg v, Tails... t) {
+    store_halves(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), t...);
+  }
+  template <class... Tails>
+  static void store(Bfloat16* p, Reg v, Tails... t) {
+    store_halves(p, rounded_to_bfloat16(v), t...);
+  }
+  static __m128i load_halves(const void* p) {
+    return _mm_loadu_si128(static_cast<const __m128i*>(p));
+  }
+  static __m128i load_halves(const void* p, Tail t) {
+    __m128i v = _mm_setzero_si128();
+    std::memcpy(&v, p, t.count == kWidth ? 2 * kWidth : 2 * static_cast<std::size_t>(t.count));
+    return v;
+  }
+  static void store_halves(void* p, __m128i v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
+  static void store_halves(void* p, __m128i v, Tail t) {
+    std::memcpy(p, &v, t.count == kWidth ? 2 * kWidth : 2 * static_cast<std::size_t>(t.count));
+  }
+  static Reg as_high_halves(__m128i v) {
+    return bits(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+  }
+  static __m128i rounded_to_bfloat16(Reg v) {
+    const Int all = int_bits(v), high = _mm256_srli_epi32(all, 16);
+    const Int is_odd = _mm256_and_si256(high, int_broadcast(1));
+    const Int rounded = _mm256_srli_epi32(int_add(all, int_add(is_odd, int_broadcast(0x7FFF))), 16);
+    const Int quiet =
+        _mm256_or_si256(high, int_broadcast(0x40));  // else a NaN might round to infinity
+    const Int words = int_select(unordered(v, v), quiet, rounded);
+    return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   }
   static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
@@ -152,8 +188,11 @@ constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
 const Kernels kAvx2Kernels = {
     .conv2d = kConv2dAlgorithms,
     .activation_grad = activation_grad<Avx2>,
-    .transpose = transpose<Avx2, float>,
-    .transpose_bytes = transpose<Avx2, std::uint8_t>,
+    .widen = widen<Avx2>,
+    .narrow = narrow<Avx2>,
+    .transpose_in = transpose_in<Avx2>,
+    .transpose_out = transpose_out<Avx2>,
+    .transpose_bytes = transpose<Avx2, std::uint8_t, std::uint8_t>,
     .max_pool2d_fprop = max_pool2d_fprop<Avx2>,
     .max_pool2d_bprop = max_pool2d_bprop<Avx2>,
     .avg_pool2d_fprop = avg_pool2d_fprop<Avx2>,

@@ -4,13 +4,13 @@
 #include <immintrin.h>
 
 #include "cpu/batch_norm.hpp"
+#include "cpu/convert.hpp"
 #include "cpu/depthwise.hpp"
 #include "cpu/direct.hpp"
 #include "cpu/grouped.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/pool.hpp"
 #include "cpu/small_channel.hpp"
-#include "cpu/transpose.hpp"
 #include "cpu/winograd.hpp"
 
 namespace fastconv::cpu {
@@ -30,6 +30,42 @@ struct Avx512 {
   static Reg load(const float* p, Tail t) { return _mm512_maskz_loadu_ps(t, p); }
   static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
   static void store(float* p, Reg v, Tail t) { _mm512_mask_storeu_ps(p, t, v); }
+  static Reg load(const Float16* p) { return _mm512_cvtph_ps(load_halves(p)); }
+  static Reg load(const Float16* p, Tail t) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(t, p));
+  }
+  static Reg load(const Bfloat16* p) { return as_high_halves(load_halves(p)); }
+  static Reg load(const Bfloat16* p, Tail t) {
+    return as_high_halves(_mm256_maskz_loadu_epi16(t, p));
+  }
+  static void store(Float16* p, Reg v) { store_halves(p, rounded_to_float16(v)); }
+  static void store(Float16* p, Reg v, Tail t) {
+    _mm256_mask_storeu_epi16(p, t, rounded_to_float16(v));
+  }
+  static void store(Bfloat16* p, Reg v) { store_halves(p, rounded_to_bfloat16(v)); }
+  static void store(Bfloat16* p, Reg v, Tail t) {
+    _mm256_mask_storeu_epi16(p, t, rounded_to_bfloat16(v));
+  }
+  static __m256i load_halves(const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  }
+  static void store_halves(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+  static Reg as_high_halves(__m256i v) {
+    return bits(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+  }
+  static __m256i rounded_to_float16(Reg v) {
+    return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  // Not VCVTNEPS2BF16, which flushes subnormal numbers to zero and is not on every CPU.
+  static __m256i rounded_to_bfloat16(Reg v) {
+    const Int all = int_bits(v), high = _mm512_srli_epi32(all, 16);
+    const Int is_odd = _mm512_and_si512(high, int_broadcast(1));
+    const Int rounded = _mm512_srli_epi32(
+        _mm512_add_epi32(all, _mm512_add_epi32(is_odd, int_broadcast(0x7FFF))), 16);
+    const Int quiet =
+        _mm512_or_si512(high, int_broadcast(0x40));  // else a NaN might round to infinity
+    return _mm512_cvtepi32_epi16(int_select(unordered(v, v), quiet, rounded));
+  }
   static Reg broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
@@ -130,8 +166,11 @@ constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
 const Kernels kAvx512Kernels = {
     .conv2d = kConv2dAlgorithms,
     .activation_grad = activation_grad<Avx512>,
-    .transpose = transpose<Avx512, float>,
-    .transpose_bytes = transpose<Avx512, std::uint8_t>,
+    .widen = widen<Avx512>,
+    .narrow = narrow<Avx512>,
+    .transpose_in = transpose_in<Avx512>,
+    .transpose_out = transpose_out<Avx512>,
+    .transpose_bytes = transpose<Avx512, std::uint8_t, std::uint8_t>,
     .max_pool2d_fprop = max_pool2d_fprop<Avx512>,
     .max_pool2d_bprop = max_pool2d_bprop<Avx512>,
     .avg_pool2d_fprop = avg_pool2d_fprop<Avx512>,

@@ -2,13 +2,13 @@
 #include <bit>
 
 #include "cpu/batch_norm.hpp"
+#include "cpu/convert.hpp"
 #include "cpu/depthwise.hpp"
 #include "cpu/direct.hpp"
 #include "cpu/grouped.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/pool.hpp"
 #include "cpu/small_channel.hpp"
-#include "cpu/transpose.hpp"
 #include "cpu/winograd.hpp"
 
 namespace fastconv::cpu {
@@ -28,6 +28,59 @@ struct Scalar {
   static Reg load(const float* p, Tail) { return *p; }
   static void store(float* p, Reg v) { *p = v; }
   static void store(float* p, Reg v, Tail) { *p = v; }
+  template <class... Tails>
+  static Reg load(const Float16* p, Tails...) {
+    return from_float16(p->bits);
+  }
+  template <class... Tails>
+  static Reg load(const Bfloat16* p, Tails...) {
+    return std::bit_cast<float>(std::uint32_t{p->bits} << 16);
+  }
+  template <class... Tails>
+  static void store(Float16* p, Reg v, Tails...) {
+    p->bits = rounded_to_float16(std::bit_cast<std::uint32_t>(v));
+  }
+  template <class... Tails>
+  static void store(Bfloat16* p, Reg v, Tails...) {
+    p->bits = rounded_to_bfloat16(std::bit_cast<std::uint32_t>(v));
+  }
+  static float from_float16(std::uint32_t half) {
+    const std::uint32_t sign = (half & 0x8000) << 16, exponent = half >> 10 & 31;
+    std::uint32_t mantissa = half & 0x3FF;
+    if (exponent == 31) {  // infinity or NaN, which becomes a quiet one
+      return std::bit_cast<float>(sign | 0x7F800000 | mantissa << 13 | (mantissa ? 0x400000 : 0));
+    }
+    if (exponent > 0) return std::bit_cast<float>(sign | (exponent + 112) << 23 | mantissa << 13);
+    if (mantissa == 0) return std::bit_cast<float>(sign);
+    const auto shift = static_cast<std::uint32_t>(std::countl_zero(mantissa)) - 21;
+    mantissa = mantissa << shift & 0x3FF;
+    return std::bit_cast<float>(sign | (113 - shift) << 23 | mantissa << 13);
+  }
+  static std::uint16_t rounded_to_float16(std::uint32_t all) {
+    const std::uint32_t sign = all >> 16 & 0x8000, magnitude = all & 0x7FFFFFFF;
+    std::uint32_t half = 0;
+    if (magnitude > 0x7F800000) {  // NaN
+      half = 0x7E00 | (magnitude >> 13 & 0x3FF);
+    } else if (magnitude >= 0x47800000) {  // 2^16 and above
+      half = 0x7C00;
+    } else if (magnitude >=
+               0x38800000) {  // 2^-14: a carry counts the exponent up, to infinity at last
+      half = (magnitude + 0xFFF + (magnitude >> 13 & 1) - 0x38000000) >> 13;
+    } else if (magnitude > 0x33000000) {  // 2^-25, which is a tie with 0
+      const std::uint32_t shift = 126 - (magnitude >> 23);
+      const std::uint32_t mantissa = (magnitude & 0x7FFFFF) | 0x800000;
+      half = mantissa >> shift;
+      const std::uint32_t rest = mantissa & ((1u << shift) - 1), tie = 1u << (shift - 1);
+      if (rest > tie || (rest == tie && half % 2 == 1)) ++half;
+    }
+    return static_cast<std::uint16_t>(sign | half);
+  }
+  static std::uint16_t rounded_to_bfloat16(std::uint32_t all) {
+    const std::uint32_t high = all >> 16;
+    // A NaN might round to infinity.
+    const bool is_nan = (all & 0x7FFFFFFF) > 0x7F800000;
+    return static_cast<std::uint16_t>(is_nan ? high | 0x40 : (all + 0x7FFF + (high & 1)) >> 16);
+  }
   static Reg broadcast(const float* p) { return *p; }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg add(Reg a, Reg b) { return a + b; }
@@ -82,8 +135,11 @@ constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
 const Kernels kScalarKernels = {
     .conv2d = kConv2dAlgorithms,
     .activation_grad = activation_grad<Scalar>,
-    .transpose = transpose<Scalar, float>,
-    .transpose_bytes = transpose<Scalar, std::uint8_t>,
+    .widen = widen<Scalar>,
+    .narrow = narrow<Scalar>,
+    .transpose_in = transpose_in<Scalar>,
+    .transpose_out = transpose_out<Scalar>,
+    .transpose_bytes = transpose<Scalar, std::uint8_t, std::uint8_t>,
     .max_pool2d_fprop = max_pool2d_fprop<Scalar>,
     .max_pool2d_bprop = max_pool2d_bprop<Scalar>,
     .avg_pool2d_fprop = avg_pool2d_fprop<Scalar>,

@@ -1,4 +1,4 @@
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,14 +10,14 @@ from fastconv._core import timed as timed
 _Pair: TypeAlias = tuple[int, int]
 _Shape: TypeAlias = tuple[int, int, int, int]
 _Padding: TypeAlias = tuple[str, _Shape]  # kind, (top, bottom, left, right)
-_Floats: TypeAlias = NDArray[np.float32]
+_Real = TypeVar("_Real", bound=np.generic)  # float32, float16 or bfloat16
 
 __version__: str
 
 def conv2d(
-    x: _Floats,
-    w: _Floats,
-    bias: _Floats | None,
+    x: NDArray[_Real],
+    w: NDArray[_Real],
+    bias: NDArray[_Real] | None,
     strides: _Pair,
     padding: _Padding,
     dilation_rate: _Pair,
@@ -25,13 +25,13 @@ def conv2d(
     activation: str,
     data_format: str,
     algorithm: str | None = None,
-    out: _Floats | None = None,
-) -> _Floats: ...
+    out: NDArray[_Real] | None = None,
+) -> NDArray[_Real]: ...
 def conv2d_grad_input(
-    dy: _Floats,
-    w: _Floats,
+    dy: NDArray[_Real],
+    w: NDArray[_Real],
     input_shape: _Shape,
-    output: _Floats | None,
+    output: NDArray[_Real] | None,
     strides: _Pair,
     padding: _Padding,
     dilation_rate: _Pair,
@@ -39,15 +39,15 @@ def conv2d_grad_input(
     activation: str,
     data_format: str,
     algorithm: str | None = None,
-    out: _Floats | None = None,
-) -> _Floats: ...
+    out: NDArray[_Real] | None = None,
+) -> NDArray[_Real]: ...
 
 # A pair of arrays with return_bias_grad, one array without.
 def conv2d_grad_filter(
-    x: _Floats,
-    dy: _Floats,
+    x: NDArray[_Real],
+    dy: NDArray[_Real],
     filter_shape: _Shape,
-    output: _Floats | None,
+    output: NDArray[_Real] | None,
     return_bias_grad: bool,
     strides: _Pair,
     padding: _Padding,
@@ -56,52 +56,52 @@ def conv2d_grad_filter(
     activation: str,
     data_format: str,
     algorithm: str | None = None,
-    out: _Floats | None = None,
-) -> _Floats | tuple[_Floats, _Floats]: ...
+    out: NDArray[_Real] | None = None,
+) -> NDArray[_Real] | tuple[NDArray[_Real], NDArray[_Real]]: ...
 
 # A pair of arrays with return_argmax, one array without.
 def max_pool2d(
-    x: _Floats,
+    x: NDArray[_Real],
     return_argmax: bool,
     pool_size: _Pair,
     strides: _Pair,
     padding: _Padding,
     data_format: str,
-    out: _Floats | None = None,
-) -> _Floats | tuple[_Floats, NDArray[np.uint8] | NDArray[np.int32]]: ...
+    out: NDArray[_Real] | None = None,
+) -> NDArray[_Real] | tuple[NDArray[_Real], NDArray[np.uint8] | NDArray[np.int32]]: ...
 def max_pool2d_grad(
-    dy: _Floats,
+    dy: NDArray[_Real],
     argmax: NDArray[np.uint8] | NDArray[np.int32],
     input_shape: _Shape,
     pool_size: _Pair,
     strides: _Pair,
     padding: _Padding,
     data_format: str,
-    out: _Floats | None = None,
-) -> _Floats: ...
+    out: NDArray[_Real] | None = None,
+) -> NDArray[_Real]: ...
 def avg_pool2d(
-    x: _Floats,
+    x: NDArray[_Real],
     pool_size: _Pair,
     strides: _Pair,
     padding: _Padding,
     data_format: str,
-    out: _Floats | None = None,
-) -> _Floats: ...
+    out: NDArray[_Real] | None = None,
+) -> NDArray[_Real]: ...
 def avg_pool2d_grad(
-    dy: _Floats,
+    dy: NDArray[_Real],
     input_shape: _Shape,
     pool_size: _Pair,
     strides: _Pair,
     padding: _Padding,
     data_format: str,
-    out: _Floats | None = None,
-) -> _Floats: ...
+    out: NDArray[_Real] | None = None,
+) -> NDArray[_Real]: ...
 
 # A pair of arrays with return_argmax, one array without.
 def conv2d_max_pool2d(
-    x: _Floats,
-    w: _Floats,
-    bias: _Floats | None,
+    x: NDArray[_Real],
+    w: NDArray[_Real],
+    bias: NDArray[_Real] | None,
     return_argmax: bool,
     strides: _Pair,
     padding: _Padding,
@@ -110,15 +110,15 @@ def conv2d_max_pool2d(
     activation: str,
     data_format: str,
     algorithm: str | None = None,
-    out: _Floats | None = None,
-) -> _Floats | tuple[_Floats, NDArray[np.uint8]]: ...
+    out: NDArray[_Real] | None = None,
+) -> NDArray[_Real] | tuple[NDArray[_Real], NDArray[np.uint8]]: ...
 
 # (dx or None, dw, dbias)
 def conv2d_max_pool2d_grad(
-    x: _Floats,
-    w: _Floats,
-    dy: _Floats,
-    output: _Floats,
+    x: NDArray[_Real],
+    w: NDArray[_Real],
+    dy: NDArray[_Real],
+    output: NDArray[_Real],
     argmax: NDArray[np.uint8],
     with_input_grad: bool,
     strides: _Pair,
@@ -128,7 +128,11 @@ def conv2d_max_pool2d_grad(
     activation: str,
     data_format: str,
     algorithm: str | None = None,
-) -> tuple[_Floats | None, _Floats, _Floats]: ...
+) -> tuple[NDArray[_Real] | None, NDArray[_Real], NDArray[_Real]]: ...
+
+# To and from float16 and bfloat16, as kernels do; for tests.
+def widened(array: NDArray[Any]) -> NDArray[np.float32]: ...
+def narrowed(array: NDArray[np.float32], dtype: np.dtype[_Real]) -> NDArray[_Real]: ...
 def set_num_threads(num_threads: int) -> None: ...
 def get_num_threads() -> int: ...
 def num_threads_is_default() -> bool: ...

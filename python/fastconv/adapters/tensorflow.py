@@ -1,8 +1,10 @@
 """fastconv's operations on TensorFlow tensors: eager, in ``tf.function``, differentiable.
 
 The kernels are TensorFlow ops of the library ``libfastconv_tensorflow`` beside this package. They
-compute in float32 on the CPU; importing this module loads and registers them, after which a
-SavedModel that holds them can be loaded as well. In a graph that XLA will compile, the same kernels
+compute on the CPU, in float32; importing this module loads and registers them, after which a
+SavedModel that holds them can be loaded as well. Where a docstring says float32, tensors may be of
+float16 or bfloat16 as well, all of a call of one of them, and so is the result, which is rounded
+once; batch normalisation and what is compiled by XLA are of float32 alone. In a graph that XLA will compile, the same kernels
 are called as ``fastconv.adapters.xla`` does it. ``inside_xla()`` tells whether the graph under
 construction goes there. It cannot tell of a ``tf.function`` that is traced now and called from a
 compiled one later; TensorFlow refuses to compile that one.
@@ -104,6 +106,10 @@ def supports_jit() -> bool:
     return bool(_gpus()) or xla.available()
 
 
+# The data types that the layers may leave to us.
+DTYPES = ("float32", "float16", "bfloat16")
+
+
 def reason_against_kind(x: object) -> str | None:
     """Why the kernels cannot take ``x``, whatever its shape and data type; None if they can."""
     if not isinstance(x, tf.Tensor):
@@ -113,9 +119,10 @@ def reason_against_kind(x: object) -> str | None:
 
 def reason_against_place(x: object) -> str | None:
     """Why the kernels cannot run where ``x`` is; None if they can."""
-    del x
     if (reason := reason_against_all()) is not None:
         return reason
+    if inside_xla() and getattr(x, "dtype", tf.float32) != tf.float32:
+        return "the graph is compiled by XLA, inside which the kernels serve float32 alone"
     if _gpus() and not inside_xla():
         return "TensorFlow sees a GPU, where the kernels run inside XLA alone (jit_compile=True)"
     if inside_xla() and not xla.available():

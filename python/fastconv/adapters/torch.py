@@ -43,6 +43,10 @@ def supports_jit() -> bool:
     return True
 
 
+# The data types that the layers may leave to us.
+DTYPES = ("float32",)
+
+
 def reason_against_kind(x: Any) -> str | None:
     """Why the kernels cannot take ``x``, whatever its shape and data type; None if they can."""
     if not isinstance(x, torch.Tensor) or x.layout is not torch.strided:

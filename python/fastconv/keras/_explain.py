@@ -59,6 +59,7 @@ def explain_layer(layer: keras.layers.Layer) -> Explanation:
 
 
 def _explain(layer: keras.layers.Layer) -> tuple[str, str]:
+    dtype = layer.compute_dtype
     if isinstance(layer, tuple(STAND_INS.values())):
         reason = reason_for_stock_always(layer)
         if reason is not None:
@@ -68,6 +69,8 @@ def _explain(layer: keras.layers.Layer) -> tuple[str, str]:
         reason = reason_for_stock_always(layer)
         if reason is not None:
             return "stock", reason
+        if dtype != "float32":
+            return "stock", f"the data type is not float32: the layer computes in {dtype}"
         if isinstance(layer, keras.layers.BatchNormalization):
             return (
                 "fastconv",
@@ -84,7 +87,7 @@ def _explain(layer: keras.layers.Layer) -> tuple[str, str]:
 
 
 def _how(layer: keras.layers.Layer) -> str:
-    parts = ["float32 on the CPU"]
+    parts = [f"{layer.compute_dtype} on the CPU"]
     if isinstance(layer, _CONVOLUTIONS_WITH_EPILOGUE):
         fused = ["bias"] if layer.use_bias else []
         if layer.activation is keras.activations.relu:

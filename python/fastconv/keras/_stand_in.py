@@ -131,8 +131,10 @@ def reason_for_stock(inputs: Tensor, compute_dtype: str, rank: int = 4) -> str |
     if reason is not None:
         return reason
     dtype = keras.backend.standardize_dtype(inputs.dtype)
-    if compute_dtype != "float32" or dtype != "float32":
-        return f"the data type is not float32: {dtype}, computed in {compute_dtype}"
+    if compute_dtype != dtype or dtype not in adapter.DTYPES:
+        return (
+            f"the data type is not {_listed(adapter.DTYPES)}: {dtype}, computed in {compute_dtype}"
+        )
     shape = static_shape(inputs)
     if len(shape) != rank:
         return f"the input's rank is not {rank}: {inputs.shape}"
@@ -159,9 +161,17 @@ def reason_for_stock_always(layer: keras.layers.Layer) -> str | None:
     """Why the kernels serve no input of ``layer``, as far as it is known; None if they may."""
     if adapter is None:
         return _reason_without_adapter
-    if layer.compute_dtype != "float32":
-        return f"the data type is not float32: the layer computes in {layer.compute_dtype}"
+    if layer.compute_dtype not in adapter.DTYPES:
+        return (
+            f"the data type is not {_listed(adapter.DTYPES)}: "
+            f"the layer computes in {layer.compute_dtype}"
+        )
     return cast("str | None", adapter.reason_against_all()) or reason_against_arguments(layer)
+
+
+def _listed(words: Sequence[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def static_shape(inputs: Tensor) -> tuple[int | None, ...]:
