@@ -5,6 +5,7 @@ import gc
 import inspect
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -367,6 +368,26 @@ def test_streams_of_others(pair, foreign):
     del made, other
     gc.collect()
     assert_close(result, y)
+
+
+def test_arrays_keep_the_stream_they_were_made_on(pair):
+    x, w, y = pair
+    stream = gpu_functions.Stream()
+    ended = weakref.ref(stream)
+    result = gpu_functions.conv2d(x, w, stream=stream)
+    host = gpu_functions.array([1.0], "float32", stream=stream)
+    view = gpu_functions.asarray(Interface(x), stream=stream)
+    del stream
+    gc.collect()
+    ones = gpu_functions.array(np.eye(16, dtype=np.float16).reshape(1, 1, 16, 16))
+    assert_close(gpu_functions.conv2d(result, ones), y)  # on another stream
+    assert host.numpy() == [1]
+    assert_close(view, x.numpy())
+    del host, view
+    assert ended() is not None
+    del result
+    gc.collect()
+    assert ended() is None
 
 
 def test_a_lazy_stream_has_done_nothing_before_somebody_waits(gpu, pair):

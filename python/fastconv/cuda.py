@@ -147,19 +147,21 @@ def using_stream(stream: Any) -> Iterator[None]:
     ----------
     stream
         A :class:`Stream`, one of CuPy's or PyTorch's, one that has ``__cuda_stream__``, or the
-        handle (cudaStream_t) as an integer, 0 being the legacy default stream.
+        handle (cudaStream_t) as an integer, 0 being the legacy default stream. Arrays that are
+        made on a stream keep the object alive, for their memory goes back in its order; who
+        gives a handle must keep the stream as long as the arrays.
 
     Raises
     ------
     TypeError
         If it is none of these.
     """
-    before = _core.cuda.stream()
-    _core.cuda.set_stream(_handle(stream))
+    handle = _handle(stream)
+    before = _core.cuda.set_stream(handle, None if isinstance(stream, int) else stream)
     try:
         yield
     finally:
-        _core.cuda.set_stream(before)
+        _core.cuda.set_stream(*before)
 
 
 def array(source: Any, dtype: Any = None, *, device: int = 0, stream: Any = None) -> DeviceArray:

@@ -31,6 +31,8 @@ using cuda::Library;
 using cuda::Memory;
 
 thread_local void* t_stream = nullptr;
+// The object whose stream that is, or null. Borrowed: using_stream() holds it.
+thread_local PyObject* t_stream_object = nullptr;
 
 // Handles of the protocols: 1 is the legacy default stream too.
 void* stream_of_handle(std::uintptr_t handle) {
@@ -73,11 +75,23 @@ cuda::DataType data_type(Element element) {
 
 // --- arrays ---------------------------------------------------------------------------------------
 
+std::shared_ptr<void> python_owner(const py::object& object) {
+  return {object.inc_ref().ptr(),
+          [](void* pointer) { Py_DECREF(static_cast<PyObject*>(pointer)); }};
+}
+
+// What keeps the current stream alive; null where it is a mere handle. Called with the GIL.
+std::shared_ptr<void> owner_of_stream() {
+  if (t_stream_object == nullptr) return nullptr;
+  return python_owner(py::reinterpret_borrow<py::object>(t_stream_object));
+}
+
 class DeviceArray {
  public:
   const Library* library = nullptr;
   int device = 0;
-  void* stream = nullptr;  // in whose order it is written
+  void* stream = nullptr;              // in whose order it is written
+  std::shared_ptr<void> stream_owner;  // before `memory`, which goes back in the stream's order
   Element element = kFloat32;
   std::vector<int64_t> shape;
   void* data = nullptr;
@@ -95,27 +109,32 @@ class DeviceArray {
 
 using ArrayPointer = std::shared_ptr<DeviceArray>;
 
+// On the current stream.
 template <class Shape>
-ArrayPointer new_array(const Library& library, int device, void* stream, Element element,
+ArrayPointer new_array(const Library& library, int device,
+                       const std::shared_ptr<void>& stream_owner, Element element,
                        const Shape& shape) {
   auto array = std::make_shared<DeviceArray>();
   array->library = &library;
   array->device = device;
-  array->stream = stream;
+  array->stream = t_stream;
+  array->stream_owner = stream_owner;
   array->element = element;
   array->shape.assign(shape.begin(), shape.end());
-  array->memory = std::make_shared<Memory>(library, device, stream, array->bytes());
+  array->memory = std::make_shared<Memory>(library, device, t_stream, array->bytes());
   array->data = array->memory->data();
   return array;
 }
 
-// Memory of others that the device still reads, with the point at which it has. Under a mutex, for
-// Pythons without a GIL.
+// Memory of others that the device still reads, with the point at which the stream has. Under a
+// mutex, for Pythons without a GIL.
 struct Held {
   const Library* library;
   int device;
+  void* stream;
   void* point;
-  std::shared_ptr<void> owner;
+  std::shared_ptr<void> stream_owner;         // before the owners: an array of ours that went out
+  std::vector<std::shared_ptr<void>> owners;  // by DLPack still records its end there
 };
 
 std::mutex held_mutex;
@@ -127,14 +146,18 @@ std::vector<Held>& held() {
 
 void release_held() {
   std::vector<Held> done;
+  std::vector<const void*> busy;  // streams: what comes later in one of these is not done either
   const std::unique_lock lock(held_mutex, std::try_to_lock);
   if (!lock) return;  // another thread is at it
   std::erase_if(held(), [&](Held& one) {
+    if (std::find(busy.begin(), busy.end(), one.stream) != busy.end()) return false;
     bool happened = true;
     // An error of the device's counts as the end: it will be heard of by who waits.
     if (one.library->has_happened(one.device, one.point, &happened) == cuda::Status::success &&
-        !happened)
+        !happened) {
+      busy.push_back(one.stream);
       return false;
+    }
     one.library->forget(one.device, one.point);
     done.push_back(std::move(one));
     return true;
@@ -142,14 +165,19 @@ void release_held() {
   // Owners are let go here, behind the loop: that may call Python, and Python us.
 }
 
-// The stream has been given work that reads or writes the array.
-void note_use(const DeviceArray& array, void* stream) {
-  if (array.memory) {
-    array.memory->note_use(stream);
-    return;
+// The stream has been given work that reads or writes the arrays, which are all of one device.
+void note_use(const std::vector<ArrayPointer>& arrays, void* stream) {
+  std::vector<std::shared_ptr<void>> owners;
+  for (const ArrayPointer& array : arrays) {
+    if (array->memory)
+      array->memory->note_use(stream);
+    else
+      owners.push_back(array->owner);
   }
-  Held one{array.library, array.device, nullptr, array.owner};
-  cuda::check(*array.library, array.library->record(array.device, stream, &one.point));
+  if (owners.empty()) return;
+  const DeviceArray& first = *arrays.front();
+  Held one{first.library, first.device, stream, nullptr, owner_of_stream(), std::move(owners)};
+  cuda::check(*first.library, first.library->record(first.device, stream, &one.point));
   const std::lock_guard lock(held_mutex);
   held().push_back(std::move(one));
 }
@@ -184,6 +212,7 @@ ArrayPointer import_tensor(const dlpack::Tensor& tensor, std::shared_ptr<void> o
   array->library = &cuda::library();
   array->device = tensor.device.id;
   array->stream = t_stream;
+  array->stream_owner = owner_of_stream();
   array->owner = std::move(owner);
   array->read_only = read_only;
   const auto* const type =
@@ -237,11 +266,6 @@ ArrayPointer import_dlpack(const py::object& object, const char* name) {
                                                name);
 }
 
-std::shared_ptr<void> python_owner(const py::object& object) {
-  return {object.inc_ref().ptr(),
-          [](void* pointer) { Py_DECREF(static_cast<PyObject*>(pointer)); }};
-}
-
 ArrayPointer import_interface(const py::object& object, const py::dict& interface,
                               const char* name) {
   const auto [address, read_only] = interface["data"].cast<std::pair<std::uintptr_t, bool>>();
@@ -252,6 +276,7 @@ ArrayPointer import_interface(const py::object& object, const py::dict& interfac
   array->shape = interface["shape"].cast<std::vector<int64_t>>();
   array->owner = python_owner(object);
   array->stream = t_stream;
+  array->stream_owner = owner_of_stream();
   const std::string typestr = interface["typestr"].cast<std::string>();
   const auto* const type =
       std::find_if(kElementTypes.begin(), kElementTypes.end(), [&](const ElementType& known) {
@@ -422,10 +447,14 @@ ArrayPointer from_numpy(const py::array& array, const std::string& type, int dev
   release_held();
   const std::vector<int64_t> shape(array.shape(), array.shape() + array.ndim());
   const void* const data = array.data();
-  const GilReleased unlocked;
-  const Library& library = cuda::library();
-  ArrayPointer made = new_array(library, device, t_stream, element, shape);
-  cuda::check(library, library.copy_from_host(device, t_stream, made->data, data, made->bytes()));
+  const std::shared_ptr<void> stream_owner = owner_of_stream();  // goes back with the GIL
+  ArrayPointer made;
+  {
+    const GilReleased unlocked;
+    const Library& library = cuda::library();
+    made = new_array(library, device, stream_owner, element, shape);
+    cuda::check(library, library.copy_from_host(device, t_stream, made->data, data, made->bytes()));
+  }
   return made;
 }
 
@@ -529,7 +558,7 @@ class Arrays {
   template <std::size_t Rank>
   ArrayPointer result(Element element, const std::array<int64_t, Rank>& shape) {
     const DeviceArray& first = *all_.front();
-    results_.push_back(new_array(*first.library, first.device, stream, element, shape));
+    results_.push_back(new_array(*first.library, first.device, owner_of_stream(), element, shape));
     return results_.back();
   }
 
@@ -547,7 +576,7 @@ class Arrays {
       }
       enqueue();
     }
-    for (const ArrayPointer& array : all_) note_use(*array, stream);
+    note_use(all_, stream);
   }
 
   void* const stream = t_stream;
@@ -858,6 +887,16 @@ py::list candidates(const Shape& input_shape, const Shape& filter_shape,
   return all;
 }
 
+// Returns what was set before: the handle and the object, or None.
+py::tuple set_stream(std::uintptr_t handle, const py::object& object) {
+  py::object before = py::none();
+  if (t_stream_object != nullptr) before = py::reinterpret_borrow<py::object>(t_stream_object);
+  py::tuple answer = py::make_tuple(handle_of_stream(t_stream), std::move(before));
+  t_stream = stream_of_handle(handle);
+  t_stream_object = object.is_none() ? nullptr : object.ptr();
+  return answer;
+}
+
 std::uintptr_t create_stream(int device) {
   void* stream = nullptr;
   cuda::check(cuda::library(), cuda::library().create_stream(device, &stream));
@@ -939,9 +978,7 @@ void define_cuda(py::module_& m) {
       py::arg("math"));
   m.def("float32_math",
         [] { return cuda::float32_math() == cuda::Float32Math::ieee ? "ieee" : "tf32"; });
-  m.def(
-      "set_stream", [](std::uintptr_t handle) { t_stream = stream_of_handle(handle); },
-      py::arg("handle"));
+  m.def("set_stream", &set_stream, py::arg("handle"), py::arg("object"));
   m.def("stream", [] { return handle_of_stream(t_stream); });
   m.def("create_stream", &create_stream, py::arg("device"));
   m.def("destroy_stream", &destroy_stream, py::arg("device"), py::arg("handle"));
