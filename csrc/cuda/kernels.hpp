@@ -90,6 +90,9 @@ cudaError_t max_pool2d_fprop(const Pool2dProblem&, DataType, const void* x, void
                              const Call&);
 cudaError_t max_pool2d_bprop(const Pool2dProblem&, DataType, const void* dy, const void* argmax,
                              void* dx, const Call&);
+// y = x where each window's maximum was: how a change of dx changes dy.
+cudaError_t max_pool2d_gather(const Pool2dProblem&, DataType, const void* x, const void* argmax,
+                              void* y, const Call&);
 cudaError_t avg_pool2d_fprop(const Pool2dProblem&, DataType, const void* x, void* y, const Call&);
 cudaError_t avg_pool2d_bprop(const Pool2dProblem&, DataType, const void* dy, void* dx, const Call&);
 

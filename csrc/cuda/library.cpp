@@ -441,7 +441,9 @@ Status pool2d(int device, void* stream, const Pool2dCall* call) {
     const Call where{device_at(device), stream_of(stream), nullptr};
     const bool is_max = call->pooling == Pooling::max;
     cudaError_t error = cudaSuccess;
-    if (is_max && !call->backward)
+    if (is_max && call->gather)
+      error = max_pool2d_gather(p, call->type, call->in, call->argmax, call->out, where);
+    else if (is_max && !call->backward)
       error = max_pool2d_fprop(p, call->type, call->in, call->out, call->argmax, where);
     else if (is_max)
       error = max_pool2d_bprop(p, call->type, call->in, call->argmax, call->out, where);

@@ -56,6 +56,7 @@ struct Pool2dCall {
   Pool2dProblem problem;
   Pooling pooling = Pooling::max;
   bool backward = false;
+  bool gather = false;  // max: out is x where argmax says, which is read
   DataType type = DataType::float32;
   const void* in = nullptr;  // x or dy
   void* out = nullptr;       // y or dx
@@ -88,7 +89,7 @@ using CandidateFunction = void (*)(void* context, const char* name, const char* 
 
 struct Library {
   // What the two sides must agree on before anything else is read.
-  static constexpr std::uint32_t kVersion = 2;
+  static constexpr std::uint32_t kVersion = 3;
   std::uint32_t version = kVersion;
   std::uint32_t bytes = sizeof(Library);
   std::uint32_t conv2d_call_bytes = sizeof(Conv2dCall);

@@ -23,9 +23,11 @@ PoolGeometry geometry(const Pool2dProblem& p, int vector, bool of_inputs) {
   const bool nhwc = p.layout == Layout::nhwc;
   const std::int64_t channels = nhwc ? p.c : 1;
   return {PoolAxis(p.h, p.oh, p.r, p.stride_h, p.pad_top),
-          PoolAxis(p.w, p.ow, p.s, p.stride_w, p.pad_left), static_cast<int>(channels),
+          PoolAxis(p.w, p.ow, p.s, p.stride_w, p.pad_left),
+          static_cast<int>(channels),
           static_cast<unsigned>((of_inputs ? p.x_size() : p.y_size()) / vector),
-          FastDivisor(channels / vector)};
+          FastDivisor(channels / vector),
+          FastDivisor(p.s)};
 }
 
 // Calls go(T(), vector as a constant) by the data type and by what channels and alignment allow.
@@ -84,6 +86,19 @@ cudaError_t max_pool2d_bprop(const Pool2dProblem& p, DataType type, const void* 
         static_cast<const std::uint8_t*>(bytes ? argmax : nullptr),
         static_cast<const std::int32_t*>(bytes ? nullptr : argmax), static_cast<T*>(dx));
   });
+}
+
+cudaError_t max_pool2d_gather(const Pool2dProblem& p, DataType type, const void* x,
+                              const void* argmax, void* y, const Call& call) {
+  return with_types(
+      p, type, all_aligned({{y, 16}, taps_aligned(p, argmax)}), [&](auto element, auto vector) {
+        using T = decltype(element);
+        const bool bytes = p.argmax_fits_byte();
+        return launch_pool(
+            max_pool_gather<T, vector()>, geometry(p, vector(), false), call,
+            static_cast<const T*>(x), static_cast<const std::uint8_t*>(bytes ? argmax : nullptr),
+            static_cast<const std::int32_t*>(bytes ? nullptr : argmax), static_cast<T*>(y));
+      });
 }
 
 cudaError_t avg_pool2d_fprop(const Pool2dProblem& p, DataType type, const void* x, void* y,

@@ -64,6 +64,7 @@ struct PoolGeometry {
   int channels;           // of an image
   unsigned results;       // threads
   FastDivisor by_chunks;  // chunks of kVector channels a pixel
+  FastDivisor by_window;  // columns of the window
 };
 
 // kVector elements, 16 bytes or one.
@@ -262,6 +263,38 @@ __global__ __launch_bounds__(kPoolThreads, 4) void max_pool_bprop(PoolGeometry g
     }
   }
   store_chunk<T, kVector>(dx + static_cast<int>(thread) * kVector, sum);
+}
+
+// The neighbouring channels of a chunk come from pixels of their own. What names no pixel gives 0.
+template <class T, int kVector>
+__global__ __launch_bounds__(kPoolThreads, 4) void max_pool_gather(PoolGeometry g, const T* x,
+                                                                   const std::uint8_t* bytes,
+                                                                   const std::int32_t* integers,
+                                                                   T* y) {
+  const unsigned thread = blockIdx.x * kPoolThreads + threadIdx.x;
+  if (thread >= g.results) return;
+  const PoolPlace place = pool_place<kVector>(g, thread, g.rows.by_out, g.columns.by_out);
+  const int top = g.rows.origin(place.i), left = g.columns.origin(place.j);
+  const int at = static_cast<int>(thread) * kVector;
+  int taps[kVector];
+  if (bytes != nullptr) {
+    load_taps<kVector>(bytes + at, taps);
+  } else {
+    load_taps<kVector>(integers + at, taps);
+  }
+  float value[kVector];
+#pragma unroll
+  for (int v = 0; v < kVector; ++v) {
+    int row = taps[v];
+    const int column = left + g.by_window.split(row);
+    row += top;
+    const bool inside =
+        taps[v] >= 0 && row >= 0 && row < g.rows.in && column >= 0 && column < g.columns.in;
+    const int from =
+        ((place.image * g.rows.in + row) * g.columns.in + column) * g.channels + place.channel + v;
+    value[v] = inside ? to_float(__ldg(x + from)) : 0.0f;
+  }
+  store_chunk<T, kVector>(y + at, value);
 }
 
 template <class T, int kVector>

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 
 #include "core/cuda_backend.hpp"
 #include "core/error.hpp"
@@ -59,47 +58,48 @@ class DeviceOperations {
     run({.problem = p, .pooling = cuda::Pooling::average, .backward = true, .in = dy, .out = dx});
   }
   template <class Tap>
-  void gather_at_argmax(const Pool2dProblem&, const void*, const Tap*, void*) const {
-    throw InvalidArgument(
-        "Second derivatives of max-pooling are computed on the host alone. Received: one on a GPU");
+  void gather_at_argmax(const Pool2dProblem& p, const void* x, const Tap* argmax, void* y) const {
+    run({.problem = p, .gather = true, .in = x, .out = y, .argmax = const_cast<Tap*>(argmax)});
   }
 
-  // In two passes: the convolution's output is scratch.
   void conv2d_pool_fprop(const Conv2dProblem& p, const void* x, const void* filter,
                          const void* bias, void* y, std::uint8_t* argmax) const {
-    const cuda::Memory whole = floats(p.y_size());
-    void* const unpooled = whole.data();
-    conv2d_fprop(p, x, filter, bias, unpooled);
-    max_pool2d_fprop(pool_behind(p), unpooled, y, argmax);
+    cuda::Conv2dPoolCall call = conv2d_pool_call(p);
+    call.x = x;
+    call.filter = filter;
+    call.bias = bias;
+    call.y = y;
+    call.argmax = argmax;
+    cuda::conv2d_pool(library_, device_, stream_, call);
   }
-  // Windows do not overlap: dy, and y for the ReLU mask, go back to where the maxima were.
   void conv2d_pool_bprop(const Conv2dProblem& p, const void* x, const void* filter, const void* dy,
                          const void* y, const std::uint8_t* argmax, void* dx, void* dfilter,
                          void* dbias) const {
-    const Pool2dProblem pool = pool_behind(p);
-    const cuda::Memory gradient = floats(p.y_size());
-    void* const dy_unpooled = gradient.data();
-    max_pool2d_bprop(pool, dy, argmax, dy_unpooled);
-    std::optional<cuda::Memory> output;
-    void* y_unpooled = nullptr;
-    if (p.activation == Activation::relu) {
-      output.emplace(library_, device_, stream_, bytes(p.y_size()));
-      y_unpooled = output->data();
-      max_pool2d_bprop(pool, y, argmax, y_unpooled);
-    }
-    conv2d_wgrad(p, x, dy_unpooled, y_unpooled, dfilter, dbias);
-    if (dx != nullptr) conv2d_dgrad(p, dy_unpooled, filter, y_unpooled, dx);
+    cuda::Conv2dPoolCall call = conv2d_pool_call(p);
+    call.backward = true;
+    call.x = x;
+    call.filter = filter;
+    call.dy = dy;
+    // Which are only read.
+    call.y = const_cast<void*>(y);
+    call.argmax = const_cast<std::uint8_t*>(argmax);
+    call.dx = dx;
+    call.dfilter = dfilter;
+    call.dbias = dbias;
+    cuda::conv2d_pool(library_, device_, stream_, call);
   }
 
  private:
-  static std::size_t bytes(std::int64_t floats) { return static_cast<std::size_t>(floats) * 4; }
-  cuda::Memory floats(std::int64_t count) const {
-    return cuda::Memory(library_, device_, stream_, bytes(count));
-  }
   static cuda::Conv2dCall conv2d_call(const Conv2dProblem& p, Direction direction) {
     cuda::Conv2dCall call;
     call.problem = p;
     call.direction = direction;
+    call.math = cuda::float32_math();
+    return call;
+  }
+  static cuda::Conv2dPoolCall conv2d_pool_call(const Conv2dProblem& p) {
+    cuda::Conv2dPoolCall call;
+    call.problem = p;
     call.math = cuda::float32_math();
     return call;
   }
