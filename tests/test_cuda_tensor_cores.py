@@ -88,12 +88,40 @@ def test_tiles_are_chosen_by_what_there_is_to_do(fast, capability):
     assert reached >= {(tile, d) for tile in tiles for d in ("fprop", "dgrad", "wgrad")}
 
 
-def test_split_sum_of_pixels(fast):
-    problem = Problem((2, 24, 23, 8), 16, padding="same")
-    with emulating(multiprocessors=8):
-        found, expected, blocking = run(problem, "wgrad", "float16")
-    assert int(blocking.rsplit(": ", 1)[1]) > 1
-    np.testing.assert_array_equal(found, expected.astype(np.float16).astype(np.float32))
+SPLIT = {
+    "fprop": Problem((1, 6, 5, 96), 24, padding="same"),
+    "fprop of channels first": Problem((2, 5, 4, 67), 9, data_format="channels_first"),
+    "dgrad": Problem((1, 6, 5, 24), 96, padding="same"),
+    # Four classes of pixels, which see four, two, two and one taps: some parts of some are empty.
+    "dgrad of stride 2": Problem((1, 8, 7, 8), 128, strides=(2, 2), padding="same"),
+    "wgrad": Problem((2, 24, 23, 8), 16, padding="same"),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "tf32"])
+@pytest.mark.parametrize("case", SPLIT)
+def test_split_sums(fast, case, dtype):
+    problem, direction = SPLIT[case], case.split()[0]
+    with emulating(multiprocessors=32):
+        found, expected, blocking = run(problem, direction, dtype)
+    assert int(blocking.rsplit(": ", 1)[1]) > 1, blocking
+    if dtype == "float16":
+        expected = expected.astype(np.float16)
+    np.testing.assert_array_equal(found, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("case", ["fprop", "fprop of channels first"])
+def test_epilogue_of_split_sums(fast, case):
+    """Bias and ReLU come behind the last part."""
+    problem = SPLIT[case]
+    data = integers(problem)
+    arrays = to_device(data, "float16")
+    with emulating(multiprocessors=32):
+        y = fastconv.conv2d(
+            arrays.x, arrays.w, arrays.bias, activation="relu", algorithm=NAME, **problem.geometry
+        )
+    expected = solve_by_oracle(problem, data)["y_fused"]
+    np.testing.assert_array_equal(to_host(y), expected.astype(np.float16).astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "tf32"])

@@ -65,6 +65,15 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
 #endif
 }
 
+// The value, of which the compiler no longer knows what it is: what is computed from it stays behind
+// this point, as all that is volatile does.
+__device__ __forceinline__ int late(int value) {
+#if !defined(FASTCONV_CUDA_EMULATE)
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // --- asynchronous copies from global to shared memory -------------------------------------------
 // Both addresses are multiples of kBytes (4, 8 or 16). Where `valid` is false, zeros are written and
 // nothing is read. The data are there for this thread after copy_async_wait, for the others after a

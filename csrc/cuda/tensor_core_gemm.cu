@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <initializer_list>
+#include <limits>
 
 #include "cuda/kernels.hpp"
 #include "cuda/tensor_core_gemm.cuh"
@@ -19,8 +20,8 @@ struct Plan {
   int vector = 8;  // elements of a chunk
   std::int64_t padded_channels = 0, sum_channels = 0, columns = 0;
   std::int64_t row_tiles = 0, column_tiles = 0;
-  std::int64_t layers = 1;  // blockIdx.z: classes of dgrad, parts of wgrad
-  std::int64_t pixels_a_part = 0;
+  std::int64_t classes = 1;                   // of dgrad's pixels
+  std::int64_t parts = 1, slices_a_part = 0;  // of the sum; of wgrad, a slice is of pixels
   double seconds = 0;
 };
 
@@ -43,33 +44,47 @@ double efficiency(Shape shape, Copies copies) {
 // The sizes of the matrices; M per layer.
 struct Matrices {
   std::int64_t rows, columns, sum;
+  std::int64_t longest_sum;  // of dgrad, whose classes have more or fewer taps
 };
 
 Matrices matrices(const Conv2dSpec& spec, const ConvGeometry& g, std::int64_t padded_channels) {
   const Conv2dProblem& p = spec.problem;
   const std::int64_t taps = p.r * p.s;
   switch (spec.direction) {
-    case Direction::fprop: return {p.n * p.oh * p.ow, p.k_per_group(), taps * padded_channels};
+    case Direction::fprop: {
+      const std::int64_t sum = taps * padded_channels;
+      return {p.n * p.oh * p.ow, p.k_per_group(), sum, sum};
+    }
     case Direction::dgrad:
       return {p.n * g.rows.class_pixels * g.columns.class_pixels, p.c_per_group(),
-              ceil_div(taps, g.dgrad_classes()) * padded_channels};
-    default: return {taps * padded_channels, p.k_per_group(), p.n * p.oh * p.ow};
+              ceil_div(taps, g.dgrad_classes()) * padded_channels,
+              ceil_div(p.r, g.rows.tap_step) * ceil_div(p.s, g.columns.tap_step) * padded_channels};
+    default: {
+      const std::int64_t sum = p.n * p.oh * p.ow;
+      return {taps * padded_channels, p.k_per_group(), sum, sum};
+    }
   }
+}
+
+std::int64_t out_size(const Conv2dSpec& spec) {
+  const Conv2dProblem& p = spec.problem;
+  return spec.direction == Direction::fprop   ? p.y_size()
+         : spec.direction == Direction::dgrad ? p.x_size()
+                                              : p.filter_size();
 }
 
 // Whether the kernel writes parts that a second pass adds up: those are float32.
 bool second_pass(const Conv2dSpec& spec, const Plan& plan) {
-  return spec.direction == Direction::wgrad && (plan.layers > 1 || spec.type != DataType::float32);
+  return plan.parts > 1 || (spec.direction == Direction::wgrad && spec.type != DataType::float32);
 }
 
-// What a wgrad split into parts may take of the device's memory, unless one part takes more.
+// What a sum that is split into parts may take of the device's memory, unless one part takes more.
 constexpr std::int64_t kMostPartBytes = std::int64_t{64} << 20;
 constexpr std::int64_t kLeastSlicesAPart = 8;
 
 Plan plan_for(const Conv2dSpec& spec, const Device& device, Copies copies, Shape shape,
-              std::int64_t most_parts) {
+              std::int64_t most_parts, const ConvGeometry& g) {
   const Conv2dProblem& p = spec.problem;
-  const ConvGeometry g(p);
   Plan plan;
   plan.copies = copies;
   plan.shape = shape;
@@ -80,39 +95,42 @@ Plan plan_for(const Conv2dSpec& spec, const Device& device, Copies copies, Shape
   plan.columns = m.columns;
   plan.row_tiles = ceil_div(m.rows, rows_of(shape));
   plan.column_tiles = ceil_div(m.columns, columns_of(shape));
+  if (spec.direction == Direction::dgrad) plan.classes = g.dgrad_classes();
   const std::int64_t slice = kChunksAlongSum * plan.vector, slices = ceil_div(m.sum, slice);
-  const std::int64_t tiles = plan.row_tiles * plan.column_tiles * p.groups;
+  const std::int64_t tiles = plan.row_tiles * plan.column_tiles * p.groups * plan.classes;
   const std::int64_t at_once = std::int64_t{device.multiprocessors} * blocks_of(shape);
-  std::int64_t slices_a_block = slices;
-  if (spec.direction == Direction::dgrad) {
-    plan.layers = g.dgrad_classes();
-  } else if (spec.direction == Direction::wgrad) {
-    const std::int64_t memory = std::max<std::int64_t>(1, kMostPartBytes / (4 * p.filter_size()));
-    const std::int64_t parts = std::clamp<std::int64_t>(
-        at_once / tiles, 1,
-        std::min({most_parts, memory, std::max<std::int64_t>(1, slices / kLeastSlicesAPart)}));
-    slices_a_block = ceil_div(slices, parts);
-    plan.pixels_a_part = slices_a_block * slice;
-    plan.layers = ceil_div(slices, slices_a_block);
-  }
+  const std::int64_t longest = std::max<std::int64_t>(1, ceil_div(m.longest_sum, slice));
+  // Pixels of dgrad that no tap reaches would have no part.
+  const bool gaps = spec.direction == Direction::dgrad && g.dgrad_leaves_gaps();
+  const std::int64_t limits[] = {gaps ? 1 : most_parts, kMostPartBytes / (4 * out_size(spec)),
+                                 longest / kLeastSlicesAPart, at_once / tiles};
+  const std::int64_t parts = std::max<std::int64_t>(1, std::ranges::min(limits));
+  plan.slices_a_part = ceil_div(longest, parts);
+  plan.parts = ceil_div(longest, plan.slices_a_part);
+  const std::int64_t slices_a_block = std::min(slices, plan.slices_a_part);
 
   // A multiprocessor's share of the blocks, one alone not hiding its latencies; or memory.
-  const double share = static_cast<double>(ceil_div(tiles * plan.layers, device.multiprocessors));
+  const double share = static_cast<double>(ceil_div(tiles * plan.parts, device.multiprocessors));
+  const bool hides_little = copies != Copies::async && share < std::min(3, blocks_of(shape));
+  const double hidden = share < 2 ? 0.6 : hides_little ? 0.8 : 1.0;
   const Throughput speed = throughput(device);
+  // TF32 has half the products of float16 an instruction, and is rounded or turned on its way.
   const double fma_per_cycle = speed.tensor_fma_per_cycle *
-                               (spec.type == DataType::float32 ? 0.5 : 1.0) *
-                               efficiency(shape, copies) * (share < 2 ? 0.6 : 1.0);
+                               (spec.type == DataType::float32 ? 0.35 : 1.0) *
+                               efficiency(shape, copies) * hidden;
   const double fma_a_block =
       static_cast<double>(slices_a_block * slice) * rows_of(shape) * columns_of(shape);
   constexpr double kCyclesToStart = 2000;
   const double bytes = static_cast<double>(p.x_size() + p.y_size() + p.filter_size()) *
                        static_cast<double>(size_of(spec.type));
+  const double of_products =
+      (share * fma_a_block / fma_per_cycle + kCyclesToStart) / speed.cycles_per_second;
+  const double of_memory = bytes / speed.bytes_per_second;
+  // The two overlap, but not wholly: of tiles that memory holds back alike, those with less work.
   plan.seconds =
-      std::max((share * fma_a_block / fma_per_cycle + kCyclesToStart) / speed.cycles_per_second,
-               bytes / speed.bytes_per_second) +
-      kLaunchSeconds;
+      std::max(of_products, of_memory) + 0.25 * std::min(of_products, of_memory) + kLaunchSeconds;
   if (second_pass(spec, plan)) {
-    const double part_bytes = 8.0 * static_cast<double>(plan.layers * p.filter_size());
+    const double part_bytes = 8.0 * static_cast<double>(plan.parts * out_size(spec));
     plan.seconds += part_bytes / speed.bytes_per_second + kLaunchSeconds;
   }
   return plan;
@@ -125,22 +143,28 @@ bool whole_chunks(const Conv2dSpec& spec) {
 }
 
 Plan plan(const Conv2dSpec& spec, const Device& device) {
-  const auto unlimited = std::int64_t{65535};
+  constexpr std::int64_t kAny = 65535;
+  const ConvGeometry g(spec.problem);
+  Plan best;
+  best.seconds = std::numeric_limits<double>::infinity();
+  const auto consider = [&](Copies copies, Shape shape) {
+    for (const std::int64_t most_parts :
+         {std::int64_t{1}, std::int64_t{2}, std::int64_t{4}, kAny}) {
+      const Plan other = plan_for(spec, device, copies, shape, most_parts, g);
+      if (other.seconds < best.seconds) best = other;
+      if (other.parts < most_parts) break;
+    }
+  };
   if (!whole_chunks(spec)) {
-    return plan_for(spec, device, Copies::gather, Shape::small, unlimited);
-  }
-  if (device.compute_capability < 80) {
-    const Plan large = plan_for(spec, device, Copies::registers, Shape::large, unlimited);
-    const Plan small = plan_for(spec, device, Copies::registers, Shape::small, unlimited);
-    return small.seconds < large.seconds ? small : large;
+    consider(Copies::gather, Shape::small);
+    return best;
   }
   const bool turned = spec.direction == Direction::wgrad && spec.type == DataType::float32;
-  const Copies copies = turned ? Copies::registers : Copies::async;
-  Plan best = plan_for(spec, device, copies, Shape::large, unlimited);
-  for (const Shape shape : {Shape::narrow, Shape::small}) {
-    const Plan other = plan_for(spec, device, copies, shape, unlimited);
-    if (other.seconds < best.seconds) best = other;
-  }
+  const bool old = device.compute_capability < 80;
+  const Copies copies = turned || old ? Copies::registers : Copies::async;
+  consider(copies, Shape::large);
+  if (!old) consider(copies, Shape::narrow);
+  consider(copies, Shape::small);
   return best;
 }
 
@@ -153,13 +177,14 @@ bool serves(const Conv2dSpec& spec, const Device& device) {
   const Plan made = plan(spec, device);
   const Matrices m = matrices(spec, ConvGeometry(p), made.padded_channels);
   return m.rows < kLimit && p.r * p.s * made.padded_channels < kLimit &&
-         made.row_tiles * made.column_tiles < kLimit && p.groups <= 65535 && made.layers <= 65535;
+         made.row_tiles * made.column_tiles < kLimit && p.groups <= 65535 &&
+         made.classes * made.parts <= 65535;
 }
 
 std::size_t workspace_bytes(const Conv2dSpec& spec, const Device& device) {
   const Plan made = plan(spec, device);
   if (!second_pass(spec, made)) return 0;
-  return static_cast<std::size_t>(made.layers * spec.problem.filter_size()) * 4;
+  return static_cast<std::size_t>(made.parts * out_size(spec)) * 4;
 }
 
 double estimate(const Conv2dSpec& spec, const Device& device) { return plan(spec, device).seconds; }
@@ -175,11 +200,14 @@ std::string blocking(const Conv2dSpec& spec, const Device& device) {
   text += made.copies == Copies::async       ? ", 3 slices by cp.async"
           : made.copies == Copies::registers ? ", 2 slices through registers"
                                              : ", 2 slices element by element";
-  if (spec.direction == Direction::wgrad) {
-    text += ", parts of " + std::to_string(made.pixels_a_part) +
-            " pixels: " + std::to_string(made.layers);
-  } else if (spec.direction == Direction::dgrad && made.layers > 1) {
-    text += ", classes of pixels: " + std::to_string(made.layers);
+  const std::int64_t slice = kChunksAlongSum * made.vector;
+  if (spec.direction == Direction::dgrad && made.classes > 1) {
+    text += ", classes of pixels: " + std::to_string(made.classes);
+  }
+  if (spec.direction == Direction::wgrad || made.parts > 1) {
+    text += ", parts of " + std::to_string(made.slices_a_part * slice) +
+            (spec.direction == Direction::wgrad ? " pixels: " : " products: ") +
+            std::to_string(made.parts);
   }
   return text;
 }
@@ -246,15 +274,21 @@ cudaError_t run(const Conv2dSpec& spec, const Conv2dOperands& operands, const Ca
   a.bias = spec.direction == Direction::fprop ? operands.bias : nullptr;
   a.out = by_parts ? call.workspace : operands.out;
   if (made.copies != Copies::gather && !aligned({a.image, a.second, a.out})) {
-    made = plan_for(spec, call.device, Copies::gather, Shape::small, made.layers);
+    made = plan_for(spec, call.device, Copies::gather, Shape::small, made.parts, a.g);
   }
   a.sum_channels = static_cast<int>(made.sum_channels);
   a.padded_channels = static_cast<int>(made.padded_channels);
   a.columns = static_cast<int>(made.columns);
   a.column_tiles = static_cast<int>(made.column_tiles);
-  a.pixels_a_part = static_cast<int>(made.pixels_a_part);
-  a.part_elements = static_cast<int>(p.filter_size());
-  a.relu = p.activation == Activation::relu;
+  a.classes = static_cast<int>(made.classes);
+  a.by_parts = by_parts;
+  a.slices_a_part = static_cast<int>(made.slices_a_part);
+  a.part_elements = static_cast<int>(out_size(spec));
+  // Bias and ReLU are the second pass's where there is one.
+  const void* const bias = a.bias;
+  const bool relu = spec.direction == Direction::fprop && p.activation == Activation::relu;
+  if (by_parts) a.bias = nullptr;
+  a.relu = relu && !by_parts;
   a.channels_first = p.layout == Layout::nchw;
   a.by_padded_channels = FastDivisor(made.padded_channels);
   if (spec.direction == Direction::dgrad && a.g.dgrad_leaves_gaps()) {
@@ -262,13 +296,18 @@ cudaError_t run(const Conv2dSpec& spec, const Conv2dOperands& operands, const Ca
         operands.out, 0, static_cast<std::size_t>(p.x_size()) * size_of(spec.type), call.stream));
   }
   const dim3 grid(static_cast<unsigned>(made.row_tiles * made.column_tiles),
-                  static_cast<unsigned>(p.groups), static_cast<unsigned>(made.layers));
+                  static_cast<unsigned>(p.groups),
+                  static_cast<unsigned>(made.classes * made.parts));
   FASTCONV_CUDA_TRY(launch(kernel(spec, made), grid, dim3(kThreads), 0, call.stream, a));
   if (!by_parts) return cudaSuccess;
   SplitKSum sum;
   sum.out = operands.out;
-  sum.count = p.filter_size();
-  sum.splits = static_cast<int>(made.layers);
+  sum.bias = bias;
+  sum.count = out_size(spec);
+  sum.splits = static_cast<int>(made.parts);
+  sum.inner = p.layout == Layout::nchw ? p.oh * p.ow : 1;
+  sum.channels = p.k;
+  sum.relu = relu;
   return sum_splits(spec.type, sum, call);
 }
 

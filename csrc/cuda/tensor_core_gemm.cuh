@@ -40,7 +40,9 @@
 // taps. Each such class is a convolution of its own, of stride 1 (blockIdx.z); no product is with a
 // zero that a stride put there.
 //
-// wgrad sums over pixels in parts (blockIdx.z) of fixed size; split_k.cu adds them up in order.
+// A sum can be split into parts of fixed size (blockIdx.z), so that few tiles fill the device: that of
+// wgrad over pixels, those of fprop and dgrad over taps and channels. Parts are float32; split_k.cu
+// adds them up in order.
 //
 // Result tiles pass through shared memory, 16 rows of a warp at a time, and are written in 16-byte
 // stores. Bias and ReLU are applied to the float32 sums (a NaN passes ReLU).
@@ -82,7 +84,9 @@ struct Parameters {
   int padded_channels = 0;  // to whole chunks
   int columns = 0;          // of the result, per group
   int column_tiles = 0;
-  int pixels_a_part = 0, part_elements = 0;  // wgrad: of the sum, of one part's result
+  int classes = 1;        // of dgrad's pixels
+  bool by_parts = false;  // out: the float32 results of each part, for split_k.cu to add up
+  int slices_a_part = 0, part_elements = 0;  // of the sum, of one part's result
   bool relu = false, channels_first = false;
   FastDivisor by_padded_channels{};
 };
@@ -311,13 +315,13 @@ struct FilterRows : S {
   const E* filter;
   int at, rows, count;
 
-  __device__ __forceinline__ FilterRows(const Parameters& p, int first_column, int group)
+  __device__ __forceinline__ FilterRows(const Parameters& p, int first_column, int begin, int group)
       : S(false) {
     const int column = first_column + this->column * kVector<T>;
     filter = static_cast<const E*>(p.second) + group * p.columns;
     if (column < p.columns) filter += column;
     count = max(0, p.columns - column);
-    at = this->first_row;
+    at = begin + this->first_row;
     rows = p.g.rows.taps * p.g.columns.taps * p.padded_channels;
   }
   __device__ __forceinline__ void advance() { at += S::kRows; }
@@ -612,9 +616,138 @@ __host__ __device__ constexpr bool compiled_here() {
 #endif
 }
 
+template <Direction kDirection>
+__device__ __forceinline__ int part_of_block(const Parameters& p) {
+  const int layer = static_cast<int>(blockIdx.z);
+  return kDirection == Direction::dgrad ? layer / p.classes : layer;
+}
+
+// Writes the sums `d` of this thread by way of shared memory. `rows`: of the matrix; `h`, `w`: the
+// taps of dgrad's class. Where there are two types to write, everything is derived anew from what late()
+// hides: the compiler would keep it in registers through the main loop, and compute the loop's
+// addresses again in each pass instead.
+template <class T, Direction kDirection, Copies kCopies, class Block>
+__device__ __forceinline__ void write_results(const Parameters& p, unsigned char* shared,
+                                              const float (&d)[Block::kTilesA][Block::kTilesB][4],
+                                              int rows, const Window& h, const Window& w) {
+  using E = Stored<T>;
+  constexpr bool kWgrad = kDirection == Direction::wgrad;
+  constexpr int kWarpRows = Block::kRows / 2, kWarpColumns = Block::kColumns / 2;
+  constexpr bool kAlwaysParts = kWgrad || std::is_same_v<T, Tf32>;  // of float32
+  int thread = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
+  if constexpr (!kAlwaysParts) {
+    thread = late(thread);
+    block = late(block);
+  }
+  const int lane = thread % 32, warp = thread / 32, row_tile = block / p.column_tiles;
+  const int first_row = row_tile * Block::kRows;
+  const int first_column = (block - row_tile * p.column_tiles) * Block::kColumns;
+  const int group = static_cast<int>(blockIdx.y);
+  const int warp_row = warp / 2 * kWarpRows, warp_column = warp % 2 * kWarpColumns;
+
+  // Where row `row` of the result begins in `out`, or -1.
+  const auto row_offset = [&](int row) -> int {
+    if (row >= rows) return -1;
+    if constexpr (kWgrad && kCopies == Copies::gather) {
+      const int tap = p.by_padded_channels.quotient(row), channel = row - tap * p.padded_channels;
+      return channel < p.sum_channels ? (tap * p.sum_channels + channel) * p.g.k : -1;
+    } else if constexpr (kDirection != Direction::dgrad && kCopies != Copies::gather) {
+      return row * p.g.k;
+    } else {
+      const Strides& strides = out_strides<kDirection>(p.g);
+      int n, i, j;
+      split_row<kDirection>(p.g, row, n, i, j);
+      if (kDirection == Direction::dgrad && (i >= h.count || j >= w.count)) return -1;
+      return n * strides.image + (h.first + i * h.step) * strides.row +
+             (w.first + j * w.step) * strides.column;
+    }
+  };
+  const int first_channel = group * p.columns + first_column + warp_column;
+  const int columns = p.columns - first_column - warp_column;  // that are left
+
+  float bias[Block::kTilesB][2];
+#pragma unroll
+  for (int j = 0; j < Block::kTilesB; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int column = j * 8 + lane % 4 * 2 + e;
+      bias[j][e] = 0.0f;
+      if constexpr (kDirection == Direction::fprop) {
+        if (p.bias && column < columns) {
+          bias[j][e] = to_float(__ldg(static_cast<const E*>(p.bias) + first_channel + column));
+        }
+      }
+    }
+  const auto finished = [&](float sum, float bias_of_column) {
+    if constexpr (kDirection != Direction::fprop) return sum;
+    sum += bias_of_column;
+    return p.relu ? relu(sum) : sum;
+  };
+
+  __syncthreads();  // the last slice has been read
+  const auto write = [&]<class Out>(Out* out) {
+    constexpr int kOutVector = 16 / static_cast<int>(sizeof(Out));
+    constexpr int kOutChunks = kWarpColumns / kOutVector;
+    Out* const staged = reinterpret_cast<Out*>(shared) + warp * 16 * kWarpColumns;
+    const auto staged_at = [&](int row, int column) {
+      return staged +
+             swizzled<kOutChunks, sizeof(Out) == 4>(row, column / kOutVector) * kOutVector +
+             column % kOutVector;
+    };
+#pragma unroll
+    for (int i = 0; i < Block::kTilesA; ++i) {
+#pragma unroll
+      for (int j = 0; j < Block::kTilesB; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          store_pair(staged_at(lane / 4 + e * 8, j * 8 + lane % 4 * 2),
+                     finished(d[i][j][2 * e], bias[j][0]),
+                     finished(d[i][j][2 * e + 1], bias[j][1]));
+        }
+      __syncwarp();
+      const int first = first_row + warp_row + i * 16;
+      if constexpr (kCopies != Copies::gather) {
+#pragma unroll
+        for (int q = 0; q < 16 * kOutChunks / 32; ++q) {
+          const int at = lane + q * 32, row = at / kOutChunks,
+                    column = at % kOutChunks * kOutVector;
+          const int offset = row_offset(first + row);
+          if (offset >= 0 && column < columns) {
+            *reinterpret_cast<uint4*>(out + (offset + first_channel + column)) =
+                *reinterpret_cast<const uint4*>(staged_at(row, column));
+          }
+        }
+      } else {
+        const bool along_rows = p.channels_first && !kWgrad;
+#pragma unroll 1
+        for (int q = 0; q < 16 * kWarpColumns / 32; ++q) {
+          const int at = lane + q * 32;
+          const int row = along_rows ? at % 16 : at / kWarpColumns;
+          const int column = along_rows ? at / 16 : at % kWarpColumns;
+          const int offset = row_offset(first + row);
+          if (offset >= 0 && column < columns) {
+            out[offset +
+                (first_channel + column) * (kWgrad ? 1 : out_strides<kDirection>(p.g).channel)] =
+                *staged_at(row, column);
+          }
+        }
+      }
+      __syncwarp();
+    }
+  };
+  float* const parts = static_cast<float*>(p.out) +
+                       static_cast<std::size_t>(part_of_block<kDirection>(p)) * p.part_elements;
+  if constexpr (kAlwaysParts) {
+    write(parts);
+  } else if (p.by_parts) {
+    write(parts);
+  } else {
+    write(static_cast<E*>(p.out));
+  }
+}
+
 template <class T, Direction kDirection, Copies kCopies, class Block>
 __device__ __forceinline__ void tensor_core_gemm_body(const Parameters& p) {
-  using E = Stored<T>;
   constexpr bool kWgrad = kDirection == Direction::wgrad;
   constexpr bool kSumMajorA = !kWgrad, kSumMajorB = kDirection == Direction::dgrad;
   constexpr bool kTf32 = std::is_same_v<T, Tf32>;
@@ -628,37 +761,38 @@ __device__ __forceinline__ void tensor_core_gemm_body(const Parameters& p) {
   constexpr bool kStagedA = !kAsync;
   constexpr bool kStagedB = !kAsync || SliceB::kTurned || (kTf32 && Block::kRows > 64);
   static_assert((kStagedA || !SliceA::kTurned) && (kStagedB || !SliceB::kTurned));
-  // wgrad's parts are float32.
-  using Out = std::conditional_t<kWgrad, float, E>;
-  constexpr int kOutVector = 16 / static_cast<int>(sizeof(Out));
   constexpr int kWarpRows = Block::kRows / 2, kWarpColumns = Block::kColumns / 2;
-  constexpr int kOutChunks = kWarpColumns / kOutVector;
-  static_assert(4 * 16 * kWarpColumns * sizeof(Out) <= kSlices * kSliceBytes);
+  static_assert(4 * 16 * kWarpColumns * sizeof(float) <= kSlices * kSliceBytes);
 
   FASTCONV_SHARED(shared, unsigned char[kSlices * kSliceBytes]);
 
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
   const int row_tile = static_cast<int>(blockIdx.x) / p.column_tiles;
   const int first_row = row_tile * Block::kRows;
   const int first_column =
       (static_cast<int>(blockIdx.x) - row_tile * p.column_tiles) * Block::kColumns;
-  const int group = static_cast<int>(blockIdx.y), part = static_cast<int>(blockIdx.z);
+  const int group = static_cast<int>(blockIdx.y), part = part_of_block<kDirection>(p);
   const int warp_row = warp / 2 * kWarpRows, warp_column = warp % 2 * kWarpColumns;
 
   Window h{}, w{};
-  int rows, slices, begin = 0, end = 0;
+  int rows, slices, begin = part * p.slices_a_part * kSliceSum<T>, end = 0;
   if constexpr (kWgrad) {
     rows = p.g.rows.taps * p.g.columns.taps * p.padded_channels;
-    begin = part * p.pixels_a_part;
-    end = min(p.g.n * p.g.plane, begin + p.pixels_a_part);
+    end = min(p.g.n * p.g.plane, begin + p.slices_a_part * kSliceSum<T>);
     slices = (end - begin + kSliceSum<T> - 1) / kSliceSum<T>;
   } else {
     // Classes of dgrad are numbered by their first taps.
-    const int class_h = p.g.by_column_classes.quotient(part);
+    int class_h = 0, class_w = 0;
+    if constexpr (kDirection == Direction::dgrad) {
+      const int class_of_both = static_cast<int>(blockIdx.z) - part * p.classes;
+      class_h = p.g.by_column_classes.quotient(class_of_both);
+      class_w = class_of_both - class_h * p.g.columns.classes;
+    }
     h = p.g.rows.window<kDirection>(class_h);
-    w = p.g.columns.window<kDirection>(part - class_h * p.g.columns.classes);
+    w = p.g.columns.window<kDirection>(class_w);
     rows = p.g.n * row_pixels<kDirection>(p.g.rows) * row_pixels<kDirection>(p.g.columns);
     slices = (h.taps * w.taps * p.padded_channels + kSliceSum<T> - 1) / kSliceSum<T>;
+    slices = min(slices - part * p.slices_a_part, p.slices_a_part);
   }
 
   float d[Block::kTilesA][Block::kTilesB][4];
@@ -754,8 +888,8 @@ __device__ __forceinline__ void tensor_core_gemm_body(const Parameters& p) {
 
   if constexpr (kDirection == Direction::fprop) {
     const PixelRows<T, kDirection, kCopies, SliceA> a(p, first_row, rows, h, w, group);
-    FilterRows<T, kCopies, SliceB> b(p, first_column, group);
-    Taps taps(a.column * kVector<T>, kSliceSum<T>, p.padded_channels, h, w);
+    FilterRows<T, kCopies, SliceB> b(p, first_column, begin, group);
+    Taps taps(begin + a.column * kVector<T>, kSliceSum<T>, p.padded_channels, h, w);
     run(a, b, [&](const auto& copy) {
       const auto step = a.step(p, taps);
       copy([&](int pass) { return a.source(p, step, pass); },
@@ -766,8 +900,8 @@ __device__ __forceinline__ void tensor_core_gemm_body(const Parameters& p) {
   } else if constexpr (kDirection == Direction::dgrad) {
     const PixelRows<T, kDirection, kCopies, SliceA> a(p, first_row, rows, h, w, group);
     const FilterColumns<T, kCopies, SliceB> b(p, first_column, h, w, group);
-    Taps taps(a.column * kVector<T>, kSliceSum<T>, p.padded_channels, h, w);
-    Taps taps_b(b.column * kVector<T>, kSliceSum<T>, p.padded_channels, h, w);
+    Taps taps(begin + a.column * kVector<T>, kSliceSum<T>, p.padded_channels, h, w);
+    Taps taps_b(begin + b.column * kVector<T>, kSliceSum<T>, p.padded_channels, h, w);
     run(a, b, [&](const auto& copy) {
       const auto step = a.step(p, taps);
       // Of whole chunks, a thread copies the same column of either.
@@ -788,91 +922,7 @@ __device__ __forceinline__ void tensor_core_gemm_body(const Parameters& p) {
     });
   }
 
-  // Where row `row` of the result begins in `out`, or -1.
-  const auto row_offset = [&](int row) -> int {
-    if (row >= rows) return -1;
-    if constexpr (kWgrad && kCopies == Copies::gather) {
-      const int tap = p.by_padded_channels.quotient(row), channel = row - tap * p.padded_channels;
-      return channel < p.sum_channels ? (tap * p.sum_channels + channel) * p.g.k : -1;
-    } else if constexpr (kDirection != Direction::dgrad && kCopies != Copies::gather) {
-      return row * p.g.k;
-    } else {
-      const Strides& strides = out_strides<kDirection>(p.g);
-      int n, i, j;
-      split_row<kDirection>(p.g, row, n, i, j);
-      if (kDirection == Direction::dgrad && (i >= h.count || j >= w.count)) return -1;
-      return n * strides.image + (h.first + i * h.step) * strides.row +
-             (w.first + j * w.step) * strides.column;
-    }
-  };
-  Out* const out =
-      static_cast<Out*>(p.out) + (kWgrad ? static_cast<std::size_t>(part) * p.part_elements : 0);
-  const int first_channel = group * p.columns + first_column + warp_column;
-  const int columns = p.columns - first_column - warp_column;  // that are left
-
-  float bias[Block::kTilesB][2];
-#pragma unroll
-  for (int j = 0; j < Block::kTilesB; ++j)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int column = j * 8 + lane % 4 * 2 + e;
-      bias[j][e] = 0.0f;
-      if constexpr (kDirection == Direction::fprop) {
-        if (p.bias && column < columns) {
-          bias[j][e] = to_float(__ldg(static_cast<const E*>(p.bias) + first_channel + column));
-        }
-      }
-    }
-  const auto finished = [&](float sum, float bias_of_column) {
-    if constexpr (kDirection != Direction::fprop) return sum;
-    sum += bias_of_column;
-    return p.relu ? relu(sum) : sum;
-  };
-
-  __syncthreads();  // the last slice has been read
-  Out* const staged = reinterpret_cast<Out*>(shared) + warp * 16 * kWarpColumns;
-  const auto staged_at = [&](int row, int column) {
-    return staged + swizzled<kOutChunks, sizeof(Out) == 4>(row, column / kOutVector) * kOutVector +
-           column % kOutVector;
-  };
-#pragma unroll
-  for (int i = 0; i < Block::kTilesA; ++i) {
-#pragma unroll
-    for (int j = 0; j < Block::kTilesB; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        store_pair(staged_at(lane / 4 + e * 8, j * 8 + lane % 4 * 2),
-                   finished(d[i][j][2 * e], bias[j][0]), finished(d[i][j][2 * e + 1], bias[j][1]));
-      }
-    __syncwarp();
-    const int first = first_row + warp_row + i * 16;
-    if constexpr (kCopies != Copies::gather) {
-#pragma unroll
-      for (int q = 0; q < 16 * kOutChunks / 32; ++q) {
-        const int at = lane + q * 32, row = at / kOutChunks, column = at % kOutChunks * kOutVector;
-        const int offset = row_offset(first + row);
-        if (offset >= 0 && column < columns) {
-          *reinterpret_cast<uint4*>(out + (offset + first_channel + column)) =
-              *reinterpret_cast<const uint4*>(staged_at(row, column));
-        }
-      }
-    } else {
-      const bool along_rows = p.channels_first && !kWgrad;
-#pragma unroll 1
-      for (int q = 0; q < 16 * kWarpColumns / 32; ++q) {
-        const int at = lane + q * 32;
-        const int row = along_rows ? at % 16 : at / kWarpColumns;
-        const int column = along_rows ? at / 16 : at % kWarpColumns;
-        const int offset = row_offset(first + row);
-        if (offset >= 0 && column < columns) {
-          out[offset +
-              (first_channel + column) * (kWgrad ? 1 : out_strides<kDirection>(p.g).channel)] =
-              *staged_at(row, column);
-        }
-      }
-    }
-    __syncwarp();
-  }
+  write_results<T, kDirection, kCopies, Block>(p, shared, d, rows, h, w);
 }
 
 template <class T, Direction kDirection, Copies kCopies, class Block>
