@@ -90,7 +90,9 @@ def test_layers_serve_inside_xla_alone(seen_by_tensorflow, monkeypatch):
     assert "inside XLA alone" in ops.reason_against_place(None)
     monkeypatch.setattr(ops, "inside_xla", lambda: True)
     assert ops.reason_against_place(None) is None
-    assert explain_layer(FastConv2D(1, 1)).served_by == "fastconv"
+    explanation = explain_layer(FastConv2D(1, 1, use_bias=False))
+    assert explanation.served_by == "fastconv"
+    assert explanation.reason == "float32 on the GPU, inside XLA"
     monkeypatch.setattr(xla, "reason_against_gpus", lambda: "this test says so")
     assert "on which the kernels cannot run here: this test says so" in ops.reason_against_all()
     assert explain_layer(FastConv2D(1, 1)).served_by == "stock"

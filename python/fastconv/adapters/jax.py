@@ -140,6 +140,11 @@ def reason_against_all() -> str | None:
     return None if reason is None else f"the kernels cannot run in JAX here: {reason}"
 
 
+def place() -> str:
+    """Where the kernels compute, in words."""
+    return "the GPU" if jax.default_backend() == "gpu" else "the CPU"
+
+
 # --- public operations ----------------------------------------------------------------------------
 # The arguments are those of fastconv.adapters.tensorflow; fastconv.jax documents them.
 

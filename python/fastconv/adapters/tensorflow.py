@@ -140,6 +140,11 @@ def reason_against_all() -> str | None:
     return None
 
 
+def place() -> str:
+    """Where the kernels compute, in words."""
+    return "the GPU, inside XLA" if _gpus() else "the CPU"
+
+
 def _gpus() -> list[Any]:
     gpus: list[Any] = tf.config.get_visible_devices("GPU")
     return gpus

@@ -66,6 +66,11 @@ def reason_against_all() -> str | None:
     return None
 
 
+def place() -> str:
+    """Where the kernels compute, in words."""
+    return "the CPU"
+
+
 # --- public operations ----------------------------------------------------------------------------
 # The arguments are those of fastconv.adapters.tensorflow. fastconv.torch has those of PyTorch.
 

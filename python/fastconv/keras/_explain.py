@@ -9,6 +9,7 @@ import keras
 from fastconv.keras._stand_in import (
     JOINING,
     STAND_INS,
+    adapter,
     reason_for_stock_always,
     reason_last_told,
 )
@@ -87,7 +88,7 @@ def _explain(layer: keras.layers.Layer) -> tuple[str, str]:
 
 
 def _how(layer: keras.layers.Layer) -> str:
-    parts = [f"{layer.compute_dtype} on the CPU"]
+    parts = [f"{layer.compute_dtype} on {adapter.place()}"]
     if isinstance(layer, _CONVOLUTIONS_WITH_EPILOGUE):
         fused = ["bias"] if layer.use_bias else []
         if layer.activation is keras.activations.relu:
