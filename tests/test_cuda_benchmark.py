@@ -43,6 +43,9 @@ class Peer:
         call()
         return calls * 1e-6
 
+    def kernel_seconds(self, call, calls):
+        return calls * 1e-7
+
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", ["float32", "tf32", "float16"])
@@ -60,4 +63,5 @@ def test_measure(monkeypatch, direction, dtype):
     assert row["name"] == "small"
     assert row["largest_difference"] < (1e-6 if dtype == "float32" else 4e-3)
     assert np.isclose(row["seconds_fastconv"], benchmark.CALLS * 1e-6)
+    assert np.isclose(row["kernel_seconds_cuDNN"], benchmark.CALLS * 1e-7)
     assert row["algorithm"] != "tensor_core_gemm" or dtype != "float32"

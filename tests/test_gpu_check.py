@@ -115,7 +115,8 @@ def test_report(tmp_path, gpu_check):
     row = {
         "problem": "mb1ic8ih8oc8kh3", "name": "conv", "direction": "fprop", "dtype": "float16",
         "algorithm": "tensor_core_gemm", "blocking": "64x64x32 tiles", "predicted_seconds": 1e-6,
-        "flops": 4e6, "largest_difference": 1e-3, "seconds_fastconv": 2e-6, "seconds_cuDNN": 3e-6,
+        "flops": 4e6, "largest_difference": 1e-3, "seconds_fastconv": 9e-6, "seconds_cuDNN": 8e-6,
+        "kernel_seconds_fastconv": 2e-6, "kernel_seconds_cuDNN": 3e-6,
     }  # fmt: skip
     report.benchmark = {"peer": "cuDNN 9", "rows": [row], "failures": []}
     assert gpu_check.finish(report) == 1
@@ -127,4 +128,5 @@ def test_report(tmp_path, gpu_check):
     assert "| racecheck | left out: no compute-sanitizer here |" in text
     assert "1 passed" in text
     assert "| conv `mb1ic8ih8oc8kh3` | fprop | float16 | tensor_core_gemm: 64x64x32 tiles " in text
-    assert "| 2.0 | 3.0 | 1.50 | 2.0 | 1.0e-03 |" in text
+    assert "| 2.0 | 3.0 | 1.50 | 2.0 | 9.0 | 8.0 | 1.0e-03 |" in text
+    assert "| float16 | fprop | 1 | 1.50 | 1.50 | 1.50 |" in text

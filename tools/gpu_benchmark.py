@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Times fastconv's convolutions on the GPU beside cuDNN's, by PyTorch or CuPy; prints JSON.
 
-Both compute the same layer from the same memory in turn, in one process. A time is the median of
-the rounds, each of several calls between two events of the stream. Called by tools/gpu_check.py.
-Exits with 4 where neither library is there.
+Both compute the same layer from the same memory in turn, in one process. Two times are taken: that of
+a call, by two events of the stream around several of them, median of the rounds, which for small
+layers is that of Python and the launches; and that of the kernels alone, their durations added up,
+where PyTorch's profiler tells them. Called by tools/gpu_check.py. Exits with 4 where neither library
+is there.
 """
 
 import argparse
@@ -67,6 +69,17 @@ class Torch:
         order = (0, 2, 3, 1) if direction == "dgrad" else (2, 3, 1, 0)
         return call, lambda results: results[which].permute(*order).contiguous()
 
+    def kernel_seconds(self, call, calls):
+        """Of all kernels, copies and fills of a call, whoever launches them."""
+        from torch.profiler import ProfilerActivity, profile
+
+        self.torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
+            for _ in range(calls):
+                call()
+            self.torch.cuda.synchronize()
+        return sum(event.self_device_time_total for event in seen.key_averages()) / 1e6 / calls
+
     def seconds(self, call, calls):
         start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -118,6 +131,9 @@ class CuPy:
         order = (2, 3, 1, 0) if direction == "wgrad" else (0, 2, 3, 1)
         return call, lambda _: cupy.ascontiguousarray(out.transpose(order))
 
+    def kernel_seconds(self, call, calls):
+        return None
+
     def seconds(self, call, calls):
         start, end = self.cupy.cuda.Event(), self.cupy.cuda.Event()
         start.record()
@@ -153,6 +169,9 @@ class Host:
         }[direction]
         return call, lambda result: result
 
+    def kernel_seconds(self, call, calls):
+        return None
+
     def seconds(self, call, calls):
         start = time.perf_counter()
         for _ in range(calls):
@@ -186,7 +205,8 @@ def measure(peer, problem, direction, dtype):
     shapes = (problem.x_shape, problem.w_shape, problem.y_shape)
     peer.prepare(dtype)
     ours.set_float32_math("tf32" if dtype == "tf32" else "ieee")
-    x, w, dy = (peer.array(rng.standard_normal(s).astype(np.float32)) for s in shapes)
+    theirs = [peer.array(rng.standard_normal(s).astype(np.float32)) for s in shapes]
+    x, w, dy = (ours.asarray(array) for array in theirs)
     geometry = geometry_of(problem)
     function, arguments = {
         "fprop": (ours.conv2d, (x, w)),
@@ -194,7 +214,7 @@ def measure(peer, problem, direction, dtype):
         "wgrad": (ours.conv2d_grad_filter, (x, dy, problem.w_shape)),
     }[direction]
     calls = {"fastconv": partial(function, *arguments, **geometry)}
-    calls["cuDNN"], in_our_layout = peer.convolution(problem, direction, x, w, dy)
+    calls["cuDNN"], in_our_layout = peer.convolution(problem, direction, *theirs)
     found, expected = peer.host(calls["fastconv"]()), peer.host(in_our_layout(calls["cuDNN"]()))
     for call in calls.values():
         peer.seconds(call, WARM_UP)
@@ -202,6 +222,7 @@ def measure(peer, problem, direction, dtype):
     for _ in range(ROUNDS):
         for name, call in calls.items():
             times[name].append(peer.seconds(call, CALLS))
+    alone = {name: peer.kernel_seconds(call, CALLS) for name, call in calls.items()}
     stored = "float32" if dtype == "tf32" else dtype
     chosen = ours.explain(
         problem.x_shape, problem.w_shape, direction=direction, dtype=stored, **geometry
@@ -217,6 +238,7 @@ def measure(peer, problem, direction, dtype):
         "flops": problem.flops(),
         "largest_difference": float(abs(found - expected).max() / abs(expected).max()),
         **{f"seconds_{name}": statistics.median(values) for name, values in times.items()},
+        **{f"kernel_seconds_{name}": seconds for name, seconds in alone.items()},
     }
 
 

@@ -2,7 +2,8 @@
 """Runs fastconv's CUDA kernels on this machine's GPU and writes a report to send back.
 
 1. builds the package with the CUDA kernels in a virtual environment of its own, which sees the
-   PyTorch or CuPy that is installed outside;
+   PyTorch or CuPy that is installed outside (--installed: takes the fastconv of the Python that runs
+   this program, for machines without a network);
 2. runs the tests of the kernels on the device;
 3. runs some of them under compute-sanitizer, where it is installed: memcheck, racecheck, initcheck,
    synccheck;
@@ -21,6 +22,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -32,6 +34,8 @@ NO_GPU = 3
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Small problems of each kernel: compute-sanitizer slows a kernel down a hundred times.
 SANITIZED_TESTS = ["tests/test_cuda_kernels.py", "-k", "not large and not same_bits"]
+# The others are about the emulator and the compiler, which need no GPU.
+TESTS = [f"tests/test_cuda{name}.py" for name in ("", "_kernels", "_xla", "_frameworks")]
 REHEARSED_TESTS = ["tests/test_cuda_kernels.py", "-k", "nan_and_infinity"]
 NO_PEER = 4  # of gpu_benchmark.py
 
@@ -56,6 +60,42 @@ def gpu():
 def compute_sanitizer():
     places = [shutil.which("compute-sanitizer"), "/usr/local/cuda/bin/compute-sanitizer"]
     return next((place for place in places if place and os.access(place, os.X_OK)), None)
+
+
+def times_of(row):
+    """(fastconv's, cuDNN's) time in seconds: of the kernels alone, where the peer tells them."""
+    alone = [row[f"kernel_seconds_{name}"] for name in ("fastconv", "cuDNN")]
+    return [row[f"seconds_{name}"] for name in ("fastconv", "cuDNN")] if None in alone else alone
+
+
+def tables_of(rows):
+    """Lines of Markdown: means of the ratios, and a row for each layer."""
+    ratios = {}
+    for row in rows:
+        mine, theirs = times_of(row)
+        ratios.setdefault((row["dtype"], row["direction"]), []).append(theirs / mine)
+    lines = [
+        "| type | pass | layers | cuDNN / fastconv, geometric mean | least | largest |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for (dtype, direction), values in ratios.items():
+        lines.append(
+            f"| {dtype} | {direction} | {len(values)} | {statistics.geometric_mean(values):.2f} "
+            f"| {min(values):.2f} | {max(values):.2f} |"
+        )
+    head = ["layer", "pass", "type", "kernel", "fastconv us", "cuDNN us", "cuDNN / fastconv"]
+    head += ["TFLOP/s", "calls: fastconv us", "cuDNN us", "difference"]
+    lines += ["", f"| {' | '.join(head)} |", "|---|---|---|---" + "|---:" * 7 + "|"]
+    for row in rows:
+        mine, theirs = times_of(row)
+        lines.append(
+            f"| {row['name'] or ''} `{row['problem']}` | {row['direction']} | {row['dtype']} "
+            f"| {row['algorithm']}: {row['blocking']} | {mine * 1e6:.1f} | {theirs * 1e6:.1f} "
+            f"| {theirs / mine:.2f} | {row['flops'] / mine / 1e12:.1f} "
+            f"| {row['seconds_fastconv'] * 1e6:.1f} | {row['seconds_cuDNN'] * 1e6:.1f} "
+            f"| {row['largest_difference']:.1e} |"
+        )
+    return lines
 
 
 class Report:
@@ -102,19 +142,7 @@ class Report:
         ]
         if self.benchmark:
             text += ["", f"## Times beside {self.benchmark['peer']}", ""]
-            text.append(
-                "| layer | pass | type | kernel | fastconv us | cuDNN us | cuDNN / fastconv "
-                "| TFLOP/s | difference |"
-            )
-            text.append("|---|---|---|---|---:|---:|---:|---:|---:|")
-            for row in self.benchmark["rows"]:
-                mine, theirs = row["seconds_fastconv"], row["seconds_cuDNN"]
-                text.append(
-                    f"| {row['name'] or ''} `{row['problem']}` | {row['direction']} | {row['dtype']} "
-                    f"| {row['algorithm']}: {row['blocking']} | {mine * 1e6:.1f} "
-                    f"| {theirs * 1e6:.1f} | {theirs / mine:.2f} | {row['flops'] / mine / 1e12:.1f} "
-                    f"| {row['largest_difference']:.1e} |"
-                )
+            text += tables_of(self.benchmark["rows"])
         for name, result, _, lines in self.steps:
             text += ["", f"## {name}: {result}", "", "```", *lines, "```"]
         path = FOLDER / "report.md"
@@ -131,6 +159,8 @@ def main():
                         help="compile for this GPU's architecture alone: one minute, not ten")  # fmt: skip
     parser.add_argument("--quick", action="store_true",
                         help="without compute-sanitizer; benchmark the article's layers alone")  # fmt: skip
+    parser.add_argument("--installed", action="store_true",
+                        help="build nothing: test the fastconv installed in this Python")  # fmt: skip
     parser.add_argument("--folder", type=Path, default=FOLDER, help="default: build/gpu-check")
     parser.add_argument("--rehearse", type=Path, metavar="MODULE", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -161,6 +191,10 @@ def main():
             ["--rehearse"])  # fmt: skip
         return finish(report)
 
+    if options.installed:
+        report.add("build", "left out: the installed fastconv")
+        return run_all(report, sys.executable, on_device, options)
+
     environment = {"FASTCONV_CUDA": "ON" if nvcc() else "pypi"}
     if nvcc():
         environment["CUDACXX"] = nvcc()
@@ -187,8 +221,11 @@ def main():
         )[0]  # fmt: skip
     if not built:
         return finish(report)
-    tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_cuda*.py"))
-    run(report, python, on_device, options, tests, SANITIZED_TESTS,
+    return run_all(report, python, on_device, options)
+
+
+def run_all(report, python, on_device, options):
+    run(report, python, on_device, options, TESTS, SANITIZED_TESTS,
         ["--suite", "mnist"] if options.quick else [])  # fmt: skip
     return finish(report)
 
