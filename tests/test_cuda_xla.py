@@ -1,7 +1,7 @@
 """The handlers that XLA calls on a GPU, called as XLA would: by a call frame made here.
 
-XLA itself has no GPU in the tests, so that what is between a JAX or TensorFlow program and the call
-frame is not run on hardware yet.
+XLA itself has no GPU in the tests: what is between a JAX program and the call frame is
+tests/test_cuda_frameworks.py's, on machines that have one.
 """
 
 import ctypes

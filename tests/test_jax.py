@@ -346,7 +346,7 @@ def test_a_failed_self_test_is_told(no_reason, monkeypatch):
 
 
 def test_registration_on_gpus(no_reason, monkeypatch):
-    """Played: on this machine JAX has no GPU. Not yet run on hardware."""
+    """Played: on this machine JAX has no GPU. tests/test_cuda_frameworks.py is for one that has."""
     registered = {}
 
     def register(name, capsule, platform, api_version):

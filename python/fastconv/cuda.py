@@ -9,7 +9,7 @@ such arrays too; those here take ``stream`` besides.
 Everything is enqueued on a stream and nothing waits for it but ``DeviceArray.numpy()`` and
 ``Stream.synchronize()``. What other streams have been given to do with the inputs comes first.
 
-Not yet run on hardware: in the tests the kernels run on an emulator.
+They have run on an H200; in the tests the kernels run on an emulator.
 """
 
 from __future__ import annotations

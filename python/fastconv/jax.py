@@ -7,8 +7,7 @@ own, the kernel is called once for each. On several devices each computes its pa
 the gradients of filters and biases are summed over the devices; arrays sharded along another axis are
 gathered first.
 
-Arrays are float32. The kernels run on the CPU; with fastconv's CUDA module, on NVIDIA GPUs too (not
-yet run on hardware).
+Arrays are float32. The kernels run on the CPU; with fastconv's CUDA module, on NVIDIA GPUs too.
 """
 
 from __future__ import annotations
