@@ -669,13 +669,16 @@ class Runner:
     memory: Memory = dataclasses.field(default_factory=Memory)
 
     def run(self, case):
-        """Raises Wrong if any result of the case is."""
+        """Raises Wrong if any result of the case is, or is refused."""
         data = Data(case)
         with running_on(threads=case.threads):
-            if case.is_conv:
-                self._convolution(case, data)
-            else:
-                self._pooling(case, data)
+            try:
+                if case.is_conv:
+                    self._convolution(case, data)
+                else:
+                    self._pooling(case, data)
+            except (ValueError, TypeError, MemoryError, RuntimeError) as error:
+                raise Wrong(f"{type(error).__name__}: {error}") from error
 
     def _about_to(self, case, **what):
         if self.note is not None:
