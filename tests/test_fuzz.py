@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fuzz
 import pytest
+
+import fuzz
 
 
 def test_random_problems():
