@@ -1,5 +1,7 @@
 """``out=``: results written to an array of the caller's."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -117,3 +119,26 @@ def test_empty_batch():
     x = X[:0]
     out = np.empty((0, 4, 6, 5), np.float32)
     assert fastconv.conv2d(x, W, out=out) is out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_large_results_begin_at_a_line_of_the_cache(dtype):
+    """Behind which stores of whole vectors would meet two lines each."""
+    x = np.ones((2, 40, 30, 24), dtype)
+    y, argmax = fastconv.max_pool2d(x, 2, strides=1, return_argmax=True)
+    w = np.ones((3, 3, 24, 20), dtype)
+    results = [
+        y,
+        argmax,
+        fastconv.max_pool2d_grad(y, argmax, x.shape, 2, strides=1),
+        fastconv.conv2d(x, w),
+        *fastconv.conv2d_max_pool2d(x, w, return_argmax=True)[:1],
+    ]
+    for result in results:
+        assert result.ctypes.data % 64 == 0
+        assert result.flags.c_contiguous
+        assert result.flags.writeable
+        assert result.flags.aligned
+    assert results[3].shape == (2, 38, 28, 20)
+    again = pickle.loads(pickle.dumps(y))
+    np.testing.assert_array_equal(again, y)
