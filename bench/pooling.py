@@ -4,8 +4,8 @@
 
 All libraries write outputs of their own making; glibc is told to keep freed memory (mallopt), so
 that nobody pays for fresh pages. TensorFlow's gradient is timed as its plain op and, with oneDNN's
-rewrite of the graph, as what forward and gradient take together less what forward takes. torch
-gets channels_last tensors; it is left out where it is not installed. The last line of each shape
+rewrite of the graph, as what forward and gradient take together less what forward takes; so is ours
+inside TensorFlow, whose ratios those of graphs are. torch gets channels_last tensors; it is left out where it is not installed. The last line of each shape
 tells the bandwidth of ours and of a copy of the same size.
 """
 
@@ -53,12 +53,6 @@ def of_tensorflow(x, dy, window, stride, padding):
     def forward(x):
         return tf.nn.max_pool2d(x, window, stride, sides)
 
-    def both(x, dy):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = forward(x)
-        return y, tape.gradient(y, x, dy)
-
     y = forward(x)
     options = {"ksize": [1, window, window, 1], "strides": [1, stride, stride, 1]}
     if padding:
@@ -69,12 +63,39 @@ def of_tensorflow(x, dy, window, stride, padding):
     def plain():
         return tf.raw_ops.MaxPoolGrad(orig_input=x, orig_output=y, grad=dy, **options)
 
-    in_graph, both_in_graph = tf.function(forward), tf.function(both)
+    return {"backward, plain op": plain, **in_graphs(forward, x, dy)}
+
+
+def in_graphs(forward, x, dy, forward_in_training=None):
+    import tensorflow as tf
+
+    def both(x, dy):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = (forward_in_training or forward)(x)
+        return y, tape.gradient(y, x, dy)
+
+    in_graph, both_in_graph = tf.function(forward, autograph=False), tf.function(both, autograph=False)
     return {
-        "forward": lambda: in_graph(x),
-        "backward, plain op": plain,
-        "both": lambda: both_in_graph(x, dy),
+        "forward, in a graph": lambda: in_graph(x),
+        "both, in a graph": lambda: both_in_graph(x, dy),
     }
+
+
+def of_fastconv_in_tensorflow(x, dy, window, stride, padding):
+    import tensorflow as tf
+
+    from fastconv.adapters import tensorflow as ops
+
+    sides = ((padding, padding), (padding, padding)) if padding else "valid"
+
+    def forward(x, **options):
+        return ops.max_pool2d(x, window, strides=stride, padding=sides, **options)
+
+    def in_training(x):
+        return forward(x, keep_argmax=True)
+
+    return in_graphs(forward, tf.constant(x), tf.constant(dy), in_training)
 
 
 def of_torch(x, dy, window, stride, padding):
@@ -99,7 +120,11 @@ def set_threads(threads):
     import fastconv
 
     fastconv.set_num_threads(threads)
-    makers = {"fastconv": of_fastconv, "TensorFlow": of_tensorflow}
+    makers = {
+        "fastconv": of_fastconv,
+        "fastconv in TensorFlow": of_fastconv_in_tensorflow,
+        "TensorFlow": of_tensorflow,
+    }
     try:
         import torch
     except ModuleNotFoundError:
@@ -189,13 +214,16 @@ def main(threads, seconds):
             made = make(x, dy, window, stride, padding)
             functions |= {f"{library}: {name}": function for name, function in made.items()}
         found = medians(functions, seconds)
-        found["TensorFlow: backward, in a graph"] = (
-            found.pop("TensorFlow: both") - found["TensorFlow: forward"]
-        )
+        for library in ("fastconv in TensorFlow", "TensorFlow"):
+            forward = found[f"{library}: forward, in a graph"]
+            both = found.pop(f"{library}: both, in a graph")
+            found[f"{library}: backward, in a graph"] = both - forward
         print(f"{shape}, {window} x {window}, stride {stride}, {threads} threads: microseconds")
         for name, microseconds in found.items():
             direction = "backward" if "backward" in name else "forward"
-            ratio = microseconds / found[f"fastconv: {direction}"]
+            graph = name.endswith("in a graph")
+            ours = f"fastconv{' in TensorFlow' * graph}: {direction}{', in a graph' * graph}"
+            ratio = microseconds / found[ours]
             print(f"  {name:34s}{microseconds:10.0f}" + (f"{ratio:8.2f}" if ":" in name else ""))
         moved = x.nbytes + dy.nbytes
         rates = [

@@ -397,7 +397,11 @@ void pool_grad_apart(const Pool2dProblem& p, int64_t i, const Pixels& out, const
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 3
           for (int s = 0; s < S; ++s) {
-            lanes.store(corner + channel + r * in.row + s * c, window.at_tap(r * S + s, scale));
+            float* const to = corner + channel + r * in.row + s * c;
+            // A row of windows writes several streams, of which the processor prefetches too little.
+            constexpr int64_t kAhead = 128;
+            if constexpr (V::kWidth > 1) __builtin_prefetch(to + kAhead, 1);
+            lanes.store(to, window.at_tap(r * S + s, scale));
           }
       });
       continue;
