@@ -168,9 +168,26 @@ def test_convolution_with_pooling_as_one_layer(digits, executed):
     assert_all_close(numpy([y]), numpy([wanted]))
 
 
+def test_mixed_policy(executed):
+    """All layers serve it; their results round otherwise than stock code's."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = every_layer("channels_last")
+        fast = fastconv.accelerate(keras.models.clone_model(model))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    wanted = trained(model)
+    assert executed() == {}
+    assert_all_close(trained(fast), wanted, 0.05)
+    assert {"FastconvConv2DTranspose", "FastconvAveragePool2DGrad"} < set(executed())
+    served = [e for e in fast_layers.summary(fast) if e.served_by == "fastconv"]
+    assert len(served) == sum(type(layer) in STAND_INS for layer in model.layers)
+    assert {str(weight.dtype) for weight in fast.weights} == {"float32"}
+
+
 def test_other_data_types_are_left_to_stock(executed, caplog):
     x = np.ones((1, 6, 6, 3), "float32")
-    fast = fast_layers.FastConv2D(2, 3, dtype="bfloat16")
+    fast = fast_layers.FastConv2D(2, 3, dtype="float64")
     with caplog.at_level(logging.DEBUG, "fastconv"):
         fast(x)
     assert executed() == {}

@@ -298,7 +298,12 @@ def test_two_devices_by_shard_map(mesh, draw):
         (lambda x, w: ops.conv2d(x[0], w), ValueError, "`x` must have 4 dimensions. Received"),
         (lambda x, w: ops.conv2d(x[:, :2], w), ValueError, "Received"),
         (lambda x, w: ops.conv2d(x, w, w), ValueError, "`bias` must have shape"),
-        (lambda x, w: ops.conv2d(x.astype("float16"), w), TypeError, "`x` must be of float32"),
+        (
+            lambda x, w: ops.conv2d(x.astype("int8"), w),
+            TypeError,
+            "`x` must be of float32, float16 or",
+        ),
+        (lambda x, w: ops.conv2d(x.astype("float16"), w), TypeError, "`w` must be of float16, as"),
         (lambda x, w: ops.conv2d(x, w, strides="2"), TypeError, "`strides` must be an integer"),
         (lambda x, w: ops.conv2d(x, w, padding="full"), ValueError, "`padding` must be"),
         (lambda x, w: ops.conv2d_transpose(x, w[0]), ValueError, "`w` must have 4 dimensions"),
@@ -311,6 +316,36 @@ def test_errors(call, error, message):
     for function in (call, jax.jit(call)):
         with pytest.raises(error, match=message):
             function(x, w)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sixteen_bits(dtype, draw, executed):
+    """Each operation as of float32, and rounded; its gradients too."""
+    x, w, bias = (jnp.asarray(draw(*s)).astype(dtype) for s in [(2, 8, 8, 4), (3, 3, 4, 8), (8,)])
+
+    def value_and_gradients(function):
+        def run(dy, *inputs):
+            y, gradient = jax.vjp(function, *inputs)
+            return y, *gradient(dy.astype(y.dtype))
+
+        return jax.jit(run)
+
+    for function, inputs, shape in [
+        (lambda *i: ops.conv2d(*i, activation="relu"), [x, w, bias], (2, 6, 6, 8)),
+        (ops.conv2d_max_pool2d, [x, w, bias], (2, 3, 3, 8)),
+        (lambda x: ops.max_pool2d(x, 3, strides=1), [x], (2, 6, 6, 4)),
+        (lambda x: ops.avg_pool2d(x, 2), [x], (2, 4, 4, 4)),
+    ]:
+        dy = jnp.asarray(draw(*shape)).astype(dtype)
+        both = value_and_gradients(function)
+        found = both(dy, *inputs)
+        wanted = both(*[array.astype("float32") for array in (dy, *inputs)])
+        for array, exact in zip(found, wanted, strict=True):
+            assert array.dtype == dtype
+            np.testing.assert_array_equal(array, exact.astype(dtype))
+    assert len(executed()) == 9
+    many = jax.vmap(lambda x: ops.conv2d(x, w, bias))(x[:, None])
+    np.testing.assert_array_equal(many[:, 0], ops.conv2d(x, w, bias))
 
 
 def test_forward_mode_is_refused(draw):

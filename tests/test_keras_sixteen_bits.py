@@ -1,7 +1,5 @@
 """Layers of float16 and bfloat16, mixed policies among them, beside Keras's own."""
 
-import logging
-
 import keras
 import numpy as np
 import pytest
@@ -228,17 +226,35 @@ def test_files(policy, draw, tmp_path):
     np.testing.assert_array_equal(again.predict(x, verbose=0), y)
 
 
+def test_training_inside_xla(policy, draw, rng, executed_in_xla):
+    x, y = draw(32, 12, 12, 2), rng.integers(0, 5, 32)
+    losses = []
+    for jit_compile in (False, True):
+        model = fastconv.accelerate(network())
+        model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=jit_compile)
+        losses.append(model.fit(x, y, batch_size=16, verbose=0).history["loss"])
+    assert {"FastconvConv2DMaxPool2DGrad", "FastconvConv2DGradFilter"} <= executed_in_xla().keys()
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_inside_xla(dtype, draw, executed_in_xla):
+    def run(x, w):
+        with tf.GradientTape() as tape:
+            tape.watch([x, w])
+            y = ops.max_pool2d(ops.conv2d(x, w, activation="relu"), 3, strides=2, keep_argmax=True)
+            y = ops.avg_pool2d(y, 2)
+        return [y, *tape.gradient(y, [x, w])]
+
+    inputs = [tf.cast(draw(*shape), dtype) for shape in [IMAGES, (3, 3, 4, 8)]]
+    found = tf.function(run, jit_compile=True, autograph=False)(*inputs)
+    assert len(executed_in_xla()) == 7
+    for tensor, wanted in zip(found, run(*inputs), strict=True):
+        assert tensor.dtype == wanted.dtype == dtype
+        np.testing.assert_array_equal(tf.cast(tensor, "float32"), tf.cast(wanted, "float32"))
+
+
 # --- what is left to stock code -------------------------------------------------------------------
-
-
-def test_inside_xla(draw, executed_in_xla, caplog):
-    layer = FastConv2D(4, 3, dtype="mixed_bfloat16")
-    x = draw(*IMAGES)
-    with caplog.at_level(logging.DEBUG, "fastconv"):
-        y = tf.function(layer, jit_compile=True)(x)
-    assert executed_in_xla() == {}
-    assert "inside which the kernels serve float32 alone" in caplog.text
-    assert_near(y, layer(x), 4 * unit("bfloat16"))
 
 
 def test_inputs_of_another_type(draw, executed):

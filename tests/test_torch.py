@@ -289,5 +289,35 @@ def test_accelerate(draw, executed):
     assert counts["FastconvConv2D"] == counts["FastconvMaxPool2DWithArgmax"] == 3
     model.double()(x.double())
     assert executed() == counts, "other data types are PyTorch's"
+    model.bfloat16()(x.bfloat16())
+    assert executed()["FastconvConv2D"] == 4
     ops.restore(model)
     assert [type(module) for module in model] == [type(module) for module in stock]
+
+
+@FORMATS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sixteen_bits(dtype, memory_format, draw):
+    """Each operation as of float32, and rounded; its gradients too."""
+    x = draw(2, 4, 8, 8).to(dtype).contiguous(memory_format=memory_format)
+    w, bias = draw(8, 4, 3, 3).to(dtype), draw(8).to(dtype)
+    for function, given in [
+        (lambda *inputs: ops.conv2d(*inputs, padding="same", activation="relu"), [x, w, bias]),
+        (lambda x: ops.max_pool2d(x, 3, 2), [x]),
+        (lambda x: ops.avg_pool2d(x, 2), [x]),
+    ]:
+        inputs = [tensor.detach().requires_grad_() for tensor in given]
+        wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
+        y, wanted = function(*inputs), function(*wide)
+        dy = draw(*y.shape).to(dtype)
+        found = [y, *torch.autograd.grad(y, inputs, dy, create_graph=True)]
+        wanted = [wanted, *torch.autograd.grad(wanted, wide, dy.float())]
+        for tensor, exact in zip(found, wanted, strict=True):
+            torch.testing.assert_close(tensor, exact.to(dtype), rtol=0, atol=0)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs)
+        torch.testing.assert_close(compiled, y, rtol=0, atol=0)
+    x, w = x.detach().requires_grad_(), w.requires_grad_()
+    (dx,) = torch.autograd.grad(ops.conv2d(x, w).sum(), x, create_graph=True)
+    assert torch.autograd.grad(dx.sum(), w)[0].dtype == dtype
+    with pytest.raises(TypeError, match=r"`w` must be of .*, as the first tensor is"):
+        ops.conv2d(x, w.float())

@@ -3,7 +3,8 @@
 // core/operations.hpp. A door (TensorFlow's C API, XLA's FFI) brings
 //
 //   Attributes   integers<N>(name), text(name)
-//   Tensor       type(), rank(), dim(axis), data(); values(), the data of a tensor of the op's type T
+//   Tensor       type(), rank(), dim(axis), data(); values(type), the data of a
+//                tensor of the op's type T, which is `type`
 //   Context      num_inputs(), num_outputs(), output_type(i), input(i), output(i, shape);
 //                operations(), unless they are those of the host
 //
@@ -285,7 +286,7 @@ class Conv2dKernel {
                             std::to_string(context.num_inputs()) + " inputs");
     }
     check_shape(*output, "output", problem.y_shape());
-    return output->values();
+    return output->values(problem.dtype);
   }
 
  private:
@@ -308,8 +309,8 @@ class Conv2d : public Conv2dKernel {
     const Conv2dProblem p = problem(rank4_shape(x, "x"), filter);
     if (bias) check_shape(*bias, "bias", std::array{p.k});
     const auto y = context.output(0, p.y_shape());
-    operations_of(context).conv2d_fprop(p, x.values(), filter.values(),
-                                        bias ? bias->values() : nullptr, y.values());
+    operations_of(context).conv2d_fprop(p, x.values(p.dtype), filter.values(p.dtype),
+                                        bias ? bias->values(p.dtype) : nullptr, y.values(p.dtype));
   }
 };
 
@@ -338,9 +339,9 @@ class Conv2dScaled : public Conv2dKernel {
     check_shape(bias, "bias", std::array{p.k});
     if (residual) check_shape(*residual, "residual", p.y_shape());
     const auto y = context.output(0, p.y_shape());
-    operations_of(context).conv2d_scaled_fprop(p, x.values(), filter.values(), scale.values(),
-                                               bias.values(),
-                                               residual ? residual->values() : nullptr, y.values());
+    operations_of(context).conv2d_scaled_fprop(
+        p, x.values(p.dtype), filter.values(p.dtype), scale.values(p.dtype), bias.values(p.dtype),
+        residual ? residual->values(p.dtype) : nullptr, y.values(p.dtype));
   }
 };
 
@@ -361,7 +362,8 @@ class Conv2dGradInput : public Conv2dKernel {
     check_shape(dy, "dy", p.y_shape());
     const void* mask = checked_mask(p, context, output);
     const auto dx = context.output(0, p.x_shape());
-    operations_of(context).conv2d_dgrad(p, dy.values(), filter.values(), mask, dx.values());
+    operations_of(context).conv2d_dgrad(p, dy.values(p.dtype), filter.values(p.dtype), mask,
+                                        dx.values(p.dtype));
   }
 };
 
@@ -383,8 +385,8 @@ class Conv2dGradFilter : public Conv2dKernel {
     const void* mask = checked_mask(p, context, output);
     const auto dfilter = context.output(0, p.filter_shape());
     if (context.num_outputs() == 1) {
-      operations_of(context).conv2d_wgrad(p, x.values(), dy.values(), mask, dfilter.values(),
-                                          nullptr);
+      operations_of(context).conv2d_wgrad(p, x.values(p.dtype), dy.values(p.dtype), mask,
+                                          dfilter.values(p.dtype), nullptr);
       return;
     }
     if (context.num_outputs() > 2) {
@@ -392,8 +394,8 @@ class Conv2dGradFilter : public Conv2dKernel {
                             std::to_string(context.num_outputs() - 1));
     }
     const auto dbias = context.output(1, std::array{p.k});
-    operations_of(context).conv2d_wgrad(p, x.values(), dy.values(), mask, dfilter.values(),
-                                        dbias.values());
+    operations_of(context).conv2d_wgrad(p, x.values(p.dtype), dy.values(p.dtype), mask,
+                                        dfilter.values(p.dtype), dbias.values(p.dtype));
   }
 };
 
@@ -435,7 +437,8 @@ class Conv2dTranspose : public Conv2dKernel {
     const Conv2dProblem p = problem(y_shape, filter);
     check_shape(x, "x", p.y_shape());  // the stride and the offset may not fit each other
     const auto y = context.output(0, y_shape);
-    operations_of(context).conv2d_dgrad(p, x.values(), filter.values(), nullptr, y.values());
+    operations_of(context).conv2d_dgrad(p, x.values(p.dtype), filter.values(p.dtype), nullptr,
+                                        y.values(p.dtype));
   }
 
  private:
@@ -505,7 +508,7 @@ class MaxPool2d : public Pool2dKernel {
     const auto x = context.input(0);
     const Pool2dProblem p = problem(x);
     const auto y = context.output(0, p.y_shape());
-    operations_of(context).max_pool2d_fprop(p, x.values(), y.values(), nullptr);
+    operations_of(context).max_pool2d_fprop(p, x.values(p.dtype), y.values(p.dtype), nullptr);
   }
 };
 
@@ -526,7 +529,7 @@ class MaxPool2dWithArgmax : public Pool2dKernel {
     check_argmax_type(p, context.output_type(1));
     const auto y = context.output(0, p.y_shape());
     const auto argmax = context.output(1, p.y_shape());
-    operations_of(context).max_pool2d_fprop(p, x.values(), y.values(), argmax.data());
+    operations_of(context).max_pool2d_fprop(p, x.values(p.dtype), y.values(p.dtype), argmax.data());
   }
 };
 
@@ -547,7 +550,8 @@ class MaxPool2dGrad : public Pool2dKernel {
     check_shape(argmax, "argmax", p.y_shape());
     check_shape(dy, "dy", p.y_shape());
     const auto dx = context.output(0, p.x_shape());
-    operations_of(context).max_pool2d_bprop(p, dy.values(), argmax.data(), dx.values());
+    operations_of(context).max_pool2d_bprop(p, dy.values(p.dtype), argmax.data(),
+                                            dx.values(p.dtype));
   }
 };
 
@@ -568,11 +572,13 @@ class MaxPool2dGradGrad : public Pool2dKernel {
     check_shape(argmax, "argmax", p.y_shape());
     const auto ddy = context.output(0, p.y_shape());
     if (p.argmax_fits_byte()) {
-      operations_of(context).gather_at_argmax(
-          p, ddx.values(), static_cast<const std::uint8_t*>(argmax.data()), ddy.values());
+      operations_of(context).gather_at_argmax(p, ddx.values(p.dtype),
+                                              static_cast<const std::uint8_t*>(argmax.data()),
+                                              ddy.values(p.dtype));
     } else {
-      operations_of(context).gather_at_argmax(
-          p, ddx.values(), static_cast<const std::int32_t*>(argmax.data()), ddy.values());
+      operations_of(context).gather_at_argmax(p, ddx.values(p.dtype),
+                                              static_cast<const std::int32_t*>(argmax.data()),
+                                              ddy.values(p.dtype));
     }
   }
 };
@@ -591,7 +597,7 @@ class AveragePool2d : public Pool2dKernel {
     const auto x = context.input(0);
     const Pool2dProblem p = problem(x);
     const auto y = context.output(0, p.y_shape());
-    operations_of(context).avg_pool2d_fprop(p, x.values(), y.values());
+    operations_of(context).avg_pool2d_fprop(p, x.values(p.dtype), y.values(p.dtype));
   }
 };
 
@@ -610,7 +616,7 @@ class AveragePool2dGrad : public Pool2dKernel {
     const Pool2dProblem p = problem(x);
     check_shape(dy, "dy", p.y_shape());
     const auto dx = context.output(0, p.x_shape());
-    operations_of(context).avg_pool2d_bprop(p, dy.values(), dx.values());
+    operations_of(context).avg_pool2d_bprop(p, dy.values(p.dtype), dx.values(p.dtype));
   }
 };
 
@@ -638,14 +644,15 @@ class Conv2dMaxPool2d : public Conv2dKernel {
                             std::to_string(context.num_outputs() - 1));
     }
     const auto y = context.output(0, pool.y_shape());
-    const void* const bias_data = bias ? bias->values() : nullptr;
+    const void* const bias_data = bias ? bias->values(p.dtype) : nullptr;
     if (context.num_outputs() == 1) {
-      operations_of(context).conv2d_pool_fprop(p, x.values(), filter.values(), bias_data,
-                                               y.values(), nullptr);
+      operations_of(context).conv2d_pool_fprop(p, x.values(p.dtype), filter.values(p.dtype),
+                                               bias_data, y.values(p.dtype), nullptr);
       return;
     }
     const auto argmax = context.output(1, pool.y_shape());
-    operations_of(context).conv2d_pool_fprop(p, x.values(), filter.values(), bias_data, y.values(),
+    operations_of(context).conv2d_pool_fprop(p, x.values(p.dtype), filter.values(p.dtype),
+                                             bias_data, y.values(p.dtype),
                                              static_cast<std::uint8_t*>(argmax.data()));
   }
 };
@@ -690,9 +697,9 @@ class Conv2dMaxPool2dGrad : public Conv2dKernel {
     if (num_dx) dx.emplace(context.output(1, p.x_shape()));
     if (num_bias) dbias.emplace(context.output(static_cast<int>(1 + num_dx), std::array{p.k}));
     operations_of(context).conv2d_pool_bprop(
-        p, x.values(), filter.values(), dy.values(), y.values(),
-        static_cast<const std::uint8_t*>(argmax.data()), dx ? dx->values() : nullptr,
-        dfilter.values(), dbias ? dbias->values() : nullptr);
+        p, x.values(p.dtype), filter.values(p.dtype), dy.values(p.dtype), y.values(p.dtype),
+        static_cast<const std::uint8_t*>(argmax.data()), dx ? dx->values(p.dtype) : nullptr,
+        dfilter.values(p.dtype), dbias ? dbias->values(p.dtype) : nullptr);
   }
 
  private:

@@ -7,7 +7,9 @@ own, the kernel is called once for each. On several devices each computes its pa
 the gradients of filters and biases are summed over the devices; arrays sharded along another axis are
 gathered first.
 
-Arrays are float32. The kernels run on the CPU; with fastconv's CUDA module, on NVIDIA GPUs too.
+Where float32 is written below, arrays may be of float16 or bfloat16 as well, all of a call of one of them;
+sums are float32, and results are rounded once. The kernels run on the CPU; with fastconv's CUDA module, on
+NVIDIA GPUs too, float32 alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Convolution and pooling of PyTorch tensors by fastconv's kernels.
 
-Arguments are those of ``torch.nn.functional``; tensors are float32 on the CPU, (batch, channels,
-height, width) or without the batch. Memory is neither copied nor rearranged: contiguous tensors are
+Arguments are those of ``torch.nn.functional``; tensors are on the CPU, (batch, channels,
+height, width) or without the batch. Where float32 is written below, they may be of float16 or bfloat16 as
+well, all of a call of one of them; sums are float32, and results are rounded once. Memory is neither copied nor rearranged: contiguous tensors are
 computed as NCHW, those of ``torch.channels_last`` as NHWC, and results have the memory format of the
 input. Filters alone are rearranged, in each call.
 
@@ -264,10 +265,11 @@ def _pool2d_padding(
 # --- modules --------------------------------------------------------------------------------------
 
 
-def _is_served(input: Any) -> bool:  # noqa: A002
+def _is_served(input: Any, weight: Tensor | None = None) -> bool:  # noqa: A002
     return (
         isinstance(input, torch.Tensor)
-        and input.dtype == torch.float32
+        and input.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and (weight is None or weight.dtype == input.dtype)
         and input.device.type == "cpu"
         and input.layout == torch.strided
     )
@@ -275,7 +277,7 @@ def _is_served(input: Any) -> bool:  # noqa: A002
 
 class _FastConv2d(torch.nn.Conv2d):  # type: ignore[misc]
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
-        if self.padding_mode != "zeros" or not _is_served(input):
+        if self.padding_mode != "zeros" or not _is_served(input, weight):
             return super()._conv_forward(input, weight, bias)
         return conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 

@@ -65,7 +65,7 @@ class Tensor {
   int rank() const { return TF_NumDims(tensor_.get()); }
   int64_t dim(int axis) const { return TF_Dim(tensor_.get(), axis); }
   void* data() const { return TF_TensorData(tensor_.get()); }
-  void* values() const { return data(); }
+  void* values(fastconv::DataType) const { return data(); }      // TensorFlow has checked it
   float* floats() const { return static_cast<float*>(data()); }  // of an op of float32 alone
 
  private:

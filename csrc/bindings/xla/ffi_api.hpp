@@ -56,7 +56,14 @@ struct ErrorDestroyArguments {
   Error* error;
 };
 
-enum class DataType : int { int32 = 4, int64 = 5, uint8 = 6, float32 = 11 };
+enum class DataType : int {
+  int32 = 4,
+  int64 = 5,
+  uint8 = 6,
+  float16 = 10,
+  float32 = 11,
+  bfloat16 = 16
+};
 struct Buffer {
   std::size_t struct_size;
   Extension* extensions;

@@ -70,6 +70,8 @@ class Tensor {
   ElementType type() const {
     switch (buffer_->type) {
       case DataType::float32: return ElementType::float32;
+      case DataType::float16: return ElementType::float16;
+      case DataType::bfloat16: return ElementType::bfloat16;
       case DataType::int32: return ElementType::int32;
       case DataType::uint8: return ElementType::uint8;
       default: return ElementType::other;
@@ -78,11 +80,13 @@ class Tensor {
   int rank() const { return static_cast<int>(buffer_->rank); }
   int64_t dim(int axis) const { return buffer_->dims[axis]; }
   void* data() const { return buffer_->data; }
-  // On the host and on GPUs, of float32 alone.
-  void* values() const {
-    if (type() != ElementType::float32) {
-      throw InvalidArgument("Tensors must be of float32. Received: the data type " +
-                            std::to_string(static_cast<int>(buffer_->type)) + " of XLA's");
+  void* values(fastconv::DataType expected) const {
+    const bool is_float = type() != ElementType::other && type() != ElementType::int32 &&
+                          type() != ElementType::uint8;
+    if (!is_float || framework::data_type_of(*this) != expected) {
+      throw InvalidArgument(
+          "Tensors must be of float32, float16 or bfloat16, all of one. Received: the data type " +
+          std::to_string(static_cast<int>(buffer_->type)) + " of XLA's");
     }
     return data();
   }

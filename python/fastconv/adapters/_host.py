@@ -163,7 +163,7 @@ def _at_argmax(ddx: Array, argmax: Array, attributes: Attributes) -> Array:
     else:
         n, c, _, _ = ddx.shape
         taken = np.take_along_axis(ddx.reshape(n, c, -1), flat.reshape(n, c, -1), axis=2)
-    return np.where(inside, taken.reshape(argmax.shape), np.float32(0))
+    return np.where(inside, taken.reshape(argmax.shape), ddx.dtype.type(0))
 
 
 def _padding_before(shape: Shape, attributes: Attributes) -> tuple[int, int]:

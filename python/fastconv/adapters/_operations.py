@@ -236,7 +236,7 @@ def _conv2d_pool_extents(filter_shape: FilterShape, attributes: Attributes) -> _
 
 
 def outputs(
-    name: str, filter_shape: FilterShape, attributes: Attributes
+    name: str, filter_shape: FilterShape, attributes: Attributes, dtype: str = "float32"
 ) -> list[tuple[str, Extents]]:
     """The data type and the extents of each output of the operation ``name``.
 
@@ -244,40 +244,41 @@ def outputs(
         name: the operation.
         filter_shape: the shape of input 1 where that is a filter, as far as it is known.
         attributes: the operation's.
+        dtype: that of the inputs.
 
     Returns:
         A list; the extents are None where not even the rank is known.
     """
-    biases: list[Any] = [("float32", [Extent(1, 3)])] * attributes.get("num_bias", 0)
+    biases: list[Any] = [(dtype, [Extent(1, 3)])] * attributes.get("num_bias", 0)
     if name in (CONV2D, CONV2D_SCALED):
-        return [("float32", _conv2d_extents(filter_shape, attributes))]
+        return [(dtype, _conv2d_extents(filter_shape, attributes))]
     if name == CONV2D_TRANSPOSE:
-        return [("float32", _transpose_extents(attributes))]
+        return [(dtype, _transpose_extents(attributes))]
     if name == CONV2D_GRAD_FILTER:
-        return [("float32", like(1)), *biases]
+        return [(dtype, like(1)), *biases]
     if name in (CONV2D_GRAD_INPUT, MAX_POOL2D_GRAD, AVERAGE_POOL2D_GRAD):
-        return [("float32", like(0))]
+        return [(dtype, like(0))]
     if name in (MAX_POOL2D, AVERAGE_POOL2D):
-        return [("float32", _pool_extents(attributes))]
+        return [(dtype, _pool_extents(attributes))]
     if name == MAX_POOL2D_WITH_ARGMAX:
         extents = _pool_extents(attributes)
-        return [("float32", extents), (argmax_dtype(attributes), extents)]
+        return [(dtype, extents), (argmax_dtype(attributes), extents)]
     if name == MAX_POOL2D_GRAD_GRAD:
-        return [("float32", like(1))]
+        return [(dtype, like(1))]
     if name == CONV2D_MAX_POOL2D:
         pooled = _conv2d_pool_extents(filter_shape, attributes)
-        return [("float32", pooled), *[("uint8", pooled)] * attributes["num_argmax"]]
+        return [(dtype, pooled), *[("uint8", pooled)] * attributes["num_argmax"]]
     if name == CONV2D_MAX_POOL2D_GRAD:
-        inputs: list[Any] = [("float32", like(0))] * attributes["num_dx"]
-        return [("float32", like(1)), *inputs, *biases]
-    channels: Any = ("float32", [Extent(0, 3)])
+        inputs: list[Any] = [(dtype, like(0))] * attributes["num_dx"]
+        return [(dtype, like(1)), *inputs, *biases]
+    channels: Any = (dtype, [Extent(0, 3)])
     if name == BATCH_NORM_MOMENTS:
         return [channels, channels]
     if name == BATCH_NORM:
-        return [("float32", like(0))]
+        return [(dtype, like(0))]
     if name == BATCH_NORM_GRAD:
-        residuals: list[Any] = [("float32", like(0))] * attributes["num_output"]
-        return [("float32", like(0)), channels, channels, *residuals]
+        residuals: list[Any] = [(dtype, like(0))] * attributes["num_output"]
+        return [(dtype, like(0)), channels, channels, *residuals]
     raise LookupError(name)
 
 

@@ -117,8 +117,12 @@ def supports_jit() -> bool:
     return True
 
 
-# The data types that the layers may leave to us.
-DTYPES = ("float32",)
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def dtypes() -> tuple[str, ...]:
+    """The data types that the layers may leave to us."""
+    return _DTYPES if jax.default_backend() == "cpu" else ("float32",)
 
 
 def reason_against_kind(x: Any) -> str | None:
@@ -254,15 +258,21 @@ def _conv2d_max_pool2d(inputs: Sequence[Array], attributes: Attributes) -> Array
 
 
 def _arrays(**arrays: Any) -> list[Array]:
-    """Those that are not None as arrays of JAX's."""
-    converted = []
+    """Those that are not None as arrays of JAX's, all of one of our data types."""
+    converted: list[Array] = []
     for name, array in arrays.items():
         if array is None:
             continue
         array = jnp.asarray(array)
-        if array.dtype != jnp.float32:
-            raise TypeError(f"`{name}` must be of float32. Received: {name}.dtype={array.dtype}")
-        converted.append(array)
+        dtype = array.dtype.name
+        if not converted and dtype not in _DTYPES:
+            rule = "float32, float16 or bfloat16"
+        elif converted and array.dtype != converted[0].dtype:
+            rule = f"{converted[0].dtype}, as `x` is"
+        else:
+            converted.append(array)
+            continue
+        raise TypeError(f"`{name}` must be of {rule}. Received: {name}.dtype={dtype}")
     return converted
 
 
@@ -488,7 +498,7 @@ def _call(name: str, inputs: Sequence[Array], attributes: Attributes) -> Any:
             jnp.dtype(dtype),
         )
         for dtype, extents in _operations.outputs(
-            name, shapes[-1 if len(inputs) < 2 else 1], attributes
+            name, shapes[-1 if len(inputs) < 2 else 1], attributes, inputs[0].dtype.name
         )
         if extents is not None
     ]

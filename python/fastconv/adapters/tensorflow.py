@@ -4,9 +4,9 @@ The kernels are TensorFlow ops of the library ``libfastconv_tensorflow`` beside 
 compute on the CPU, in float32; importing this module loads and registers them, after which a
 SavedModel that holds them can be loaded as well. Where a docstring says float32, tensors may be of
 float16 or bfloat16 as well, all of a call of one of them, and so is the result, which is rounded
-once; batch normalisation and what is compiled by XLA are of float32 alone. In a graph that XLA will compile, the same kernels
-are called as ``fastconv.adapters.xla`` does it. ``inside_xla()`` tells whether the graph under
-construction goes there. It cannot tell of a ``tf.function`` that is traced now and called from a
+once; batch normalisation and what XLA compiles for a GPU are of float32 alone. In a graph that XLA
+will compile, the same kernels are called as ``fastconv.adapters.xla`` does it. ``inside_xla()`` tells
+whether the graph under construction goes there. It cannot tell of a ``tf.function`` that is traced now and called from a
 compiled one later; TensorFlow refuses to compile that one.
 """
 
@@ -106,8 +106,9 @@ def supports_jit() -> bool:
     return bool(_gpus()) or xla.available()
 
 
-# The data types that the layers may leave to us.
-DTYPES = ("float32", "float16", "bfloat16")
+def dtypes() -> tuple[str, ...]:
+    """The data types that the layers may leave to us."""
+    return ("float32",) if _gpus() else ("float32", "float16", "bfloat16")
 
 
 def reason_against_kind(x: object) -> str | None:
@@ -119,10 +120,9 @@ def reason_against_kind(x: object) -> str | None:
 
 def reason_against_place(x: object) -> str | None:
     """Why the kernels cannot run where ``x`` is; None if they can."""
+    del x
     if (reason := reason_against_all()) is not None:
         return reason
-    if inside_xla() and getattr(x, "dtype", tf.float32) != tf.float32:
-        return "the graph is compiled by XLA, inside which the kernels serve float32 alone"
     if _gpus() and not inside_xla():
         return "TensorFlow sees a GPU, where the kernels run inside XLA alone (jit_compile=True)"
     if inside_xla() and not xla.available():
@@ -520,7 +520,7 @@ class _TensorFlow(_operations.Framework):
         inputs = list(inputs)
         shape = inputs[1].shape if len(inputs) > 1 else None
         filter_shape = None if shape is None or shape.rank is None else tuple(shape)
-        outputs = _operations.outputs(name, filter_shape, attributes)
+        outputs = _operations.outputs(name, filter_shape, attributes, inputs[0].dtype.name)
         if inside_xla() and xla.available():
             return _run_inside_xla(name, inputs, attributes, outputs)
         return _run_op(name, inputs, attributes, outputs)

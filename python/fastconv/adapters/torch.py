@@ -2,7 +2,8 @@
 
 Each operation is an op of the library ``fastconv`` in PyTorch's dispatcher, such as
 ``torch.ops.fastconv.conv2d``, with fake tensors (``torch.compile``, ``torch.export``) and gradients
-of any order. Tensors are float32 on the CPU; the kernels read and write their memory in place.
+of any order. Tensors are float32, float16 or bfloat16 on the CPU; the kernels read and write their
+memory in place.
 """
 
 from __future__ import annotations
@@ -43,8 +44,12 @@ def supports_jit() -> bool:
     return True
 
 
-# The data types that the layers may leave to us.
-DTYPES = ("float32",)
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def dtypes() -> tuple[str, ...]:
+    """The data types that the layers may leave to us."""
+    return _DTYPES
 
 
 def reason_against_kind(x: Any) -> str | None:
@@ -191,22 +196,31 @@ _transpose_attributes = _once(_operations.conv2d_transpose_attributes)
 
 
 def _tensors(**tensors: Any) -> list[Tensor]:
-    """Those that are not None, of which each must be a float32 tensor on the CPU."""
-    checked = []
+    """Those that are not None: tensors on the CPU, all of one of our data types."""
+    checked: list[Tensor] = []
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         tensor = getattr(tensor, "value", tensor)  # of a variable of Keras's
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"`{name}` must be a torch.Tensor. Received: {name}={shown(tensor)}")
-        if tensor.dtype != torch.float32:
-            raise TypeError(f"`{name}` must be of float32. Received: {name}.dtype={tensor.dtype}")
+        rule = None
+        if not checked and _dtype_name(tensor) not in _DTYPES:
+            rule = "float32, float16 or bfloat16"
+        elif checked and tensor.dtype != checked[0].dtype:
+            rule = f"{_dtype_name(checked[0])}, as the first tensor is"
+        if rule is not None:
+            raise TypeError(f"`{name}` must be of {rule}. Received: {name}.dtype={tensor.dtype}")
         if tensor.device.type not in ("cpu", "meta"):
             raise ValueError(
                 f"`{name}` must be on the CPU. Received: {name}.device={tensor.device}"
             )
         checked.append(tensor)
     return checked
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _run_in_place(name: str, inputs: Sequence[Tensor], attributes: Attributes) -> Tensor:
@@ -324,7 +338,9 @@ def _shapes(
     if inputs[0].dim() != 4:
         return None
     shapes = []
-    for dtype, extents in _operations.outputs(name, filter_shape, attributes):
+    for dtype, extents in _operations.outputs(
+        name, filter_shape, attributes, _dtype_name(inputs[0])
+    ):
         if extents is None:
             return None
         shape = [
@@ -334,6 +350,26 @@ def _shapes(
             return None
         shapes.append((shape, getattr(torch, dtype)))
     return shapes
+
+
+def _array(tensor: Tensor) -> Any:
+    """A NumPy array in the tensor's memory. Of bfloat16 PyTorch makes none."""
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    try:
+        import ml_dtypes
+    except ModuleNotFoundError as error:
+        raise TypeError(
+            "bfloat16 needs the package ml_dtypes. Received: a tensor of bfloat16"
+        ) from error
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def _tensor(array: Any) -> Tensor:
+    """A tensor in the array's memory."""
+    if array.dtype.name != "bfloat16":
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
 
 
 def _define(name: str) -> Any:
@@ -370,18 +406,18 @@ def _define(name: str) -> Any:
     def compute(*arguments: Any) -> Any:
         _follow_torch_threads()
         given, attributes = split(arguments)
-        arrays = [tensor.detach().contiguous().numpy() for tensor in given]
+        arrays = [_array(tensor.detach().contiguous()) for tensor in given]
         shapes = _shapes(name, given, attributes)
         if shapes is None or name in (
             _operations.CONV2D_MAX_POOL2D_GRAD,
             _operations.MAX_POOL2D_GRAD_GRAD,
         ):
-            outputs = [torch.from_numpy(y) for y in _host.run(name, arrays, attributes)]
+            outputs = [_tensor(y) for y in _host.run(name, arrays, attributes)]
         else:
             # PyTorch's memory is aligned to cache lines.
             first = torch.empty(shapes[0][0], dtype=shapes[0][1])
-            _, *others = _host.run(name, arrays, attributes, out=first.numpy())
-            outputs = [first, *(torch.from_numpy(y) for y in others)]
+            _, *others = _host.run(name, arrays, attributes, out=_array(first))
+            outputs = [first, *(_tensor(y) for y in others)]
         _executed[name] += 1
         return all_outputs(outputs, attributes, given[0])
 

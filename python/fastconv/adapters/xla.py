@@ -33,7 +33,13 @@ __all__ = [
 ]
 
 _MODULE_VERSION = 9  # of XlaCallModule: StableHLO as text, platforms in an attribute
-_TYPES = {tf.float32: "f32", tf.uint8: "ui8", tf.int32: "i32"}
+_TYPES = {
+    tf.float32: "f32",
+    tf.float16: "f16",
+    tf.bfloat16: "bf16",
+    tf.uint8: "ui8",
+    tf.int32: "i32",
+}
 
 _logger = logging.getLogger("fastconv")
 

@@ -131,10 +131,9 @@ def reason_for_stock(inputs: Tensor, compute_dtype: str, rank: int = 4) -> str |
     if reason is not None:
         return reason
     dtype = keras.backend.standardize_dtype(inputs.dtype)
-    if compute_dtype != dtype or dtype not in adapter.DTYPES:
-        return (
-            f"the data type is not {_listed(adapter.DTYPES)}: {dtype}, computed in {compute_dtype}"
-        )
+    served = adapter.dtypes()
+    if compute_dtype != dtype or dtype not in served:
+        return f"the data type is not {_listed(served)}: {dtype}, computed in {compute_dtype}"
     shape = static_shape(inputs)
     if len(shape) != rank:
         return f"the input's rank is not {rank}: {inputs.shape}"
@@ -161,10 +160,9 @@ def reason_for_stock_always(layer: keras.layers.Layer) -> str | None:
     """Why the kernels serve no input of ``layer``, as far as it is known; None if they may."""
     if adapter is None:
         return _reason_without_adapter
-    if layer.compute_dtype not in adapter.DTYPES:
+    if layer.compute_dtype not in (served := adapter.dtypes()):
         return (
-            f"the data type is not {_listed(adapter.DTYPES)}: "
-            f"the layer computes in {layer.compute_dtype}"
+            f"the data type is not {_listed(served)}: the layer computes in {layer.compute_dtype}"
         )
     return cast("str | None", adapter.reason_against_all()) or reason_against_arguments(layer)
 
