@@ -139,7 +139,7 @@ constexpr int depthwise_rows_in_registers() {
 }
 
 template <class V, int R, int Step>
-constexpr int depthwise_rows = max64(2, depthwise_rows_in_registers<V, R, Step>());
+constexpr int kDepthwiseRows = max64(2, depthwise_rows_in_registers<V, R, Step>());
 
 // `Edge`: some source rows may be missing, above no more than R; or some rows of the tile.
 template <class V, int R, int Step, int Rows, bool Edge, bool Masked, class Channels>
@@ -292,7 +292,7 @@ constexpr int depthwise_cells_in_registers() {
 }
 
 template <class V, int R, int Step>
-constexpr int depthwise_cell_rows = max64(1, depthwise_cells_in_registers<V, R, Step>());
+constexpr int kDepthwiseCellRows = max64(1, depthwise_cells_in_registers<V, R, Step>());
 
 // `Rows` of cells. `Edge`: some source rows, or some output rows, may not exist.
 template <class V, int R, int Step, int Rows, bool Edge, bool Masked, class Channels>
@@ -589,7 +589,7 @@ template <class V, DepthwiseWalk kWalk, int R, int Step, bool Masked>
 DepthwiseKernels depthwise_kernels_of() {
   constexpr int64_t kAny = int64_t{1} << 60;
   if constexpr (kWalk == DepthwiseWalk::gather) {
-    constexpr int kRows = depthwise_rows<V, R, Step>;
+    constexpr int kRows = kDepthwiseRows<V, R, Step>;
     constexpr auto kEdge = depthwise_tile<V, R, Step, kRows, true, Masked>;
     return {.rows = kRows,
             .source_rows = (kRows - 1) * Step + R,
@@ -599,7 +599,7 @@ DepthwiseKernels depthwise_kernels_of() {
             .whole = depthwise_tile<V, R, Step, kRows, false, Masked>,
             .edge = {kEdge, kEdge, kEdge, kEdge}};
   } else if constexpr (kWalk == DepthwiseWalk::scatter) {
-    constexpr int kRows = depthwise_cell_rows<V, R, Step>;
+    constexpr int kRows = kDepthwiseCellRows<V, R, Step>;
     constexpr auto kEdge = depthwise_scatter_tile<V, R, Step, kRows, true, Masked>;
     return {.rows = kRows,
             .source_rows = kRows + (R - 1) / Step,
