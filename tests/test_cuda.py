@@ -126,6 +126,128 @@ class VersionedDlpack(Dlpack):
         return self.array.__dlpack__(stream=stream, max_version=(1, 0))
 
 
+class ByExchange:
+    """An array of a type that has DLPack's exchange API, and no other way of being taken."""
+
+    stream = LEGACY
+    requires_grad = False
+
+    def __init__(self, array):
+        self.array = array
+        self.given = 0
+
+    def __dlpack_device__(self):
+        raise AssertionError("this is not how it is to be asked")
+
+    __dlpack__ = __dlpack_device__
+
+
+class Header(ctypes.Structure):
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("previous", ctypes.c_void_p),
+    ]
+
+
+FROM_OBJECT = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p)
+CURRENT_STREAM = ctypes.PYFUNCTYPE(
+    ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p)
+)
+
+
+class ExchangeApi(ctypes.Structure):
+    _fields_ = [
+        ("header", Header),
+        ("allocate", ctypes.c_void_p),
+        ("managed_from_object", FROM_OBJECT),
+        ("object_from_managed", ctypes.c_void_p),
+        ("tensor_from_object", FROM_OBJECT),
+        ("current_stream", CURRENT_STREAM),
+    ]
+
+
+TENSOR_OFFSET, TENSOR_BYTES = 32, 48  # behind version, context, deleter and flags
+
+
+def managed(array):
+    """The address of a managed tensor that is the caller's to give back."""
+    capsule = array.__dlpack__(stream=-1, max_version=(1, 0))
+    python = ctypes.pythonapi
+    python.PyCapsule_GetPointer.restype = ctypes.c_void_p
+    python.PyCapsule_GetPointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+    python.PyCapsule_SetName.argtypes = (ctypes.py_object, ctypes.c_char_p)
+    address = python.PyCapsule_GetPointer(capsule, b"dltensor_versioned")
+    python.PyCapsule_SetName(capsule, b"used_dltensor_versioned")
+    return address
+
+
+@FROM_OBJECT
+def managed_from_object(source, out):
+    source.given += 1
+    ctypes.c_void_p.from_address(out).value = managed(source.array)
+    return 0
+
+
+@FROM_OBJECT
+def tensor_from_object(source, out):
+    """Borrowed: that of the array, whose shape outlives the capsule."""
+    capsule = source.array.__dlpack__(stream=-1, max_version=(1, 0))
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.restype, get.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    ctypes.memmove(out, get(capsule, b"dltensor_versioned") + TENSOR_OFFSET, TENSOR_BYTES)
+    return 0
+
+
+@CURRENT_STREAM
+def current_stream(kind, device, out):
+    assert (kind, device) == (2, 0)
+    out[0] = ByExchange.stream
+    return 0
+
+
+EXCHANGE = ExchangeApi(
+    Header(1, 3, None), None, managed_from_object, None, tensor_from_object, current_stream
+)
+NEWER = ExchangeApi(Header(2, 0, ctypes.addressof(EXCHANGE)))
+NEW_CAPSULE = ctypes.pythonapi.PyCapsule_New
+NEW_CAPSULE.restype = ctypes.py_object
+NEW_CAPSULE.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+
+
+@pytest.fixture(params=[EXCHANGE, NEWER], ids=["exchange 1", "exchange 2"])
+def exchange(request, monkeypatch):
+    capsule = NEW_CAPSULE(ctypes.addressof(request.param), b"dlpack_exchange_api", None)
+    monkeypatch.setattr(ByExchange, "__dlpack_c_exchange_api__", capsule, raising=False)
+
+
+def test_exchange_api(exchange, pair):
+    x, w, y = pair
+    source = ByExchange(x)
+    taken = gpu_functions.asarray(source)
+    assert (taken.pointer, taken.shape, source.given) == (x.pointer, x.shape, 1)
+    assert_close(gpu_functions.conv2d(source, ByExchange(w)), y)
+    del source, x
+    gc.collect()
+    assert_close(gpu_functions.conv2d(taken, w), y)
+
+
+def test_exchange_api_and_streams(exchange, pair, monkeypatch):
+    x, w, y = pair
+    producer = gpu_functions.Stream()
+    monkeypatch.setattr(ByExchange, "stream", producer.handle)
+    made = gpu_functions.conv2d(x, w, stream=producer)
+    ones = gpu_functions.array(np.eye(16, dtype=np.float16).reshape(1, 1, 16, 16))
+    assert_close(gpu_functions.conv2d(ByExchange(made), ones, stream=gpu_functions.Stream()), y)
+
+
+def test_exchange_api_is_left_to_their_method_where_a_gradient_is_needed(exchange, pair):
+    source = ByExchange(pair[0])
+    source.requires_grad = True
+    with pytest.raises(AssertionError, match="not how it is to be asked"):
+        gpu_functions.asarray(source)
+
+
 @pytest.mark.parametrize("foreign", [Interface, Dlpack, VersionedDlpack])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_arrays_of_others(foreign, dtype):

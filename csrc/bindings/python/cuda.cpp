@@ -233,13 +233,9 @@ ArrayPointer import_tensor(const dlpack::Tensor& tensor, std::shared_ptr<void> o
   return array;
 }
 
+// Gives the memory back when nobody has the array.
 template <class Managed>
-ArrayPointer import_capsule(PyObject* capsule, const char* capsule_name, const char* used_name,
-                            const char* name) {
-  auto* const managed = static_cast<Managed*>(PyCapsule_GetPointer(capsule, capsule_name));
-  if (managed == nullptr) throw py::error_already_set();
-  // From here on the memory is ours to give back.
-  if (PyCapsule_SetName(capsule, used_name) != 0) throw py::error_already_set();
+ArrayPointer import_managed(Managed* managed, const char* name) {
   std::shared_ptr<void> owner(managed, [](void* pointer) {
     auto* const given = static_cast<Managed*>(pointer);
     if (given->deleter != nullptr) given->deleter(given);
@@ -253,6 +249,16 @@ ArrayPointer import_capsule(PyObject* capsule, const char* capsule_name, const c
     read_only = (managed->flags & 1) != 0;
   }
   return import_tensor(managed->tensor, std::move(owner), read_only, name);
+}
+
+template <class Managed>
+ArrayPointer import_capsule(PyObject* capsule, const char* capsule_name, const char* used_name,
+                            const char* name) {
+  auto* const managed = static_cast<Managed*>(PyCapsule_GetPointer(capsule, capsule_name));
+  if (managed == nullptr) throw py::error_already_set();
+  // From here on the memory is ours to give back.
+  if (PyCapsule_SetName(capsule, used_name) != 0) throw py::error_already_set();
+  return import_managed(managed, name);
 }
 
 ArrayPointer import_dlpack(const py::object& object, const char* name) {
@@ -306,6 +312,49 @@ ArrayPointer import_interface(const py::object& object, const py::dict& interfac
   return array;
 }
 
+// The C functions of the object's type, where it has those of a version that we know.
+const dlpack::Exchange* exchange_of(const py::object& object) {
+  const auto type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
+  PyObject* const attribute = PyObject_GetAttrString(type, dlpack::kExchangeAttribute);
+  if (attribute == nullptr) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  const auto capsule = py::reinterpret_steal<py::object>(attribute);
+  if (!PyCapsule_IsValid(capsule.ptr(), dlpack::kExchangeName)) return nullptr;
+  // It lives as long as the type.
+  const auto* found = static_cast<const dlpack::Exchange*>(
+      PyCapsule_GetPointer(capsule.ptr(), dlpack::kExchangeName));
+  while (found != nullptr && found->version.major != 1) found = found->previous;
+  if (found == nullptr || found->managed_from_object == nullptr ||
+      found->tensor_from_object == nullptr || found->current_stream == nullptr)
+    return nullptr;
+  // PyTorch's own method refuses what needs a gradient, and says so.
+  if (py::getattr(object, "requires_grad", py::bool_(false)).cast<bool>()) return nullptr;
+  return found;
+}
+
+// By those functions: a tenth of the time that a method in Python takes. Null: not on a CUDA device, or
+// not to be had like that.
+ArrayPointer import_by_exchange(const py::object& object, const char* name) {
+  const dlpack::Exchange* const exchange = exchange_of(object);
+  dlpack::Tensor seen{};
+  if (exchange == nullptr) return nullptr;
+  if (exchange->tensor_from_object(object.ptr(), &seen) != 0) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  if (seen.device.type != dlpack::kCuda && seen.device.type != dlpack::kCudaManaged) return nullptr;
+  void* producer = nullptr;
+  dlpack::VersionedTensor* managed = nullptr;
+  if (exchange->current_stream(seen.device.type, seen.device.id, &producer) != 0 ||
+      exchange->managed_from_object(object.ptr(), &managed) != 0)
+    throw py::error_already_set();
+  ArrayPointer array = import_managed(managed, name);
+  cuda::check(*array->library, array->library->order(array->device, producer, t_stream));
+  return array;
+}
+
 bool is_dlpack_of_cuda(py::handle object) {
   if (!py::hasattr(object, "__dlpack_device__") || !py::hasattr(object, "__dlpack__")) return false;
   const auto device = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
@@ -320,6 +369,7 @@ bool is_device_array(const py::object& object) {
 
 ArrayPointer import_array(const py::object& object, const char* name) {
   if (py::isinstance<DeviceArray>(object)) return object.cast<ArrayPointer>();
+  if (ArrayPointer array = import_by_exchange(object, name)) return array;
   if (is_dlpack_of_cuda(object)) return import_dlpack(object, name);
   if (py::hasattr(object, "__cuda_array_interface__"))
     return import_interface(object, object.attr("__cuda_array_interface__"), name);

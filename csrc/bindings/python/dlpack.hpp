@@ -52,4 +52,19 @@ inline constexpr const char* kUsedName = "used_dltensor";
 inline constexpr const char* kVersionedName = "dltensor_versioned";
 inline constexpr const char* kUsedVersionedName = "used_dltensor_versioned";
 
+// The exchange API (DLPack 1.2): C functions of a type, found in an attribute of the type, instead of
+// Python methods of its objects. They return 0, or -1 with a Python exception set, and order nothing:
+// the consumer asks for the stream on which the producer works.
+struct Exchange {
+  Version version;
+  const Exchange* previous;  // of an older version
+  void* allocate;
+  int (*managed_from_object)(void* object, VersionedTensor** out);
+  void* object_from_managed;
+  int (*tensor_from_object)(void* object, Tensor* out);  // borrowed
+  int (*current_stream)(std::int32_t device_type, std::int32_t device, void** out);
+};
+inline constexpr const char* kExchangeName = "dlpack_exchange_api";
+inline constexpr const char* kExchangeAttribute = "__dlpack_c_exchange_api__";
+
 }  // namespace fastconv::python::dlpack
