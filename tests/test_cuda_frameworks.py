@@ -46,7 +46,8 @@ def in_jax(jax):
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_jax_conv2d(problem, jax, in_jax):
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_jax_conv2d(problem, dtype, jax, in_jax):
     data = integers(problem)
     options = {name: value for name, value in problem.geometry.items() if name != "groups"}
 
@@ -59,17 +60,24 @@ def test_jax_conv2d(problem, jax, in_jax):
         return y, *backward(dy)
 
     before = in_jax.ops_executed()
-    y, dx, dw, dbias = run(data.x, data.w, data.bias, data.dy)
+    inputs = [jax.numpy.asarray(a, dtype) for a in (data.x, data.w, data.bias, data.dy)]
+    y, dx, dw, dbias = run(*inputs)
+    assert {array.dtype.name for array in (y, dx, dw, dbias)} == {dtype}
+
+    def rounded(array):  # once, from the sum of float32
+        return np.asarray(jax.numpy.asarray(array, dtype), np.float32)
+
     assert {device.platform for device in y.devices()} == {"gpu"}
     expected = oracle.conv2d(data.x, data.w, data.bias, activation="relu", **problem.geometry)
     masked = {"mask": expected, **problem.geometry}
-    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(np.asarray(y, np.float32), rounded(expected))
     np.testing.assert_array_equal(
-        dx, oracle.conv2d_grad_input(data.dy, data.w, problem.x_shape, **masked)
+        np.asarray(dx, np.float32),
+        rounded(oracle.conv2d_grad_input(data.dy, data.w, problem.x_shape, **masked)),
     )
     wanted = oracle.conv2d_grad_filter(data.x, data.dy, problem.w_shape, **masked)
-    np.testing.assert_array_equal(dw, wanted[0])
-    np.testing.assert_array_equal(dbias, wanted[1])
+    np.testing.assert_array_equal(np.asarray(dw, np.float32), rounded(wanted[0]))
+    np.testing.assert_array_equal(np.asarray(dbias, np.float32), rounded(wanted[1]))
     ran = {k for k, v in in_jax.ops_executed().items() if v > before[k]}
     assert ran == {
         "FastconvConv2D",

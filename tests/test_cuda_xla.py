@@ -23,7 +23,7 @@ pytestmark = [cuda_support.EMULATOR_ONLY, pytest.mark.usefixtures("gpu")]
 
 # --- XLA's structs, of version 0.1 (csrc/bindings/xla/ffi_api.hpp)
 
-TYPES = {"float32": 11, "int32": 4, "uint8": 6}
+TYPES = {"float32": 11, "float16": 10, "int32": 4, "uint8": 6}
 INVALID_ARGUMENT, INTERNAL = 3, 13
 
 
@@ -272,27 +272,28 @@ CONVOLUTIONS = [
 
 
 @pytest.mark.parametrize("problem", CONVOLUTIONS, ids=str)
-def test_convolution(xla, problem):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_convolution(xla, problem, dtype):
     data = integers(problem)
     expected = solve_by_oracle(problem, data)
-    arrays = cuda_support.to_device(data)
+    arrays = cuda_support.to_device(data, dtype)
     relu = attributes_of(problem, "RELU")
     (y,) = xla.call(
         "FastconvConv2D",
         [arrays.x, arrays.w, arrays.bias],
-        [(problem.y_shape, np.float32)],
+        [(problem.y_shape, dtype)],
         **relu,
     )
     xla.stream.synchronize()
-    np.testing.assert_array_equal(y.numpy(), expected["y_fused"])
+    np.testing.assert_array_equal(y.numpy(), expected["y_fused"].astype(dtype))
     (dx,) = xla.call(
         "FastconvConv2DGradInput",
         [arrays.x, arrays.w, arrays.dy, arrays.output],
-        [(problem.x_shape, np.float32)],
+        [(problem.x_shape, dtype)],
         **relu,
     )
     xla.stream.synchronize()
-    np.testing.assert_array_equal(dx.numpy(), expected["dx_fused"])
+    np.testing.assert_array_equal(dx.numpy(), expected["dx_fused"].astype(dtype))
 
 
 def test_pooling(xla):
@@ -362,7 +363,8 @@ def test_second_derivative_of_max_pooling(xla, problem):
 
 
 @pytest.mark.parametrize("activation", ["LINEAR", "RELU"])
-def test_convolution_with_pooling(xla, activation):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_convolution_with_pooling(xla, activation, dtype):
     problem = Problem((2, 8, 9, 4), 8)
     data = integers(problem)
     options = {"activation": activation.lower()}
@@ -371,26 +373,26 @@ def test_convolution_with_pooling(xla, activation):
     )
     dy = problem.seed().integers(-3, 4, y_host.shape).astype(np.float32)
     gradients = fastconv.conv2d_max_pool2d_grad(data.x, data.w, dy, y_host, argmax_host, **options)
-    arrays = cuda_support.to_device(data)
+    arrays = cuda_support.to_device(data, dtype)
     attributes = attributes_of(problem, activation)
     y, argmax = xla.call(
         "FastconvConv2DMaxPool2D",
         [arrays.x, arrays.w, arrays.bias],
-        [(y_host.shape, np.float32), (y_host.shape, np.uint8)],
+        [(y_host.shape, dtype), (y_host.shape, np.uint8)],
         **attributes,
     )
     dw, dx, dbias = xla.call(
         "FastconvConv2DMaxPool2DGrad",
-        [arrays.x, arrays.w, gpu_functions.array(dy), y, argmax],
-        [(problem.w_shape, np.float32), (data.x.shape, np.float32), ((8,), np.float32)],
+        [arrays.x, arrays.w, gpu_functions.array(dy, dtype), y, argmax],
+        [(problem.w_shape, dtype), (data.x.shape, dtype), ((8,), dtype)],
         wanted=(1, 1),
         **attributes,
     )
     xla.stream.synchronize()
-    np.testing.assert_array_equal(y.numpy(), y_host)
+    np.testing.assert_array_equal(y.numpy(), y_host.astype(dtype))
     np.testing.assert_array_equal(argmax.numpy(), argmax_host)
     for found, expected in zip((dx, dw, dbias), gradients, strict=True):
-        np.testing.assert_array_equal(found.numpy(), expected)
+        np.testing.assert_array_equal(found.numpy(), expected.astype(dtype))
 
 
 def test_errors(xla):

@@ -90,29 +90,24 @@ class DeviceOperations {
   }
 
  private:
-  // The kernels could do more, which is not tried yet.
-  static void require_float32(const auto& problem) {
-    if (problem.dtype == DataType::float32) return;
-    throw InvalidArgument("On a GPU, tensors must be of float32. Received: another data type");
-  }
   static cuda::Conv2dCall conv2d_call(const Conv2dProblem& p, Direction direction) {
-    require_float32(p);
     cuda::Conv2dCall call;
     call.problem = p;
+    call.type = p.dtype;
     call.direction = direction;
     call.math = cuda::float32_math();
     return call;
   }
   static cuda::Conv2dPoolCall conv2d_pool_call(const Conv2dProblem& p) {
-    require_float32(p);
     cuda::Conv2dPoolCall call;
     call.problem = p;
+    call.type = p.dtype;
     call.math = cuda::float32_math();
     return call;
   }
   void run(const cuda::Conv2dCall& call) const { cuda::conv2d(library_, device_, stream_, call); }
-  void run(const cuda::Pool2dCall& call) const {
-    require_float32(call.problem);
+  void run(cuda::Pool2dCall call) const {
+    call.type = call.problem.dtype;
     cuda::check(library_, library_.pool2d(device_, stream_, &call));
   }
 

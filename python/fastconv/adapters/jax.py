@@ -122,7 +122,7 @@ _DTYPES = ("float32", "float16", "bfloat16")
 
 def dtypes() -> tuple[str, ...]:
     """The data types that the layers may leave to us."""
-    return _DTYPES if jax.default_backend() == "cpu" else ("float32",)
+    return _DTYPES
 
 
 def reason_against_kind(x: Any) -> str | None:
