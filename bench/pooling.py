@@ -75,7 +75,10 @@ def in_graphs(forward, x, dy, forward_in_training=None):
             y = (forward_in_training or forward)(x)
         return y, tape.gradient(y, x, dy)
 
-    in_graph, both_in_graph = tf.function(forward, autograph=False), tf.function(both, autograph=False)
+    in_graph, both_in_graph = (
+        tf.function(forward, autograph=False),
+        tf.function(both, autograph=False),
+    )
     return {
         "forward, in a graph": lambda: in_graph(x),
         "both, in a graph": lambda: both_in_graph(x, dy),
