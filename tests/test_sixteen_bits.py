@@ -111,6 +111,8 @@ PROBLEMS = [
 IN_PARTS = [
     Problem((20, 28, 28, 48), 40, padding="same"),
     Problem((7, 56, 56, 17), 30, data_format="channels_first"),
+    Problem((3, 56, 55, 48), 70, kernel=(1, 1)),  # pixel by pixel
+    Problem((3, 56, 55, 3), 70, kernel=(1, 1)),
 ]
 
 

@@ -108,11 +108,27 @@ int64_t images_within(int64_t budget_bytes, int64_t image_floats, int64_t images
   return (images + parts - 1) / parts;
 }
 
+// To a convolution by 1 x 1 filters that sees every pixel once, a pixel is an image, so that the parts of a
+// batch that is converted can be as small as the caches would have them. Not where few channels, or each
+// by itself, have kernels that go along a row.
+Conv2dProblem of_single_pixels(const Conv2dProblem& p) {
+  const bool sees_each_once = p.r == 1 && p.s == 1 && p.stride_h == 1 && p.stride_w == 1 &&
+                              p.oh == p.h && p.ow == p.w && p.pad_top == 0 && p.pad_left == 0;
+  const bool is_converted = p.dtype != DataType::float32 && p.layout == Layout::nhwc;
+  if (!sees_each_once || !is_converted || p.groups > 1 || p.c <= 4) return p;
+  Conv2dProblem small = p;
+  small.n = p.n * p.h * p.w;
+  small.h = small.w = small.oh = small.ow = 1;
+  return small;
+}
+
 // Images that are copied are taken so many at a time that they stay in the caches between that and the
 // kernels; of others, all at once. `fixed_bytes` is what each part costs besides.
 int64_t images_a_part(const Conv2dProblem& p, int64_t fixed_bytes) {
   if (Input::is_computed_on(p)) return p.n;
-  const int64_t budget = std::max(int64_t{6} << 20, 4 * fixed_bytes);
+  // Of single pixels, as many as fit into a core's own cache.
+  const int64_t least = p.h * p.w == 1 ? int64_t{1} << 20 : int64_t{6} << 20;
+  const int64_t budget = std::max(least, 4 * fixed_bytes);
   return images_within(budget, p.h * p.w * p.c + p.oh * p.ow * p.k, p.n);
 }
 
@@ -193,9 +209,10 @@ void conv2d_fprop(const Conv2dProblem& p, const void* x, const void* filter, con
   conv2d_scaled_fprop(p, x, filter, nullptr, bias, nullptr, y, algorithm);
 }
 
-void conv2d_scaled_fprop(const Conv2dProblem& p, const void* x, const void* filter,
+void conv2d_scaled_fprop(const Conv2dProblem& problem, const void* x, const void* filter,
                          const void* scale, const void* bias, const void* residual, void* y,
                          const char* algorithm) {
+  const Conv2dProblem p = of_single_pixels(problem);
   const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_computed(p), Direction::fprop, algorithm);
   if (p.n == 0) return;
   const Input own_filter(p.dtype, filter, p.filter_size());
@@ -230,8 +247,9 @@ void conv2d_scaled_fprop(const Conv2dProblem& p, const void* x, const void* filt
       });
 }
 
-void conv2d_dgrad(const Conv2dProblem& p, const void* dy, const void* filter, const void* y,
+void conv2d_dgrad(const Conv2dProblem& problem, const void* dy, const void* filter, const void* y,
                   void* dx, const char* algorithm) {
+  const Conv2dProblem p = of_single_pixels(problem);
   const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_computed(p), Direction::dgrad, algorithm);
   if (p.n == 0) return;
   const Input own_filter(p.dtype, filter, p.filter_size());
@@ -257,8 +275,9 @@ void conv2d_dgrad(const Conv2dProblem& p, const void* dy, const void* filter, co
       });
 }
 
-void conv2d_wgrad(const Conv2dProblem& p, const void* x, const void* dy, const void* y,
+void conv2d_wgrad(const Conv2dProblem& problem, const void* x, const void* dy, const void* y,
                   void* dfilter, void* dbias, const char* algorithm) {
+  const Conv2dProblem p = of_single_pixels(problem);
   const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_computed(p), Direction::wgrad, algorithm);
   if (p.n == 0) {  // zeros are zero bytes in every data type
     if (dfilter)
