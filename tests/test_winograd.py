@@ -27,6 +27,8 @@ PROBLEMS = [
     # Many blocks of tiles: inputs are transformed task by task.
     Problem((2, 70, 75, 24), 40, padding="same"),
     Problem((32, 13, 13, 32), 64),  # the article's second layer
+    Problem((2, 9, 11, 48), 20, padding="same", groups=2),
+    Problem((1, 13, 13, 27), 75, padding=((1, 0), (0, 2)), groups=3),
 ]
 
 

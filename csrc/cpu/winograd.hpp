@@ -38,18 +38,28 @@ struct Winograd {
   using Transform = WinogradTransform<V, M>;
 
   static bool serves(const Conv2dProblem& p, Direction direction) {
+    constexpr int64_t kLeastOfGroup = 8;  // channels
     return (direction != Direction::wgrad || M == 4) && p.r == 3 && p.s == 3 && p.stride_h == 1 &&
-           p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 && p.groups == 1;
+           p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 &&
+           (p.groups == 1 || min64(p.c_per_group(), p.k_per_group()) >= kLeastOfGroup);
   }
 
   static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
     if (direction == Direction::wgrad) return WinogradWgrad<V>::run(p, t);
     const Plan plan(p, direction);
-    if (direction == Direction::fprop) {
-      execute(plan, t.x, nullptr, t.filter, t.scale, t.bias,
-              {t.out, t.residual, t.argmax, t.pooled});
-    } else {
-      execute(plan, t.dy, t.y, t.filter, nullptr, nullptr, {t.out});
+    if (plan.tiles == 0) return;
+    const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes()));
+    // One group after the other: each is a convolution of some channels of the tensors.
+    for (int64_t group = 0; group < p.groups; ++group) {
+      const int64_t c = group * p.c_per_group(), k = group * p.k_per_group();
+      const auto from = [](auto* pointer, int64_t at) { return pointer ? pointer + at : nullptr; };
+      if (direction == Direction::fprop) {
+        execute(plan, workspace, t.x + c, nullptr, t.filter + k, from(t.scale, k), from(t.bias, k),
+                {t.out + k, from(t.residual, k), from(t.argmax, k), t.pooled});
+      } else {
+        execute(plan, workspace, t.dy + k, from(t.y, k), t.filter + k, nullptr, nullptr,
+                {t.out + c});
+      }
     }
   }
 
@@ -75,7 +85,9 @@ struct Winograd {
     const double stream = filter_bytes > (8 << 20) ? 4.0 : 0.6;
     const double cycles = products + transforms + filter_vectors * to_memory +
                           blocks * filter_vectors * stream * (plan.block_tiles < 12 ? 2 : 1) + 8000;
-    return {cycles * V::kWidth, plan.workspace_bytes(), M == 4 ? 5e-6 : 2e-6};
+    // Of few channels a group, each product is short of what it takes to begin it.
+    const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? 1.2 + 8 / c : 1);
+    return {cycles * V::kWidth * groups, plan.workspace_bytes(), M == 4 ? 5e-6 : 2e-6};
   }
 
   static std::string blocking(const Conv2dProblem& p, Direction direction) {
@@ -98,9 +110,11 @@ struct Winograd {
                                               .fuses_pool = fuses_pool};
 
  private:
-  // The convolution that is computed (dgrad's has the roles of C and K changed) and its blocking.
+  // The convolution of a group that is computed (dgrad's has the roles of C and K changed) and its
+  // blocking. Strides are from pixel to pixel, and from row to row of the filter.
   struct Plan {
     int64_t images, h, w, c, out_h, out_w, k, pad_top, pad_left;
+    int64_t c_stride, k_stride, filter_stride;
     bool turned, relu;
     float ceiling;  // with relu
     int64_t tiles_h, tiles_w, tiles, block_tiles, blocks;
@@ -114,10 +128,13 @@ struct Winograd {
       images = p.n;
       h = turned ? p.oh : p.h;
       w = turned ? p.ow : p.w;
-      c = turned ? p.k : p.c;
+      c = turned ? p.k_per_group() : p.c_per_group();
       out_h = turned ? p.h : p.oh;
       out_w = turned ? p.w : p.ow;
-      k = turned ? p.c : p.k;
+      k = turned ? p.c_per_group() : p.k_per_group();
+      c_stride = turned ? p.k : p.c;
+      k_stride = turned ? p.c : p.k;
+      filter_stride = p.k;
       pad_top = turned ? 2 - p.pad_top : p.pad_top;
       pad_left = turned ? 2 - p.pad_left : p.pad_left;
       relu = !turned && p.activation != Activation::linear;
@@ -171,10 +188,9 @@ struct Winograd {
     bool pooled = false;
   };
 
-  static void execute(const Plan& plan, const float* x, const float* mask, const float* filter,
-                      const float* scale, const float* bias, const Results& results) {
-    if (plan.tiles == 0) return;
-    const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes()));
+  static void execute(const Plan& plan, const Workspace& workspace, const float* x,
+                      const float* mask, const float* filter, const float* scale, const float* bias,
+                      const Results& results) {
     float* at = workspace.floats();
     const auto take = [&at](int64_t bytes) {
       float* here = at;
@@ -251,8 +267,10 @@ struct Winograd {
           Reg rows[V::kWidth];
 #pragma GCC unroll 16
           for (int j = 0; j < V::kWidth; ++j) {
-            rows[j] = j < valid ? V::load(filter + ((8 - tap) * plan.k + k + j) * plan.c + c, tail)
-                                : V::zero();
+            rows[j] =
+                j < valid
+                    ? V::load(filter + ((8 - tap) * plan.k + k + j) * plan.filter_stride + c, tail)
+                    : V::zero();
           }
           V::transpose(rows);
 #pragma GCC unroll 16
@@ -270,7 +288,8 @@ struct Winograd {
           for (int r = 0; r < 3; ++r) {
             g[r] = plan.turned
                        ? V::load(square[3 * r + s] + i * V::kWidth)
-                       : V::load(filter + ((3 * r + s) * plan.c + c + i) * plan.k + k, tail);
+                       : V::load(filter + ((3 * r + s) * plan.c + c + i) * plan.filter_stride + k,
+                                 tail);
             if (scale) g[r] = V::multiply(g[r], factor);
           }
           Transform::filter(g, columns[s]);
@@ -304,7 +323,7 @@ struct Winograd {
       for (int j = 0; j < kTile; ++j) {
         const int64_t row = top + i, column = left + j;
         const bool inside = row >= 0 && row < plan.h && column >= 0 && column < plan.w;
-        const int64_t at = ((n * plan.h + row) * plan.w + column) * plan.c;
+        const int64_t at = ((n * plan.h + row) * plan.w + column) * plan.c_stride;
         pixels[i * kTile + j] = inside ? x + at : zeros;
         masks[i * kTile + j] = inside && mask ? mask + at : zeros;
         if (inside && !is_zero(plan, x + at, mask ? mask + at : nullptr)) {
@@ -398,9 +417,9 @@ struct Winograd {
     const int64_t column = panel * kPanel;
     // Of the output, or of the pooled one, a pixel of which is two by two of these.
     const int64_t shift = results.pooled ? 1 : 0;
-    const int64_t row_floats = (plan.out_w >> shift) * plan.k;
+    const int64_t row_floats = (plan.out_w >> shift) * plan.k_stride;
     const int64_t corner = (n * (plan.out_h >> shift) + (top >> shift)) * row_floats +
-                           (left >> shift) * plan.k + column;
+                           (left >> shift) * plan.k_stride + column;
     const int64_t point_floats = plan.block_tiles * kPanel;
     for (int v = 0; v < plan.vectors_of(panel); ++v) {
       const int64_t at = int64_t{v} * V::kWidth;
@@ -438,13 +457,13 @@ struct Winograd {
             if (j >= width) break;
             Reg sum = biased(i, j, out[j]);
             if (results.residual) {
-              sum = V::add(sum, V::load(results.residual + first + j * plan.k, tail));
+              sum = V::add(sum, V::load(results.residual + first + j * plan.k_stride, tail));
             }
             const Reg result = activated(sum);
             if (valid == V::kWidth) {
-              V::store(row + j * plan.k, result);
+              V::store(row + j * plan.k_stride, result);
             } else {
-              V::store(row + j * plan.k, result, tail);
+              V::store(row + j * plan.k_stride, result, tail);
             }
           }
         }
@@ -464,7 +483,8 @@ struct Winograd {
                 return activated(biased(i + static_cast<int>(r), j + static_cast<int>(s),
                                         r ? lower[j + s] : upper[j + s]));
               },
-              results.y, results.argmax, corner + i / 2 * row_floats + j / 2 * plan.k + at, valid);
+              results.y, results.argmax, corner + i / 2 * row_floats + j / 2 * plan.k_stride + at,
+              valid);
         }
       }
     }

@@ -116,26 +116,42 @@ struct WinogradWgrad {
     const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes()));
     float* const zeros = workspace.floats();
     std::memset(zeros, 0, static_cast<std::size_t>(plan.zeros_floats) * 4);
-    if (plan.slots > 1) {
-      by_slots(p, plan, operands, zeros);
-    } else {
-      by_parts(p, plan, operands, zeros);
+    float* const sums = zeros + plan.zeros_floats;
+    float* const bias_sums = sums + plan.sums_floats;
+    // One group after the other: each is a convolution of some channels of the tensors.
+    for (int64_t group = 0; group < p.groups; ++group) {
+      const int64_t k = group * plan.k;
+      Conv2dOperands own = operands;
+      own.x += group * plan.c;
+      own.dy += k;
+      if (own.y) own.y += k;
+      own.out += k;
+      if (own.dbias) own.dbias += k;
+      if (plan.slots > 1) {
+        by_slots(p, plan, own, zeros, sums + k, bias_sums + k);
+      } else {
+        by_parts(p, plan, own, zeros);
+      }
     }
+    if (plan.slots == 1) return;
+    add_parts<V>(sums, plan.slots, p.filter_size(), operands.out);
+    if (operands.dbias) add_parts<V>(bias_sums, plan.slots, p.k, operands.dbias);
   }
 
   static Estimate estimate(const Conv2dProblem& p) {
     const Plan plan(p, true);
     // In cycles of a core that does one vector multiply-add each; constants by measurement.
-    const double tiles = static_cast<double>(plan.tiles), c = static_cast<double>(p.c);
-    const double c_vectors = static_cast<double>(ceil_div(p.c, V::kWidth));
+    const double tiles = static_cast<double>(plan.tiles), c = static_cast<double>(plan.c);
+    const double c_vectors = static_cast<double>(ceil_div(plan.c, V::kWidth));
     const double k_vectors = static_cast<double>(plan.vectors);
     const double parts = static_cast<double>(plan.parts);
     // A tile's sums are made ready and stored at each point and part.
     const double products = kPoints * (tiles * 1.25 + parts * 10) * c * k_vectors;
     const double transforms = tiles * (c_vectors * 450 + k_vectors * 400);
     const double back = parts * c * k_vectors * 300;
-    return {(products + transforms + back + 6000 * parts) * V::kWidth, plan.workspace_bytes(),
-            5e-6};
+    const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? 1.2 + 8 / c : 1);
+    return {(products + transforms + back + 6000 * parts) * V::kWidth * groups,
+            plan.workspace_bytes(), 5e-6};
   }
 
   static std::string blocking(const Conv2dProblem& p) {
@@ -145,8 +161,9 @@ struct WinogradWgrad {
   }
 
  private:
+  // Of one group.
   struct Plan {
-    int64_t c, tiles_h, tiles_w, tiles, parts, part_tiles;
+    int64_t c, k, tiles_h, tiles_w, tiles, parts, part_tiles;
     int64_t vectors, panels, panel_vectors;  // of output channels
     int64_t rows, c_tiles, c_groups, group_channels;
     int64_t x_row, x_point, dy_point;  // floats from tile to tile, and from point to point
@@ -156,24 +173,25 @@ struct WinogradWgrad {
     int workers;
 
     Plan(const Conv2dProblem& p, bool with_bias) {
-      c = p.c;
+      c = p.c_per_group();
+      k = p.k_per_group();
       tiles_h = ceil_div(p.oh, kStep);
       tiles_w = ceil_div(p.ow, kStep);
       tiles = p.n * tiles_h * tiles_w;
-      vectors = ceil_div(p.k, V::kWidth);
+      vectors = ceil_div(k, V::kWidth);
       panels = ceil_div(vectors, kGemmVectors<V>);
       panel_vectors = ceil_div(vectors, panels);
       // Tiles of a part: what they are transformed to stays in the second-level cache, and what they make
       // of one point and panel in the first; but enough of them to make up for the way back.
       // x_row is an odd number of cache lines, so that the same channels of all tiles fill no single sets.
-      x_row = (ceil_div(p.c, 16) | 1) * 16;
+      x_row = (ceil_div(c, 16) | 1) * 16;
       constexpr int64_t kLeast = 56, kMost = 112;
       const int64_t fitting = (int64_t{1100} << 10) / (kPoints * (x_row + vectors * V::kWidth) * 4);
       parts = max64(1, ceil_div(tiles, max64(kLeast, min64(fitting, kMost))));
       part_tiles = ceil_div(tiles, parts);
 
       rows = V::kGemmRows[panel_vectors];
-      c_tiles = ceil_div(p.c, rows);
+      c_tiles = ceil_div(c, rows);
       constexpr int64_t kTilesATask = 4, kEnoughTasks = 16;
       c_groups =
           max64(ceil_div(c_tiles, kTilesATask), min64(c_tiles, ceil_div(kEnoughTasks, panels)));
@@ -181,7 +199,7 @@ struct WinogradWgrad {
 
       x_point = part_tiles * x_row;
       dy_point = part_tiles * vectors * V::kWidth;
-      zeros_floats = round_up(max64(p.c, p.k) + V::kWidth, 16);
+      zeros_floats = round_up(max64(c, k) + V::kWidth, 16);
       x_floats = round_up(kPoints * x_point, 16);
       dy_floats = round_up(kPoints * dy_point, 16);
       bias_floats = with_bias ? round_up(dy_point, 16) : 0;
@@ -235,14 +253,13 @@ struct WinogradWgrad {
                                float* dfilter, float* dbias) {
     multiply(plan, panel, group, tiles, buffers);
     transform_back(p, plan, panel, group, buffers.product, adds, dfilter);
-    if (dbias && group == 0) add_bias(p, plan, panel, tiles, buffers.bias_sums, adds, dbias);
+    if (dbias && group == 0) add_bias(plan, panel, tiles, buffers.bias_sums, adds, dbias);
   }
 
+  // Leaves the sums of each slot in the columns of `sums` and `bias_sums` that are the group's.
   static void by_slots(const Conv2dProblem& p, const Plan& plan, const Conv2dOperands& t,
-                       float* zeros) {
-    float* const sums = zeros + plan.zeros_floats;
-    float* const bias_sums = sums + plan.sums_floats;
-    float* const scratch = bias_sums + plan.bias_sums_floats;
+                       float* zeros, float* sums, float* bias_sums) {
+    float* const scratch = zeros + plan.zeros_floats + plan.sums_floats + plan.bias_sums_floats;
     parallel_for(plan.slots, plan.workers, [&](int64_t slot, int worker) {
       const Buffers buffers(plan, zeros, scratch + worker * plan.worker_floats());
       const int64_t first = plan.parts * slot / plan.slots;
@@ -260,8 +277,6 @@ struct WinogradWgrad {
           }
       }
     });
-    add_parts<V>(sums, plan.slots, p.filter_size(), t.out);
-    if (t.dbias) add_parts<V>(bias_sums, plan.slots, p.k, t.dbias);
   }
 
   static void by_parts(const Conv2dProblem& p, const Plan& plan, const Conv2dOperands& t,
@@ -331,7 +346,7 @@ struct WinogradWgrad {
         pixels[i * kTile + j] = inside ? x + ((n * p.h + row) * p.w + column) * p.c : buffers.zeros;
       }
     float* const out = buffers.x + slot * plan.x_row;
-    for_each_vector(p.c, [&](int64_t c, int64_t, const auto&... tail) {
+    for_each_vector(plan.c, [&](int64_t c, int64_t, const auto&... tail) {
       transform_square<V, kTile, kTile>(
           Transform::input,
           [&](int i, int j) { return V::load(pixels[i * kTile + j] + c, tail...); },
@@ -356,7 +371,7 @@ struct WinogradWgrad {
         pixels[i * kStep + j] = inside ? t.dy + at : buffers.zeros;
         masks[i * kStep + j] = inside && t.y ? t.y + at : buffers.zeros;
       }
-    for_each_vector(p.k, [&](int64_t k, int64_t vector, const auto&... tail) {
+    for_each_vector(plan.k, [&](int64_t k, int64_t vector, const auto&... tail) {
       const int64_t panel = vector / plan.panel_vectors;
       float* const out = buffers.dy + plan.panel_offset(panel) +
                          (slot * plan.vectors_of(panel) + vector % plan.panel_vectors) * V::kWidth;
@@ -413,14 +428,14 @@ struct WinogradWgrad {
     for (int64_t c = first; c < end; ++c)
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t k = (panel * plan.panel_vectors + v) * V::kWidth;
-        const auto tail = V::tail(static_cast<int>(min64(V::kWidth, p.k - k)));
+        const auto tail = V::tail(static_cast<int>(min64(V::kWidth, plan.k - k)));
         const float* const from = product + ((c - first) * vectors + v) * V::kWidth;
         float* const to = dfilter + c * p.k + k;
         transform_square<V, kTile, 3>(
             apply_back,
             [&](int i, int j) { return V::load(from + (i * kTile + j) * point_floats); },
             [&](int r, int s, Reg value) {
-              float* const here = to + (3 * r + s) * p.c * p.k;
+              float* const here = to + (3 * r + s) * plan.c * p.k;
               if (adds) value = V::add(V::load(here, tail), value);
               V::store(here, value, tail);
             });
@@ -428,11 +443,11 @@ struct WinogradWgrad {
   }
 
   // The sums of the tiles of a part, in order.
-  static void add_bias(const Conv2dProblem& p, const Plan& plan, int64_t panel, int64_t tiles,
-                       const float* sums, bool adds, float* dbias) {
+  static void add_bias(const Plan& plan, int64_t panel, int64_t tiles, const float* sums, bool adds,
+                       float* dbias) {
     for (int64_t v = 0; v < plan.vectors_of(panel); ++v) {
       const int64_t vector = panel * plan.panel_vectors + v, k = vector * V::kWidth;
-      const auto tail = V::tail(static_cast<int>(min64(V::kWidth, p.k - k)));
+      const auto tail = V::tail(static_cast<int>(min64(V::kWidth, plan.k - k)));
       Reg sum = V::zero();
       for (int64_t tile = 0; tile < tiles; ++tile) {
         sum = V::add(sum, V::load(sums + (tile * plan.vectors + vector) * V::kWidth));
