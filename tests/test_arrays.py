@@ -83,12 +83,14 @@ KINDS = {
 
 X, W, BIAS, Y = drawn(2, 9, 8, 12), drawn(3, 3, 12, 10), drawn(10), drawn(2, 7, 6, 10)
 POOLED, ARGMAX = fastconv.max_pool2d(X, 2, return_argmax=True)
+W_INT8, W_SCALE = fastconv.quantize_filter(W)
 FUSED, TAPS = fastconv.conv2d_max_pool2d(X, W, BIAS, return_argmax=True)
 RELU = {"activation": "relu", "output": Y}
 CALLS = {
     "conv2d": {"x": X, "w": W, "bias": BIAS},
     "conv2d_grad_input": {"dy": Y, "w": W, "input_shape": X.shape, **RELU},
     "conv2d_grad_filter": {"x": X, "dy": Y, "filter_shape": W.shape, **RELU},
+    "conv2d_int8": {"x": X, "w": W_INT8, "w_scale": W_SCALE, "bias": BIAS},
     "conv2d_max_pool2d": {"x": X, "w": W, "bias": BIAS},
     "conv2d_max_pool2d_grad": {
         "x": X,
@@ -119,7 +121,7 @@ def results(name, **changed):
 def test_every_function_is_here():
     """And each of its arrays."""
     assert set(CALLS) == {name for name in fastconv.__all__ if "conv2d" in name or "pool2d" in name}
-    named = {"x", "w", "bias", "dy", "output", "argmax"}
+    named = {"x", "w", "w_scale", "bias", "dy", "output", "argmax"}
     assert set(ARRAYS) == {
         (name, parameter)
         for name in CALLS
@@ -174,7 +176,11 @@ def test_out_beside_its_inputs_and_reversed_ones(name):
     for _, argument in (row for row in ARRAYS if row[0] == name):
         array = CALLS[name][argument]
         right = results(name)[0]
-        if array.dtype != np.float32 or argument in ("bias", "output"):  # which are copied first
+        if array.dtype != np.float32 or argument in (
+            "bias",
+            "output",
+            "w_scale",
+        ):  # which are copied first
             continue
         memory = np.zeros(array.size + right.size + 1, np.float32)
         view = memory[: array.size].reshape(array.shape)[::-1]

@@ -22,6 +22,8 @@ ARGMAX = np.zeros((2, 3, 3, 4), np.uint8)
 FUSED = np.ones((2, 2, 3, 5), np.float32)  # conv2d_max_pool2d(X, W)
 TAPS = np.zeros((2, 2, 3, 5), np.uint8)
 
+W_INT8, W_SCALE = fastconv.quantize_filter(W)
+
 # Arguments each function accepts; a row of the table below changes some of them.
 ACCEPTED = {
     fastconv.conv2d: {"x": X, "w": W},
@@ -35,6 +37,8 @@ ACCEPTED = {
         "output": FUSED,
         "argmax": TAPS,
     },
+    fastconv.conv2d_int8: {"x": X, "w": W_INT8, "w_scale": W_SCALE},
+    fastconv.quantize_filter: {"w": W},
     fastconv.max_pool2d: {"x": X, "pool_size": 2},
     fastconv.max_pool2d_grad: {
         "dy": POOLED,
@@ -62,7 +66,7 @@ MAX_POOLINGS = [fastconv.max_pool2d, fastconv.max_pool2d_grad]
 AVG_POOLINGS = [fastconv.avg_pool2d, fastconv.avg_pool2d_grad]
 POOLINGS = MAX_POOLINGS + AVG_POOLINGS
 # With the options of a convolution.
-CONVOLVING = [*CONVOLUTIONS, *FUSED_ONES, fastconv.explain]
+CONVOLVING = [*CONVOLUTIONS, *FUSED_ONES, fastconv.conv2d_int8, fastconv.explain]
 
 
 def lazily(shape):
@@ -190,9 +194,11 @@ def table():
     avg_pool2d, avg_pool2d_grad = AVG_POOLINGS
     fused, fused_grad = FUSED_ONES
     explain = fastconv.explain
+    int8, quantize = fastconv.conv2d_int8, fastconv.quantize_filter
 
-    yield from wrong_arrays([conv2d, grad_filter, *FUSED_ONES, max_pool2d, avg_pool2d], "x", X)
-    yield from wrong_arrays([conv2d, grad_input, *FUSED_ONES], "w", W)
+    with_x = [conv2d, grad_filter, *FUSED_ONES, int8, max_pool2d, avg_pool2d]
+    yield from wrong_arrays(with_x, "x", X)
+    yield from wrong_arrays([conv2d, grad_input, *FUSED_ONES, quantize], "w", W)
     yield from wrong_arrays(GRADIENTS, "dy", Y)
     yield from wrong_arrays([fused_grad], "dy", FUSED)
     yield from wrong_arrays([fused_grad], "output", FUSED)
@@ -211,8 +217,8 @@ def table():
     yield from wrong_names(CONVOLVING + POOLINGS, "data_format")
     yield from wrong_names([explain], "direction")
     yield from wrong_names([fastconv.set_accuracy], "accuracy")
-    yield from wrong_outs([*CONVOLUTIONS, fused, *POOLINGS])
-    yield from wrong_algorithms(CONVOLUTIONS + FUSED_ONES)
+    yield from wrong_outs([*CONVOLUTIONS, fused, int8, *POOLINGS])
+    yield from wrong_algorithms([*CONVOLUTIONS, *FUSED_ONES, int8])
     for value in ("", "fft", "DIRECT"):
         yield _core.set_algorithm, {"algorithm": value}, ValueError, f"algorithm={value!r}"
     yield fastconv.set_accuracy, {"accuracy": None}, TypeError, "accuracy=None"
@@ -234,7 +240,7 @@ def table():
 
     # bias
     bias = np.ones(5, np.float32)
-    for function in (conv2d, fused):
+    for function in (conv2d, fused, int8):
         yield function, {"bias": bias.tolist()}, TypeError, "bias of type list"
         yield function, {"bias": 1.0}, TypeError, "bias of type float"
         yield function, {"bias": bias.astype(np.float64)}, TypeError, "bias.dtype=float64"
@@ -243,6 +249,35 @@ def table():
         yield function, {"bias": bias[None]}, ValueError, "bias.shape=(1, 5)"
         yield function, {"bias": np.float32(1).reshape(())}, TypeError, "bias of type float32"
         yield function, {"bias": np.array(1, np.float32)}, ValueError, "bias.shape=()"
+
+    # filters of int8 and their scales
+    yield int8, {"w": W_INT8.tolist()}, TypeError, "w of type list"
+    yield int8, {"w": None}, TypeError, "w of type NoneType"
+    for dtype in (np.uint8, np.int16, np.float32, bool):
+        yield int8, {"w": W_INT8.astype(dtype)}, TypeError, f"w.dtype={np.dtype(dtype)}"
+    for wrong in (W_INT8[0], W_INT8[:0], W_INT8[..., :0], W_INT8[:, :, :3]):
+        received = f"w.shape={wrong.shape}"
+        groups = ", groups=1" if wrong.shape[2:] == (3, 5) else ""
+        yield int8, {"w": wrong}, ValueError, received + groups
+    yield int8, {"w_scale": None}, TypeError, "w_scale of type NoneType"
+    yield int8, {"w_scale": 1.5}, TypeError, "w_scale of type float"
+    for dtype in (np.float64, np.int8, ">f4"):
+        received = f"w_scale.dtype={np.dtype(dtype)}"
+        yield int8, {"w_scale": W_SCALE.astype(dtype)}, TypeError, received
+    for wrong in (W_SCALE[:4], W_SCALE[None]):
+        yield int8, {"w_scale": wrong}, ValueError, f"w_scale.shape={wrong.shape}"
+    # more products than fit 32 bits
+    for channels, kernel in ((2**17 + 1, (1, 1)), (2, (2**16 + 1, 1)), (1, (2**9, 2**9))):
+        x, w = lazily((1, *kernel, channels)), np.zeros((*kernel, channels, 1), np.int8)
+        wrong = {"x": x, "w": w, "w_scale": W_SCALE[:1]}
+        yield int8, wrong, ValueError, f"w.shape={w.shape}"
+    for axis in range(4):
+        empty = np.delete(W, np.s_[:], axis)
+        yield quantize, {"w": empty}, ValueError, f"w.shape={empty.shape}"
+    for value in (np.nan, np.inf, -np.inf):
+        wrong = W.copy()
+        wrong[1, 1, 2, 3] = value
+        yield quantize, {"w": wrong}, ValueError, "w with NaN or infinity"
 
     # shapes that do not fit each other, called what the caller calls them
     for function in (conv2d, *FUSED_ONES):
@@ -269,7 +304,7 @@ def table():
             yield function, wrong, ValueError, f"filter_shape={empty.shape}"
     for axis in range(1, 4):
         empty = np.delete(X, np.s_[:], axis)
-        for function in (conv2d, *FUSED_ONES, grad_filter, max_pool2d, avg_pool2d):
+        for function in (conv2d, *FUSED_ONES, int8, grad_filter, max_pool2d, avg_pool2d):
             yield function, {"x": empty}, ValueError, f"x.shape={empty.shape}"
         for function in (grad_input, explain, max_pool2d_grad, avg_pool2d_grad):
             wrong = {"input_shape": empty.shape}

@@ -40,6 +40,7 @@ PREPARE = """
     y = fastconv.conv2d(x, w, padding="same", activation="relu")
     pooled, argmax = fastconv.max_pool2d(x, 2, return_argmax=True)
     fused, taps = fastconv.conv2d_max_pool2d(x, w, padding="same", return_argmax=True)
+    small, scale = fastconv.quantize_filter(w)
     relu = {"padding": "same", "activation": "relu"}
     nchw = {"padding": "same", "data_format": "channels_first"}
     calls = {
@@ -50,6 +51,7 @@ PREPARE = """
         "conv2d_grad_filter": lambda: fastconv.conv2d_grad_filter(
             x[:, ::-1], y, w.shape, output=y, **relu
         ),
+        "conv2d_int8": lambda: fastconv.conv2d_int8(x, small, scale, padding="same"),
         "conv2d_max_pool2d": lambda: fastconv.conv2d_max_pool2d(x, w, padding="same"),
         "conv2d_max_pool2d_grad": lambda: fastconv.conv2d_max_pool2d_grad(
             x, w, fused, fused, taps, padding="same"

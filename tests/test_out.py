@@ -24,6 +24,10 @@ CALLS = {
         fastconv.conv2d_grad_filter,
         {"x": X, "dy": Y, "filter_shape": W.shape},
     ),
+    "conv2d_int8": (
+        fastconv.conv2d_int8,
+        dict(zip(("x", "w", "w_scale"), (X, *fastconv.quantize_filter(W)), strict=True)),
+    ),
     "max_pool2d": (fastconv.max_pool2d, {"x": X, "pool_size": 2}),
     "max_pool2d_grad": (
         fastconv.max_pool2d_grad,

@@ -435,6 +435,9 @@ def every_function():
         "conv2d_grad_filter": lambda: fastconv.conv2d_grad_filter(
             x, y, w.shape, return_bias_grad=True, **relu
         ),
+        "conv2d_int8": lambda: [
+            fastconv.conv2d_int8(x, *fastconv.quantize_filter(w), bias, padding="same")
+        ],
         "max_pool2d": lambda: fastconv.max_pool2d(x, 3, strides=2, return_argmax=True),
         "max_pool2d_grad": lambda: [
             fastconv.max_pool2d_grad(pooled, argmax, x.shape, 3, strides=2)

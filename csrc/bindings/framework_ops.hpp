@@ -30,7 +30,7 @@ namespace fastconv::framework {
 using std::int64_t;
 using Shape4 = std::array<int64_t, 4>;
 
-enum class ElementType { float32, float16, bfloat16, int32, uint8, other };
+enum class ElementType { float32, float16, bfloat16, int32, uint8, int8, other };
 
 // The op's type T, which all of its tensors have but an argmax.
 DataType data_type_of(const auto& tensor) {
@@ -208,6 +208,10 @@ struct HostOperations {
                         float* dresidual) const {
     fastconv::batch_norm_bprop(p, x, mean, variance, gamma, beta, dy, y, dx, dgamma, dbeta,
                                dresidual);
+  }
+  void conv2d_int8(const Conv2dProblem& p, const float* x, const std::int8_t* filter,
+                   const float* filter_scale, const float* bias, float* y) const {
+    fastconv::conv2d_int8(p, x, filter, filter_scale, bias, y);
   }
   void conv2d_pool_fprop(const Conv2dProblem& p, const void* x, const void* filter,
                          const void* bias, void* y, std::uint8_t* argmax) const {
@@ -444,6 +448,35 @@ class Conv2dTranspose : public Conv2dKernel {
  private:
   std::array<int64_t, 2> strides_, offset_;
   int channel_axis_;
+};
+
+// For inference, of int8 (see core/operations.hpp).
+class Conv2dInt8 : public Conv2dKernel {
+ public:
+  using Conv2dKernel::Conv2dKernel;
+  static constexpr const char* kName = "FastconvConv2DInt8";
+  static constexpr bool kOfFloat32Alone = true;
+  static constexpr std::array kOwnAttributes{"num_bias: int >= 0 = 0"};
+  static constexpr std::array kInputs{"x: T", "filter: int8", "filter_scale: T",
+                                      "bias: num_bias * T"};
+  static constexpr std::array kOutputs{"y: T"};
+  static constexpr int kOutputLikeInput = -1;
+
+  template <class Context>
+  void operator()(const Context& context) const {
+    const auto x = context.input(0), filter = context.input(1), scale = context.input(2);
+    const std::optional bias = optional_input(context, 3);
+    if (filter.type() != ElementType::int8) {
+      throw InvalidArgument("`filter` must be int8. Received: another data type");
+    }
+    const Conv2dProblem p = problem(rank4_shape(x, "x"), filter);
+    check_shape(scale, "filter_scale", std::array{p.k});
+    if (bias) check_shape(*bias, "bias", std::array{p.k});
+    const auto y = context.output(0, p.y_shape());
+    operations_of(context).conv2d_int8(p, x.floats(),
+                                       static_cast<const std::int8_t*>(filter.data()),
+                                       scale.floats(), bias ? bias->floats() : nullptr, y.floats());
+  }
 };
 
 // --- pooling ----------------------------------------------------------------------------------
@@ -858,7 +891,7 @@ struct OpList {
 
 using Ops = OpList<Conv2d, Conv2dGradInput, Conv2dGradFilter, Conv2dTranspose, MaxPool2d,
                    MaxPool2dWithArgmax, MaxPool2dGrad, MaxPool2dGradGrad, AveragePool2d,
-                   AveragePool2dGrad, Conv2dMaxPool2d, Conv2dMaxPool2dGrad>;
+                   AveragePool2dGrad, Conv2dMaxPool2d, Conv2dMaxPool2dGrad, Conv2dInt8>;
 
 // XLA makes loops of its own of what stands behind a convolution.
 using OpsOutsideXla = Ops::With<Conv2dScaled, BatchNormMoments, BatchNorm, BatchNormGrad>;

@@ -3,9 +3,12 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <string>
 
+#include "core/error.hpp"
 #include "core/thread_pool.hpp"
 #include "core/workspace.hpp"
+#include "cpu/int8_kernels.hpp"
 #include "cpu/kernels.hpp"
 
 namespace fastconv {
@@ -561,6 +564,31 @@ void batch_norm_bprop(const BatchNormProblem& p, const float* x, const float* me
                                  .dgamma = dgamma,
                                  .dbeta = dbeta,
                                  .dresidual = dresidual});
+}
+
+void conv2d_int8(const Conv2dProblem& p, const float* x, const std::int8_t* filter,
+                 const float* filter_scale, const float* bias, float* y, const char* algorithm) {
+  constexpr int64_t kMostProducts = int64_t{1} << 17;
+  const int64_t taps = p.r * p.s;  // each below 2**31
+  if (taps > kMostProducts || taps * p.c_per_group() > kMostProducts) {
+    throw InvalidArgument(
+        "A filter of int8 must have at most 2**17 taps times channels, whose sum fits 32 bits. "
+        "Received: w.shape=(" +
+        std::to_string(p.r) + ", " + std::to_string(p.s) + ", " + std::to_string(p.c_per_group()) +
+        ", " + std::to_string(p.k) + ")");
+  }
+  const cpu::Int8Algorithm& chosen = cpu::choose_int8(as_computed(p), algorithm);
+  if (p.n == 0) return;
+  for_each_part(p, images_a_part(p, p.filter_size()), [&](const Conv2dProblem& part, int64_t n) {
+    const Input x_nhwc(part, x + n * p.h * p.w * p.c, p.h * p.w, p.c);
+    const Output y_nhwc(part, y + n * p.oh * p.ow * p.k, p.oh * p.ow, p.k);
+    chosen.run(as_computed(part), {.x = x_nhwc.data(),
+                                   .filter = filter,
+                                   .filter_scale = filter_scale,
+                                   .bias = bias,
+                                   .y = y_nhwc.data()});
+    y_nhwc.finish();
+  });
 }
 
 }  // namespace fastconv

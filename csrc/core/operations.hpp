@@ -89,4 +89,13 @@ FASTCONV_API void batch_norm_bprop(const BatchNormProblem& problem, const float*
                                    const float* beta, const float* dy, const float* y, float* dx,
                                    float* dgamma, float* dbeta, float* dresidual);
 
+// A convolution of int8, for inference, of float32 tensors: y = activation(conv(q(x), filter) / (filter_scale * scale) + bias).
+// Of each image, q(x) = round(x * scale), half to even, where scale = 127 / (largest |x| + 1e-7): the filter
+// is to have been quantised likewise, each of its K output channels by a scale of its own. Sums are of
+// int32, exact; an image with NaN or infinity gives NaN. Throws InvalidArgument where a sum could leave int32:
+// R * S * C / groups must be at most 2**17. `algorithm` is one of cpu/int8_kernels.hpp.
+FASTCONV_API void conv2d_int8(const Conv2dProblem& problem, const float* x,
+                              const std::int8_t* filter, const float* filter_scale,
+                              const float* bias, float* y, const char* algorithm = nullptr);
+
 }  // namespace fastconv

@@ -37,6 +37,7 @@
 #include <vector>
 
 #include "core/cpu_features.hpp"
+#include "core/error.hpp"
 #include "core/operations.hpp"
 #include "core/problem.hpp"
 #include "core/selection.hpp"
@@ -382,6 +383,28 @@ void run_conv(const Conv2dProblem& p, ConvData& d, bool end, const std::string& 
   }
 }
 
+// All algorithms of int8 give the same bits: those of the plain sum on the portable instruction set.
+void run_int8(const Conv2dProblem& p, ConvData& d, Random& random, bool end,
+              const std::string& label) {
+  Tensor<std::int8_t> w(p.filter_size(), end);
+  for (std::int8_t& value : w) value = static_cast<std::int8_t>(random() % 256);
+  Tensor<float> scale(p.k, end), right(p.y_size(), end), y(p.y_size(), end);
+  for (float& value : scale) value = 1.0f + static_cast<float>(random() % 4);
+  conv2d_int8(p, d.x.data(), w.data(), scale.data(), d.bias.data(), right.data(), "plain");
+  for (const char* algorithm : {"vnni", "madd", "plain"}) {
+    try {
+      conv2d_int8(p, d.x.data(), w.data(), scale.data(), d.bias.data(), y.data(), algorithm);
+    } catch (const InvalidArgument&) {
+      continue;  // not for this problem, or not on this processor
+    }
+    const std::string what = text(p) + " " + label + " int8 " + algorithm;
+    run(what, [&] {
+      conv2d_int8(p, d.x.data(), w.data(), scale.data(), d.bias.data(), y.data(), algorithm);
+    });
+    check(y, right, 0, what);
+  }
+}
+
 struct ConvPoolData {
   Tensor<float> dy, output;
   Tensor<std::uint8_t> taps;
@@ -558,6 +581,7 @@ void run_problems(std::uint64_t seed, int64_t problems, const std::vector<Isa>& 
     for (Isa isa : isas) {
       if (isas.size() > 1) set_isa(isa_name(isa));
       run_conv(p, data, end, isa_name(isa));
+      run_int8(p, data, random, end, isa_name(isa));
       if (pools) run_conv_pool(p, data, *pooled, end, isa_name(isa));
     }
   }

@@ -17,12 +17,14 @@ from fastconv.functional import (
     conv2d,
     conv2d_grad_filter,
     conv2d_grad_input,
+    conv2d_int8,
     conv2d_max_pool2d,
     conv2d_max_pool2d_grad,
     get_num_threads,
     info,
     max_pool2d,
     max_pool2d_grad,
+    quantize_filter,
     set_num_threads,
 )
 from fastconv.selection import explain, get_accuracy, set_accuracy
@@ -40,6 +42,7 @@ __all__ = [
     "conv2d",
     "conv2d_grad_filter",
     "conv2d_grad_input",
+    "conv2d_int8",
     "conv2d_max_pool2d",
     "conv2d_max_pool2d_grad",
     "explain",
@@ -48,6 +51,7 @@ __all__ = [
     "info",
     "max_pool2d",
     "max_pool2d_grad",
+    "quantize_filter",
     "set_accuracy",
     "set_num_threads",
 ]

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from fastconv._arguments import IntegerOrPair, Padding
 
     Real = TypeVar("Real", bound=np.generic)  # float32, float16 or bfloat16
+    FloatArray = NDArray[np.float32]
+    Int8Array = NDArray[np.int8]
     ArgmaxArray = NDArray[np.uint8] | NDArray[np.int32]
     Shape = Sequence[SupportsIndex]
 
@@ -57,12 +59,14 @@ __all__ = [
     "conv2d",
     "conv2d_grad_filter",
     "conv2d_grad_input",
+    "conv2d_int8",
     "conv2d_max_pool2d",
     "conv2d_max_pool2d_grad",
     "get_num_threads",
     "info",
     "max_pool2d",
     "max_pool2d_grad",
+    "quantize_filter",
     "set_num_threads",
 ]
 
@@ -134,6 +138,110 @@ def conv2d(
     result: NDArray[Real] = _for(x).conv2d(
         x,
         w,
+        bias,
+        **conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
+        algorithm=normalize_algorithm(algorithm),
+        out=out,
+    )
+    return result
+
+
+def quantize_filter(w: FloatArray) -> tuple[Int8Array, FloatArray]:
+    """Filters as int8, each output channel by a scale of its own, for :func:`conv2d_int8`.
+
+    As ``keras.quantizers.AbsMaxQuantizer(axis=(0, 1, 2))``: ``w_int8 = round(w * w_scale)``, half to
+    even, with ``w_scale = 127 / (max(abs(w)) + 1e-7)``. Scales multiply, as Keras's do: ``w`` is about
+    ``w_int8 / w_scale``.
+
+    Parameters
+    ----------
+    w
+        float32 array of shape (rows, columns, channels / groups, filters), finite.
+
+    Returns
+    -------
+    w_int8
+        int8 array of ``w``'s shape, from -127 to 127.
+    w_scale
+        float32 array of shape (filters,).
+
+    Raises
+    ------
+    TypeError
+        If ``w`` is no NumPy array of float32.
+    ValueError
+        If ``w`` has not 4 dimensions, one of them is 0, or a value is NaN or infinite.
+    """
+    import numpy as np
+
+    if not isinstance(w, np.ndarray):
+        received = f"w of type {type(w).__name__}"
+        raise TypeError(f"`w` must be a NumPy array. Received: {received}")
+    if w.dtype != np.float32:
+        raise TypeError(f"`w` must have dtype float32. Received: w.dtype={w.dtype}")
+    if w.ndim != 4 or w.size == 0:
+        raise ValueError(f"`w` must have 4 dimensions, none of them 0. Received: w.shape={w.shape}")
+    largest = np.abs(w).max(axis=(0, 1, 2))
+    if not np.isfinite(largest).all():
+        raise ValueError("`w` must be finite. Received: w with NaN or infinity")
+    scale = np.float32(127) / (largest + np.float32(1e-7))
+    return np.rint(w * scale).astype(np.int8), scale
+
+
+def conv2d_int8(
+    x: FloatArray,
+    w: Int8Array,
+    w_scale: FloatArray,
+    bias: FloatArray | None = None,
+    *,
+    strides: IntegerOrPair = 1,
+    padding: Padding = "valid",
+    dilation_rate: IntegerOrPair = 1,
+    groups: SupportsIndex = 1,
+    activation: str | None = None,
+    data_format: str = "channels_last",
+    out: FloatArray | None = None,
+    algorithm: str | None = None,
+) -> FloatArray:
+    """2-D convolution of int8, for inference: float32 in and out, on the CPU.
+
+    Each image of ``x`` is quantised by a scale of its own, so that no image's result depends on the
+    others: ``x_int8 = round(x * x_scale)``, half to even, with ``x_scale = 127 / (max(abs(x)) + 1e-7)``.
+    The result is ``activation(conv(x_int8, w) * (1 / (w_scale * x_scale)) + bias)``. The sums are of
+    32-bit integers and exact, so that it is the same bits on every processor. An image that holds NaN or
+    infinity gives NaN.
+
+    Parameters
+    ----------
+    x
+        float32 array as of :func:`conv2d`.
+    w, w_scale
+        Filters and their scales as :func:`quantize_filter` returns them. ``w`` may hold -128 too.
+    bias, strides, padding, dilation_rate, groups, activation, data_format, out
+        As of :func:`conv2d`.
+    algorithm
+        ``"vnni"`` (dot products of bytes in hardware, where the processor has them), ``"madd"``
+        (multiplications of 16 bits) or ``"plain"``, which all give the same result; None for the fastest.
+
+    Returns
+    -------
+    y
+        float32 array of the shape that :func:`conv2d` returns.
+
+    Raises
+    ------
+    TypeError
+        If ``w`` is no array of int8, another array none of float32, or an option is not of the kind
+        :func:`conv2d` takes.
+    ValueError
+        If a shape or the value of an option is not one of those stated above, a filter has more than
+        131072 taps times channels, whose sum might not fit 32 bits, or ``algorithm`` does not serve the
+        problem on this processor.
+    """
+    result: FloatArray = _core.conv2d_int8(
+        x,
+        w,
+        w_scale,
         bias,
         **conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
         algorithm=normalize_algorithm(algorithm),

@@ -579,6 +579,53 @@ py::array narrowed(const py::array& array, const py::dtype& type) {
   return out;
 }
 
+// --- convolution of int8 --------------------------------------------------------------------------
+
+constexpr Operations kOfFloat32{};  // which types stand beside int8
+
+py::array conv2d_int8(const py::object& x_object, const py::object& w_object,
+                      const py::object& w_scale_object, const py::object& bias_object,
+                      const Conv2dOptions& options, const py::object& out) {
+  const py::array x_array = require_array(x_object, "x");
+  const Dtype dtype(kOfFloat32, x_array, "x");
+  const py::array w_array = require_array(w_object, "w");
+  if (!py::isinstance<py::array_t<std::int8_t>>(w_array)) {
+    throw py::type_error(text("`w` must have dtype int8, as quantize_filter returns it. ",
+                              "Received: w.dtype=", python_text(w_array.dtype())));
+  }
+  const auto problem = options.problem(shape_of(x_array, "x"), shape_of(w_array, "w"));
+  const py::array w_scale = dense(dtype.require(w_scale_object, "w_scale", std::array{problem.k}));
+  const OptionalInput bias(dtype, bias_object, "bias", std::array{problem.k});
+
+  py::array y =
+      result_array(dtype, out, problem.y_shape(), x_array, w_array, w_scale, bias.array());
+  const py::array x = dense(x_array), w = dense(w_array);
+  float* const y_data = static_cast<float*>(y.mutable_data());
+  const auto floats = [](const void* data) { return static_cast<const float*>(data); };
+  const GilReleased unlocked;
+  fastconv::conv2d_int8(problem, floats(x.data()), static_cast<const std::int8_t*>(w.data()),
+                        floats(w_scale.data()), floats(bias.data()), y_data,
+                        options.algorithm_name());
+  return y;
+}
+
+void define_int8(py::module_& m) {
+  m.def(
+      "conv2d_int8",
+      [](const py::object& x, const py::object& w, const py::object& w_scale,
+         const py::object& bias, Pair strides, PaddingOption padding, Pair dilation_rate,
+         int64_t groups, std::string activation, std::string data_format,
+         std::optional<std::string> algorithm, const py::object& out) {
+        return conv2d_int8(x, w, w_scale, bias,
+                           {strides, std::move(padding), dilation_rate, groups,
+                            std::move(activation), std::move(data_format), std::move(algorithm)},
+                           out);
+      },
+      py::arg("x"), py::arg("w"), py::arg("w_scale"), py::arg("bias"), py::arg("strides"),
+      py::arg("padding"), py::arg("dilation_rate"), py::arg("groups"), py::arg("activation"),
+      py::arg("data_format"), py::arg("algorithm") = py::none(), py::arg("out") = py::none());
+}
+
 // --- module ---------------------------------------------------------------------------------------
 
 // As define_operations takes them.
@@ -667,6 +714,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "The compiled part of fastconv; use it through fastconv's own functions.";
   m.attr("__version__") = FASTCONV_VERSION;
   define_operations<OnHost<kKernels>>(m);
+  define_int8(m);
   py::module_ reference = m.def_submodule(
       "reference", "The same operations, slow and obvious: what tests compare the kernels with.");
   define_operations<OnHost<kReference>>(reference);

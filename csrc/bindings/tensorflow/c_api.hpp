@@ -23,7 +23,7 @@ struct TF_OpKernelConstruction;
 struct TF_OpKernelContext;
 
 // Values of TF_DataType and TF_Code.
-enum DataType : int { kFloat = 1, kInt32 = 3, kUint8 = 4, kBfloat16 = 14, kHalf = 19 };
+enum DataType : int { kFloat = 1, kInt32 = 3, kUint8 = 4, kInt8 = 6, kBfloat16 = 14, kHalf = 19 };
 enum Code : int { kOk = 0, kInvalidArgument = 3, kResourceExhausted = 8, kInternal = 13 };
 
 using ShapeFunction = void (*)(TF_ShapeInferenceContext*, TF_Status*);

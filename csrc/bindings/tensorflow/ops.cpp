@@ -28,6 +28,7 @@ ElementType element_type(int type) {
     case kBfloat16: return ElementType::bfloat16;
     case kInt32: return ElementType::int32;
     case kUint8: return ElementType::uint8;
+    case kInt8: return ElementType::int8;
     default: return ElementType::other;
   }
 }

@@ -43,6 +43,10 @@ class DeviceOperations {
     call.dbias = dbias;
     run(call);
   }
+  void conv2d_int8(const Conv2dProblem&, const float*, const std::int8_t*, const float*,
+                   const float*, float*) const {
+    throw InvalidArgument("Convolutions of int8 must be computed on the CPU. Received: a GPU");
+  }
   void max_pool2d_fprop(const Pool2dProblem& p, const void* x, void* y, void* argmax) const {
     run({.problem = p, .in = x, .out = y, .argmax = argmax});
   }

@@ -57,6 +57,7 @@ struct ErrorDestroyArguments {
 };
 
 enum class DataType : int {
+  int8 = 2,
   int32 = 4,
   int64 = 5,
   uint8 = 6,

@@ -74,6 +74,7 @@ class Tensor {
       case DataType::bfloat16: return ElementType::bfloat16;
       case DataType::int32: return ElementType::int32;
       case DataType::uint8: return ElementType::uint8;
+      case DataType::int8: return ElementType::int8;
       default: return ElementType::other;
     }
   }
@@ -82,7 +83,7 @@ class Tensor {
   void* data() const { return buffer_->data; }
   void* values(fastconv::DataType expected) const {
     const bool is_float = type() != ElementType::other && type() != ElementType::int32 &&
-                          type() != ElementType::uint8;
+                          type() != ElementType::uint8 && type() != ElementType::int8;
     if (!is_float || framework::data_type_of(*this) != expected) {
       throw InvalidArgument(
           "Tensors must be of float32, float16 or bfloat16, all of one. Received: the data type " +
@@ -90,6 +91,7 @@ class Tensor {
     }
     return data();
   }
+  float* floats() const { return static_cast<float*>(values(fastconv::DataType::float32)); }
 
  private:
   const Buffer* buffer_;

@@ -27,6 +27,20 @@ def conv2d(
     algorithm: str | None = None,
     out: NDArray[_Real] | None = None,
 ) -> NDArray[_Real]: ...
+def conv2d_int8(
+    x: NDArray[np.float32],
+    w: NDArray[np.int8],
+    w_scale: NDArray[np.float32],
+    bias: NDArray[np.float32] | None,
+    strides: _Pair,
+    padding: _Padding,
+    dilation_rate: _Pair,
+    groups: int,
+    activation: str,
+    data_format: str,
+    algorithm: str | None = None,
+    out: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]: ...
 def conv2d_grad_input(
     dy: NDArray[_Real],
     w: NDArray[_Real],

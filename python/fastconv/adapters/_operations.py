@@ -39,6 +39,7 @@ AVERAGE_POOL2D = "FastconvAveragePool2D"
 AVERAGE_POOL2D_GRAD = "FastconvAveragePool2DGrad"
 CONV2D_MAX_POOL2D = "FastconvConv2DMaxPool2D"
 CONV2D_MAX_POOL2D_GRAD = "FastconvConv2DMaxPool2DGrad"
+CONV2D_INT8 = "FastconvConv2DInt8"  # TensorFlow's alone so far: x, w, scale, bias
 # TensorFlow's alone, NHWC; the inputs of a value a channel are mean, variance, gamma, beta.
 BATCH_NORM_MOMENTS = "FastconvBatchNormMoments"
 BATCH_NORM = "FastconvBatchNorm"  # x, those, residual
@@ -250,7 +251,7 @@ def outputs(
         A list; the extents are None where not even the rank is known.
     """
     biases: list[Any] = [(dtype, [Extent(1, 3)])] * attributes.get("num_bias", 0)
-    if name in (CONV2D, CONV2D_SCALED):
+    if name in (CONV2D, CONV2D_SCALED, CONV2D_INT8):
         return [(dtype, _conv2d_extents(filter_shape, attributes))]
     if name == CONV2D_TRANSPOSE:
         return [(dtype, _transpose_extents(attributes))]
@@ -308,6 +309,8 @@ def input_dtypes(name: str, num_inputs: int, attributes: Attributes) -> list[str
         dtypes[1] = argmax_dtype(attributes)
     if name == CONV2D_MAX_POOL2D_GRAD:
         dtypes[4] = "uint8"
+    if name == CONV2D_INT8:
+        dtypes[1] = "int8"
     return dtypes
 
 

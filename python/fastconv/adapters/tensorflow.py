@@ -42,6 +42,7 @@ __all__ = [
     "avg_pool2d",
     "batch_norm",
     "conv2d",
+    "conv2d_int8",
     "conv2d_max_pool2d",
     "conv2d_transpose",
     "global_avg_pool2d",
@@ -188,6 +189,43 @@ def conv2d(
         strides, padding, dilation_rate, activation, data_format
     )
     return _conv2d(_tensors(x, w, bias), attributes)
+
+
+def conv2d_int8(
+    x: tf.Tensor,
+    w: tf.Tensor,
+    w_scale: tf.Tensor,
+    bias: tf.Tensor | None = None,
+    *,
+    strides: IntegerOrPair = 1,
+    padding: Padding = "valid",
+    dilation_rate: IntegerOrPair = 1,
+    activation: str | None = None,
+    data_format: str = "channels_last",
+) -> tf.Tensor:
+    """2-D convolution of int8, for inference: ``fastconv.conv2d_int8`` of tensors, on the CPU.
+
+    Its gradients by ``x`` and ``bias`` are those of the convolution of float32 with the filters that
+    ``w`` and ``w_scale`` stand for; ``w`` and ``w_scale`` have none.
+
+    Args:
+        x: float32 tensor as of ``conv2d``.
+        w, w_scale: int8 tensor of shape (rows, columns, channels / groups, filters), and float32 tensor
+            of shape (filters,): filters and scales as ``fastconv.quantize_filter`` returns them.
+        bias, strides, padding, dilation_rate, activation, data_format: as for ``conv2d``.
+
+    Returns:
+        A float32 tensor as ``conv2d`` returns it.
+
+    Raises:
+        TypeError, ValueError: where an option is none of those above.
+        tf.errors.InvalidArgumentError: where the shapes do not fit each other, or a filter has more than
+            131072 taps times channels. In a graph it is raised when the graph runs.
+    """
+    attributes = _operations.conv2d_attributes(
+        strides, padding, dilation_rate, activation, data_format
+    )
+    return _framework.run_one(_operations.CONV2D_INT8, _tensors(x, w, w_scale, bias), attributes)
 
 
 def conv2d_max_pool2d(
@@ -555,6 +593,7 @@ def _follow_tensorflow_threads() -> None:
 _INPUTS_BEFORE_THE_LIST = {
     _operations.CONV2D: 2,
     _operations.CONV2D_SCALED: 4,
+    _operations.CONV2D_INT8: 3,
     _operations.CONV2D_GRAD_INPUT: 3,
     _operations.CONV2D_GRAD_FILTER: 3,
     _operations.CONV2D_MAX_POOL2D: 2,
@@ -596,7 +635,8 @@ def _run_inside_xla(
 
         def gradient(*upstream: tf.Tensor) -> list[tf.Tensor | None]:
             call = _operations.Call(inputs, results, attributes)
-            return _operations.RULES[name](_framework, call, *upstream)
+            rule = _conv2d_int8_rule if name == _operations.CONV2D_INT8 else _operations.RULES[name]
+            return rule(_framework, call, *upstream)
 
         return results, gradient
 
@@ -736,6 +776,27 @@ def _conv2d_scaled_rule(
 
 
 _register_gradient(_operations.CONV2D_SCALED, _conv2d_scaled_rule)
+
+
+# --- convolution of int8 --------------------------------------------------------------------------
+
+
+def _conv2d_int8_rule(
+    framework: _operations.Framework, call: _operations.Call, dy: tf.Tensor
+) -> list[tf.Tensor | None]:
+    x, w, scale, *bias = call.inputs
+    attributes = call.attributes
+    if attributes["activation"] == "RELU":
+        dy = framework.where_positive(dy, call.outputs[0])
+        attributes = {**attributes, "activation": "LINEAR"}
+    filters = tf.cast(w, x.dtype) / scale
+    dx = framework.run_one(_operations.CONV2D_GRAD_INPUT, [x, filters, dy], attributes)
+    channel = _operations.channel_axis(attributes)
+    others = [axis for axis in range(4) if axis != channel]
+    return [dx, None, None, *[tf.reduce_sum(dy, axis=others) for _ in bias]]
+
+
+_register_gradient(_operations.CONV2D_INT8, _conv2d_int8_rule)
 
 
 # --- batch normalisation --------------------------------------------------------------------------

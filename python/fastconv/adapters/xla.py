@@ -38,6 +38,7 @@ _TYPES = {
     tf.float16: "f16",
     tf.bfloat16: "bf16",
     tf.uint8: "ui8",
+    tf.int8: "i8",
     tf.int32: "i32",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -55,6 +56,8 @@ def accelerate(model: Model) -> Model:
 
 def restore(model: Model) -> Model:
     """Makes every fast layer of ``model`` the stock layer it stands in for: undoes accelerate().
+
+    Layers that compute in int8 (``FastConv2D.quantize``) remain: there is no stock layer that does.
 
     Args:
         model: a Keras model, or a layer.
@@ -148,7 +151,7 @@ def _layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
 def _change_classes(model: Model, classes: dict[type[Any], type[Any]]) -> Model:
     layers = _layers(model)
     for layer in layers:
-        if type(layer) in classes:
+        if type(layer) in classes and not getattr(layer, "_is_quantized", False):
             _change_class(layer, classes[type(layer)])
     for layer in layers:
         if isinstance(layer, keras.Model):
@@ -165,6 +168,25 @@ def _change_class(layer: keras.layers.Layer, cls: Any) -> None:
     for name, value in vars(other).items():
         if name.startswith(("_call_", "call_signature")):
             layer.__dict__[name] = value
+    layer.__dict__["quantize"] = _quantize_of(layer, cls)
+
+
+def _quantize_of(layer: keras.layers.Layer, cls: Any) -> Callable[..., None]:
+    """What Keras makes of a class's quantize() where a layer is made: it stays that of the first class."""
+
+    @functools.wraps(cls.quantize)
+    def quantize(mode: Any = None, config: Any = None, **options: Any) -> None:
+        mode = config.mode if mode is None and config is not None else mode
+        layer._check_quantize_args(mode, layer.compute_dtype)
+        if config is not None:  # which Keras did not always have
+            options["config"] = config
+        layer._tracker.unlock()
+        try:
+            cls.quantize(layer, mode, **options)
+        finally:
+            layer._tracker.lock()
+
+    return quantize
 
 
 def _forget_traced_functions(model: keras.Model) -> None:

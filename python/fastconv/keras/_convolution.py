@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def leaves_to_stock(layer: keras.layers.Layer, inputs: Tensor) -> bool:
     """Whether the stock code must take ``inputs``; says so in the log if it must."""
-    reason = _reason_for_stock(layer, inputs)
+    reason = reason_for_stock_code(layer, inputs)
     if reason is not None:
         tell(layer, reason)
     return reason is not None
@@ -59,7 +59,8 @@ def activated(layer: keras.layers.Layer, outputs: Tensor) -> Tensor:
     return outputs if fused_activation(layer.activation) else layer.activation(outputs)
 
 
-def _reason_for_stock(layer: keras.layers.Layer, inputs: Tensor) -> str | None:
+def reason_for_stock_code(layer: keras.layers.Layer, inputs: Tensor) -> str | None:
+    """Why the stock code must take ``inputs``; None if the kernels can."""
     reason = reason_for_stock(
         inputs, layer.compute_dtype, rank=layer.rank + 2
     ) or reason_against_arguments(layer)
