@@ -21,6 +21,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cerrno>
 #include <chrono>
 #include <cmath>
@@ -405,6 +406,51 @@ void run_int8(const Conv2dProblem& p, ConvData& d, Random& random, bool end,
   }
 }
 
+// The nearest, of two the even one. Nothing here is a NaN.
+std::uint16_t to_bfloat16(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  return static_cast<std::uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+float from_bfloat16(std::uint16_t bits) {
+  return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
+}
+
+// What `fill` gives is exact in bfloat16.
+struct Rounded : Tensor<std::uint16_t> {
+  Rounded(Tensor<float>& from, bool end) : Tensor(from.size(), end) {
+    std::transform(from.begin(), from.end(), begin(), to_bfloat16);
+  }
+};
+
+void check_rounded(const Tensor<std::uint16_t>& result, const Tensor<float>& expected,
+                   const std::string& what) {
+  for (int64_t i = 0; i < result.size(); ++i) {
+    const float got = from_bfloat16(result[i]), right = from_bfloat16(to_bfloat16(expected[i]));
+    if (got != right) {
+      fail(what + ": result " + std::to_string(i) + " is " + std::to_string(got) + " instead of " +
+           std::to_string(right));
+    }
+  }
+}
+
+// The sums are exact, and rounded once.
+void run_conv_of_bfloat16(Conv2dProblem p, ConvData& d, bool end, const std::string& label) {
+  p.dtype = DataType::bfloat16;
+  Rounded x(d.x, end), w(d.w, end), bias(d.bias, end), dy(d.dy, end), output(d.output, end);
+  Tensor<std::uint16_t> y(p.y_size(), end), dx(p.x_size(), end), dw(p.filter_size(), end),
+      dbias(p.k, end);
+  const std::string what = text(p) + " " + label + " bfloat16";
+  run(what, [&] { conv2d_fprop(p, x.data(), w.data(), bias.data(), y.data(), "direct"); });
+  check_rounded(y, d.y, what);
+  run(what, [&] { conv2d_dgrad(p, dy.data(), w.data(), output.data(), dx.data(), "direct"); });
+  check_rounded(dx, d.dx, what + " dx");
+  run(what, [&] {
+    conv2d_wgrad(p, x.data(), dy.data(), output.data(), dw.data(), dbias.data(), "direct");
+  });
+  check_rounded(dw, d.dw, what + " dw");
+  check_rounded(dbias, d.dbias, what + " dbias");
+}
+
 struct ConvPoolData {
   Tensor<float> dy, output;
   Tensor<std::uint8_t> taps;
@@ -484,6 +530,17 @@ void run_pool(const Pool2dProblem& p, Random& random, bool end, const std::strin
   reference::max_pool2d_bprop(p, dy.data(), right_argmax.data(), right_dx.data());
   run(what, [&] { max_pool2d_bprop(p, dy.data(), right_argmax.data(), dx.data()); });
   check(dx, right_dx, 0, what + " max gradient");
+  Pool2dProblem rounded = p;
+  rounded.dtype = DataType::bfloat16;
+  Rounded x_rounded(x, end), dy_rounded(dy, end);
+  Tensor<std::uint16_t> y_rounded(p.y_size(), end), dx_rounded(p.x_size(), end);
+  run(what, [&] { max_pool2d_fprop(rounded, x_rounded.data(), y_rounded.data(), argmax.data()); });
+  check_rounded(y_rounded, right_y, what + " max of bfloat16");
+  check(argmax, right_argmax, 0, what + " argmax of bfloat16");
+  run(what, [&] {
+    max_pool2d_bprop(rounded, dy_rounded.data(), right_argmax.data(), dx_rounded.data());
+  });
+  check_rounded(dx_rounded, right_dx, what + " max gradient of bfloat16");
 
   reference::avg_pool2d_fprop(p, x.data(), right_y.data());
   run(what, [&] { avg_pool2d_fprop(p, x.data(), y.data()); });
@@ -582,6 +639,7 @@ void run_problems(std::uint64_t seed, int64_t problems, const std::vector<Isa>& 
       if (isas.size() > 1) set_isa(isa_name(isa));
       run_conv(p, data, end, isa_name(isa));
       run_int8(p, data, random, end, isa_name(isa));
+      run_conv_of_bfloat16(p, data, end, isa_name(isa));
       if (pools) run_conv_pool(p, data, *pooled, end, isa_name(isa));
     }
   }
