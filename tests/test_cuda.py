@@ -210,9 +210,10 @@ EXCHANGE = ExchangeApi(
     Header(1, 3, None), None, managed_from_object, None, tensor_from_object, current_stream
 )
 NEWER = ExchangeApi(Header(2, 0, ctypes.addressof(EXCHANGE)))
-NEW_CAPSULE = ctypes.pythonapi.PyCapsule_New
-NEW_CAPSULE.restype = ctypes.py_object
-NEW_CAPSULE.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+# A prototype of its own: that of ctypes.pythonapi is everybody's, and JAX sets what it takes.
+NEW_CAPSULE = ctypes.PYFUNCTYPE(
+    ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
+)(("PyCapsule_New", ctypes.pythonapi))
 
 
 @pytest.fixture(params=[EXCHANGE, NEWER], ids=["exchange 1", "exchange 2"])

@@ -295,7 +295,8 @@ KIND_IDS = [kind[0].__qualname__ for kind in KINDS]
 
 @pytest.mark.parametrize("fast, stock, options, shape", KINDS, ids=KIND_IDS)
 def test_configuration_is_stocks(fast, stock, options, shape):
-    assert inspect.signature(fast) == inspect.signature(stock)
+    # Not of the classes: before 3.11.4, Python finds Keras's __new__(*args, **kwargs) for subclasses.
+    assert inspect.signature(fast.__init__) == inspect.signature(stock.__init__)
     assert fast(**options, name="a").get_config() == stock(**options, name="a").get_config()
     keras.backend.clear_session()
     name = fast(**options).name

@@ -381,7 +381,8 @@ def test_an_input_that_became_too_small(draw):
 
 @pytest.mark.parametrize("fast, stock, options", PAIRS)
 def test_configuration_is_stocks(fast, stock, options):
-    assert inspect.signature(fast) == inspect.signature(stock)
+    # Not of the classes: before 3.11.4, Python finds Keras's __new__(*args, **kwargs) for subclasses.
+    assert inspect.signature(fast.__init__) == inspect.signature(stock.__init__)
     assert fast(**options, name="a").get_config() == stock(**options, name="a").get_config()
     keras.backend.clear_session()
     name = fast(**options).name
