@@ -89,7 +89,7 @@ void plain(const Conv2dProblem& p, const Int8Operands& t) {
               const int64_t column = j * p.stride_w - p.pad_left + s * p.dilation_w;
               if (column < 0 || column >= p.w) continue;
               for (int64_t c = 0; c < p.c_per_group(); ++c) {
-                const std::int32_t value =
+                const std::int8_t value =
                     source[n * size + (row * p.w + column) * p.c + group * p.c_per_group() + c];
                 const std::int8_t* const filter =
                     t.filter + ((r * p.s + s) * p.c_per_group() + c) * p.k + k0;
