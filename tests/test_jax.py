@@ -403,5 +403,5 @@ def test_registration_on_gpus(no_reason, monkeypatch):
     assert adapter.platforms() == ("cpu", "gpu")
     on_gpu, on_host = _xla_library.handlers(on_gpu=True), _xla_library.handlers(on_gpu=False)
     assert registered == {name: (address, "CUDA", 1) for name, address in on_gpu.items()}
-    assert len(on_gpu) == 12
+    assert len(on_gpu) == 13
     assert not set(on_gpu.values()) & set(on_host.values())
