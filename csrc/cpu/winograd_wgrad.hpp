@@ -149,8 +149,7 @@ struct WinogradWgrad {
     const double products = kPoints * (tiles * 1.25 + parts * 10) * c * k_vectors;
     const double transforms = tiles * (c_vectors * 450 + k_vectors * 400);
     const double back = parts * c * k_vectors * 300;
-    const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? 1.2 + 8 / c : 1);
-    return {(products + transforms + back + 6000 * parts) * V::kWidth * groups,
+    return {(products + transforms + back + 6000 * parts) * V::kWidth * cost_of_groups(p, c),
             plan.workspace_bytes(), 5e-6};
   }
 

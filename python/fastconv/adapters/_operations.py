@@ -26,6 +26,8 @@ _Extents: TypeAlias = "list[Extent | int | None]"  # of an output whose rank is 
 FilterShape: TypeAlias = "Sequence[int | None] | None"
 Gradients: TypeAlias = "list[Tensor | None]"
 
+DTYPES = ("float32", "float16", "bfloat16")  # of an operation's tensors, all of them of one
+
 CONV2D = "FastconvConv2D"
 CONV2D_SCALED = "FastconvConv2DScaled"  # TensorFlow's alone: x, w, scale, bias, residual
 CONV2D_GRAD_INPUT = "FastconvConv2DGradInput"

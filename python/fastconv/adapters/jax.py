@@ -117,12 +117,9 @@ def supports_jit() -> bool:
     return True
 
 
-_DTYPES = ("float32", "float16", "bfloat16")
-
-
 def dtypes() -> tuple[str, ...]:
     """The data types that the layers may leave to us."""
-    return _DTYPES
+    return _operations.DTYPES
 
 
 def reason_against_kind(x: Any) -> str | None:
@@ -265,7 +262,7 @@ def _arrays(**arrays: Any) -> list[Array]:
             continue
         array = jnp.asarray(array)
         dtype = array.dtype.name
-        if not converted and dtype not in _DTYPES:
+        if not converted and dtype not in _operations.DTYPES:
             rule = "float32, float16 or bfloat16"
         elif converted and array.dtype != converted[0].dtype:
             rule = f"{converted[0].dtype}, as `x` is"

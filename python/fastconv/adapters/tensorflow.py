@@ -109,7 +109,7 @@ def supports_jit() -> bool:
 
 def dtypes() -> tuple[str, ...]:
     """The data types that the layers may leave to us."""
-    return ("float32",) if _gpus() else ("float32", "float16", "bfloat16")
+    return ("float32",) if _gpus() else _operations.DTYPES
 
 
 def reason_against_kind(x: object) -> str | None:

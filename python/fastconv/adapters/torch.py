@@ -44,12 +44,9 @@ def supports_jit() -> bool:
     return True
 
 
-_DTYPES = ("float32", "float16", "bfloat16")
-
-
 def dtypes() -> tuple[str, ...]:
     """The data types that the layers may leave to us."""
-    return _DTYPES
+    return _operations.DTYPES
 
 
 def reason_against_kind(x: Any) -> str | None:
@@ -205,7 +202,7 @@ def _tensors(**tensors: Any) -> list[Tensor]:
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"`{name}` must be a torch.Tensor. Received: {name}={shown(tensor)}")
         rule = None
-        if not checked and _dtype_name(tensor) not in _DTYPES:
+        if not checked and _dtype_name(tensor) not in _operations.DTYPES:
             rule = "float32, float16 or bfloat16"
         elif checked and tensor.dtype != checked[0].dtype:
             rule = f"{_dtype_name(checked[0])}, as the first tensor is"
