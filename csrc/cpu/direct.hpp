@@ -60,7 +60,8 @@ struct Direct {
              " partial sums";
     }
     const int64_t columns = direction == Direction::fprop ? p.k_per_group() : p.c_per_group();
-    const int64_t vectors = min64(kGemmVectors<V>, ceil_div(columns, V::kWidth));
+    const int64_t all = ceil_div(columns, V::kWidth);
+    const int64_t vectors = ceil_div(all, ceil_div(all, kGemmVectors<V>));
     return tile(V::kGemmRows[vectors], vectors * V::kWidth) + "pixels x channels";
   }
 

@@ -74,7 +74,16 @@ struct TapTile {
   const float* ahead;
   int64_t ahead_step;
   int64_t ahead_lines;
+  // The first tile that reads a panel of one tap may pack it, as `filter`: its rows are those of the
+  // caller's filter, `unpacked_step` floats apart, times the scales of its columns, if not null.
+  float* packed;
+  const float* unpacked;
+  int64_t unpacked_step;
+  const float* scales;
 };
+
+// What else a tile does: asks for t.ahead, or packs the panel that it reads.
+enum class TapTileTask { none, ahead, packing };
 
 // What the sums of a register tile's vector v begin with: the bias, or zero where that is null.
 template <class V, int Vectors>
@@ -83,7 +92,7 @@ typename V::Reg start_of_sum(const float* bias, int v, const typename V::Tail& t
   return v == Vectors - 1 ? V::load(bias + v * V::kWidth, tail) : V::load(bias + v * V::kWidth);
 }
 
-template <class V, int Rows, int Vectors, bool Ahead = false>
+template <class V, int Rows, int Vectors, TapTileTask Task>
 void tap_tile(const TapTile& t) {
   const auto tail = V::tail(t.columns);
   typename V::Reg sum[Rows][Vectors];
@@ -135,14 +144,30 @@ void tap_tile(const TapTile& t) {
       for (int i = 0; i < Rows; ++i) x[i] = t.x + offset + i * t.x_step;
     }
     const float* ahead = t.ahead;
+    const float* unpacked = t.unpacked;
+    float* packed = t.packed;
     for (int64_t c = 0; c < t.run; ++c, filter += Vectors * V::kWidth) {
-      if constexpr (Ahead) {
+      if constexpr (Task == TapTileTask::ahead) {
         __builtin_prefetch(ahead, 0, 2);
         ahead += t.ahead_step;
       }
       typename V::Reg b[Vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) b[v] = V::load(filter + v * V::kWidth);
+      for (int v = 0; v < Vectors; ++v) {
+        if constexpr (Task == TapTileTask::packing) {
+          const auto load = [&](const float* from) {
+            return v == Vectors - 1 ? V::load(from + v * V::kWidth, tail)
+                                    : V::load(from + v * V::kWidth);
+          };
+          b[v] = load(unpacked);
+          if (t.scales) b[v] = V::multiply(b[v], load(t.scales));
+          V::store(packed + v * V::kWidth, b[v]);
+        } else {
+          b[v] = V::load(filter + v * V::kWidth);
+        }
+      }
+      unpacked += t.unpacked_step;
+      packed += Vectors * V::kWidth;
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
         const typename V::Reg a = V::broadcast(x[i] + c);
@@ -170,42 +195,32 @@ void tap_tile(const TapTile& t) {
 
 using TapTileFunction = void (*)(const TapTile&);
 
-// The most vectors of a register tile, and the rows of such a tile.
+// The most vectors of a register tile.
 template <class V>
 constexpr int kGemmVectors = static_cast<int>(std::size(V::kGemmRows)) - 1;
-template <class V>
-constexpr std::size_t kFullTileRows = V::kGemmRows[kGemmVectors<V>];
 
 template <class V>
 constexpr int kMostGemmRows = *std::max_element(std::begin(V::kGemmRows), std::end(V::kGemmRows));
 
 // Of `Vectors` vectors, by rows - 1.
-template <class V, int Vectors, bool Ahead = false, std::size_t... I>
+template <class V, int Vectors, TapTileTask Task, std::size_t... I>
 constexpr auto make_tap_tiles(std::index_sequence<I...>) {
-  return std::array<TapTileFunction, kMostGemmRows<V>>{tap_tile<V, I + 1, Vectors, Ahead>...};
+  return std::array<TapTileFunction, kMostGemmRows<V>>{tap_tile<V, I + 1, Vectors, Task>...};
 }
 
 // By vectors - 1 and rows - 1.
-template <class V, std::size_t... I>
+template <class V, TapTileTask Task, std::size_t... I>
 constexpr auto make_tap_tile_table(std::index_sequence<I...>) {
-  return std::array{
-      make_tap_tiles<V, I + 1>(std::make_index_sequence<std::size_t{V::kGemmRows[I + 1]}>{})...};
+  return std::array{make_tap_tiles<V, I + 1, Task>(
+      std::make_index_sequence<std::size_t{V::kGemmRows[I + 1]}>{})...};
 }
 
 // For at most V::kGemmRows[vectors] rows.
-template <class V>
+template <class V, TapTileTask Task = TapTileTask::none>
 TapTileFunction tap_tile_function(int rows, int vectors) {
   static constexpr auto kTable =
-      make_tap_tile_table<V>(std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
+      make_tap_tile_table<V, Task>(std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
   return kTable[static_cast<std::size_t>(vectors - 1)][static_cast<std::size_t>(rows - 1)];
-}
-
-// Of kGemmVectors, for t.ahead.
-template <class V>
-TapTileFunction tap_tile_ahead_function(int rows) {
-  static constexpr auto kTable =
-      make_tap_tiles<V, kGemmVectors<V>, true>(std::make_index_sequence<kFullTileRows<V>>{});
-  return kTable[static_cast<std::size_t>(rows - 1)];
 }
 
 // The taps of one axis, in ascending order of what they meet: source index = i * step + offset(tap),
@@ -292,31 +307,36 @@ void for_each_region(const TapConvolution& g, const Body& body) {
   }
 }
 
-// The filter as register tiles read it: panels of `Vectors` vectors of output channels (the last one of
-// fewer, its spare lanes zero), in each [tap][source channel][output channel].
+// The filter as register tiles read it: panels of at most `Vectors` vectors of output channels, in each
+// [tap][source channel][output channel], spare lanes zero. Panels are as wide as one another, or one
+// vector narrower: the tiles of all have the same rows, and a tile's pixels go through all panels.
 template <class V, int Vectors = V::kVectors>
 struct FilterPanels {
-  static constexpr int64_t kPanel = Vectors * V::kWidth;
-
   const TapConvolution& g;
   int64_t panels, reduce, group_floats;  // reduce: the products of one sum
+  int64_t widest, wide;                  // vectors of a panel; so many panels have that many
 
   explicit FilterPanels(const TapConvolution& convolution)
-      : g(convolution), panels(ceil_div(g.columns, kPanel)),
-        reduce(g.vertical.count * g.horizontal.count * g.reduce),
-        group_floats(reduce * ceil_div(g.columns, V::kWidth) * V::kWidth) {}
+      : g(convolution), reduce(g.vertical.count * g.horizontal.count * g.reduce) {
+    const int64_t vectors = ceil_div(g.columns, V::kWidth);
+    panels = ceil_div(vectors, Vectors);
+    widest = ceil_div(vectors, panels);
+    wide = vectors - panels * (widest - 1);
+    group_floats = reduce * vectors * V::kWidth;
+  }
 
   int64_t bytes() const { return ceil_div(g.groups * group_floats * 4, 64) * 64; }
-  int vectors_of(int64_t panel) const {
-    return static_cast<int>(min64(Vectors, ceil_div(g.columns - panel * kPanel, V::kWidth)));
+  int vectors_of(int64_t panel) const { return static_cast<int>(widest - (panel >= wide)); }
+  // The first channel of a panel; spare lanes count.
+  int64_t first_column(int64_t panel) const {
+    return (panel * (widest - 1) + min64(panel, wide)) * V::kWidth;
   }
   // Channels in the last vector of a panel.
   int last_columns(int64_t panel) const {
-    return static_cast<int>(
-        min64(g.columns - panel * kPanel - int64_t{vectors_of(panel) - 1} * V::kWidth, V::kWidth));
+    return static_cast<int>(min64(g.columns - first_column(panel + 1) + V::kWidth, V::kWidth));
   }
   int64_t offset(int64_t group, int64_t panel) const {
-    return group * group_floats + panel * kPanel * reduce;
+    return group * group_floats + first_column(panel) * reduce;
   }
 
   void pack_all(const float* filter, const float* scale, float* packed) const {
@@ -331,40 +351,27 @@ struct FilterPanels {
   }
 
   // Rows of some panels: taps tap .. tap_end - 1 (counted r * S + s), channels c .. c_end - 1 of each.
-  // The panels lie `panel_rows` rows apart in `out`; the first row goes to row `at`. A row of the
+  // The panels have `panel_rows` rows each in `out`; the first row goes to row `at`. A row of the
   // filter is read in one go, whichever panels it goes to. Output channel k is multiplied by scale[k],
   // if that is not null; fprop alone has one.
   void pack(const float* filter, const float* scale, int64_t group, int64_t panel_begin,
             int64_t panel_end, int64_t tap, int64_t tap_end, int64_t c, int64_t c_end, float* out,
             int64_t panel_rows, int64_t at) const {
+    const int64_t first = first_column(panel_begin);
     for (; tap < tap_end; ++tap, at += c_end - c) {
       const float* in = row_of(filter, group, panel_begin, tap, c);
       if (g.filter_column == 1) {
-        const int64_t whole_end = min64(panel_end, g.columns / kPanel);
-        const float* const scales =
-            scale ? scale + group * g.columns + panel_begin * kPanel : nullptr;
+        const float* const scales = scale ? scale + group * g.columns + first : nullptr;
         for (int64_t row = 0; row < c_end - c; ++row, in += g.filter_reduce) {
-          const float* from = in;
-          float* to = out + (at + row) * kPanel;
-          for (int64_t panel = panel_begin; panel < whole_end; ++panel) {
-#pragma GCC unroll 4
-            for (int v = 0; v < Vectors; ++v) {
-              typename V::Reg value = V::load(from + v * V::kWidth);
-              if (scales) value = V::multiply(value, V::load(scales + (from - in) + v * V::kWidth));
-              V::store(to + v * V::kWidth, value);
-            }
-            from += kPanel;
-            to += kPanel * panel_rows;
+          for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+            const int64_t skipped = first_column(panel) - first;
+            copy_row(in + skipped, scales ? scales + skipped : nullptr, panel,
+                     out + skipped * panel_rows + (at + row) * vectors_of(panel) * V::kWidth);
           }
-          if (whole_end == panel_end) continue;
-          const int64_t panel = panel_end - 1;
-          const int64_t skipped = (panel - panel_begin) * kPanel;
-          copy_row(in + skipped, scales ? scales + skipped : nullptr, panel,
-                   out + skipped * panel_rows + (at + row) * vectors_of(panel) * V::kWidth);
         }
       } else {
         for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-          const int64_t skipped = (panel - panel_begin) * kPanel;
+          const int64_t skipped = first_column(panel) - first;
           transpose_rows(in + skipped * g.filter_column, c_end - c, panel,
                          out + skipped * panel_rows + at * vectors_of(panel) * V::kWidth);
         }
@@ -376,7 +383,7 @@ struct FilterPanels {
   const float* row_of(const float* filter, int64_t group, int64_t panel, int64_t tap,
                       int64_t c) const {
     const int64_t r = tap / g.horizontal.count, s = tap % g.horizontal.count;
-    return filter + group * g.filter_group + panel * kPanel * g.filter_column +
+    return filter + group * g.filter_group + first_column(panel) * g.filter_column +
            (g.vertical.filter_first + r * g.vertical.filter_stride) * g.filter_tap_row +
            (g.horizontal.filter_first + s * g.horizontal.filter_stride) * g.filter_tap_column +
            c * g.filter_reduce;
@@ -384,22 +391,20 @@ struct FilterPanels {
 
  private:
   void copy_row(const float* in, const float* scale, int64_t panel, float* out) const {
-    const int vectors = vectors_of(panel);
+    const int64_t last = int64_t{vectors_of(panel) - 1} * V::kWidth;
     const auto tail = V::tail(last_columns(panel));
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      if (v == vectors) break;
-      const auto load = [&](const float* at) {
-        return v == vectors - 1 ? V::load(at + v * V::kWidth, tail) : V::load(at + v * V::kWidth);
-      };
-      V::store(out + v * V::kWidth, scale ? V::multiply(load(in), load(scale)) : load(in));
-    }
+    const auto copy = [&](int64_t at, const auto&... mask) {
+      const typename V::Reg value = V::load(in + at, mask...);
+      V::store(out + at, scale ? V::multiply(value, V::load(scale + at, mask...)) : value);
+    };
+    for (int64_t at = 0; at < last; at += V::kWidth) copy(at);
+    copy(last, tail);
   }
 
   // in[j][c] to out[c][j], a square of registers at a time.
   void transpose_rows(const float* in, int64_t rows, int64_t panel, float* out) const {
     const int64_t width = vectors_of(panel) * V::kWidth;
-    const int64_t valid = min64(width, g.columns - panel * kPanel);
+    const int64_t valid = min64(width, g.columns - first_column(panel));
     for (int64_t c0 = 0; c0 < rows; c0 += V::kWidth) {
       const int64_t depth = min64(V::kWidth, rows - c0);
       const auto tail = V::tail(static_cast<int>(depth));
@@ -417,29 +422,15 @@ struct FilterPanels {
   }
 };
 
-// Register tiles of one width: some panels, the regions' pixels in tiles of at most `rows`, and the
-// order in which tasks take them.
-struct TapPass {
-  int64_t first_panel, last_panel;
-  int vectors, columns;  // of each panel; `columns`: of its last vector
-  int rows;
-  std::vector<int64_t> first_tile;       // of each region, and behind the last
-  int64_t blocks;                        // runs of tiles
-  int64_t panel_groups, panels_a_group;  // runs of panels
-  int64_t first_task;
-
-  int64_t tiles() const { return first_tile.back(); }
-  int64_t panels() const { return last_panel - first_panel; }
-};
-
 // Computes tiles of a tap convolution from a packed filter. Allocates nothing and throws nothing: it
 // serves the tasks of a runner.
 template <class V>
 struct TapTiles {
-  static constexpr int64_t kPanel = kGemmVectors<V> * V::kWidth;
+  using Panels = FilterPanels<V, kGemmVectors<V>>;
   static constexpr int64_t kLine = 16;  // floats of a cache line
 
   const TapConvolution& g;
+  const Panels& panels;
   const float* x;
   const float* bias;
   const float* residual;
@@ -557,36 +548,43 @@ struct TapTiles {
     float* y_;
   };
 
-  // A run of a region's tiles for panels `panel` .. `panel_end` - 1 of a pass. `filter` has those of
-  // them, `filter_panel` floats apart; `t` says which part of them.
-  void run(const TapPass& pass, const TapRegion& region, int64_t group, int64_t panel,
-           int64_t panel_end, int64_t tile, int64_t tile_end, const float* filter,
-           int64_t filter_panel, TapTile& t) const {
+  // Of at most so many pixels.
+  int rows() const { return V::kGemmRows[panels.widest]; }
+
+  // A run of a region's tiles for panels `panel` .. `panel_end` - 1. `filter` has those of them, of
+  // `filter_rows` rows each; `t` says which rows these are.
+  void run(const TapRegion& region, int64_t group, int64_t panel, int64_t panel_end, int64_t tile,
+           int64_t tile_end, const float* filter, int64_t filter_rows, TapTile& t) const {
     const float* x_pixels[kMostGemmRows<V>];
     float* y_pixels[kMostGemmRows<V>];
     t.x_step = g.horizontal.step * g.source_c;
     t.y_step = g.y_column;
     t.x_offset = group * g.reduce;
-    t.columns = pass.columns;
     t.relu = g.relu;
     t.ceiling = g.ceiling;
     t.residual =
         residual ? reinterpret_cast<std::intptr_t>(residual) - reinterpret_cast<std::intptr_t>(y)
                  : 0;
-    Cursor cursor(*this, region, pass.rows, tile);
+    const int64_t first_y = group * g.columns + panels.first_column(panel);
+    Cursor cursor(*this, region, rows(), tile);
     for (; tile < tile_end; ++tile) {
       const int count = cursor.locate(t, x_pixels, y_pixels);
-      const bool ahead = t.ahead_lines > 0;
-      const TapTileFunction multiply =
-          ahead ? tap_tile_ahead_function<V>(count) : tap_tile_function<V>(count, pass.vectors);
+      const bool packing = t.packed, ahead = !packing && t.ahead_lines > 0;
       t.filter = filter;
-      t.y_offset = group * g.columns + panel * kPanel;
+      t.y_offset = first_y;
       for (int64_t i = panel; i < panel_end; ++i) {
+        const int vectors = panels.vectors_of(i);
+        t.columns = panels.last_columns(i);
         t.bias = bias ? bias + t.y_offset : nullptr;
+        const TapTileFunction multiply =
+            packing ? tap_tile_function<V, TapTileTask::packing>(count, vectors)
+            : ahead ? tap_tile_function<V, TapTileTask::ahead>(count, vectors)
+                    : tap_tile_function<V>(count, vectors);
         multiply(t);
-        t.filter += filter_panel;
-        t.y_offset += kPanel;
+        t.filter += vectors * V::kWidth * filter_rows;
+        t.y_offset += vectors * V::kWidth;
       }
+      t.packed = nullptr;
       if (ahead) {
         t.ahead += kLine;
         --t.ahead_lines;
@@ -603,15 +601,17 @@ struct TapTiles {
 template <class V>
 struct TapConvolutionRunner {
   using Panels = FilterPanels<V, kGemmVectors<V>>;
-  static constexpr int64_t kPanel = Panels::kPanel;
-  static constexpr int64_t kChunkRows = 128;  // filter rows: 32 KiB a panel with AVX-512
-  static constexpr int64_t kMostColumnsAChunk = 256;
+  static constexpr int64_t kChunkRows = 160;  // filter rows: 32 KiB a panel with AVX-512
+  static constexpr int64_t kMostVectorsAChunk = 16;
 
   const TapConvolution g;
   const Panels panels;
   std::vector<TapRegion> regions;
-  std::vector<TapPass> passes;  // whole panels, and the last one if it has fewer vectors or columns
-  int64_t pixels, tasks;
+  std::vector<int64_t> first_tile;  // of each region, and behind the last
+  int64_t pixels;
+  int64_t blocks;                        // runs of tiles
+  int64_t panel_groups, panels_a_group;  // runs of panels
+  int64_t tasks;
   bool by_chunks;
   int64_t packed_bytes, entries_bytes;  // entries: of one worker
   int64_t workspace_bytes;
@@ -621,14 +621,15 @@ struct TapConvolutionRunner {
       : g(flattened(convolution)), panels(g) {
     pixels = g.images * g.out_h * g.out_w;
     if (pixels > 0) for_each_region(g, [&](const TapRegion& region) { regions.push_back(region); });
-
-    const int64_t whole = g.columns / kPanel;
-    if (whole > 0) add_pass(0, whole);
-    if (whole < panels.panels) add_pass(whole, panels.panels);
+    first_tile.push_back(0);
+    for (const TapRegion& region : regions) {
+      const int64_t rows = V::kGemmRows[panels.widest];
+      first_tile.push_back(tiles() + ceil_div(region.pixels(g.images), rows));
+    }
 
     // Time to pack, in vector operations a filter vector: by chunks it stays in the cache, but every
     // block packs anew; as a whole it goes to memory and comes back if it is large.
-    const int64_t enough_tasks = 4 * int64_t{num_threads()};
+    const int64_t threads = num_threads(), enough_tasks = threads == 1 ? 1 : 4 * threads;
     constexpr int64_t kMostPixelsAChunk = 512;
     const int64_t filter_floats = g.groups * panels.group_floats;
     const int64_t chunked_blocks =
@@ -637,18 +638,13 @@ struct TapConvolutionRunner {
     const int64_t whole_cost = filter_floats * 4 > (int64_t{512} << 10) ? 24 : 6;
     by_chunks = chunked_blocks * 5 < whole_cost;
 
-    packed_bytes = by_chunks ? 0 : panels.bytes();
-    tasks = 0;
-    for (TapPass& pass : passes) {
-      if (by_chunks) {
-        block_by_chunks(pass, chunked_blocks, enough_tasks);
-      } else {
-        block_whole(pass, enough_tasks);
-      }
-      pass.blocks = max64(1, pass.blocks);
-      pass.first_task = tasks;
-      tasks += g.groups * pass.panel_groups * pass.blocks;
+    if (by_chunks) {
+      block_by_chunks(chunked_blocks, enough_tasks);
+    } else {
+      block_whole(enough_tasks);
     }
+    blocks = max64(1, blocks);
+    tasks = g.groups * panel_groups * blocks;
     entries_bytes = round_up(2 * TapTiles<V>::most_entries(g) * 8, 64);
     workers = workers_for(tasks);  // asked once: their number may change at any time
     workspace_bytes = (by_chunks ? workers : 1) * packed_bytes + workers * entries_bytes;
@@ -660,32 +656,30 @@ struct TapConvolutionRunner {
                const float* residual, float* y) const {
     if (pixels == 0) return;
     const Workspace workspace(static_cast<std::size_t>(workspace_bytes));
-    const TapTiles<V> tap_tiles{g, x, bias, residual, y};
+    const TapTiles<V> tap_tiles{g, panels, x, bias, residual, y};
     char* const entries = reinterpret_cast<char*>(workspace.floats());
     float* const packed = workspace.floats(static_cast<std::size_t>(workers * entries_bytes));
     if (!by_chunks) panels.pack_all(filter, scale, packed);
     parallel_for(tasks, workers, [&](int64_t task, int worker) {
       int64_t* own_entries = reinterpret_cast<int64_t*>(entries + worker * entries_bytes);
-      const TapPass& pass = task < passes.back().first_task ? passes.front() : passes.back();
-      task -= pass.first_task;
       Part part{};
-      const int64_t block = task % pass.blocks;
-      part.tile = pass.tiles() * block / pass.blocks;
-      part.tile_end = pass.tiles() * (block + 1) / pass.blocks;
-      part.panel = pass.first_panel + task / pass.blocks % pass.panel_groups * pass.panels_a_group;
-      part.panel_end = min64(pass.last_panel, part.panel + pass.panels_a_group);
-      part.group = task / pass.blocks / pass.panel_groups;
+      const int64_t block = task % blocks;
+      part.tile = tiles() * block / blocks;
+      part.tile_end = tiles() * (block + 1) / blocks;
+      part.panel = task / blocks % panel_groups * panels_a_group;
+      part.panel_end = min64(panels.panels, part.panel + panels_a_group);
+      part.group = task / blocks / panel_groups;
       if (by_chunks) {
         float* chunk = packed + worker * (packed_bytes / 4);
-        work_by_chunks(tap_tiles, pass, part, filter, scale, chunk, own_entries);
+        work_by_chunks(tap_tiles, part, filter, scale, chunk, own_entries);
         return;
       }
       TapTile t{};
       t.first = t.last = true;
-      for_each_region_of(pass, part, [&](const TapRegion& region, int64_t tile, int64_t tile_end) {
+      for_each_region_of(part, [&](const TapRegion& region, int64_t tile, int64_t tile_end) {
         tap_tiles.list_taps(region, own_entries, t);
-        tap_tiles.run(pass, region, part.group, part.panel, part.panel_end, tile, tile_end,
-                      packed + panels.offset(part.group, part.panel), kPanel * panels.reduce, t);
+        tap_tiles.run(region, part.group, part.panel, part.panel_end, tile, tile_end,
+                      packed + panels.offset(part.group, part.panel), panels.reduce, t);
       });
     });
   }
@@ -696,56 +690,45 @@ struct TapConvolutionRunner {
     int64_t group, panel, panel_end, tile, tile_end;
   };
 
-  void add_pass(int64_t first_panel, int64_t last_panel) {
-    TapPass pass{};
-    pass.first_panel = first_panel;
-    pass.last_panel = last_panel;
-    pass.vectors = panels.vectors_of(first_panel);
-    pass.columns = panels.last_columns(first_panel);
-    pass.rows = V::kGemmRows[pass.vectors];
-    pass.first_tile.push_back(0);
-    for (const TapRegion& region : regions) {
-      pass.first_tile.push_back(pass.tiles() + ceil_div(region.pixels(g.images), pass.rows));
-    }
-    passes.push_back(std::move(pass));
-  }
+  int64_t tiles() const { return first_tile.back(); }
 
   // A few neighbouring panels a task: rows of the filter are read in longer pieces.
-  void block_by_chunks(TapPass& pass, int64_t blocks, int64_t enough_tasks) {
-    pass.blocks = min64(pass.tiles(), blocks);
-    const int64_t spare = g.groups * pass.panels() * pass.blocks / enough_tasks;
-    pass.panels_a_group = max64(1, min64(spare, kMostColumnsAChunk / kPanel));
-    pass.panel_groups = ceil_div(pass.panels(), pass.panels_a_group);
-    pass.panels_a_group = ceil_div(pass.panels(), pass.panel_groups);
-    packed_bytes = max64(packed_bytes, chunk_rows() * pass.panels_a_group * kPanel * 4);
+  void block_by_chunks(int64_t most_blocks, int64_t enough_tasks) {
+    blocks = min64(tiles(), most_blocks);
+    const int64_t spare = g.groups * panels.panels * blocks / enough_tasks;
+    panels_a_group = max64(1, min64(spare, kMostVectorsAChunk / panels.widest));
+    panel_groups = ceil_div(panels.panels, panels_a_group);
+    panels_a_group = ceil_div(panels.panels, panel_groups);
+    packed_bytes = chunk_rows() * panels_a_group * panels.widest * V::kWidth * 4;
   }
 
-  void block_whole(TapPass& pass, int64_t enough_tasks) const {
+  void block_whole(int64_t enough_tasks) {
+    packed_bytes = panels.bytes();
     // Filter panels that stay in half of a 1 MiB second-level cache while tiles pass by.
-    const int64_t panel_bytes = max64(panels.reduce * kPanel * 4, 1);
-    pass.panels_a_group = max64(1, min64(pass.panels(), (int64_t{512} << 10) / panel_bytes));
+    const int64_t panel_bytes = max64(panels.reduce * panels.widest * V::kWidth * 4, 1);
+    panels_a_group = max64(1, min64(panels.panels, (int64_t{512} << 10) / panel_bytes));
     constexpr int64_t kPixelsABlock = 96;
-    pass.blocks = ceil_div(pass.tiles(), kPixelsABlock / pass.rows);
-    if (pass.blocks * g.groups * ceil_div(pass.panels(), pass.panels_a_group) < enough_tasks) {
-      pass.blocks = min64(pass.tiles(), enough_tasks);
-      if (pass.blocks * g.groups < enough_tasks) pass.panels_a_group = 1;
+    blocks = ceil_div(tiles(), kPixelsABlock / V::kGemmRows[panels.widest]);
+    if (blocks * g.groups * ceil_div(panels.panels, panels_a_group) < enough_tasks) {
+      blocks = min64(tiles(), enough_tasks);
+      if (blocks * g.groups < enough_tasks) panels_a_group = 1;
     }
-    pass.panel_groups = ceil_div(pass.panels(), pass.panels_a_group);
+    panel_groups = ceil_div(panels.panels, panels_a_group);
   }
 
   // Rows of a chunk: of one tap if it has enough channels, else of several.
-  int64_t channels_a_chunk() const { return min64(g.reduce, kChunkRows); }
+  int64_t channels_a_chunk() const { return ceil_div(g.reduce, ceil_div(g.reduce, kChunkRows)); }
   int64_t taps_a_chunk() const { return max64(1, kChunkRows / g.reduce); }
   int64_t chunk_rows() const { return channels_a_chunk() * taps_a_chunk(); }
 
   // Calls body(region, first tile, last tile + 1) for each region that a part's tiles touch.
   template <class Body>
-  void for_each_region_of(const TapPass& pass, const Part& part, const Body& body) const {
+  void for_each_region_of(const Part& part, const Body& body) const {
     std::size_t at = 0;
-    while (pass.first_tile[at + 1] <= part.tile) ++at;
+    while (first_tile[at + 1] <= part.tile) ++at;
     for (int64_t tile = part.tile; tile < part.tile_end; ++at) {
-      const int64_t end = min64(part.tile_end, pass.first_tile[at + 1]);
-      body(regions[at], tile - pass.first_tile[at], end - pass.first_tile[at]);
+      const int64_t end = min64(part.tile_end, first_tile[at + 1]);
+      body(regions[at], tile - first_tile[at], end - first_tile[at]);
       tile = end;
     }
   }
@@ -756,14 +739,13 @@ struct TapConvolutionRunner {
 
   // While a panel of a chunk is used, its part of the next chunk comes from memory: that of the chunk's
   // rows (or columns, whichever are contiguous) which lie under it, a line of all of them a tile.
-  void ask_for(const Chunk& next, const TapPass& pass, const Part& part, int64_t panel,
-               const float* filter, TapTile& t) const {
+  void ask_for(const Chunk& next, const Part& part, int64_t panel, const float* filter,
+               TapTile& t) const {
     t.ahead_lines = 0;
-    const int64_t channels = channels_a_chunk(), columns = (part.panel_end - part.panel) * kPanel;
-    if (next.tap == g.vertical.count * g.horizontal.count || channels < kChunkRows ||
-        pass.vectors < kGemmVectors<V>) {
-      return;
-    }
+    const int64_t channels = channels_a_chunk();
+    const int64_t columns =
+        min64(g.columns, panels.first_column(part.panel_end)) - panels.first_column(part.panel);
+    if (next.tap == g.vertical.count * g.horizontal.count || channels < 128) return;
     const bool by_rows = g.filter_column == 1;
     const int64_t contiguous = by_rows ? columns : channels;
     if (!by_rows && columns < channels) return;
@@ -776,9 +758,8 @@ struct TapConvolutionRunner {
     t.ahead_step = by_rows ? g.filter_reduce : g.filter_column;
   }
 
-  void work_by_chunks(const TapTiles<V>& tap_tiles, const TapPass& pass, const Part& part,
-                      const float* filter, const float* scale, float* chunk,
-                      int64_t* entries) const {
+  void work_by_chunks(const TapTiles<V>& tap_tiles, const Part& part, const float* filter,
+                      const float* scale, float* chunk, int64_t* entries) const {
     const int64_t taps = g.vertical.count * g.horizontal.count;
     TapTile t{};
     // A sum without taps is still written.
@@ -787,20 +768,42 @@ struct TapConvolutionRunner {
       for (int64_t c = 0; c < g.reduce; c += channels_a_chunk()) {
         const int64_t c_end = min64(g.reduce, c + channels_a_chunk());
         const int64_t rows_here = (tap_end - tap) * (c_end - c);
-        panels.pack(filter, scale, part.group, part.panel, part.panel_end, tap, tap_end, c, c_end,
-                    chunk, rows_here, 0);
+        // Rows of one tap, where they lie as a tile wants them, are packed by the first tile of each panel.
+        const bool packs = tap_end - tap == 1 && g.filter_column == 1;
+        if (!packs) {
+          panels.pack(filter, scale, part.group, part.panel, part.panel_end, tap, tap_end, c, c_end,
+                      chunk, rows_here, 0);
+        }
         t.first = tap == 0 && c == 0;
         t.last = tap_end >= taps && c_end == g.reduce;
         const Chunk next = c_end < g.reduce ? Chunk{tap, c_end} : Chunk{tap_end, 0};
+        const int64_t first = panels.first_column(part.panel);
         for (int64_t panel = part.panel; panel < part.panel_end; ++panel) {
-          const float* own = chunk + (panel - part.panel) * kPanel * rows_here;
-          ask_for(next, pass, part, panel, filter, t);
-          for_each_region_of(pass, part,
-                             [&](const TapRegion& region, int64_t tile, int64_t tile_end) {
-                               tap_tiles.list_taps(region, tap, tap_end, c, c_end, entries, t);
-                               tap_tiles.run(pass, region, part.group, panel, panel + 1, tile,
-                                             tile_end, own, 0, t);
-                             });
+          float* const own = chunk + (panels.first_column(panel) - first) * rows_here;
+          ask_for(next, part, panel, filter, t);
+          if (packs) {
+            t.packed = own;
+            t.unpacked = panels.row_of(filter, part.group, panel, tap, c);
+            t.unpacked_step = g.filter_reduce;
+            t.scales =
+                scale ? scale + part.group * g.columns + panels.first_column(panel) : nullptr;
+          }
+          for_each_region_of(part, [&](const TapRegion& region, int64_t tile, int64_t tile_end) {
+            tap_tiles.list_taps(region, tap, tap_end, c, c_end, entries, t);
+            // Where a region meets none of the taps, sums at most begin or end.
+            if (t.taps == 0 && !t.first && !t.last) return;
+            float* const packed = t.packed;
+            const int64_t ahead_lines = t.ahead_lines;
+            if (t.taps == 0) {
+              t.packed = nullptr;
+              t.ahead_lines = 0;
+            }
+            tap_tiles.run(region, part.group, panel, panel + 1, tile, tile_end, own, rows_here, t);
+            if (t.taps == 0) {
+              t.packed = packed;
+              t.ahead_lines = ahead_lines;
+            }
+          });
         }
       }
     }

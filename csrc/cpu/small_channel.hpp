@@ -352,7 +352,7 @@ struct SmallChannel {
     panels.pack_all(operands.filter, operands.scale, packed);
     // Panels that stay in the first-level cache take turns at a tile: whole pixels are written at once.
     const int64_t panels_a_pass =
-        max64(1, (int64_t{16} << 10) / max64(panels.reduce * FilterPanels<V>::kPanel * 4, 1));
+        max64(1, (int64_t{16} << 10) / max64(panels.reduce * panels.widest * V::kWidth * 4, 1));
     float* copies =
         workspace.floats(static_cast<std::size_t>(strip.packed_bytes + strip.offsets_bytes));
 
@@ -388,7 +388,7 @@ struct SmallChannel {
           for (int64_t tile = 0; tile < tiles; ++tile) {
             const int count = static_cast<int>(columns_a_tile + (tile < larger_tiles));
             for (int64_t panel = first; panel < last; ++panel) {
-              const int64_t column = panel * FilterPanels<V>::kPanel;
+              const int64_t column = panels.first_column(panel);
               const int vectors = panels.vectors_of(panel);
               t.filter = packed + panels.offset(0, panel);
               t.bias = bias ? bias + column : nullptr;
