@@ -34,7 +34,12 @@ struct WgradTile {
   bool first;
 };
 
-template <class V, int Rows, int Vectors, bool Apart>
+// Where a tile's rows are. `fetched`: they follow one another in the input itself, of which the tile uses
+// a few floats of a pixel. Pixels lie too far apart for the hardware to ask for them in time.
+enum class WgradRows { packed, fetched, apart };
+constexpr int64_t kFetchedPixels = 24;  // ahead of their use
+
+template <class V, int Rows, int Vectors, WgradRows Where>
 void wgrad_tile(const WgradTile& t) {
   const auto tail = V::tail(t.valid);
   typename V::Reg sum[Rows][Vectors];
@@ -50,14 +55,18 @@ void wgrad_tile(const WgradTile& t) {
         sum[i][v] = v == Vectors - 1 ? V::load(at, tail) : V::load(at);
       }
     }
+  constexpr bool kApart = Where == WgradRows::apart;
   int64_t offset[Rows];
 #pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) offset[i] = Apart ? t.offsets[i] : i;
+  for (int i = 0; i < Rows; ++i) offset[i] = kApart ? t.offsets[i] : i;
   const int64_t* x_pixels = t.x_pixels;
   const int64_t* dy_pixels = t.dy_pixels;
   for (int64_t j = 0; j < t.pixels; ++j) {
     const float* x = t.x + x_pixels[j];
-    const float* dy = t.dy + (Apart ? j * t.dy_step : dy_pixels[j]);
+    if constexpr (Where == WgradRows::fetched) {
+      __builtin_prefetch(t.x + x_pixels[j + kFetchedPixels]);
+    }
+    const float* dy = t.dy + (kApart ? j * t.dy_step : dy_pixels[j]);
     typename V::Reg b[Vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) b[v] = V::load(dy + v * V::kWidth);
@@ -84,22 +93,22 @@ void wgrad_tile(const WgradTile& t) {
 using WgradTileFunction = void (*)(const WgradTile&);
 
 // Of `Vectors` vectors, by rows - 1.
-template <class V, bool Apart, int Vectors, std::size_t... I>
+template <class V, WgradRows Where, int Vectors, std::size_t... I>
 constexpr auto make_wgrad_tiles(std::index_sequence<I...>) {
-  return std::array<WgradTileFunction, kMostGemmRows<V>>{wgrad_tile<V, I + 1, Vectors, Apart>...};
+  return std::array<WgradTileFunction, kMostGemmRows<V>>{wgrad_tile<V, I + 1, Vectors, Where>...};
 }
 
 // By vectors - 1 and rows - 1.
-template <class V, bool Apart, std::size_t... I>
+template <class V, WgradRows Where, std::size_t... I>
 constexpr auto make_wgrad_tile_table(std::index_sequence<I...>) {
-  return std::array{make_wgrad_tiles<V, Apart, I + 1>(
+  return std::array{make_wgrad_tiles<V, Where, I + 1>(
       std::make_index_sequence<std::size_t{V::kGemmRows[I + 1]}>{})...};
 }
 
-template <class V, bool Apart>
+template <class V, WgradRows Where>
 WgradTileFunction wgrad_tile_function(int rows, int vectors) {
   static constexpr auto kTable =
-      make_wgrad_tile_table<V, Apart>(std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
+      make_wgrad_tile_table<V, Where>(std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
   return kTable[static_cast<std::size_t>(vectors - 1)][static_cast<std::size_t>(rows - 1)];
 }
 
@@ -113,6 +122,7 @@ struct WgradPlan {
   int64_t source_h, source_w, image_floats, chunk;  // the copy, where there is one
   bool copied, packed;
   int64_t parts, q_tiles, tiles_a_tap, q_groups;
+  int64_t panel_groups;  // of panels that a task has one after the other
   int64_t pixels_a_block;
   int64_t offsets_bytes, sums_bytes, bias_bytes, copy_bytes, block_bytes, lists_bytes;
 
@@ -142,10 +152,11 @@ struct WgradPlan {
 
     constexpr int64_t kTilesAPacking = 4;  // that read a pixel, for packing it to pay
     packed = cg >= rows && taps * panels / kTilesAPacking >= p.stride_h * p.stride_w;
-    // As many images at a time as 8 MiB hold; all of them where none is copied.
+    // As many images at a time as fit in the second-level cache, or have pixels for whole blocks; all of
+    // them where none is copied.
     image_floats = source_h * source_w * (packed ? p.groups * tiles_a_tap * rows : p.c);
-    chunk = copied || packed ? max64(1, min64(p.n, (int64_t{8} << 20) / max64(image_floats * 4, 1)))
-                             : p.n;
+    const int64_t chunk_bytes = max64(int64_t{1} << 20, 512 * p.c * 4);
+    chunk = copied || packed ? max64(1, min64(p.n, chunk_bytes / max64(image_floats * 4, 1))) : p.n;
     // Tasks share dy: each packs what it needs, which some tiles of work make up for. Partial sums
     // serve where this leaves too few tasks; 1 MiB of them at most.
     constexpr int64_t kRowsATask = 432, kEnoughTasks = 48;
@@ -153,6 +164,10 @@ struct WgradPlan {
     const int64_t whole_tasks = max64(q_groups * panels * p.groups, 1);
     parts = max64(1, min64(min64(ceil_div(kEnoughTasks, whole_tasks), ceil_div(pixels, 256)),
                            min64(16, (int64_t{1} << 20) / max64(floats * 4, 1))));
+
+    // The panels of a task share a block of the input. How many tasks there are changes no sum.
+    const int64_t threads = num_threads(), wanted_tasks = threads == 1 ? 1 : 4 * threads;
+    panel_groups = min64(panels, ceil_div(wanted_tasks, parts * p.groups * q_groups));
 
     const int64_t part_pixels = ceil_div(min64(chunk, p.n) * p.oh * p.ow, parts);
     // Few tiles are through with a block soon: it should still be in the first-level cache.
@@ -167,7 +182,7 @@ struct WgradPlan {
                  : copied ? round_up(chunk * image_floats * 4, 64)
                           : 0;
     block_bytes = round_up(pixels_a_block * panel * 4, 64);
-    lists_bytes = by_taps ? round_up(2 * pixels_a_block * 8, 64) : 0;
+    lists_bytes = by_taps ? round_up((2 * pixels_a_block + kFetchedPixels) * 8, 64) : 0;
   }
 
   // From the packed channels of one tile to the next: an odd number of cache lines, so that writing to
@@ -181,7 +196,7 @@ struct WgradPlan {
     pixels_a_block = round_up(pixels_a_block, 4);
     block_bytes = round_up(pixels_a_block * panel * 4, 64);
   }
-  int64_t tasks(const Conv2dProblem& p) const { return parts * p.groups * panels * q_groups; }
+  int64_t tasks(const Conv2dProblem& p) const { return parts * p.groups * panel_groups * q_groups; }
   int64_t worker_bytes() const { return block_bytes + lists_bytes; }
   int64_t workspace_bytes(int workers) const {
     return offsets_bytes + sums_bytes + bias_bytes + copy_bytes + workers * worker_bytes();
@@ -420,76 +435,85 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
     const int64_t chunk_pixels = images * p.oh * p.ow;
     parallel_for(plan.tasks(p), workers, [&](int64_t task, int worker) {
       const int64_t q_group = task % plan.q_groups;
-      const int64_t panel = task / plan.q_groups % plan.panels;
-      const int64_t group = task / plan.q_groups / plan.panels % p.groups;
-      const int64_t part = task / plan.q_groups / plan.panels / p.groups;
+      const int64_t panel_group = task / plan.q_groups % plan.panel_groups;
+      const int64_t group = task / plan.q_groups / plan.panel_groups % p.groups;
+      const int64_t part = task / plan.q_groups / plan.panel_groups / p.groups;
+      const int64_t panel_begin = plan.panels * panel_group / plan.panel_groups;
+      const int64_t panel_end = plan.panels * (panel_group + 1) / plan.panel_groups;
       const int64_t tile_begin = plan.q_tiles * q_group / plan.q_groups;
       const int64_t tile_end = plan.q_tiles * (q_group + 1) / plan.q_groups;
       const int64_t part_begin = chunk_pixels / unit * part / plan.parts * unit;
       const int64_t part_end = chunk_pixels / unit * (part + 1) / plan.parts * unit;
-      const int64_t column = group * kg + panel * plan.panel;
-      const int64_t width = min64(kg - panel * plan.panel, plan.panel);
-      const int vectors = static_cast<int>(ceil_div(width, V::kWidth));
       float* packed = reinterpret_cast<float*>(scratch + worker * plan.worker_bytes());
-      int64_t* x_pixels =
+      int64_t* dy_pixels =
           reinterpret_cast<int64_t*>(scratch + worker * plan.worker_bytes() + plan.block_bytes);
-      int64_t* dy_pixels = x_pixels + plan.pixels_a_block;
+      int64_t* x_pixels = dy_pixels + plan.pixels_a_block;
       WgradTile t{};
       t.x_pixels = x_pixels;
       t.dy_pixels = dy_pixels;
       t.sum_row = p.k;
-      t.valid = static_cast<int>(width - (vectors - 1) * V::kWidth);
       // `first` must zero the sums even where a part has no pixels in this chunk.
       for (int64_t begin = part_begin, end = 0; begin == part_begin || begin < part_end;
            begin = end) {
         end = min64(begin + plan.pixels_a_block, part_end);
         const int64_t image_at = begin / (p.oh * p.ow);
         if (!plan.by_taps) end = min64(end, (image_at + 1) * p.oh * p.ow);
-        const int64_t from = skipped + begin / unit * p.k + column;
-        float* own_bias = dbias && q_group == 0 ? bias_sums + part * p.k + column : nullptr;
-        // A copy for a few tiles would cost more than it saves.
-        const bool in_place = (tile_end - tile_begin) * plan.rows <= 96 && !y && !own_bias &&
-                              !argmax && t.valid == V::kWidth;
-        const int64_t dy_pixel = in_place ? p.k : int64_t{vectors} * V::kWidth;
-        t.dy = in_place ? dy + from : packed;
-        if (argmax) {
-          pack_pooled_dy<V>(dy + from, y ? y + from : nullptr, argmax + from, (end - begin) / 4,
-                            p.k, vectors, t.valid, packed, own_bias);
-        } else if (!in_place) {
-          pack_dy<V>(dy + from, y ? y + from : nullptr, end - begin, p.k, vectors, t.valid, packed,
-                     own_bias);
-        }
-        t.first = image == 0 && begin == part_begin;
-        if (!plan.by_taps) {
-          t.x_pixels = image_pixels + begin % (p.oh * p.ow);
-          t.dy_step = dy_pixel;
-          t.pixels = end - begin;
-        }
-        int64_t listed = -1;
-        for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-          int64_t q = 0, q_end = 0;
-          if (plan.by_taps) {
-            const int64_t tap = tile / plan.tiles_a_tap, c_tile = tile % plan.tiles_a_tap;
-            if (tap != listed) {
-              t.pixels = list_pixels(p, tap / p.s, tap % p.s, begin, end,
-                                     plan.packed ? plan.rows : p.c, dy_pixel, x_pixels, dy_pixels);
-              listed = tap;
-            }
-            const int64_t c = cg * c_tile / plan.tiles_a_tap;
-            q = tap * cg + c;
-            q_end = tap * cg + cg * (c_tile + 1) / plan.tiles_a_tap;
-            t.x = plan.packed ? copy + (group * plan.tiles_a_tap + c_tile) * packed_tile
-                              : source + group * cg + c;
-          } else {
-            q = p.r * p.s * cg * tile / plan.q_tiles;
-            q_end = p.r * p.s * cg * (tile + 1) / plan.q_tiles;
-            t.offsets = offsets + q;
-            t.x = source + image_at * plan.image_floats + group * cg;
+        for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+          const int64_t column = group * kg + panel * plan.panel;
+          const int64_t width = min64(kg - panel * plan.panel, plan.panel);
+          const int vectors = static_cast<int>(ceil_div(width, V::kWidth));
+          t.valid = static_cast<int>(width - (vectors - 1) * V::kWidth);
+          const int64_t from = skipped + begin / unit * p.k + column;
+          float* own_bias = dbias && q_group == 0 ? bias_sums + part * p.k + column : nullptr;
+          // A copy for a few tiles would cost more than it saves.
+          const bool in_place = (tile_end - tile_begin) * plan.rows <= 96 && !y && !own_bias &&
+                                !argmax && t.valid == V::kWidth;
+          const int64_t dy_pixel = in_place ? p.k : int64_t{vectors} * V::kWidth;
+          t.dy = in_place ? dy + from : packed;
+          if (argmax) {
+            pack_pooled_dy<V>(dy + from, y ? y + from : nullptr, argmax + from, (end - begin) / 4,
+                              p.k, vectors, t.valid, packed, own_bias);
+          } else if (!in_place) {
+            pack_dy<V>(dy + from, y ? y + from : nullptr, end - begin, p.k, vectors, t.valid,
+                       packed, own_bias);
           }
-          t.sum = sums + part * plan.floats + q * p.k + column;
-          const int rows = static_cast<int>(q_end - q);
-          (plan.by_taps ? wgrad_tile_function<V, false>(rows, vectors)
-                        : wgrad_tile_function<V, true>(rows, vectors))(t);
+          t.first = image == 0 && begin == part_begin;
+          if (!plan.by_taps) {
+            t.x_pixels = image_pixels + begin % (p.oh * p.ow);
+            t.dy_step = dy_pixel;
+            t.pixels = end - begin;
+          }
+          int64_t listed = -1;
+          for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+            int64_t q = 0, q_end = 0;
+            if (plan.by_taps) {
+              const int64_t tap = tile / plan.tiles_a_tap, c_tile = tile % plan.tiles_a_tap;
+              if (tap != listed) {
+                t.pixels =
+                    list_pixels(p, tap / p.s, tap % p.s, begin, end, plan.packed ? plan.rows : p.c,
+                                dy_pixel, x_pixels, dy_pixels);
+                std::fill_n(x_pixels + t.pixels, kFetchedPixels, 0);
+                listed = tap;
+              }
+              const int64_t c = cg * c_tile / plan.tiles_a_tap;
+              q = tap * cg + c;
+              q_end = tap * cg + cg * (c_tile + 1) / plan.tiles_a_tap;
+              t.x = plan.packed ? copy + (group * plan.tiles_a_tap + c_tile) * packed_tile
+                                : source + group * cg + c;
+            } else {
+              q = p.r * p.s * cg * tile / plan.q_tiles;
+              q_end = p.r * p.s * cg * (tile + 1) / plan.q_tiles;
+              t.offsets = offsets + q;
+              t.x = source + image_at * plan.image_floats + group * cg;
+            }
+            t.sum = sums + part * plan.floats + q * p.k + column;
+            const int rows = static_cast<int>(q_end - q);
+            const WgradTileFunction multiply =
+                !plan.by_taps ? wgrad_tile_function<V, WgradRows::apart>(rows, vectors)
+                : plan.packed ? wgrad_tile_function<V, WgradRows::packed>(rows, vectors)
+                              : wgrad_tile_function<V, WgradRows::fetched>(rows, vectors);
+            multiply(t);
+          }
         }
       }
     });
