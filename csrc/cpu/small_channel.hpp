@@ -18,17 +18,18 @@
 namespace fastconv::cpu {
 namespace {
 
-// y[i][0 .. columns) = bias + sum over taps, c of x[i * step + offset(tap) + c] * filter.
+// y[i][0 .. columns) = bias + sum over products j of x[i * step + offsets[j]] * filter[j].
 struct StridedTile {
   const float* x;
-  int64_t step;                // floats from pixel to pixel
-  const int64_t* tap_offsets;  // floats
-  int64_t taps, run;           // contiguous source floats a tap
-  const float* filter;         // [tap][run][vectors * width]
-  const float* bias;           // null for none
+  int64_t step;            // floats from pixel to pixel
+  const int64_t* offsets;  // floats, of each tap and channel
+  int64_t products;
+  const float* filter;  // [product][vectors * width]
+  const float* bias;    // null for none
   float* y;
   int64_t y_step;
   int columns;  // of the last vector
+  bool ahead;   // the lines of y behind this tile's will be written soon, and are in no cache
   bool relu;
   float ceiling;  // with relu
 };
@@ -36,6 +37,12 @@ struct StridedTile {
 template <class V, int Rows, int Vectors>
 void strided_tile(const StridedTile& t) {
   const auto tail = V::tail(t.columns);
+  if (t.ahead) {
+#pragma GCC unroll 1
+    for (int i = Rows; i < 2 * Rows; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) __builtin_prefetch(t.y + i * t.y_step + v * V::kWidth, 1);
+  }
   typename V::Reg sum[Rows][Vectors];
 #pragma GCC unroll 4
   for (int v = 0; v < Vectors; ++v) {
@@ -46,30 +53,33 @@ void strided_tile(const StridedTile& t) {
   // x86 addresses reach three pixels from one register: +0, +step * 4, +step * 8 bytes.
   constexpr int kBases = (Rows + 2) / 3;
   const int64_t step = t.step;
-  const float* filter = t.filter;
-  for (int64_t tap = 0; tap < t.taps; ++tap) {
+  const float* const x = t.x;
+  const int64_t *offset = t.offsets, *const end = offset + t.products;
+  // One loop: those of taps and of channels would be left as often as a filter has rows.
+  for (const float* filter = t.filter; offset != end; ++offset, filter += Vectors * V::kWidth) {
     const float* a[kBases];
 #pragma GCC unroll 8
-    for (int b = 0; b < kBases; ++b) a[b] = t.x + t.tap_offsets[tap] + 3 * b * step;
-    for (int64_t c = 0; c < t.run; ++c, filter += Vectors * V::kWidth) {
-      typename V::Reg b[Vectors];
+    for (int b = 0; b < kBases; ++b) a[b] = x + *offset + 3 * b * step;
+    typename V::Reg b[Vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) b[v] = V::load(filter + v * V::kWidth);
+    for (int v = 0; v < Vectors; ++v) b[v] = V::load(filter + v * V::kWidth);
 #pragma GCC unroll 16
-      for (int i = 0; i < Rows; ++i) {
-        const typename V::Reg x = V::broadcast(a[i / 3] + i % 3 * step + c);
+    for (int i = 0; i < Rows; ++i) {
+      const typename V::Reg value = V::broadcast(a[i / 3] + i % 3 * step);
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(x, b[v], sum[i][v]);
-      }
+      for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(value, b[v], sum[i][v]);
     }
   }
   const typename V::Reg ceiling = V::set(t.ceiling);
+  const bool relu = t.relu;
+  float* const first_y = t.y;
+  const int64_t y_step = t.y_step;
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
-      const typename V::Reg out = t.relu ? V::min(ceiling, V::relu(sum[i][v])) : sum[i][v];
-      float* y = t.y + i * t.y_step + v * V::kWidth;
+      const typename V::Reg out = relu ? V::min(ceiling, V::relu(sum[i][v])) : sum[i][v];
+      float* y = first_y + i * y_step + v * V::kWidth;
       if (v == Vectors - 1) {
         V::store(y, out, tail);
       } else {
@@ -80,21 +90,33 @@ void strided_tile(const StridedTile& t) {
 
 using StridedTileFunction = void (*)(const StridedTile&);
 
-// Pixels of a tile: the registers hold two more than those of a tile with a pointer a pixel.
+// Pixels of a tile: as many as there are registers for beside the filter's vectors and a pixel, and
+// general registers for their addresses.
 template <class V>
-constexpr int kStridedRows = V::kRows + (V::kRows >= 12 ? 2 : 0);
+constexpr int strided_rows(int vectors) {
+  const int rows = (V::kRegisters - vectors - 1) / vectors;
+  return rows < 15 ? rows : 15;
+}
 
-// By rows - 1 and vectors - 1.
+// Of `Vectors` vectors, by rows - 1.
+template <class V, int Vectors, std::size_t... I>
+constexpr auto make_strided_tiles(std::index_sequence<I...>) {
+  return std::array<StridedTileFunction, std::size_t{strided_rows<V>(1)}>{
+      strided_tile<V, I + 1, Vectors>...};
+}
+
+// By vectors - 1 and rows - 1.
 template <class V, std::size_t... I>
 constexpr auto make_strided_tile_table(std::index_sequence<I...>) {
-  return std::array<StridedTileFunction, sizeof...(I)>{strided_tile<V, I / 2 + 1, I % 2 + 1>...};
+  return std::array{make_strided_tiles<V, I + 1>(
+      std::make_index_sequence<std::size_t{strided_rows<V>(I + 1)}>{})...};
 }
 
 template <class V>
 StridedTileFunction strided_tile_function(int rows, int vectors) {
   static constexpr auto kTable =
-      make_strided_tile_table<V>(std::make_index_sequence<2 * std::size_t{kStridedRows<V>}>{});
-  return kTable[static_cast<std::size_t>(2 * (rows - 1) + vectors - 1)];
+      make_strided_tile_table<V>(std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
+  return kTable[static_cast<std::size_t>(vectors - 1)][static_cast<std::size_t>(rows - 1)];
 }
 
 // The same with 2 x 2 max-pooling behind it: `Pixels` windows beside one another, whose pixels stay in
@@ -113,27 +135,26 @@ void pooled_tile(const StridedTile& t, int64_t below, std::uint8_t* argmax) {
   }
   constexpr int kBases = (2 * Pixels + 2) / 3;
   const int64_t step = t.step;
-  const float* filter = t.filter;
-  for (int64_t tap = 0; tap < t.taps; ++tap) {
+  const float* const x = t.x;
+  const int64_t *offset = t.offsets, *const end = offset + t.products;
+  for (const float* filter = t.filter; offset != end; ++offset, filter += Vectors * V::kWidth) {
     const float* a[2][kBases];
 #pragma GCC unroll 4
     for (int b = 0; b < kBases; ++b) {
-      a[0][b] = t.x + t.tap_offsets[tap] + 3 * b * step;
+      a[0][b] = x + *offset + 3 * b * step;
       a[1][b] = a[0][b] + below;
     }
-    for (int64_t c = 0; c < t.run; ++c, filter += Vectors * V::kWidth) {
-      typename V::Reg b[Vectors];
+    typename V::Reg b[Vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) b[v] = V::load(filter + v * V::kWidth);
+    for (int v = 0; v < Vectors; ++v) b[v] = V::load(filter + v * V::kWidth);
 #pragma GCC unroll 2
-      for (int row = 0; row < 2; ++row)
+    for (int row = 0; row < 2; ++row)
 #pragma GCC unroll 8
-        for (int i = 0; i < 2 * Pixels; ++i) {
-          const typename V::Reg x = V::broadcast(a[row][i / 3] + i % 3 * step + c);
+      for (int i = 0; i < 2 * Pixels; ++i) {
+        const typename V::Reg value = V::broadcast(a[row][i / 3] + i % 3 * step);
 #pragma GCC unroll 4
-          for (int v = 0; v < Vectors; ++v) sum[row][i][v] = V::fma(x, b[v], sum[row][i][v]);
-        }
-    }
+        for (int v = 0; v < Vectors; ++v) sum[row][i][v] = V::fma(value, b[v], sum[row][i][v]);
+      }
   }
 #pragma GCC unroll 4
   for (int p = 0; p < Pixels; ++p)
@@ -214,7 +235,9 @@ void dot_tile(const DotTile& t) {
 template <class V>
 struct SmallChannel {
   static constexpr int64_t kMostChannels = 4;
-  static constexpr int64_t kTileRows = kStridedRows<V>;
+  // A tile whose pixels are pooled is narrower.
+  template <bool Pooled>
+  using Panels = FilterPanels<V, Pooled ? V::kVectors : kGemmVectors<V>>;
 
   static bool serves(const Conv2dProblem& p, Direction direction) {
     if (direction == Direction::wgrad || p.groups != 1 || p.c > kMostChannels) return false;
@@ -222,9 +245,7 @@ struct SmallChannel {
   }
 
   static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
-    if (direction == Direction::fprop) {
-      return fprop(p, t);
-    }
+    if (direction == Direction::fprop) return t.pooled ? fprop<true>(p, t) : fprop<false>(p, t);
     switch (p.c) {
       case 1: return dgrad<1>(p, t.dy, t.filter, t.out);
       case 2: return dgrad<2>(p, t.dy, t.filter, t.out);
@@ -262,9 +283,11 @@ struct SmallChannel {
       return "sums along K, " + std::to_string(dot_pixels(p.c)) + " pixels at a time";
     }
     const Strip strip(p, false);
-    return std::to_string(kTileRows) + " x " + std::to_string(V::kVectors * V::kWidth) +
-           " tile of pixels x channels, strips of " + std::to_string(strip.rows) + " rows" +
-           (strip.copied ? ", copied" : "");
+    const TapConvolution g = fprop_taps(p);
+    const int64_t vectors = Panels<false>(g).widest;
+    return std::to_string(strided_rows<V>(static_cast<int>(vectors))) + " x " +
+           std::to_string(vectors * V::kWidth) + " tile of pixels x channels, strips of " +
+           std::to_string(strip.rows) + " rows" + (strip.copied ? ", copied" : "");
   }
 
   static constexpr Conv2dAlgorithm kAlgorithm{.name = "small_channel",
@@ -282,7 +305,7 @@ struct SmallChannel {
   struct Strip {
     int64_t rows, strips;                   // output rows of a strip; strips of an image
     int64_t source_rows, source_w, floats;  // of the copy
-    int64_t taps, run;
+    int64_t products;
     int64_t packed_bytes, offsets_bytes;
     bool copied, pooled;
 
@@ -300,11 +323,9 @@ struct SmallChannel {
       strips = ceil_div(p.oh, rows);
       source_rows = source_rows_of(p, rows);
       floats = copied ? ceil_div(source_rows * source_w * p.c, 16) * 16 : 0;
-      const bool merged = p.dilation_w == 1;
-      taps = merged ? p.r : p.r * p.s;
-      run = merged ? p.s * p.c : p.c;
-      packed_bytes = FilterPanels<V>(fprop_taps(p)).bytes();
-      offsets_bytes = ceil_div(taps * 8, 64) * 64;
+      products = p.r * p.s * p.c;
+      packed_bytes = Panels<false>(fprop_taps(p)).bytes();  // of any width
+      offsets_bytes = ceil_div(products * 8, 64) * 64;
     }
 
     int64_t tasks(const Conv2dProblem& p) const { return p.n * strips; }
@@ -333,22 +354,26 @@ struct SmallChannel {
     }
   };
 
+  // Where a sum is short and y larger than a cache, tiles wait for the lines that they write.
+  static constexpr int64_t kFewProducts = 16, kManyBytes = int64_t{1} << 20;
+
+  template <bool Pooled>
   static void fprop(const Conv2dProblem& p, const Conv2dOperands& operands) {
     if (p.y_size() == 0) return;
     const float* const bias = operands.bias;
     const TapConvolution g = fprop_taps(p);
-    const FilterPanels<V> panels(g);
-    const Strip strip(p, operands.pooled);
+    const Panels<Pooled> panels(g);
+    const Strip strip(p, Pooled);
     const int workers = workers_for(strip.tasks(p));
     const Workspace workspace(static_cast<std::size_t>(strip.workspace_bytes(workers)));
     float* packed = workspace.floats();
-    int64_t* tap_offsets =
+    int64_t* const offsets =
         reinterpret_cast<int64_t*>(workspace.floats(static_cast<std::size_t>(strip.packed_bytes)));
-    for (int64_t tap = 0; tap < strip.taps; ++tap) {
-      const bool merged = strip.taps == p.r;
-      const int64_t r = merged ? tap : tap / p.s, s = merged ? 0 : tap % p.s;
-      tap_offsets[tap] = (r * p.dilation_h * strip.source_w + s * p.dilation_w) * p.c;
-    }
+    for (int64_t r = 0, i = 0; r < p.r; ++r)
+      for (int64_t s = 0; s < p.s; ++s)
+        for (int64_t c = 0; c < p.c; ++c, ++i) {
+          offsets[i] = (r * p.dilation_h * strip.source_w + s * p.dilation_w) * p.c + c;
+        }
     panels.pack_all(operands.filter, operands.scale, packed);
     // Panels that stay in the first-level cache take turns at a tile: whole pixels are written at once.
     const int64_t panels_a_pass =
@@ -368,16 +393,17 @@ struct SmallChannel {
       }
       StridedTile t{};
       t.step = p.stride_w * p.c;
-      t.tap_offsets = tap_offsets;
-      t.taps = strip.taps;
-      t.run = strip.run;
+      t.offsets = offsets;
+      t.products = strip.products;
       t.y_step = p.k;
+      t.ahead = panels.reduce <= kFewProducts && p.y_size() * 4 > kManyBytes;
       t.relu = g.relu;
       t.ceiling = g.ceiling;
       // Pixels of a row, or windows of two rows.
-      const int64_t unit = operands.pooled ? 2 : 1;
+      constexpr int64_t unit = Pooled ? 2 : 1;
       const int64_t columns = p.ow / unit;
-      const int64_t tiles = ceil_div(columns, operands.pooled ? kPooledPixels<V> : kTileRows);
+      const int64_t tiles = ceil_div(
+          columns, Pooled ? kPooledPixels<V> : strided_rows<V>(static_cast<int>(panels.widest)));
       const int64_t columns_a_tile = columns / tiles, larger_tiles = columns % tiles;
       const int64_t below = p.stride_h * strip.source_w * p.c;
       for (int64_t first = 0; first < panels.panels; first += panels_a_pass) {
@@ -394,7 +420,7 @@ struct SmallChannel {
               t.bias = bias ? bias + column : nullptr;
               t.columns = panels.last_columns(panel);
               t.y = operands.out + at + column;
-              if (operands.pooled) {
+              if constexpr (Pooled) {
                 std::uint8_t* const argmax =
                     operands.argmax ? operands.argmax + at + column : nullptr;
                 pooled_tile_function<V>(count, vectors)(t, below, argmax);
