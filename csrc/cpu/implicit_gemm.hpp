@@ -49,6 +49,15 @@ inline bool mostly_padding(const Conv2dProblem& p, int64_t rows, int64_t columns
   return copy > kFloats && copy > kTimes * static_cast<double>(p.h * p.w * p.c);
 }
 
+// How many tasks share some multiply-adds well: a few a thread, that none waits long for another, but
+// not so few multiply-adds a task that what goes around them counts.
+inline int64_t tasks_for(int64_t multiply_adds) {
+  const int64_t threads = num_threads();
+  constexpr int64_t kFew = int64_t{4} << 20;
+  if (threads == 1) return 1;
+  return threads * (multiply_adds / threads < 2 * kFew ? 2 : 4);
+}
+
 // One register tile: pixel i's y[0 .. columns) += sum over taps, c of x[tap + c] * filter.
 struct TapTile {
   // Of pixel 0, and floats from pixel to pixel.
@@ -627,16 +636,18 @@ struct TapConvolutionRunner {
       first_tile.push_back(tiles() + ceil_div(region.pixels(g.images), rows));
     }
 
-    // Time to pack, in vector operations a filter vector: by chunks it stays in the cache, but every
-    // block packs anew; as a whole it goes to memory and comes back if it is large.
-    const int64_t threads = num_threads(), enough_tasks = threads == 1 ? 1 : 4 * threads;
+    // Time to pack, in vector operations a filter vector: by chunks it stays in the cache, and may be a
+    // tile's by-product, but every block packs anew; as a whole it goes to memory and comes back if it
+    // is large, and all threads wait for it.
+    const int64_t enough_tasks = tasks_for(pixels * panels.reduce * g.columns * g.groups);
     constexpr int64_t kMostPixelsAChunk = 512;
     const int64_t filter_floats = g.groups * panels.group_floats;
     const int64_t chunked_blocks =
         max64(ceil_div(pixels, kMostPixelsAChunk),
               min64(ceil_div(pixels, V::kRows), ceil_div(enough_tasks, g.groups * panels.panels)));
-    const int64_t whole_cost = filter_floats * 4 > (int64_t{512} << 10) ? 24 : 6;
-    by_chunks = chunked_blocks * 5 < whole_cost;
+    const int64_t whole_cost = filter_floats * 4 > (int64_t{512} << 10) ? 24 : 10;
+    const int64_t chunk_cost = packs_in_tiles() ? 2 : 5;
+    by_chunks = chunked_blocks * chunk_cost < whole_cost;
 
     if (by_chunks) {
       block_by_chunks(chunked_blocks, enough_tasks);
@@ -716,6 +727,12 @@ struct TapConvolutionRunner {
     panel_groups = ceil_div(panels.panels, panels_a_group);
   }
 
+  // Rows of one tap, where they lie as a tile wants them, are packed by the first tile of each panel.
+  bool packs_in_tiles() const {
+    return g.filter_column == 1 &&
+           (taps_a_chunk() == 1 || g.vertical.count * g.horizontal.count == 1);
+  }
+
   // Rows of a chunk: of one tap if it has enough channels, else of several.
   int64_t channels_a_chunk() const { return ceil_div(g.reduce, ceil_div(g.reduce, kChunkRows)); }
   int64_t taps_a_chunk() const { return max64(1, kChunkRows / g.reduce); }
@@ -768,8 +785,7 @@ struct TapConvolutionRunner {
       for (int64_t c = 0; c < g.reduce; c += channels_a_chunk()) {
         const int64_t c_end = min64(g.reduce, c + channels_a_chunk());
         const int64_t rows_here = (tap_end - tap) * (c_end - c);
-        // Rows of one tap, where they lie as a tile wants them, are packed by the first tile of each panel.
-        const bool packs = tap_end - tap == 1 && g.filter_column == 1;
+        const bool packs = packs_in_tiles();
         if (!packs) {
           panels.pack(filter, scale, part.group, part.panel, part.panel_end, tap, tap_end, c, c_end,
                       chunk, rows_here, 0);

@@ -165,9 +165,12 @@ struct WgradPlan {
     parts = max64(1, min64(min64(ceil_div(kEnoughTasks, whole_tasks), ceil_div(pixels, 256)),
                            min64(16, (int64_t{1} << 20) / max64(floats * 4, 1))));
 
-    // The panels of a task share a block of the input. How many tasks there are changes no sum.
-    const int64_t threads = num_threads(), wanted_tasks = threads == 1 ? 1 : 4 * threads;
+    // The panels of a task share a block of the input, its tiles one of dy. How many tasks there are
+    // changes no sum.
+    const int64_t wanted_tasks = tasks_for(pixels * floats);
     panel_groups = min64(panels, ceil_div(wanted_tasks, parts * p.groups * q_groups));
+    q_groups =
+        max64(q_groups, min64(q_tiles, ceil_div(wanted_tasks, parts * p.groups * panel_groups)));
 
     const int64_t part_pixels = ceil_div(min64(chunk, p.n) * p.oh * p.ow, parts);
     // Few tiles are through with a block soon: it should still be in the first-level cache.
