@@ -27,6 +27,9 @@ struct WgradTile {
   const int64_t* x_pixels;   // floats from x, a pixel
   const int64_t* dy_pixels;  // and from dy; not read where rows lie apart:
   int64_t dy_step;           // there pixels of dy follow one another
+  // What a tile of `fetched` rows asks for meanwhile, for the next block: a line a pixel.
+  const float* ahead;
+  const int64_t* ahead_pixels;
   int64_t pixels;
   float* sum;
   int64_t sum_row;
@@ -61,10 +64,13 @@ void wgrad_tile(const WgradTile& t) {
   for (int i = 0; i < Rows; ++i) offset[i] = kApart ? t.offsets[i] : i;
   const int64_t* x_pixels = t.x_pixels;
   const int64_t* dy_pixels = t.dy_pixels;
+  const float* const ahead = t.ahead;
+  const int64_t* const ahead_pixels = t.ahead_pixels;
   for (int64_t j = 0; j < t.pixels; ++j) {
     const float* x = t.x + x_pixels[j];
     if constexpr (Where == WgradRows::fetched) {
       __builtin_prefetch(t.x + x_pixels[j + kFetchedPixels]);
+      __builtin_prefetch(ahead + ahead_pixels[j], 0, 2);
     }
     const float* dy = t.dy + (kApart ? j * t.dy_step : dy_pixels[j]);
     typename V::Reg b[Vectors];
@@ -123,6 +129,7 @@ struct WgradPlan {
   bool copied, packed;
   int64_t parts, q_tiles, tiles_a_tap, q_groups;
   int64_t panel_groups;  // of panels that a task has one after the other
+  bool asks_ahead;       // for the next block
   int64_t pixels_a_block;
   int64_t offsets_bytes, sums_bytes, bias_bytes, copy_bytes, block_bytes, lists_bytes;
 
@@ -185,7 +192,9 @@ struct WgradPlan {
                  : copied ? round_up(chunk * image_floats * 4, 64)
                           : 0;
     block_bytes = round_up(pixels_a_block * panel * 4, 64);
-    lists_bytes = by_taps ? round_up((2 * pixels_a_block + kFetchedPixels) * 8, 64) : 0;
+    asks_ahead = by_taps && !packed && taps == 1;
+    const int64_t entries = (asks_ahead ? 4 : 2) * pixels_a_block + kFetchedPixels;
+    lists_bytes = by_taps ? round_up(entries * 8, 64) : 0;
   }
 
   // From the packed channels of one tile to the next: an odd number of cache lines, so that writing to
@@ -196,6 +205,7 @@ struct WgradPlan {
   }
 
   void make_blocks_of_windows() {
+    lists_bytes += 4 * 4 * 8;
     pixels_a_block = round_up(pixels_a_block, 4);
     block_bytes = round_up(pixels_a_block * panel * 4, 64);
   }
@@ -359,6 +369,66 @@ inline int64_t list_pixels(const Conv2dProblem& p, int64_t r, int64_t s, int64_t
   return count;
 }
 
+// The lines of x and dy that a task's next block of pixels has, and which tile of this block asks for
+// which: left to the tiles that read them first, memory would idle while the others compute.
+template <class V>
+struct LinesAhead {
+  static constexpr int64_t kLine = 16;  // floats
+
+  const Conv2dProblem& p;
+  const WgradPlan<V>& plan;
+  const float *x, *dy, *y;  // of the first channel; dy is null where it is not of the pixels
+  int64_t x_lines, dy_lines, lines, tiles, all_tiles;
+  int64_t *x_pixels, *dy_pixels;
+
+  LinesAhead(const Conv2dProblem& p, const WgradPlan<V>& plan, const Conv2dOperands& operands,
+             int64_t group, int64_t panel_begin, int64_t panel_end, int64_t tile_begin,
+             int64_t tile_end, int64_t* lists)
+      : p(p), plan(plan) {
+    const int64_t cg = p.c_per_group(), kg = p.k_per_group();
+    const int64_t c = cg * tile_begin / plan.q_tiles, c_end = cg * tile_end / plan.q_tiles;
+    const int64_t k = panel_begin * plan.panel, k_end = min64(kg, panel_end * plan.panel);
+    x = operands.x + group * cg + c;
+    dy = operands.argmax_of_y ? nullptr : operands.dy + group * kg + k;
+    y = dy && operands.y ? operands.y + group * kg + k : nullptr;
+    x_lines = ceil_div(c_end - c, kLine);
+    dy_lines = dy ? ceil_div(k_end - k, kLine) : 0;
+    lines = x_lines + dy_lines * (y ? 2 : 1);
+    // This block and the next one should fit in the second-level cache.
+    if (2 * lines * kLine * 4 * plan.pixels_a_block > int64_t{1} << 20) lines = x_lines = 0;
+    tiles = tile_end - tile_begin;
+    all_tiles = tiles * (panel_end - panel_begin);
+    x_pixels = lists;
+    dy_pixels = lists + plan.pixels_a_block;
+  }
+
+  void list(int64_t begin, int64_t end) const {
+    const int64_t count =
+        begin < end ? list_pixels(p, 0, 0, begin, end, p.c, p.k, x_pixels, dy_pixels) : 0;
+    for (int64_t i = 0; i < count; ++i) dy_pixels[i] += begin * p.k;
+    std::fill(x_pixels + count, x_pixels + plan.pixels_a_block, 0);
+    std::fill(dy_pixels + count, dy_pixels + plan.pixels_a_block, 0);
+  }
+
+  // Lines are spread evenly over tiles; a tile asks for one at most, of every pixel.
+  void next(int64_t panel, int64_t tile, WgradTile& t) const {
+    const int64_t number = panel * tiles + tile;
+    int64_t line = ceil_div(number * lines, all_tiles);
+    if (0 < lines && lines < all_tiles && line * all_tiles / lines != number) line = lines;
+    if (line < x_lines) {
+      t.ahead = x + line * kLine;
+      t.ahead_pixels = x_pixels;
+    } else if (line < lines) {
+      line -= x_lines;
+      t.ahead = line < dy_lines ? dy + line * kLine : y + (line - dy_lines) * kLine;
+      t.ahead_pixels = dy_pixels;
+    } else {
+      t.ahead = t.x;
+      t.ahead_pixels = t.x_pixels;
+    }
+  }
+};
+
 // to[i] = the sum of from[part][i] over the parts, in order.
 template <class V>
 void add_parts(const float* from, int64_t parts, int64_t count, float* to) {
@@ -451,9 +521,12 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
       int64_t* dy_pixels =
           reinterpret_cast<int64_t*>(scratch + worker * plan.worker_bytes() + plan.block_bytes);
       int64_t* x_pixels = dy_pixels + plan.pixels_a_block;
+      const LinesAhead<V> ahead(p, plan, operands, group, panel_begin, panel_end, tile_begin,
+                                tile_end, x_pixels + plan.pixels_a_block + kFetchedPixels);
       WgradTile t{};
-      t.x_pixels = x_pixels;
+      t.x_pixels = t.ahead_pixels = x_pixels;
       t.dy_pixels = dy_pixels;
+      t.ahead = x;
       t.sum_row = p.k;
       // `first` must zero the sums even where a part has no pixels in this chunk.
       for (int64_t begin = part_begin, end = 0; begin == part_begin || begin < part_end;
@@ -461,6 +534,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
         end = min64(begin + plan.pixels_a_block, part_end);
         const int64_t image_at = begin / (p.oh * p.ow);
         if (!plan.by_taps) end = min64(end, (image_at + 1) * p.oh * p.ow);
+        if (plan.asks_ahead) ahead.list(end, min64(end + plan.pixels_a_block, part_end));
         for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
           const int64_t column = group * kg + panel * plan.panel;
           const int64_t width = min64(kg - panel * plan.panel, plan.panel);
@@ -515,6 +589,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
                 !plan.by_taps ? wgrad_tile_function<V, WgradRows::apart>(rows, vectors)
                 : plan.packed ? wgrad_tile_function<V, WgradRows::packed>(rows, vectors)
                               : wgrad_tile_function<V, WgradRows::fetched>(rows, vectors);
+            if (plan.asks_ahead) ahead.next(panel - panel_begin, tile - tile_begin, t);
             multiply(t);
           }
         }
