@@ -575,10 +575,17 @@ struct TapTiles {
         residual ? reinterpret_cast<std::intptr_t>(residual) - reinterpret_cast<std::intptr_t>(y)
                  : 0;
     const int64_t first_y = group * g.columns + panels.first_column(panel);
+    // One long row of pixels, of which a tile reads each float once: the next tile's are asked for.
+    const bool streams = t.first && t.last && g.vertical.count * g.horizontal.count == 1 &&
+                         g.images * g.out_h == 1 && g.reduce == g.source_c;
     Cursor cursor(*this, region, rows(), tile);
     for (; tile < tile_end; ++tile) {
       const int count = cursor.locate(t, x_pixels, y_pixels);
       const bool packing = t.packed, ahead = !packing && t.ahead_lines > 0;
+      if (streams) {
+        t.ahead = t.x + count * t.x_step;
+        t.ahead_step = count;
+      }
       t.filter = filter;
       t.y_offset = first_y;
       for (int64_t i = panel; i < panel_end; ++i) {
@@ -587,8 +594,9 @@ struct TapTiles {
         t.bias = bias ? bias + t.y_offset : nullptr;
         const TapTileFunction multiply =
             packing ? tap_tile_function<V, TapTileTask::packing>(count, vectors)
-            : ahead ? tap_tile_function<V, TapTileTask::ahead>(count, vectors)
-                    : tap_tile_function<V>(count, vectors);
+            : ahead || (streams && i == panel)
+                ? tap_tile_function<V, TapTileTask::ahead>(count, vectors)
+                : tap_tile_function<V>(count, vectors);
         multiply(t);
         t.filter += vectors * V::kWidth * filter_rows;
         t.y_offset += vectors * V::kWidth;
