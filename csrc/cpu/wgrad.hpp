@@ -157,8 +157,10 @@ struct WgradPlan {
     tiles_a_tap = ceil_div(cg, rows);
     q_tiles = by_taps ? taps * tiles_a_tap : ceil_div(taps * cg, rows);
 
-    constexpr int64_t kTilesAPacking = 4;  // that read a pixel, for packing it to pay
-    packed = cg >= rows && taps * panels / kTilesAPacking >= p.stride_h * p.stride_w;
+    // Tiles that read a pixel, for packing it to pay: more where pixels lie close together, and are asked
+    // for a block ahead.
+    const int64_t tiles_a_packing = taps == 1 && p.c <= 128 ? 8 : 4;
+    packed = cg >= rows && taps * panels / tiles_a_packing >= p.stride_h * p.stride_w;
     // As many images at a time as fit in the second-level cache, or have pixels for whole blocks; all of
     // them where none is copied.
     image_floats = source_h * source_w * (packed ? p.groups * tiles_a_tap * rows : p.c);
