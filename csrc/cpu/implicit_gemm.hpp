@@ -618,7 +618,7 @@ struct TapTiles {
 template <class V>
 struct TapConvolutionRunner {
   using Panels = FilterPanels<V, kGemmVectors<V>>;
-  static constexpr int64_t kChunkRows = 160;  // filter rows: 32 KiB a panel with AVX-512
+  static constexpr int64_t kChunkRows = 160;  // filter rows: 40 KiB a panel with AVX-512
   static constexpr int64_t kMostVectorsAChunk = 16;
 
   const TapConvolution g;
