@@ -400,17 +400,17 @@ struct SmallChannel {
       t.relu = g.relu;
       t.ceiling = g.ceiling;
       // Pixels of a row, or windows of two rows.
-      constexpr int64_t unit = Pooled ? 2 : 1;
-      const int64_t columns = p.ow / unit;
+      constexpr int64_t kUnit = Pooled ? 2 : 1;
+      const int64_t columns = p.ow / kUnit;
       const int64_t tiles = ceil_div(
           columns, Pooled ? kPooledPixels<V> : strided_rows<V>(static_cast<int>(panels.widest)));
       const int64_t columns_a_tile = columns / tiles, larger_tiles = columns % tiles;
       const int64_t below = p.stride_h * strip.source_w * p.c;
       for (int64_t first = 0; first < panels.panels; first += panels_a_pass) {
         const int64_t last = min64(panels.panels, first + panels_a_pass);
-        for (int64_t i = begin; i < end; i += unit) {
+        for (int64_t i = begin; i < end; i += kUnit) {
           t.x = source + (i - begin) * below;
-          int64_t at = (n * p.oh + i) / unit * columns * p.k;
+          int64_t at = (n * p.oh + i) / kUnit * columns * p.k;
           for (int64_t tile = 0; tile < tiles; ++tile) {
             const int count = static_cast<int>(columns_a_tile + (tile < larger_tiles));
             for (int64_t panel = first; panel < last; ++panel) {
@@ -428,7 +428,7 @@ struct SmallChannel {
                 strided_tile_function<V>(count, vectors)(t);
               }
             }
-            t.x += unit * count * t.step;
+            t.x += kUnit * count * t.step;
             at += count * p.k;
           }
         }
