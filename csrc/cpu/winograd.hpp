@@ -49,17 +49,11 @@ struct Winograd {
     const Plan plan(p, direction);
     if (plan.tiles == 0) return;
     const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes()));
-    // One group after the other: each is a convolution of some channels of the tensors.
-    for (int64_t group = 0; group < p.groups; ++group) {
-      const int64_t c = group * p.c_per_group(), k = group * p.k_per_group();
-      const auto from = [](auto* pointer, int64_t at) { return pointer ? pointer + at : nullptr; };
-      if (direction == Direction::fprop) {
-        execute(plan, workspace, t.x + c, nullptr, t.filter + k, from(t.scale, k), from(t.bias, k),
-                {t.out + k, from(t.residual, k), from(t.argmax, k), t.pooled});
-      } else {
-        execute(plan, workspace, t.dy + k, from(t.y, k), t.filter + k, nullptr, nullptr,
-                {t.out + c});
-      }
+    if (direction == Direction::fprop) {
+      execute(plan, workspace, {t.x, nullptr, t.filter, t.scale, t.bias},
+              {t.out, t.residual, t.argmax, t.pooled});
+    } else {
+      execute(plan, workspace, {t.dy, t.y, t.filter, nullptr, nullptr}, {t.out});
     }
   }
 
@@ -109,21 +103,24 @@ struct Winograd {
                                               .fuses_pool = fuses_pool};
 
  private:
-  // The convolution of a group that is computed (dgrad's has the roles of C and K changed) and its
-  // blocking. Strides are from pixel to pixel, and from row to row of the filter.
+  // The convolution that is computed (dgrad's has the roles of C and K changed) and its blocking;
+  // channels, tiles and panels are those of one group. Strides are from pixel to pixel, and from row
+  // to row of the filter.
   struct Plan {
-    int64_t images, h, w, c, out_h, out_w, k, pad_top, pad_left;
+    int64_t groups, images, h, w, c, out_h, out_w, k, pad_top, pad_left;
     int64_t c_stride, k_stride, filter_stride;
     bool turned, relu;
     float ceiling;  // with relu
     int64_t tiles_h, tiles_w, tiles, block_tiles, blocks;
-    int64_t padded_c, panels, panel_groups, tasks;
-    bool two_phases;
+    int64_t padded_c, panels, panel_parts;
+    int64_t sets, tasks;  // sets of groups
+    bool own_filters, two_phases;
     int workers;
-    int64_t zeros_bytes, filter_bytes, input_bytes, product_bytes, blanks_bytes;
+    int64_t zeros_bytes, group_filter_floats, filter_bytes, input_bytes, product_bytes, blanks_bytes;
 
     Plan(const Conv2dProblem& p, Direction direction) {
       turned = direction == Direction::dgrad;
+      groups = p.groups;
       images = p.n;
       h = turned ? p.oh : p.h;
       w = turned ? p.ow : p.w;
@@ -154,18 +151,27 @@ struct Winograd {
       blocks = max64(1, max64(ceil_div(tiles, most), min64(4 * threads, tiles / least)));
       block_tiles = max64(1, ceil_div(tiles, blocks));
       blocks = max64(1, ceil_div(tiles, block_tiles));
-      // With fewer blocks than that, threads share them by panels. What one core transforms, another
+      // A block is taken through a set of groups, whose filters stay in the second-level cache:
+      // neighbouring groups share the source's pages, and what is read ahead. Of many groups, a task
+      // has a set's filters to itself and takes all blocks.
+      group_filter_floats = kPoints * c * round_up(k, V::kWidth);
+      const int64_t fitting_groups = (int64_t{1} << 19) / (group_filter_floats * 4);
+      sets = ceil_div(groups, max64(1, min64(groups, fitting_groups)));
+      own_filters = groups >= max64(2, 4 * threads);
+      sets = min64(groups, max64(sets, own_filters ? 4 * threads : ceil_div(4 * threads, blocks)));
+      // With fewer tasks than that, threads share blocks by panels. What one core transforms, another
       // multiplies then, which costs as much as it saves where there are blocks for all.
-      two_phases = threads > 1 && blocks < 4 * threads;
+      two_phases = threads > 1 && !own_filters && blocks * sets < 4 * threads;
       constexpr int64_t kEnoughTasks = 16;
-      panel_groups = two_phases ? min64(panels, ceil_div(kEnoughTasks, blocks)) : 1;
-      tasks = blocks * panel_groups;
+      panel_parts = two_phases ? min64(panels, ceil_div(kEnoughTasks, blocks * sets)) : 1;
+      tasks = own_filters ? sets : blocks * sets * panel_parts;
       workers = workers_for(tasks);
+      const int64_t slots = two_phases ? groups * blocks : workers;
       zeros_bytes = padded_c * 4;
-      filter_bytes = kPoints * c * round_up(k, V::kWidth) * 4;
-      input_bytes = kPoints * (two_phases ? blocks : workers) * block_tiles * padded_c * 4;
+      filter_bytes = (own_filters ? workers * set_groups() : groups) * group_filter_floats * 4;
+      input_bytes = kPoints * slots * block_tiles * padded_c * 4;
       product_bytes = workers * kPoints * block_tiles * kPanel * 4;
-      blanks_bytes = (two_phases ? blocks : workers) * block_tiles * 4;
+      blanks_bytes = slots * block_tiles * 4;
     }
 
     int64_t workspace_bytes() const {
@@ -176,7 +182,16 @@ struct Winograd {
       return static_cast<int>(min64(V::kVectors, ceil_div(k - panel * kPanel, V::kWidth)));
     }
     // A panel is [point][c][vectors * width].
-    int64_t filter_offset(int64_t panel) const { return kPoints * c * panel * kPanel; }
+    int64_t panel_offset(int64_t panel) const { return kPoints * c * panel * kPanel; }
+    int64_t first_group(int64_t set) const { return groups * set / sets; }
+    int64_t set_groups() const { return ceil_div(groups, sets); }  // at most
+  };
+
+  // What is computed from. All but x and the filter may be null.
+  struct Sources {
+    const float* x;
+    const float* mask;  // x counts where it is positive
+    const float *filter, *scale, *bias;
   };
 
   // Where results go: the convolution's output, or what 2 x 2 max-pooling makes of it.
@@ -187,8 +202,7 @@ struct Winograd {
     bool pooled = false;
   };
 
-  static void execute(const Plan& plan, const Workspace& workspace, const float* x,
-                      const float* mask, const float* filter, const float* scale, const float* bias,
+  static void execute(const Plan& plan, const Workspace& workspace, const Sources& t,
                       const Results& results) {
     float* at = workspace.floats();
     const auto take = [&at](int64_t bytes) {
@@ -203,58 +217,88 @@ struct Winograd {
     std::uint32_t* blanks = reinterpret_cast<std::uint32_t*>(take(plan.blanks_bytes));
     std::memset(zeros, 0, static_cast<std::size_t>(plan.zeros_bytes));
 
-    // Sixteen channels of one panel a task.
-    const int64_t c_parts = ceil_div(plan.c, V::kWidth);
-    parallel_for(plan.panels * c_parts, [&](int64_t task) {
-      const int64_t begin = task / plan.panels * V::kWidth;
-      transform_filter(plan, filter, scale, task % plan.panels, begin,
-                       min64(plan.c, begin + V::kWidth), u);
-    });
+    // Of panel task % panels of a group, the sixteen channels from task / panels on.
+    const int64_t group_tasks = plan.panels * ceil_div(plan.c, V::kWidth);
+    const auto bring_filter = [&](int64_t group, int64_t task, float* group_u) {
+      const int64_t panel = task % plan.panels, begin = task / plan.panels * V::kWidth;
+      transform_filter(plan, t, group, panel, begin, min64(plan.c, begin + V::kWidth),
+                       group_u + plan.panel_offset(panel));
+    };
     const int64_t block_floats = kPoints * plan.block_tiles * plan.padded_c;
+    const auto bring_tile = [&](int64_t group, int64_t tile, int64_t slot) {
+      const int64_t place = tile % plan.block_tiles, c = group * plan.c;
+      blanks[slot * plan.block_tiles + place] =
+          transform_input(plan, t.x + c, t.mask ? t.mask + c : nullptr, zeros, tile,
+                          v + slot * block_floats + place * plan.padded_c);
+    };
+    const auto compute = [&](int64_t group, int64_t block, const float* group_u, int64_t part,
+                             int worker) {
+      const int64_t begin = block * plan.block_tiles;
+      const int64_t end = min64(plan.tiles, begin + plan.block_tiles);
+      const int64_t slot = plan.two_phases ? group * plan.blocks + block : worker;
+      if (!plan.two_phases) {
+        for (int64_t tile = begin; tile < end; ++tile) bring_tile(group, tile, slot);
+      }
+      float* product = products + worker * kPoints * plan.block_tiles * kPanel;
+      for (int64_t panel = plan.panels * part / plan.panel_parts;
+           panel < plan.panels * (part + 1) / plan.panel_parts; ++panel) {
+        multiply(plan, v + slot * block_floats, group_u + plan.panel_offset(panel),
+                 plan.vectors_of(panel), end - begin, product);
+        for (int64_t tile = begin; tile < end; ++tile) {
+          transform_output(plan, product + (tile - begin) * kPanel, group, panel, t.bias,
+                           blanks[slot * plan.block_tiles + tile - begin], tile, results);
+        }
+      }
+    };
+    if (plan.own_filters) {
+      parallel_for(plan.tasks, plan.workers, [&](int64_t set, int worker) {
+        const int64_t first = plan.first_group(set), last = plan.first_group(set + 1);
+        float* own = u + worker * plan.set_groups() * plan.group_filter_floats;
+        const auto group_u = [&](int64_t group) {
+          return own + (group - first) * plan.group_filter_floats;
+        };
+        for (int64_t group = first; group < last; ++group)
+          for (int64_t task = 0; task < group_tasks; ++task) {
+            bring_filter(group, task, group_u(group));
+          }
+        for (int64_t block = 0; block < plan.blocks; ++block)
+          for (int64_t group = first; group < last; ++group) {
+            compute(group, block, group_u(group), 0, worker);
+          }
+      });
+      return;
+    }
+    parallel_for(plan.groups * group_tasks, [&](int64_t task) {
+      const int64_t group = task / group_tasks;
+      bring_filter(group, task % group_tasks, u + group * plan.group_filter_floats);
+    });
     if (plan.two_phases) {
-      parallel_for(plan.tiles, [&](int64_t tile) {
-        const int64_t block = tile / plan.block_tiles;
-        blanks[tile] =
-            transform_input(plan, x, mask, zeros, tile,
-                            v + block * block_floats + tile % plan.block_tiles * plan.padded_c);
+      parallel_for(plan.groups * plan.tiles, [&](int64_t task) {
+        const int64_t group = task / plan.tiles, tile = task % plan.tiles;
+        bring_tile(group, tile, group * plan.blocks + tile / plan.block_tiles);
       });
     }
     parallel_for(plan.tasks, plan.workers, [&](int64_t task, int worker) {
-      const int64_t block = task % plan.blocks, group = task / plan.blocks;
-      const int64_t begin = block * plan.block_tiles;
-      const int64_t end = min64(plan.tiles, begin + plan.block_tiles);
-      const int64_t slot = plan.two_phases ? block : worker;
-      float* own = v + slot * block_floats;
-      std::uint32_t* own_blanks = blanks + slot * plan.block_tiles;
-      if (!plan.two_phases) {
-        for (int64_t tile = begin; tile < end; ++tile) {
-          own_blanks[tile - begin] =
-              transform_input(plan, x, mask, zeros, tile, own + (tile - begin) * plan.padded_c);
-        }
-      }
-      float* product = products + worker * kPoints * plan.block_tiles * kPanel;
-      for (int64_t panel = plan.panels * group / plan.panel_groups;
-           panel < plan.panels * (group + 1) / plan.panel_groups; ++panel) {
-        multiply(plan, own, u + plan.filter_offset(panel), plan.vectors_of(panel), end - begin,
-                 product);
-        const float* panel_bias = bias ? bias + panel * kPanel : nullptr;
-        for (int64_t tile = begin; tile < end; ++tile) {
-          transform_output(plan, product + (tile - begin) * kPanel, panel, panel_bias,
-                           own_blanks[tile - begin], tile, results);
-        }
+      const int64_t block = task % plan.blocks, part = task / plan.blocks % plan.panel_parts;
+      const int64_t set = task / plan.blocks / plan.panel_parts;
+      for (int64_t group = plan.first_group(set); group < plan.first_group(set + 1); ++group) {
+        compute(group, block, u + group * plan.group_filter_floats, part, worker);
       }
     });
   }
 
   // Channels c .. c_end - 1 of a panel of filters: G g G^T. Output channel k is multiplied by scale[k],
   // if that is not null; fprop alone has one.
-  static void transform_filter(const Plan& plan, const float* filter, const float* scale,
-                               int64_t panel, int64_t c, int64_t c_end, float* u) {
+  static void transform_filter(const Plan& plan, const Sources& t, int64_t group, int64_t panel,
+                               int64_t c, int64_t c_end, float* u) {
     const int vectors = plan.vectors_of(panel);
     const int64_t width = int64_t{vectors} * V::kWidth;
     const int64_t depth = c_end - c;
-    float* out = u + plan.filter_offset(panel) + c * width;
+    float* out = u + c * width;
     const int64_t point_floats = plan.c * width;
+    // The group's columns of the filter are its output channels.
+    const float* filter = t.filter + group * (plan.turned ? plan.c : plan.k);
+    const float* scale = t.scale ? t.scale + group * plan.k : nullptr;
     for (int v = 0; v < vectors; ++v) {
       const int64_t k = panel * kPanel + int64_t{v} * V::kWidth;
       const int valid = static_cast<int>(min64(V::kWidth, plan.k - k));
@@ -317,18 +361,18 @@ struct Winograd {
     const int64_t left = tile % plan.tiles_w * M - plan.pad_left;
     const float* pixels[kPoints];
     const float* masks[kPoints];
-    std::uint64_t live = 0;  // a bit a pixel
-    for (int i = 0; i < kTile; ++i)
-      for (int j = 0; j < kTile; ++j) {
-        const int64_t row = top + i, column = left + j;
-        const bool inside = row >= 0 && row < plan.h && column >= 0 && column < plan.w;
-        const int64_t at = ((n * plan.h + row) * plan.w + column) * plan.c_stride;
+    const int64_t row_floats = plan.w * plan.c_stride;
+    int64_t row_at = (n * plan.h + top) * row_floats + left * plan.c_stride;
+    for (int i = 0; i < kTile; ++i, row_at += row_floats) {
+      const bool row_inside = top + i >= 0 && top + i < plan.h;
+      int64_t at = row_at;
+#pragma GCC unroll 6
+      for (int j = 0; j < kTile; ++j, at += plan.c_stride) {
+        const bool inside = row_inside && left + j >= 0 && left + j < plan.w;
         pixels[i * kTile + j] = inside ? x + at : zeros;
         masks[i * kTile + j] = inside && mask ? mask + at : zeros;
-        if (inside && !is_zero(plan, x + at, mask ? mask + at : nullptr)) {
-          live |= std::uint64_t{1} << (i * kTile + j);
-        }
       }
+    }
     const int64_t whole = plan.c / V::kWidth * V::kWidth;
     const auto transform = [&](int64_t c, const auto&... tail) {
       Reg rows[kTile][kTile];
@@ -359,6 +403,20 @@ struct Winograd {
     for (int64_t c = 0; c < whole; c += V::kWidth) transform(c);
     if (whole < plan.c) transform(whole, V::tail(static_cast<int>(plan.c - whole)));
 
+    // Every window of three by three holds one of the pixels in the middle.
+    const auto is_live = [&](int i, int j) {
+      const int at = i * kTile + j;
+      return pixels[at] != zeros && !is_zero(plan, pixels[at], mask ? masks[at] : nullptr);
+    };
+    bool middle = true;
+    for (int i = 2; i <= kTile / 2; ++i)
+      for (int j = 2; j <= kTile / 2; ++j) middle = middle && is_live(i, j);
+    if (middle) return 0;
+    std::uint64_t live = 0;  // a bit a pixel
+    for (int i = 0; i < kTile; ++i)
+      for (int j = 0; j < kTile; ++j) {
+        if (is_live(i, j)) live |= std::uint64_t{1} << (i * kTile + j);
+      }
     constexpr std::uint64_t kWindow = 7 | 7 << kTile | 7 << 2 * kTile;
     std::uint32_t blank = 0;
     for (int i = 0; i < M; ++i)
@@ -407,13 +465,13 @@ struct Winograd {
   }
 
   // A^T m A of one tile and panel, bias, ReLU and pooling.
-  static void transform_output(const Plan& plan, const float* product, int64_t panel,
-                               const float* bias, std::uint32_t blank, int64_t tile,
+  static void transform_output(const Plan& plan, const float* product, int64_t group,
+                               int64_t panel, const float* bias, std::uint32_t blank, int64_t tile,
                                const Results& results) {
     const int64_t n = tile / (plan.tiles_h * plan.tiles_w);
     const int64_t top = tile / plan.tiles_w % plan.tiles_h * M, left = tile % plan.tiles_w * M;
     const int64_t height = min64(M, plan.out_h - top), width = min64(M, plan.out_w - left);
-    const int64_t column = panel * kPanel;
+    const int64_t column = group * plan.k + panel * kPanel;
     // Of the output, or of the pooled one, a pixel of which is two by two of these.
     const int64_t shift = results.pooled ? 1 : 0;
     const int64_t row_floats = (plan.out_w >> shift) * plan.k_stride;
@@ -422,9 +480,10 @@ struct Winograd {
     const int64_t point_floats = plan.block_tiles * kPanel;
     for (int v = 0; v < plan.vectors_of(panel); ++v) {
       const int64_t at = int64_t{v} * V::kWidth;
-      const int valid = static_cast<int>(min64(V::kWidth, plan.k - column - at));
+      const int valid =
+          static_cast<int>(min64(V::kWidth, plan.k - panel * kPanel - at));
       const auto tail = V::tail(valid);
-      const Reg start = bias ? V::load(bias + at, tail) : V::zero();
+      const Reg start = bias ? V::load(bias + column + at, tail) : V::zero();
       Reg rows[M][kTile];
 #pragma GCC unroll 6
       for (int j = 0; j < kTile; ++j) {
