@@ -76,13 +76,14 @@ struct LaneSource {
   static typename V::Reg part(const float* p, typename V::Tail tail) {
     return Whole ? V::load(p) : V::load(p, tail);
   }
-  // Channel c of the group of each lane; next_channel has been called c times.
-  typename V::Reg load(const float* p, const float* mask, int64_t c) const {
+  // Channel c of the group of each lane; next_channel has been called c times. `p` is the pixel's
+  // first channel, or channel c where channels are broadcast.
+  typename V::Reg load(const float* p, const float* mask) const {
     if constexpr (kLanes == Lanes::plain) return part(p, tails[0]);
     if constexpr (kLanes == Lanes::masked) {
       return V::where_positive(part(mask, tails[0]), part(p, tails[0]));
     }
-    if constexpr (kLanes == Lanes::broadcast) return V::broadcast(p + c);
+    if constexpr (kLanes == Lanes::broadcast) return V::broadcast(p);
     if constexpr (kLanes == Lanes::permute) return V::permute(part(p, tails[0]), index);
     if constexpr (kLanes == Lanes::permute2) {
       return V::permute(V::load(p), part(p + V::kWidth, tails[1]), index);
@@ -91,12 +92,65 @@ struct LaneSource {
   }
 };
 
-// Calls body(tap, pixel, source vector) for all that meet, `taps` of a row and `Cols` pixels, with
-// every source vector loaded once. Only the outermost Taps - 1 columns may lie in padding: a test
+// Pixels of a tile of one vector. Each source value serves all taps of a row; where channels are
+// broadcast, there must be sums enough to hide the multiply-add's latency, three to one sum in a row.
+template <class V>
+constexpr int kLaneColumns = V::kWidth == 1 ? 4 : 8;
+template <class V>
+constexpr int kBroadcastColumns = V::kWidth == 16 ? 16 : kLaneColumns<V>;
+// Where a group has several vectors, two share what is broadcast.
+template <class V>
+constexpr bool kLanePairs = V::kWidth == 16;
+
+// Pointers to N evenly spaced elements of a loop, four to a general register and not one each: there
+// are not registers enough, and the compiler, which would form all pointers before the loop, is kept
+// from seeing that it could.
+template <int N>
+class Spaced {
+ public:
+  Spaced(const float* first, int64_t step) : step_(step), step_3_(3 * step) {
+    for (int i = 0; i < kBases; ++i) bases_[i] = first + 4 * i * step;
+  }
+  const float* operator[](int i) const {
+    const float* const base = bases_[i / 4];
+    return i % 4 == 3 ? base + step_3_ : base + i % 4 * step_;
+  }
+  // Each `count` elements on.
+  void advance(int64_t count) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kBases; ++i) {
+      bases_[i] += count;
+      asm("" : "+r"(bases_[i]));
+    }
+  }
+
+ private:
+  static constexpr int kBases = (N + 3) / 4;
+  const float* bases_[kBases];
+  int64_t step_, step_3_;
+};
+
+// Likewise, of elements that are read once.
+struct SpacedOnce {
+  const float* first;
+  int64_t step;
+  const float* operator[](int i) const { return first + i * step; }
+};
+
+// Source pixels under `Cols` pixels and `Taps` taps; of taps that the compiler does not know, the first
+// alone.
+template <Lanes kLanes, int Taps, int Step, int Cols>
+using LaneSourcePixels = std::conditional_t<kLanes == Lanes::broadcast,
+                                            Spaced<(Taps > 0 ? (Cols - 1) * Step + Taps : 1)>,
+                                            SpacedOnce>;
+
+// Calls body(channel, tap, pixel, source vector) for all that meet, `Taps` of a row and `Cols` pixels,
+// with every source vector loaded once; of several channels where they are broadcast. Only the outermost Taps - 1 columns may lie in padding: a test
 // of every column would cost as much as the multiplications.
-template <class V, int Taps, int Step, int Cols, class Source, class Body>
+template <class V, int Taps, int Step, int Cols, int Channels, class Source, class Pixels,
+          class Body>
 inline __attribute__((always_inline)) void slide(const LaneTile& t, const Source& source,
-                                                 const float* x, const float* mask, int64_t c,
+                                                 const Pixels& x, const Pixels& mask,
                                                  const Body& body) {
   constexpr int kColumns = (Cols - 1) * Step + Taps, kMargin = Taps - 1;
 #pragma GCC unroll 32
@@ -105,13 +159,15 @@ inline __attribute__((always_inline)) void slide(const LaneTile& t, const Source
       continue;
     if (column >= kColumns - kMargin && column >= t.column_end) [[unlikely]]
       continue;
-    const int64_t at = column * t.x_column;
-    const typename V::Reg a = source.load(x + at, mask + at, c);
+#pragma GCC unroll 2
+    for (int channel = 0; channel < Channels; ++channel) {
+      const typename V::Reg a = source.load(x[column] + channel, mask[column] + channel);
 #pragma GCC unroll 8
-    for (int tap = 0; tap < Taps; ++tap) {
-      const int pixel = (column - tap) / Step;
-      if (column < tap || (column - tap) % Step != 0 || pixel >= Cols) continue;
-      body(tap, pixel, a);
+      for (int tap = 0; tap < Taps; ++tap) {
+        const int pixel = (column - tap) / Step;
+        if (column < tap || (column - tap) % Step != 0 || pixel >= Cols) continue;
+        body(channel, tap, pixel, a);
+      }
     }
   }
 }
@@ -119,7 +175,7 @@ inline __attribute__((always_inline)) void slide(const LaneTile& t, const Source
 // For one tap, at any distance from its neighbours, calls body(pixel, source vector).
 template <class V, int Cols, class Source, class Body>
 inline __attribute__((always_inline)) void stroll(const LaneTile& t, const Source& source,
-                                                  const float* x, const float* mask, int64_t c,
+                                                  const float* x, const float* mask,
                                                   int64_t tap, const Body& body) {
   const auto inside = static_cast<std::uint64_t>(t.column_end - t.column_begin);
 #pragma GCC unroll 8
@@ -127,22 +183,27 @@ inline __attribute__((always_inline)) void stroll(const LaneTile& t, const Sourc
     const int64_t column = pixel * t.step + tap * t.tap_step;
     if (static_cast<std::uint64_t>(column - t.column_begin) >= inside) continue;
     const int64_t at = column * t.x_column;
-    body(pixel, source.load(x + at, mask + at, c));
+    body(pixel, source.load(x + at, mask + at));
   }
 }
 
-template <class V, Lanes kLanes, int Taps, int Step, int Cols, bool Whole>
-inline __attribute__((always_inline)) void lane_vector(const LaneTile& t, int64_t v) {
+// Vectors v .. v + Vectors - 1, which take the same source channels if they are several.
+template <class V, Lanes kLanes, int Taps, int Step, int Cols, int Vectors, bool Whole>
+inline __attribute__((always_inline)) void lane_vectors(const LaneTile& t, int64_t v) {
   using Reg = typename V::Reg;
   const LaneVector& vector = t.vectors[v];
-  const auto tail = V::tail(vector.columns);
-  Reg start = V::zero();
-  if (t.bias) {
-    start = Whole ? V::load(t.bias + v * V::kWidth) : V::load(t.bias + v * V::kWidth, tail);
+  const auto tail = [&](int i) { return V::tail(t.vectors[v + i].columns); };
+  Reg sum[Vectors][Cols];
+#pragma GCC unroll 2
+  for (int i = 0; i < Vectors; ++i) {
+    Reg start = V::zero();
+    if (t.bias) {
+      const float* bias = t.bias + (v + i) * V::kWidth;
+      start = Whole ? V::load(bias) : V::load(bias, tail(i));
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < Cols; ++j) sum[i][j] = start;
   }
-  Reg sum[Cols];
-#pragma GCC unroll 8
-  for (int i = 0; i < Cols; ++i) sum[i] = start;
 
   const float* x = t.x + vector.source;
   const float* mask = kLanes == Lanes::masked ? t.mask + vector.source : x;
@@ -151,62 +212,82 @@ inline __attribute__((always_inline)) void lane_vector(const LaneTile& t, int64_
     LaneSource<V, kLanes, Whole> source(t, v);
     const float* filter = row;
     const int64_t reduce = kLanes == Lanes::plain || kLanes == Lanes::masked ? 1 : t.reduce;
+    LaneSourcePixels<kLanes, Taps, Step, Cols> pixels{x, t.x_column}, masks{mask, t.x_column};
     for (int64_t c = 0; c < reduce; ++c) {
       if constexpr (Taps > 0) {
-        Reg taps[Taps];
+        Reg taps[Vectors][Taps];
+#pragma GCC unroll 2
+        for (int i = 0; i < Vectors; ++i)
 #pragma GCC unroll 8
-        for (int tap = 0; tap < Taps; ++tap) taps[tap] = V::load(filter + tap * V::kWidth);
+          for (int tap = 0; tap < Taps; ++tap) {
+            taps[i][tap] = V::load(filter + i * t.filter_vector + tap * V::kWidth);
+          }
         filter += Taps * V::kWidth;
-        slide<V, Taps, Step, Cols>(t, source, x, mask, c, [&](int tap, int pixel, Reg a) {
-          sum[pixel] = V::fma(a, taps[tap], sum[pixel]);
-        });
+        slide<V, Taps, Step, Cols, 1>(
+            t, source, pixels, masks, [&](int, int tap, int pixel, Reg a) {
+#pragma GCC unroll 2
+              for (int i = 0; i < Vectors; ++i) {
+                sum[i][pixel] = V::fma(a, taps[i][tap], sum[i][pixel]);
+              }
+            });
       } else {
         for (int64_t tap = 0; tap < t.taps; ++tap, filter += V::kWidth) {
-          const Reg b = V::load(filter);
-          stroll<V, Cols>(t, source, x, mask, c, tap,
-                          [&](int pixel, Reg a) { sum[pixel] = V::fma(a, b, sum[pixel]); });
+          Reg b[Vectors];
+#pragma GCC unroll 2
+          for (int i = 0; i < Vectors; ++i) b[i] = V::load(filter + i * t.filter_vector);
+          stroll<V, Cols>(t, source, pixels[0], masks[0], tap, [&](int pixel, Reg a) {
+#pragma GCC unroll 2
+            for (int i = 0; i < Vectors; ++i) sum[i][pixel] = V::fma(a, b[i], sum[i][pixel]);
+          });
         }
       }
+      if constexpr (kLanes == Lanes::broadcast) pixels.advance(1);
       if constexpr (kLanes != Lanes::plain) source.next_channel();
     }
   }
 
-  float* y = t.y + v * V::kWidth;
-#pragma GCC unroll 8
-  for (int i = 0; i < Cols; ++i, y += t.y_column) {
-    const Reg out = t.relu ? V::min(V::set(t.ceiling), V::relu(sum[i])) : sum[i];
-    if (Whole) {
-      V::store(y, out);
-    } else {
-      V::store(y, out, tail);
+#pragma GCC unroll 2
+  for (int i = 0; i < Vectors; ++i) {
+    float* y = t.y + (v + i) * V::kWidth;
+#pragma GCC unroll 16
+    for (int j = 0; j < Cols; ++j, y += t.y_column) {
+      const Reg out = t.relu ? V::min(V::set(t.ceiling), V::relu(sum[i][j])) : sum[i][j];
+      if (Whole) {
+        V::store(y, out);
+      } else {
+        V::store(y, out, tail(i));
+      }
     }
   }
 }
 
-template <class V, Lanes kLanes, int Taps, int Step, int Cols, bool Whole>
-inline __attribute__((always_inline)) void lane_wgrad_vector(const LaneTile& t, int64_t v) {
+template <class V, Lanes kLanes, int Taps, int Step, int Cols, int Vectors, bool Whole>
+inline __attribute__((always_inline)) void lane_wgrad_vectors(const LaneTile& t, int64_t v) {
   using Reg = typename V::Reg;
   const LaneVector& vector = t.vectors[v];
-  const auto tail = V::tail(vector.columns);
-  Reg dy[Cols];
-#pragma GCC unroll 8
-  for (int i = 0; i < Cols; ++i) {
-    const float* p = t.y + i * t.y_column + v * V::kWidth;
-    dy[i] = Whole ? V::load(p) : V::load(p, tail);
-  }
-  if (t.y_mask) {
-#pragma GCC unroll 8
-    for (int i = 0; i < Cols; ++i) {
-      const float* p = t.y_mask + i * t.y_column + v * V::kWidth;
-      dy[i] = V::where_positive(Whole ? V::load(p) : V::load(p, tail), dy[i]);
+  Reg dy[Vectors][Cols];
+#pragma GCC unroll 2
+  for (int i = 0; i < Vectors; ++i) {
+    const auto tail = V::tail(t.vectors[v + i].columns);
+    const int64_t at = (v + i) * V::kWidth;
+#pragma GCC unroll 16
+    for (int j = 0; j < Cols; ++j) {
+      const float* p = t.y + j * t.y_column + at;
+      dy[i][j] = Whole ? V::load(p) : V::load(p, tail);
     }
-  }
-  if (t.bias_sums) {
-    float* p = t.bias_sums + v * V::kWidth;
-    Reg sum = dy[0];
-#pragma GCC unroll 8
-    for (int i = 1; i < Cols; ++i) sum = V::add(sum, dy[i]);
-    V::store(p, V::add(V::load(p), sum));
+    if (t.y_mask) {
+#pragma GCC unroll 16
+      for (int j = 0; j < Cols; ++j) {
+        const float* p = t.y_mask + j * t.y_column + at;
+        dy[i][j] = V::where_positive(Whole ? V::load(p) : V::load(p, tail), dy[i][j]);
+      }
+    }
+    if (t.bias_sums) {
+      Reg sum = dy[i][0];
+#pragma GCC unroll 16
+      for (int j = 1; j < Cols; ++j) sum = V::add(sum, dy[i][j]);
+      V::store(t.bias_sums + at, V::add(V::load(t.bias_sums + at), sum));
+    }
   }
 
   const float* x = t.x + vector.source;
@@ -215,24 +296,55 @@ inline __attribute__((always_inline)) void lane_wgrad_vector(const LaneTile& t, 
     LaneSource<V, kLanes, Whole> source(t, v);
     float* sums = row;
     const int64_t reduce = kLanes == Lanes::plain ? 1 : t.reduce;
-    for (int64_t c = 0; c < reduce; ++c) {
+    LaneSourcePixels<kLanes, Taps, Step, Cols> pixels{x, t.x_column};
+    // The next `Channels` source channels. A sum is one chain of multiply-adds as long as the tile:
+    // those of two channels hide each other's latency.
+    const auto dense = [&]<int Channels>(std::integral_constant<int, Channels>)
+                           __attribute__((always_inline)) {
+      constexpr int kSums = Vectors * Channels;
+      Reg sum[kSums][Taps > 0 ? Taps : 1];
+      const auto each = [&](const auto& body) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kSums; ++i)
+#pragma GCC unroll 8
+          for (int tap = 0; tap < Taps; ++tap) {
+            const int64_t at = i / Channels * t.filter_vector;
+            body(sums + at + (i % Channels * Taps + tap) * V::kWidth, sum[i][tap]);
+          }
+      };
+      each([](const float* at, Reg& value) { value = V::load(at); });
+      slide<V, Taps, Step, Cols, Channels>(
+          t, source, pixels, pixels, [&](int channel, int tap, int pixel, Reg a) {
+#pragma GCC unroll 2
+            for (int i = 0; i < Vectors; ++i) {
+              Reg& to = sum[i * Channels + channel][tap];
+              to = V::fma(a, dy[i][pixel], to);
+            }
+          });
+      each([](float* at, Reg& value) { V::store(at, value); });
+      sums += Channels * Taps * V::kWidth;
+      if constexpr (kLanes == Lanes::broadcast) pixels.advance(Channels);
+    };
+    int64_t c = 0;
+    if constexpr (Taps > 0 && kLanes == Lanes::broadcast && Vectors == 1 && kLanePairs<V>) {
+      for (; c + 2 <= reduce; c += 2) dense(std::integral_constant<int, 2>{});
+    }
+    for (; c < reduce; ++c) {
       if constexpr (Taps > 0) {
-        Reg sum[Taps];
-#pragma GCC unroll 8
-        for (int tap = 0; tap < Taps; ++tap) sum[tap] = V::load(sums + tap * V::kWidth);
-        slide<V, Taps, Step, Cols>(t, source, x, x, c, [&](int tap, int pixel, Reg a) {
-          sum[tap] = V::fma(a, dy[pixel], sum[tap]);
-        });
-#pragma GCC unroll 8
-        for (int tap = 0; tap < Taps; ++tap) V::store(sums + tap * V::kWidth, sum[tap]);
-        sums += Taps * V::kWidth;
+        dense(std::integral_constant<int, 1>{});
       } else {
         for (int64_t tap = 0; tap < t.taps; ++tap, sums += V::kWidth) {
-          Reg sum = V::load(sums);
-          stroll<V, Cols>(t, source, x, x, c, tap,
-                          [&](int pixel, Reg a) { sum = V::fma(a, dy[pixel], sum); });
-          V::store(sums, sum);
+          Reg sum[Vectors];
+#pragma GCC unroll 2
+          for (int i = 0; i < Vectors; ++i) sum[i] = V::load(sums + i * t.filter_vector);
+          stroll<V, Cols>(t, source, pixels[0], pixels[0], tap, [&](int pixel, Reg a) {
+#pragma GCC unroll 2
+            for (int i = 0; i < Vectors; ++i) sum[i] = V::fma(a, dy[i][pixel], sum[i]);
+          });
+#pragma GCC unroll 2
+          for (int i = 0; i < Vectors; ++i) V::store(sums + i * t.filter_vector, sum[i]);
         }
+        if constexpr (kLanes == Lanes::broadcast) pixels.advance(1);
       }
       if constexpr (kLanes != Lanes::plain) source.next_channel();
     }
@@ -241,29 +353,33 @@ inline __attribute__((always_inline)) void lane_wgrad_vector(const LaneTile& t, 
 
 template <class V, bool Wgrad, Lanes kLanes, int Taps, int Step, int Cols>
 void lane_tile(const LaneTile& t) {
-  for (int64_t v = t.begin; v < t.end; ++v) {
-    const auto one = [&]<bool Whole>(std::bool_constant<Whole>) __attribute__((always_inline)) {
-      if constexpr (Wgrad) {
-        lane_wgrad_vector<V, kLanes, Taps, Step, Cols, Whole>(t, v);
-      } else {
-        lane_vector<V, kLanes, Taps, Step, Cols, Whole>(t, v);
-      }
-    };
-    if constexpr (V::kFreeMasks) {
-      one(std::false_type{});
-    } else if (t.vectors[v].whole) {
-      one(std::true_type{});
+  constexpr bool kPairs = kLanePairs<V> && kLanes == Lanes::broadcast && Cols <= kLaneColumns<V>;
+  const auto some = [&]<int Vectors, bool Whole>(int64_t v) __attribute__((always_inline)) {
+    if constexpr (Wgrad) {
+      lane_wgrad_vectors<V, kLanes, Taps, Step, Cols, Vectors, Whole>(t, v);
     } else {
-      one(std::false_type{});
+      lane_vectors<V, kLanes, Taps, Step, Cols, Vectors, Whole>(t, v);
+    }
+  };
+  for (int64_t v = t.begin; v < t.end; ++v) {
+    if constexpr (kPairs) {
+      if (v + 1 < t.end && t.vectors[v].source == t.vectors[v + 1].source) {
+        some.template operator()<2, false>(v);
+        ++v;
+        continue;
+      }
+    }
+    if constexpr (V::kFreeMasks) {
+      some.template operator()<1, false>(v);
+    } else if (t.vectors[v].whole) {
+      some.template operator()<1, true>(v);
+    } else {
+      some.template operator()<1, false>(v);
     }
   }
 }
 
 using LaneTileFunction = void (*)(const LaneTile&);
-
-// Pixels of a tile.
-template <class V>
-constexpr int kLaneColumns = V::kWidth == 1 ? 4 : 8;
 
 template <class V, bool Wgrad, Lanes kLanes, int Taps, int Step, int... Less>
 const LaneTileFunction* lane_tiles_of(std::integer_sequence<int, Less...>) {
@@ -274,8 +390,8 @@ const LaneTileFunction* lane_tiles_of(std::integer_sequence<int, Less...>) {
 
 template <class V, bool Wgrad, Lanes kLanes, int Taps, int Step>
 const LaneTileFunction* lane_tiles() {
-  return lane_tiles_of<V, Wgrad, kLanes, Taps, Step>(
-      std::make_integer_sequence<int, kLaneColumns<V>>{});
+  constexpr int kMost = kLanes == Lanes::broadcast ? kBroadcastColumns<V> : kLaneColumns<V>;
+  return lane_tiles_of<V, Wgrad, kLanes, Taps, Step>(std::make_integer_sequence<int, kMost>{});
 }
 
 // The tiles of 1, 2, .. pixels for taps (0 for those with no tile of their own).
@@ -325,9 +441,8 @@ const LaneTileFunction* lane_tiles(Lanes lanes, int64_t taps, int64_t step) {
 // The vectors of output channels of a convolution, and how the channels are dealt to tasks.
 template <class V>
 struct LanePlan {
-  static constexpr int64_t kColumns = kLaneColumns<V>;
-
   Lanes lanes;
+  int64_t columns;                    // pixels of a tile
   int64_t channels, vectors, reduce;  // output channels; source channels a group
   int64_t block, blocks;              // vectors of a task; such blocks
   int64_t rows;                       // output rows that a column of tiles goes down
@@ -346,6 +461,8 @@ struct LanePlan {
             : span <= V::kWidth           ? Lanes::permute
             : span <= 2 * V::kWidth       ? Lanes::permute2
                                           : Lanes::gather;
+    const bool pairs = kLanePairs<V> && g.columns >= 2 * V::kWidth;
+    columns = lanes == Lanes::broadcast && !pairs ? kBroadcastColumns<V> : kLaneColumns<V>;
     // The filter of a block stays in half of the first-level cache; where its share of the loads is
     // small, in the second level, and lines are read from end to end.
     const int64_t filter = taps_h * taps_w * reduce * V::kWidth * 4;
@@ -355,7 +472,7 @@ struct LanePlan {
     blocks = ceil_div(vectors, block);
     // So do the source rows under a column of tiles, as far as they go.
     const int64_t row =
-        (kColumns * g.horizontal.step + taps_w) * block * max64(V::kWidth, span) * 4;
+        (columns * g.horizontal.step + taps_w) * block * max64(V::kWidth, span) * 4;
     const int64_t source_rows = (int64_t{24} << 10) / row;
     rows = max64(1, min64(8, (source_rows - taps_h) / g.vertical.step + 1));
   }
@@ -469,7 +586,7 @@ struct LaneConvolution {
       for_each_dgrad_class(p, [&](const TapConvolution& g, int64_t first) { add(g, first); });
     }
     const TapConvolution& g = classes[0].g;  // the largest
-    tiles = ceil_div(g.out_w, LanePlan<V>::kColumns);
+    tiles = ceil_div(g.out_w, plan.columns);
     // Tasks of some 10 us, yet enough of them for many threads.
     constexpr int64_t kMultiplyAdds = int64_t{1} << 19, kFewTasks = 32;
     const int64_t row = g.out_w * plan.block * V::kWidth * plan.reduce * max64(1, taps);
@@ -565,15 +682,13 @@ struct LaneConvolution {
             float* packed) const {
     const TapConvolution& g = own.g;
     for (int64_t v = begin; v < end; ++v) {
+      const int64_t first = v * V::kWidth;
+      const int valid = static_cast<int>(min64(V::kWidth, plan.channels - first));
+      const auto tail = V::tail(valid);
       int64_t lanes[V::kWidth] = {};
-      const int64_t valid = min64(V::kWidth, plan.channels - v * V::kWidth);
-      int64_t group = v * V::kWidth / g.columns, column = v * V::kWidth % g.columns;
-      for (int64_t lane = 0; lane < valid; ++lane) {
-        lanes[lane] = group * g.filter_group + column * g.filter_column;
-        if (++column == g.columns) {
-          column = 0;
-          ++group;
-        }
+      for (int lane = 0; lane < valid; ++lane) {
+        lanes[lane] = (first + lane) / g.columns * g.filter_group +
+                      (first + lane) % g.columns * g.filter_column;
       }
       float* out = packed + v * own.filter_vector;
       const int64_t out_c = g.horizontal.count * V::kWidth;  // from source channel to channel
@@ -583,18 +698,28 @@ struct LaneConvolution {
               filter + (g.vertical.filter_first + r * g.vertical.filter_stride) * g.filter_tap_row +
               (g.horizontal.filter_first + s * g.horizontal.filter_stride) * g.filter_tap_column;
           float* to = out + s * V::kWidth;
-          if (g.filter_reduce == 1 && g.reduce > 1) {
-            // dgrad: the filter's lines run along c.
-            for (int64_t lane = 0; lane < V::kWidth; ++lane)
-              for (int64_t c = 0; c < g.reduce; ++c) {
-                to[c * out_c + lane] = lane < valid ? in[lanes[lane] + c] : 0.0f;
-              }
+          if (g.filter_column == 1 || (g.columns == 1 && g.filter_group == 1)) {
+            // The filter's lines run along the output channels of all groups.
+            for (int64_t c = 0; c < g.reduce; ++c) {
+              V::store(to + c * out_c, V::load(in + first + c * g.filter_reduce, tail));
+            }
             continue;
           }
-          for (int64_t c = 0; c < g.reduce; ++c)
-            for (int64_t lane = 0; lane < V::kWidth; ++lane) {
-              to[c * out_c + lane] = lane < valid ? in[lanes[lane] + c * g.filter_reduce] : 0.0f;
+          // They run along c.
+          for (int64_t c = 0; c < g.reduce; c += V::kWidth) {
+            const int depth = static_cast<int>(min64(V::kWidth, g.reduce - c));
+            const auto deep = V::tail(depth);
+            typename V::Reg rows[V::kWidth];
+#pragma GCC unroll 16
+            for (int lane = 0; lane < V::kWidth; ++lane) {
+              rows[lane] = lane < valid ? V::load(in + lanes[lane] + c, deep) : V::zero();
             }
+            V::transpose(rows);
+#pragma GCC unroll 16
+            for (int i = 0; i < V::kWidth; ++i) {
+              if (i < depth) V::store(to + (c + i) * out_c, rows[i]);
+            }
+          }
         }
     }
   }
@@ -614,7 +739,7 @@ struct LaneWgrad {
     row_floats = g.reduce * p.s * V::kWidth;
     vector_floats = p.r * row_floats;
     part_floats = plan.vectors * (vector_floats + (bias ? V::kWidth : 0));
-    tiles = ceil_div(p.ow, LanePlan<V>::kColumns);
+    tiles = ceil_div(p.ow, plan.columns);
     // Some 20 us a task at least; 4 MiB of sums at most, and fewer than the lines they are made of.
     constexpr int64_t kMultiplyAdds = int64_t{1} << 20, kMostTasks = 64;
     const int64_t line = p.ow * p.r * p.s * g.reduce * plan.block * V::kWidth;
@@ -766,7 +891,7 @@ std::string describe_lanes(const Conv2dProblem& p, Direction direction) {
   const auto text = [](const LanePlan<V>& plan) {
     const char* const names[] = {"plain",    "masked",          "broadcast",
                                  "permuted", "permuted of two", "gathered"};
-    return std::to_string(LanePlan<V>::kColumns) + " x " + std::to_string(int{V::kWidth}) +
+    return std::to_string(plan.columns) + " x " + std::to_string(int{V::kWidth}) +
            " tile of pixels x channels, source lanes " + names[static_cast<int>(plan.lanes)] +
            ", blocks of " + std::to_string(plan.block) + " vectors";
   };

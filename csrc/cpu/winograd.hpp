@@ -79,8 +79,9 @@ struct Winograd {
     const double stream = filter_bytes > (8 << 20) ? 4.0 : 0.6;
     const double cycles = products + transforms + filter_vectors * to_memory +
                           blocks * filter_vectors * stream * (plan.block_tiles < 12 ? 2 : 1) + 8000;
-    return {cycles * V::kWidth * cost_of_groups(p, c), plan.workspace_bytes(),
-            M == 4 ? 5e-6 : 2e-6};
+    // Of few channels, each product is short of work and each load of the source short of a line.
+    const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? 1.2 + 8 / c : 1);
+    return {cycles * V::kWidth * groups, plan.workspace_bytes(), M == 4 ? 5e-6 : 2e-6};
   }
 
   static std::string blocking(const Conv2dProblem& p, Direction direction) {

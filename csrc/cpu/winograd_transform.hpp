@@ -2,16 +2,8 @@
 // winograd.hpp says of their points holds for winograd_wgrad.hpp as well.
 #pragma once
 
-#include "core/problem.hpp"
-
 namespace fastconv::cpu {
 namespace {
-
-// What all groups cost, in estimates of one of `c` channels. Of few channels, each product is short of
-// what it takes to begin it; constants by measurement.
-inline double cost_of_groups(const Conv2dProblem& p, double c) {
-  return static_cast<double>(p.groups) * (p.groups > 1 ? 1.2 + 8 / c : 1);
-}
 
 // The one-dimensional transforms, on vectors. `Step` and offsets are chosen by the caller.
 template <class V, int M>

@@ -118,8 +118,9 @@ struct WinogradWgrad {
     std::memset(zeros, 0, static_cast<std::size_t>(plan.zeros_floats) * 4);
     float* const sums = zeros + plan.zeros_floats;
     float* const bias_sums = sums + plan.sums_floats;
-    // One group after the other: each is a convolution of some channels of the tensors.
-    for (int64_t group = 0; group < p.groups; ++group) {
+    float* const scratch = bias_sums + plan.bias_sums_floats;
+    // Each group is a convolution of some channels of the tensors.
+    const auto of_group = [&](int64_t group, int worker) {
       const int64_t k = group * plan.k;
       Conv2dOperands own = operands;
       own.x += group * plan.c;
@@ -127,11 +128,17 @@ struct WinogradWgrad {
       if (own.y) own.y += k;
       own.out += k;
       if (own.dbias) own.dbias += k;
+      float* const own_scratch = scratch + worker * plan.worker_floats();
       if (plan.slots > 1) {
-        by_slots(p, plan, own, zeros, sums + k, bias_sums + k);
+        by_slots(p, plan, own, {zeros, sums + k, bias_sums + k, own_scratch});
       } else {
-        by_parts(p, plan, own, zeros);
+        by_parts(p, plan, own, {zeros, nullptr, nullptr, own_scratch});
       }
+    };
+    if (plan.groups_at_once) {
+      parallel_for(p.groups, plan.workers, of_group);
+    } else {
+      for (int64_t group = 0; group < p.groups; ++group) of_group(group, 0);
     }
     if (plan.slots == 1) return;
     add_parts<V>(sums, plan.slots, p.filter_size(), operands.out);
@@ -149,7 +156,9 @@ struct WinogradWgrad {
     const double products = kPoints * (tiles * 1.25 + parts * 10) * c * k_vectors;
     const double transforms = tiles * (c_vectors * 450 + k_vectors * 400);
     const double back = parts * c * k_vectors * 300;
-    return {(products + transforms + back + 6000 * parts) * V::kWidth * cost_of_groups(p, c),
+    // Of few channels, each product is short of work and each load of the source short of a line.
+    const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? 1 + 4 / c : 1);
+    return {(products + transforms + back + 6000 * parts) * V::kWidth * groups,
             plan.workspace_bytes(), 5e-6};
   }
 
@@ -169,6 +178,7 @@ struct WinogradWgrad {
     int64_t slots;  // partial sums, each of some parts; 1 where threads share the parts instead
     int64_t zeros_floats, sums_floats, bias_sums_floats;
     int64_t x_floats, dy_floats, bias_floats, product_floats;
+    bool groups_at_once;  // threads take whole groups
     int workers;
 
     Plan(const Conv2dProblem& p, bool with_bias) {
@@ -209,13 +219,16 @@ struct WinogradWgrad {
       if (slots < kLeastSlots) slots = 1;
       sums_floats = slots > 1 ? round_up(slots * p.filter_size(), 16) : 0;
       bias_sums_floats = slots > 1 && with_bias ? round_up(slots * p.k, 16) : 0;
-      workers = workers_for(slots > 1 ? slots : c_groups * panels);
+      const int threads = num_threads();
+      groups_at_once = p.groups >= 4 * threads || (p.groups > 1 && p.groups % threads == 0);
+      workers = workers_for(groups_at_once ? p.groups : slots > 1 ? slots : c_groups * panels);
     }
     int64_t worker_floats() const { return x_floats + dy_floats + bias_floats + product_floats; }
     int64_t workspace_bytes() const {
-      const int64_t floats = slots > 1 ? sums_floats + bias_sums_floats + workers * worker_floats()
-                                       : worker_floats() + (workers - 1) * product_floats;
-      return 4 * (zeros_floats + floats);
+      const bool own = groups_at_once || slots > 1;
+      const int64_t scratch =
+          own ? workers * worker_floats() : worker_floats() + (workers - 1) * product_floats;
+      return 4 * (zeros_floats + sums_floats + bias_sums_floats + scratch);
     }
     int64_t first_of_part(int64_t part) const { return tiles * part / parts; }
     int vectors_of(int64_t panel) const {
@@ -228,6 +241,11 @@ struct WinogradWgrad {
     // A group's register tiles, and a tile's input channels.
     int64_t first_tile(int64_t group) const { return c_tiles * group / c_groups; }
     int64_t channel(int64_t tile) const { return c * tile / c_tiles; }
+  };
+
+  // Memory of a group: its columns of the slots' sums, and scratch.
+  struct Memory {
+    float *zeros, *sums, *bias_sums, *scratch;
   };
 
   // Scratch memory of a part, and where its product goes.
@@ -255,12 +273,11 @@ struct WinogradWgrad {
     if (dbias && group == 0) add_bias(plan, panel, tiles, buffers.bias_sums, adds, dbias);
   }
 
-  // Leaves the sums of each slot in the columns of `sums` and `bias_sums` that are the group's.
+  // Leaves the sums of each slot in memory.sums and memory.bias_sums.
   static void by_slots(const Conv2dProblem& p, const Plan& plan, const Conv2dOperands& t,
-                       float* zeros, float* sums, float* bias_sums) {
-    float* const scratch = zeros + plan.zeros_floats + plan.sums_floats + plan.bias_sums_floats;
+                       const Memory& memory) {
     parallel_for(plan.slots, plan.workers, [&](int64_t slot, int worker) {
-      const Buffers buffers(plan, zeros, scratch + worker * plan.worker_floats());
+      const Buffers buffers(plan, memory.zeros, memory.scratch + worker * plan.worker_floats());
       const int64_t first = plan.parts * slot / plan.slots;
       for (int64_t part = first; part < plan.parts * (slot + 1) / plan.slots; ++part) {
         const int64_t begin = plan.first_of_part(part);
@@ -271,16 +288,16 @@ struct WinogradWgrad {
         for (int64_t panel = 0; panel < plan.panels; ++panel)
           for (int64_t group = 0; group < plan.c_groups; ++group) {
             multiply_and_add(p, plan, panel, group, tiles, buffers, part > first,
-                             sums + slot * p.filter_size(),
-                             t.dbias ? bias_sums + slot * p.k : nullptr);
+                             memory.sums + slot * p.filter_size(),
+                             t.dbias ? memory.bias_sums + slot * p.k : nullptr);
           }
       }
     });
   }
 
   static void by_parts(const Conv2dProblem& p, const Plan& plan, const Conv2dOperands& t,
-                       float* zeros) {
-    const Buffers shared(plan, zeros, zeros + plan.zeros_floats);
+                       const Memory& memory) {
+    const Buffers shared(plan, memory.zeros, memory.scratch);
     for (int64_t part = 0; part < plan.parts; ++part) {
       const int64_t begin = plan.first_of_part(part);
       const int64_t tiles = plan.first_of_part(part + 1) - begin;
