@@ -763,6 +763,20 @@ struct DepthwiseConvolution {
                      float* dbias) {
     const Workspace workspace(static_cast<std::size_t>(workspace_bytes()));
     float* const sums = workspace.floats();
+    const auto finish = [&](int64_t v) {
+      const auto tail = V::tail(static_cast<int>(min64(V::kWidth, p.c - v * V::kWidth)));
+      const auto add_up = [&](int64_t at, float* out) {
+        typename V::Reg sum = V::load(sums + at);
+        for (int64_t part = 1; part < parts; ++part) {
+          sum = V::add(sum, V::load(sums + part * part_floats + at));
+        }
+        V::store(out + v * V::kWidth, sum, tail);
+      };
+      for (int64_t tap = 0; tap < p.r * p.s; ++tap) {
+        add_up(v * taps_floats + tap * V::kWidth, dfilter + tap * p.c);
+      }
+      if (dbias) add_up(vectors * taps_floats + v * V::kWidth, dbias);
+    };
     parallel_for(parts * blocks, [&](int64_t task) {
       DepthwiseTile t{};
       const int64_t first = begin_block(task % blocks, t), part = task / blocks;
@@ -787,21 +801,12 @@ struct DepthwiseConvolution {
           kernels.run(t);
         });
       }
-    });
-    parallel_for(ceil_div(p.c, V::kWidth), [&](int64_t v) {
-      const auto tail = V::tail(static_cast<int>(min64(V::kWidth, p.c - v * V::kWidth)));
-      const auto add_up = [&](int64_t at, float* out) {
-        typename V::Reg sum = V::load(sums + at);
-        for (int64_t part = 1; part < parts; ++part) {
-          sum = V::add(sum, V::load(sums + part * part_floats + at));
-        }
-        V::store(out + v * V::kWidth, sum, tail);
-      };
-      for (int64_t tap = 0; tap < p.r * p.s; ++tap) {
-        add_up(v * taps_floats + tap * V::kWidth, dfilter + tap * p.c);
+      for (int64_t v = vector; parts == 1 && v < vector + ceil_div(t.channels, V::kWidth); ++v) {
+        finish(v);
       }
-      if (dbias) add_up(vectors * taps_floats + v * V::kWidth, dbias);
     });
+    const int64_t vector_floats = parts * (taps_floats + V::kWidth);
+    if (parts > 1) parallel_by_floats(ceil_div(p.c, V::kWidth), vector_floats, finish);
   }
 
  private:
@@ -815,13 +820,18 @@ struct DepthwiseConvolution {
     const int64_t tile = max64(1, p.oh * p.ow * p.r * p.s * vectors * V::kWidth / row_tiles);
     const int64_t work = p.n * row_tiles * tile;
     const int64_t tasks = max64(work / kMultiplyAdds, min64(work / kLeast, kFewTasks));
+    // Of neighbouring vectors: pixels are read in runs.
+    constexpr int64_t kLeastVectors = 64 / V::kWidth;
+    const int64_t most_blocks = max64(1, vectors / kLeastVectors);
     if (direction == Direction::wgrad) {
       // 4 MiB of sums at most. Fewer parts than the tiles they are made of: a part has its sums to
       // clear and to add up.
       constexpr int64_t kTilesAPart = 2, kMostParts = 64, kWorkAPart = int64_t{1} << 18;
       const int64_t by_bytes = (int64_t{4} << 20) / (part_floats * 4);
       const int64_t by_tiles = p.n * row_tiles / kTilesAPart;
-      parts = max64(1, min64(min64(work / kWorkAPart, by_bytes), min64(by_tiles, kMostParts)));
+      // Blocks of channels have nothing to add up.
+      const int64_t by_work = ceil_div(min64(work / kWorkAPart, kMostParts), most_blocks);
+      parts = max64(1, min64(by_work, min64(by_bytes, by_tiles)));
       strips = parts;
     } else {
       const int64_t strips_wanted = min64(row_tiles, max64(1, tasks / max64(1, p.n)));
@@ -829,10 +839,7 @@ struct DepthwiseConvolution {
       strips = ceil_div(row_tiles, strip);
       strips *= p.n;
     }
-    // Of neighbouring vectors: pixels are read in runs.
-    constexpr int64_t kLeastVectors = 64 / V::kWidth;
-    blocks = min64(vectors / kLeastVectors, min64(tasks, kFewTasks) / max64(1, strips));
-    blocks = max64(1, blocks);
+    blocks = max64(1, min64(most_blocks, min64(tasks, kFewTasks) / max64(1, strips)));
     block = round_up(ceil_div(vectors, blocks), neighbours);
     blocks = ceil_div(vectors, block);
   }

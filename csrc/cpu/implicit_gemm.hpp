@@ -58,6 +58,16 @@ inline int64_t tasks_for(int64_t multiply_adds) {
   return threads * (multiply_adds / threads < 2 * kFew ? 2 : 4);
 }
 
+// Calls body(i) for i = 0 .. count - 1, as many a task as touch some 64 KiB: `floats` for each.
+template <class Body>
+void parallel_by_floats(int64_t count, int64_t floats, const Body& body) {
+  const int64_t a_task = max64(1, (int64_t{16} << 10) / max64(floats, 1));
+  parallel_for(ceil_div(count, a_task), [&](int64_t task) {
+    const int64_t end = min64(count, (task + 1) * a_task);
+    for (int64_t i = task * a_task; i < end; ++i) body(i);
+  });
+}
+
 // One register tile: pixel i's y[0 .. columns) += sum over taps, c of x[tap + c] * filter.
 struct TapTile {
   // Of pixel 0, and floats from pixel to pixel.
@@ -646,16 +656,31 @@ struct TapConvolutionRunner {
 
     // Time to pack, in vector operations a filter vector: by chunks it stays in the cache, and may be a
     // tile's by-product, but every block packs anew; as a whole it goes to memory and comes back if it
-    // is large, and all threads wait for it.
+    // is large, all threads wait for it, and each then fetches from their caches what others packed.
+    const int64_t threads = num_threads();
     const int64_t enough_tasks = tasks_for(pixels * panels.reduce * g.columns * g.groups);
     constexpr int64_t kMostPixelsAChunk = 512;
     const int64_t filter_floats = g.groups * panels.group_floats;
-    const int64_t chunked_blocks =
-        max64(ceil_div(pixels, kMostPixelsAChunk),
-              min64(ceil_div(pixels, V::kRows), ceil_div(enough_tasks, g.groups * panels.panels)));
-    const int64_t whole_cost = filter_floats * 4 > (int64_t{512} << 10) ? 24 : 10;
+    const bool large = filter_floats * 4 > (int64_t{512} << 10);
     const int64_t chunk_cost = packs_in_tiles() ? 2 : 5;
-    by_chunks = chunked_blocks * chunk_cost < whole_cost;
+    const int64_t whole_cost = large ? 24 : 10, shared_cost = 25 * (threads - 1);
+    // Threads that write to other panels of the same pixels disturb each other: what one writes, the
+    // other's hardware reads ahead. They have pixels of their own where these make up for the packing.
+    const int64_t least_pixels = packs_in_tiles() ? 96 : 48;
+    int64_t chunked_blocks =
+        min64(ceil_div(pixels, V::kRows), ceil_div(enough_tasks, g.groups * panels.panels));
+    if (!large && pixels >= threads * least_pixels) {
+      const bool two = packs_in_tiles() && pixels >= 2 * threads * least_pixels;
+      chunked_blocks = threads * (threads > 1 && two ? 2 : 1);
+    }
+    const int64_t many_blocks = round_up(ceil_div(pixels, kMostPixelsAChunk), threads);
+    if (pixels > kMostPixelsAChunk) chunked_blocks = max64(chunked_blocks, many_blocks);
+    // Between chunks, sums go to y and come back.
+    const int64_t chunks = g.vertical.count * g.horizontal.count * ceil_div(g.reduce, kChunkRows);
+    const int64_t sums_cost = chunks > 1 ? 6 * pixels / kChunkRows : 0;
+    by_chunks = chunked_blocks * chunk_cost < whole_cost ||
+                (filter_floats > 0 &&
+                 chunked_blocks * chunk_cost + sums_cost < whole_cost + shared_cost);
 
     if (by_chunks) {
       block_by_chunks(chunked_blocks, enough_tasks);
@@ -682,12 +707,16 @@ struct TapConvolutionRunner {
     parallel_for(tasks, workers, [&](int64_t task, int worker) {
       int64_t* own_entries = reinterpret_cast<int64_t*>(entries + worker * entries_bytes);
       Part part{};
-      const int64_t block = task % blocks;
+      // A thread begins with neighbouring tasks: of the same pixels, or of the same part of the filter
+      // where this is large.
+      const int64_t all_groups = g.groups * panel_groups;
+      const int64_t block = by_chunks ? task / all_groups : task % blocks;
+      const int64_t group = by_chunks ? task % all_groups : task / blocks;
       part.tile = tiles() * block / blocks;
       part.tile_end = tiles() * (block + 1) / blocks;
-      part.panel = task / blocks % panel_groups * panels_a_group;
+      part.panel = group % panel_groups * panels_a_group;
       part.panel_end = min64(panels.panels, part.panel + panels_a_group);
-      part.group = task / blocks / panel_groups;
+      part.group = group / panel_groups;
       if (by_chunks) {
         float* chunk = packed + worker * (packed_bytes / 4);
         work_by_chunks(tap_tiles, part, filter, scale, chunk, own_entries);

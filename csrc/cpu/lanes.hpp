@@ -798,7 +798,7 @@ struct LaneWgrad {
         }
       }
     });
-    parallel_for(plan.vectors, [&](int64_t v) {
+    parallel_by_floats(plan.vectors, parts * (vector_floats + V::kWidth), [&](int64_t v) {
       const auto tail = V::tail(common.vectors[v].columns);
       const auto total = [&](int64_t at) {
         typename V::Reg sum = V::load(sums + at);
