@@ -68,6 +68,25 @@ void parallel_by_floats(int64_t count, int64_t floats, const Body& body) {
   });
 }
 
+// Which workers of a parallel_for have made their own copy of something. To fetch a line that another
+// core wrote takes as long as to make several anew: a small filter is packed by each.
+class OncePerWorker {
+ public:
+  explicit OncePerWorker(int workers) : done_(static_cast<std::size_t>(workers)) {}
+  // True once for each.
+  bool first(int worker) {
+    bool& done = done_[static_cast<std::size_t>(worker)].done;
+    return !std::exchange(done, true);
+  }
+
+ private:
+  struct alignas(64) Flag {
+    bool done = false;
+  };
+  std::vector<Flag> done_;
+};
+constexpr int64_t kOwnFilterBytes = int64_t{512} << 10;  // at most
+
 // One register tile: pixel i's y[0 .. columns) += sum over taps, c of x[tap + c] * filter.
 struct TapTile {
   // Of pixel 0, and floats from pixel to pixel.
@@ -358,10 +377,12 @@ struct FilterPanels {
     return group * group_floats + first_column(panel) * reduce;
   }
 
+  // Alone, or with all threads.
   void pack_all(const float* filter, const float* scale, float* packed) const {
     const int64_t taps = g.vertical.count * g.horizontal.count;
     const int64_t rows_a_task = 64, parts = ceil_div(g.reduce, rows_a_task);
-    parallel_for(g.groups * taps * parts, [&](int64_t task) {
+    const int64_t floats = min64(rows_a_task, g.reduce) * g.columns * 2;
+    parallel_by_floats(g.groups * taps * parts, floats, [&](int64_t task) {
       const int64_t group = task / parts / taps, tap = task / parts % taps;
       const int64_t c = task % parts * rows_a_task, c_end = min64(g.reduce, c + rows_a_task);
       pack(filter, scale, group, 0, panels, tap, tap + 1, c, c_end, packed + offset(group, 0),
@@ -639,7 +660,7 @@ struct TapConvolutionRunner {
   int64_t blocks;                        // runs of tiles
   int64_t panel_groups, panels_a_group;  // runs of panels
   int64_t tasks;
-  bool by_chunks;
+  bool by_chunks, own_filters;
   int64_t packed_bytes, entries_bytes;  // entries: of one worker
   int64_t workspace_bytes;
   int workers;
@@ -656,14 +677,15 @@ struct TapConvolutionRunner {
 
     // Time to pack, in vector operations a filter vector: by chunks it stays in the cache, and may be a
     // tile's by-product, but every block packs anew; as a whole it goes to memory and comes back if it
-    // is large, all threads wait for it, and each then fetches from their caches what others packed.
+    // is large and one for all threads.
     const int64_t threads = num_threads();
     const int64_t enough_tasks = tasks_for(pixels * panels.reduce * g.columns * g.groups);
     constexpr int64_t kMostPixelsAChunk = 512;
     const int64_t filter_floats = g.groups * panels.group_floats;
-    const bool large = filter_floats * 4 > (int64_t{512} << 10);
+    const bool large = filter_floats * 4 > kOwnFilterBytes;
+    own_filters = threads > 1 && !large;
     const int64_t chunk_cost = packs_in_tiles() ? 2 : 5;
-    const int64_t whole_cost = large ? 24 : 10, shared_cost = 25 * (threads - 1);
+    const int64_t whole_cost = large ? 24 : 10;
     // Threads that write to other panels of the same pixels disturb each other: what one writes, the
     // other's hardware reads ahead. They have pixels of their own where these make up for the packing.
     const int64_t least_pixels = packs_in_tiles() ? 96 : 48;
@@ -679,8 +701,9 @@ struct TapConvolutionRunner {
     const int64_t chunks = g.vertical.count * g.horizontal.count * ceil_div(g.reduce, kChunkRows);
     const int64_t sums_cost = chunks > 1 ? 6 * pixels / kChunkRows : 0;
     by_chunks = chunked_blocks * chunk_cost < whole_cost ||
-                (filter_floats > 0 &&
-                 chunked_blocks * chunk_cost + sums_cost < whole_cost + shared_cost);
+                (own_filters && filter_floats > 0 &&
+                 chunked_blocks * chunk_cost + sums_cost < whole_cost * threads);
+    own_filters = own_filters && !by_chunks;
 
     if (by_chunks) {
       block_by_chunks(chunked_blocks, enough_tasks);
@@ -691,7 +714,8 @@ struct TapConvolutionRunner {
     tasks = g.groups * panel_groups * blocks;
     entries_bytes = round_up(2 * TapTiles<V>::most_entries(g) * 8, 64);
     workers = workers_for(tasks);  // asked once: their number may change at any time
-    workspace_bytes = (by_chunks ? workers : 1) * packed_bytes + workers * entries_bytes;
+    workspace_bytes =
+        (by_chunks || own_filters ? workers : 1) * packed_bytes + workers * entries_bytes;
   }
 
   // `scale`, `bias` and `residual` (of y's shape) may be null: y = activation(conv(x, filter * scale) +
@@ -703,7 +727,8 @@ struct TapConvolutionRunner {
     const TapTiles<V> tap_tiles{g, panels, x, bias, residual, y};
     char* const entries = reinterpret_cast<char*>(workspace.floats());
     float* const packed = workspace.floats(static_cast<std::size_t>(workers * entries_bytes));
-    if (!by_chunks) panels.pack_all(filter, scale, packed);
+    OncePerWorker packs(workers);
+    if (!by_chunks && !own_filters) panels.pack_all(filter, scale, packed);
     parallel_for(tasks, workers, [&](int64_t task, int worker) {
       int64_t* own_entries = reinterpret_cast<int64_t*>(entries + worker * entries_bytes);
       Part part{};
@@ -717,17 +742,15 @@ struct TapConvolutionRunner {
       part.panel = group % panel_groups * panels_a_group;
       part.panel_end = min64(panels.panels, part.panel + panels_a_group);
       part.group = group / panel_groups;
-      if (by_chunks) {
-        float* chunk = packed + worker * (packed_bytes / 4);
-        work_by_chunks(tap_tiles, part, filter, scale, chunk, own_entries);
-        return;
-      }
+      float* const own = packed + (by_chunks || own_filters ? worker * (packed_bytes / 4) : 0);
+      if (by_chunks) return work_by_chunks(tap_tiles, part, filter, scale, own, own_entries);
+      if (own_filters && packs.first(worker)) panels.pack_all(filter, scale, own);
       TapTile t{};
       t.first = t.last = true;
       for_each_region_of(part, [&](const TapRegion& region, int64_t tile, int64_t tile_end) {
         tap_tiles.list_taps(region, own_entries, t);
         tap_tiles.run(region, part.group, part.panel, part.panel_end, tile, tile_end,
-                      packed + panels.offset(part.group, part.panel), panels.reduce, t);
+                      own + panels.offset(part.group, part.panel), panels.reduce, t);
       });
     });
   }

@@ -244,11 +244,16 @@ void pack_x(const Conv2dProblem& p, const WgradPlan<V>& plan, const float* x, in
   const int64_t cg = p.c_per_group(), tile_floats = plan.packed_tile_floats(p);
   constexpr int64_t kPixelsATask = 64;
   const int64_t pixels = images * p.h * p.w, parts = ceil_div(pixels, kPixelsATask);
-  parallel_for(p.groups * parts, [&](int64_t task) {
-    const int64_t group = task / parts, begin = task % parts * kPixelsATask;
+  // Of few pixels, tasks share the channels.
+  const int64_t enough = tasks_for(pixels * p.c);
+  const int64_t cuts = min64(plan.tiles_a_tap, ceil_div(enough, p.groups * parts));
+  parallel_for(p.groups * parts * cuts, [&](int64_t task) {
+    const int64_t cut = task % cuts, group = task / cuts / parts;
+    const int64_t begin = task / cuts % parts * kPixelsATask;
     const int64_t end = min64(pixels, begin + kPixelsATask);
     float* const out = packed + group * plan.tiles_a_tap * tile_floats;
-    for (int64_t tile = 0; tile < plan.tiles_a_tap; ++tile) {
+    const int64_t tile_end = plan.tiles_a_tap * (cut + 1) / cuts;
+    for (int64_t tile = plan.tiles_a_tap * cut / cuts; tile < tile_end; ++tile) {
       const int64_t c = cg * tile / plan.tiles_a_tap, c_end = cg * (tile + 1) / plan.tiles_a_tap;
       const int64_t last = (c_end - c - 1) / V::kWidth * V::kWidth;
       const auto tail = V::tail(static_cast<int>(c_end - c - last));

@@ -115,7 +115,10 @@ struct Winograd {
     int64_t tiles_h, tiles_w, tiles, block_tiles, blocks;
     int64_t padded_c, panels, panel_parts;
     int64_t sets, tasks;  // sets of groups
-    bool own_filters, two_phases;
+    bool own_filters;  // a task has a set's
+    bool own_copies;   // a worker has all
+    bool two_phases;
+    int64_t filter_groups;  // that one buffer of filters has
     int workers;
     int64_t zeros_bytes, group_filter_floats, filter_bytes, input_bytes, product_bytes, blanks_bytes;
 
@@ -167,9 +170,13 @@ struct Winograd {
       panel_parts = two_phases ? min64(panels, ceil_div(kEnoughTasks, blocks * sets)) : 1;
       tasks = own_filters ? sets : blocks * sets * panel_parts;
       workers = workers_for(tasks);
+      own_copies = threads > 1 && !own_filters &&
+                   groups * group_filter_floats * 4 <= kOwnFilterBytes;
       const int64_t slots = two_phases ? groups * blocks : workers;
       zeros_bytes = padded_c * 4;
-      filter_bytes = (own_filters ? workers * set_groups() : groups) * group_filter_floats * 4;
+      filter_groups = own_filters ? set_groups() : groups;
+      filter_bytes =
+          (own_filters || own_copies ? workers : 1) * filter_groups * group_filter_floats * 4;
       input_bytes = kPoints * slots * block_tiles * padded_c * 4;
       product_bytes = workers * kPoints * block_tiles * kPanel * 4;
       blanks_bytes = slots * block_tiles * 4;
@@ -254,7 +261,7 @@ struct Winograd {
     if (plan.own_filters) {
       parallel_for(plan.tasks, plan.workers, [&](int64_t set, int worker) {
         const int64_t first = plan.first_group(set), last = plan.first_group(set + 1);
-        float* own = u + worker * plan.set_groups() * plan.group_filter_floats;
+        float* own = u + worker * plan.filter_groups * plan.group_filter_floats;
         const auto group_u = [&](int64_t group) {
           return own + (group - first) * plan.group_filter_floats;
         };
@@ -269,10 +276,14 @@ struct Winograd {
       });
       return;
     }
-    parallel_for(plan.groups * group_tasks, [&](int64_t task) {
-      const int64_t group = task / group_tasks;
-      bring_filter(group, task % group_tasks, u + group * plan.group_filter_floats);
-    });
+    const auto bring_filters = [&](float* to) {
+      parallel_for(plan.groups * group_tasks, [&](int64_t task) {
+        const int64_t group = task / group_tasks;
+        bring_filter(group, task % group_tasks, to + group * plan.group_filter_floats);
+      });
+    };
+    OncePerWorker brings(plan.workers);
+    if (!plan.own_copies) bring_filters(u);
     if (plan.two_phases) {
       parallel_for(plan.groups * plan.tiles, [&](int64_t task) {
         const int64_t group = task / plan.tiles, tile = task % plan.tiles;
@@ -282,8 +293,10 @@ struct Winograd {
     parallel_for(plan.tasks, plan.workers, [&](int64_t task, int worker) {
       const int64_t block = task % plan.blocks, part = task / plan.blocks % plan.panel_parts;
       const int64_t set = task / plan.blocks / plan.panel_parts;
+      float* own = u + (plan.own_copies ? worker * plan.groups * plan.group_filter_floats : 0);
+      if (plan.own_copies && brings.first(worker)) bring_filters(own);
       for (int64_t group = plan.first_group(set); group < plan.first_group(set + 1); ++group) {
-        compute(group, block, u + group * plan.group_filter_floats, part, worker);
+        compute(group, block, own + group * plan.group_filter_floats, part, worker);
       }
     });
   }
