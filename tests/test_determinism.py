@@ -25,7 +25,10 @@ CONVOLUTIONS = [
     Problem((7, 26, 25, 1), 32),
     Problem((2, 23, 20, 3), 40, kernel=(7, 5), strides=(2, 3), padding="same"),
     Problem((4, 15, 16, 40), 40, groups=40, padding="same"),
+    Problem((2, 15, 16, 160), 160, groups=160, padding="same"),
     Problem((3, 15, 14, 24), 48, groups=4, dilation_rate=(2, 1), padding=((1, 3), (0, 2))),
+    Problem((3, 13, 14, 72), 72, groups=9, padding="same"),
+    Problem((2, 11, 14, 96), 192, groups=3, padding="same"),
     Problem((1, 41, 40, 16), 24, kernel=(1, 1), data_format="channels_first"),
     Problem((9, 12, 11, 33), 18, padding="same", data_format="channels_first"),
 ]

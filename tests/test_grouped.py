@@ -46,6 +46,9 @@ PROBLEMS = [
         for strides in [(1, 1), (2, 2), (1, 3)]
     ),
     *(grouped(1, 3, width, 4, 4, 4, padding="same") for width in range(1, 18)),
+    *(grouped(1, 3, width, 2, 16, 16, padding="same") for width in range(1, 34)),
+    *(grouped(1, 5, width, 2, 16, 16, strides=(2, 2)) for width in range(3, 36)),
+    *(grouped(1, 3, width, 2, 5, 40, padding="same") for width in range(1, 18)),
     grouped(2, 14, 14, 32, 8, 8, padding="same"),
     grouped(2, 9, 9, 3, 4, 4, strides=(5, 5), padding="same"),  # too many residue classes
     grouped(0, 9, 9, 3, 4, 4),

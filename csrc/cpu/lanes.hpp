@@ -140,13 +140,14 @@ struct SpacedOnce {
 // Source pixels under `Cols` pixels and `Taps` taps; of taps that the compiler does not know, the first
 // alone.
 template <Lanes kLanes, int Taps, int Step, int Cols>
-using LaneSourcePixels = std::conditional_t<kLanes == Lanes::broadcast,
-                                            Spaced<(Taps > 0 ? (Cols - 1) * Step + Taps : 1)>,
-                                            SpacedOnce>;
+using LaneSourcePixels =
+    std::conditional_t<kLanes == Lanes::broadcast,
+                       Spaced<(Taps > 0 ? (Cols - 1) * Step + Taps : 1)>, SpacedOnce>;
 
 // Calls body(channel, tap, pixel, source vector) for all that meet, `Taps` of a row and `Cols` pixels,
-// with every source vector loaded once; of several channels where they are broadcast. Only the outermost Taps - 1 columns may lie in padding: a test
-// of every column would cost as much as the multiplications.
+// with every source vector loaded once; of several channels where they are broadcast. Only the
+// outermost Taps - 1 columns may lie in padding: a test of every column would cost as much as the
+// multiplications.
 template <class V, int Taps, int Step, int Cols, int Channels, class Source, class Pixels,
           class Body>
 inline __attribute__((always_inline)) void slide(const LaneTile& t, const Source& source,
@@ -175,8 +176,8 @@ inline __attribute__((always_inline)) void slide(const LaneTile& t, const Source
 // For one tap, at any distance from its neighbours, calls body(pixel, source vector).
 template <class V, int Cols, class Source, class Body>
 inline __attribute__((always_inline)) void stroll(const LaneTile& t, const Source& source,
-                                                  const float* x, const float* mask,
-                                                  int64_t tap, const Body& body) {
+                                                  const float* x, const float* mask, int64_t tap,
+                                                  const Body& body) {
   const auto inside = static_cast<std::uint64_t>(t.column_end - t.column_begin);
 #pragma GCC unroll 8
   for (int pixel = 0; pixel < Cols; ++pixel) {
@@ -223,13 +224,13 @@ inline __attribute__((always_inline)) void lane_vectors(const LaneTile& t, int64
             taps[i][tap] = V::load(filter + i * t.filter_vector + tap * V::kWidth);
           }
         filter += Taps * V::kWidth;
-        slide<V, Taps, Step, Cols, 1>(
-            t, source, pixels, masks, [&](int, int tap, int pixel, Reg a) {
+        slide<V, Taps, Step, Cols, 1>(t, source, pixels, masks,
+                                      [&](int, int tap, int pixel, Reg a) {
 #pragma GCC unroll 2
-              for (int i = 0; i < Vectors; ++i) {
-                sum[i][pixel] = V::fma(a, taps[i][tap], sum[i][pixel]);
-              }
-            });
+                                        for (int i = 0; i < Vectors; ++i) {
+                                          sum[i][pixel] = V::fma(a, taps[i][tap], sum[i][pixel]);
+                                        }
+                                      });
       } else {
         for (int64_t tap = 0; tap < t.taps; ++tap, filter += V::kWidth) {
           Reg b[Vectors];
@@ -299,32 +300,32 @@ inline __attribute__((always_inline)) void lane_wgrad_vectors(const LaneTile& t,
     LaneSourcePixels<kLanes, Taps, Step, Cols> pixels{x, t.x_column};
     // The next `Channels` source channels. A sum is one chain of multiply-adds as long as the tile:
     // those of two channels hide each other's latency.
-    const auto dense = [&]<int Channels>(std::integral_constant<int, Channels>)
-                           __attribute__((always_inline)) {
-      constexpr int kSums = Vectors * Channels;
-      Reg sum[kSums][Taps > 0 ? Taps : 1];
-      const auto each = [&](const auto& body) __attribute__((always_inline)) {
+    const auto dense =
+        [&]<int Channels>(std::integral_constant<int, Channels>) __attribute__((always_inline)) {
+          constexpr int kSums = Vectors * Channels;
+          Reg sum[kSums][Taps > 0 ? Taps : 1];
+          const auto each = [&](const auto& body) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-        for (int i = 0; i < kSums; ++i)
+            for (int i = 0; i < kSums; ++i)
 #pragma GCC unroll 8
-          for (int tap = 0; tap < Taps; ++tap) {
-            const int64_t at = i / Channels * t.filter_vector;
-            body(sums + at + (i % Channels * Taps + tap) * V::kWidth, sum[i][tap]);
-          }
-      };
-      each([](const float* at, Reg& value) { value = V::load(at); });
-      slide<V, Taps, Step, Cols, Channels>(
-          t, source, pixels, pixels, [&](int channel, int tap, int pixel, Reg a) {
+              for (int tap = 0; tap < Taps; ++tap) {
+                const int64_t at = i / Channels * t.filter_vector;
+                body(sums + at + (i % Channels * Taps + tap) * V::kWidth, sum[i][tap]);
+              }
+          };
+          each([](const float* at, Reg& value) { value = V::load(at); });
+          slide<V, Taps, Step, Cols, Channels>(t, source, pixels, pixels,
+                                               [&](int channel, int tap, int pixel, Reg a) {
 #pragma GCC unroll 2
-            for (int i = 0; i < Vectors; ++i) {
-              Reg& to = sum[i * Channels + channel][tap];
-              to = V::fma(a, dy[i][pixel], to);
-            }
-          });
-      each([](float* at, Reg& value) { V::store(at, value); });
-      sums += Channels * Taps * V::kWidth;
-      if constexpr (kLanes == Lanes::broadcast) pixels.advance(Channels);
-    };
+                                                 for (int i = 0; i < Vectors; ++i) {
+                                                   Reg& to = sum[i * Channels + channel][tap];
+                                                   to = V::fma(a, dy[i][pixel], to);
+                                                 }
+                                               });
+          each([](float* at, Reg& value) { V::store(at, value); });
+          sums += Channels * Taps * V::kWidth;
+          if constexpr (kLanes == Lanes::broadcast) pixels.advance(Channels);
+        };
     int64_t c = 0;
     if constexpr (Taps > 0 && kLanes == Lanes::broadcast && Vectors == 1 && kLanePairs<V>) {
       for (; c + 2 <= reduce; c += 2) dense(std::integral_constant<int, 2>{});
@@ -471,8 +472,7 @@ struct LanePlan {
     block = ceil_div(vectors, blocks);
     blocks = ceil_div(vectors, block);
     // So do the source rows under a column of tiles, as far as they go.
-    const int64_t row =
-        (columns * g.horizontal.step + taps_w) * block * max64(V::kWidth, span) * 4;
+    const int64_t row = (columns * g.horizontal.step + taps_w) * block * max64(V::kWidth, span) * 4;
     const int64_t source_rows = (int64_t{24} << 10) / row;
     rows = max64(1, min64(8, (source_rows - taps_h) / g.vertical.step + 1));
   }

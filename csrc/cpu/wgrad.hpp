@@ -221,7 +221,7 @@ struct WgradPlan {
 // Copies images of NHWC with the padding that their taps meet.
 inline void copy_padded(const Conv2dProblem& p, const float* x, int64_t images, int64_t source_h,
                         int64_t source_w, float* copy) {
-  parallel_for(images * source_h, [&](int64_t task) {
+  parallel_by_floats(images * source_h, 2 * source_w * p.c, [&](int64_t task) {
     const int64_t n = task / source_h, i = task % source_h - p.pad_top;
     float* out = copy + task * source_w * p.c;
     const auto clear = [](float* at, int64_t floats) {

@@ -115,12 +115,13 @@ struct Winograd {
     int64_t tiles_h, tiles_w, tiles, block_tiles, blocks;
     int64_t padded_c, panels, panel_parts;
     int64_t sets, tasks;  // sets of groups
-    bool own_filters;  // a task has a set's
-    bool own_copies;   // a worker has all
+    bool own_filters;     // a task has a set's
+    bool own_copies;      // a worker has all
     bool two_phases;
     int64_t filter_groups;  // that one buffer of filters has
     int workers;
-    int64_t zeros_bytes, group_filter_floats, filter_bytes, input_bytes, product_bytes, blanks_bytes;
+    int64_t zeros_bytes, group_filter_floats, filter_bytes, input_bytes, product_bytes,
+        blanks_bytes;
 
     Plan(const Conv2dProblem& p, Direction direction) {
       turned = direction == Direction::dgrad;
@@ -170,8 +171,8 @@ struct Winograd {
       panel_parts = two_phases ? min64(panels, ceil_div(kEnoughTasks, blocks * sets)) : 1;
       tasks = own_filters ? sets : blocks * sets * panel_parts;
       workers = workers_for(tasks);
-      own_copies = threads > 1 && !own_filters &&
-                   groups * group_filter_floats * 4 <= kOwnFilterBytes;
+      own_copies =
+          threads > 1 && !own_filters && groups * group_filter_floats * 4 <= kOwnFilterBytes;
       const int64_t slots = two_phases ? groups * blocks : workers;
       zeros_bytes = padded_c * 4;
       filter_groups = own_filters ? set_groups() : groups;
@@ -285,7 +286,7 @@ struct Winograd {
     OncePerWorker brings(plan.workers);
     if (!plan.own_copies) bring_filters(u);
     if (plan.two_phases) {
-      parallel_for(plan.groups * plan.tiles, [&](int64_t task) {
+      parallel_by_floats(plan.groups * plan.tiles, kPoints * plan.padded_c, [&](int64_t task) {
         const int64_t group = task / plan.tiles, tile = task % plan.tiles;
         bring_tile(group, tile, group * plan.blocks + tile / plan.block_tiles);
       });
@@ -479,8 +480,8 @@ struct Winograd {
   }
 
   // A^T m A of one tile and panel, bias, ReLU and pooling.
-  static void transform_output(const Plan& plan, const float* product, int64_t group,
-                               int64_t panel, const float* bias, std::uint32_t blank, int64_t tile,
+  static void transform_output(const Plan& plan, const float* product, int64_t group, int64_t panel,
+                               const float* bias, std::uint32_t blank, int64_t tile,
                                const Results& results) {
     const int64_t n = tile / (plan.tiles_h * plan.tiles_w);
     const int64_t top = tile / plan.tiles_w % plan.tiles_h * M, left = tile % plan.tiles_w * M;
@@ -494,8 +495,7 @@ struct Winograd {
     const int64_t point_floats = plan.block_tiles * kPanel;
     for (int v = 0; v < plan.vectors_of(panel); ++v) {
       const int64_t at = int64_t{v} * V::kWidth;
-      const int valid =
-          static_cast<int>(min64(V::kWidth, plan.k - panel * kPanel - at));
+      const int valid = static_cast<int>(min64(V::kWidth, plan.k - panel * kPanel - at));
       const auto tail = V::tail(valid);
       const Reg start = bias ? V::load(bias + column + at, tail) : V::zero();
       Reg rows[M][kTile];

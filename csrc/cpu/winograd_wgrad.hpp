@@ -301,8 +301,10 @@ struct WinogradWgrad {
     for (int64_t part = 0; part < plan.parts; ++part) {
       const int64_t begin = plan.first_of_part(part);
       const int64_t tiles = plan.first_of_part(part + 1) - begin;
-      parallel_for(tiles,
-                   [&](int64_t tile) { transform_tile(p, plan, t, begin + tile, tile, shared); });
+      const int64_t tile_floats = kPoints * (plan.x_row + plan.vectors * V::kWidth);
+      parallel_by_floats(tiles, tile_floats, [&](int64_t tile) {
+        transform_tile(p, plan, t, begin + tile, tile, shared);
+      });
       parallel_for(plan.c_groups * plan.panels, plan.workers, [&](int64_t task, int worker) {
         Buffers buffers = shared;
         buffers.product += worker * plan.product_floats;
