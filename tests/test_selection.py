@@ -50,6 +50,32 @@ def test_predicted_time_is_that_of_the_clock():
     assert predicted / 20 < min(seconds) < predicted * 20
 
 
+def test_the_choice_does_not_depend_on_the_number_of_threads(isa):
+    """Nor does what it rests on: how many times longer one algorithm takes than another."""
+
+    def relative_times(threads):
+        with running_on(threads=threads):
+            found = []
+            for images, size, channels, groups in [(2, 28, 64, 1), (5, 13, 32, 2), (16, 56, 48, 3)]:
+                for direction in ("fprop", "dgrad", "wgrad"):
+                    candidates = fastconv.explain(
+                        (images, size, size, channels),
+                        (3, 3, channels // groups, 96),
+                        direction=direction,
+                        groups=groups,
+                        padding="same",
+                    )["candidates"]
+                    times = [candidate["predicted_seconds"] for candidate in candidates]
+                    assert len(times) > 1
+                    found.append([time / times[0] for time in times])
+            return found
+
+    expected = relative_times(1)
+    for threads in (2, 3, 16):
+        for times, right in zip(relative_times(threads), expected, strict=True):
+            np.testing.assert_allclose(times, right, rtol=1e-12)
+
+
 def test_strict_allows_sums_of_products_alone(isa):
     with running_on(accuracy="strict"):
         assert fastconv.get_accuracy() == "strict"

@@ -63,7 +63,7 @@ struct Winograd {
 
   static Estimate estimate(const Conv2dProblem& p, Direction direction) {
     if (direction == Direction::wgrad) return WinogradWgrad<V>::estimate(p);
-    const Plan plan(p, direction);
+    const Plan plan(p, direction, 1);  // the choice must not depend on the number of threads
     // In cycles of a core that does one vector multiply-add each; constants by measurement.
     const double tiles = static_cast<double>(plan.tiles), c = static_cast<double>(plan.c);
     const double c_vectors = static_cast<double>(plan.padded_c / V::kWidth);
@@ -81,7 +81,8 @@ struct Winograd {
                           blocks * filter_vectors * stream * (plan.block_tiles < 12 ? 2 : 1) + 8000;
     // Of few channels, each product is short of work and each load of the source short of a line.
     const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? 1.2 + 8 / c : 1);
-    return {cycles * V::kWidth * groups, plan.workspace_bytes(), M == 4 ? 5e-6 : 2e-6};
+    return {cycles * V::kWidth * groups, Plan(p, direction).workspace_bytes(),
+            M == 4 ? 5e-6 : 2e-6};
   }
 
   static std::string blocking(const Conv2dProblem& p, Direction direction) {
@@ -123,7 +124,7 @@ struct Winograd {
     int64_t zeros_bytes, group_filter_floats, filter_bytes, input_bytes, product_bytes,
         blanks_bytes;
 
-    Plan(const Conv2dProblem& p, Direction direction) {
+    Plan(const Conv2dProblem& p, Direction direction, int64_t threads = num_threads()) {
       turned = direction == Direction::dgrad;
       groups = p.groups;
       images = p.n;
@@ -149,7 +150,6 @@ struct Winograd {
       // Transformed inputs of a block in half of a 1 MiB second-level cache, but tiles enough that
       // what is read of the filter is used twice: rows of the register tile, twice. Each thread
       // should have some blocks. (Their number changes no result.)
-      const int64_t threads = num_threads();
       const int64_t fitting = (int64_t{400} << 10) / max64(kPoints * padded_c * 4, 1);
       const int64_t least = 2 * V::kRows;
       const int64_t most = max64(least, min64(fitting, 4 * V::kRows));
@@ -170,7 +170,7 @@ struct Winograd {
       constexpr int64_t kEnoughTasks = 16;
       panel_parts = two_phases ? min64(panels, ceil_div(kEnoughTasks, blocks * sets)) : 1;
       tasks = own_filters ? sets : blocks * sets * panel_parts;
-      workers = workers_for(tasks);
+      workers = static_cast<int>(min64(tasks, threads));
       own_copies =
           threads > 1 && !own_filters && groups * group_filter_floats * 4 <= kOwnFilterBytes;
       const int64_t slots = two_phases ? groups * blocks : workers;
