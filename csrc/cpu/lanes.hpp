@@ -120,7 +120,7 @@ class Spaced {
 #pragma GCC unroll 16
     for (int i = 0; i < kBases; ++i) {
       bases_[i] += count;
-      asm("" : "+r"(bases_[i]));
+      asm("" : "+r"(bases_[i]));  // NOLINT(portability-no-assembler): of no instruction
     }
   }
 
