@@ -16,6 +16,8 @@ import time
 import click
 import numpy as np
 
+from fastconv.bench.adapters import dense, empty
+
 SHAPES = [  # x, window, stride, padding
     ((32, 26, 26, 32), 2, 2, 0),
     ((32, 11, 11, 64), 2, 2, 0),
@@ -30,6 +32,10 @@ def keep_freed_memory():
     if mallopt:
         mallopt(m_mmap_threshold, 1 << 30)
         mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def draw(rng, shape):
+    return dense(rng.standard_normal(shape).astype(np.float32))
 
 
 def of_fastconv(x, dy, window, stride, padding):
@@ -165,14 +171,14 @@ def first_block(batch):
     import fastconv
 
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((batch, 28, 28, 1)).astype(np.float32)
-    w = rng.standard_normal((3, 3, 1, 32)).astype(np.float32)
-    bias = rng.standard_normal(32).astype(np.float32)
+    x = draw(rng, (batch, 28, 28, 1))
+    w = draw(rng, (3, 3, 1, 32))
+    bias = draw(rng, 32)
     options = {"activation": "relu"}
     y = fastconv.conv2d(x, w, bias, **options)
     pooled, argmax = fastconv.max_pool2d(y, 2, return_argmax=True)
-    dy = rng.standard_normal(pooled.shape).astype(np.float32)
-    dz, dw = np.empty_like(y), np.empty_like(w)
+    dy = draw(rng, pooled.shape)
+    dz, dw = empty(y.shape), empty(w.shape)
 
     def forward(**argmax):
         fastconv.conv2d(x, w, bias, out=y, **options)
@@ -208,10 +214,10 @@ def main(threads, seconds):
     makers = set_threads(threads)
     rng = np.random.default_rng(0)
     for shape, window, stride, padding in SHAPES:
-        x = rng.standard_normal(shape).astype(np.float32)
+        x = draw(rng, shape)
         out = [(extent + 2 * padding - window) // stride + 1 for extent in shape[1:3]]
-        dy = rng.standard_normal((shape[0], *out, shape[3])).astype(np.float32)
-        copied = np.empty_like(x)
+        dy = draw(rng, (shape[0], *out, shape[3]))
+        copied = empty(x.shape)
         functions = {"copy": lambda x=x, copied=copied: np.copyto(copied, x)}
         for library, make in makers.items():
             made = make(x, dy, window, stride, padding)

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from fastconv import _core
+from fastconv.bench.adapters import dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Conv2dLayer:
             (self.filters,),
             (n, h - 2, w - 2, self.filters),
         )
-        return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+        return [dense(rng.standard_normal(shape).astype(np.float32)) for shape in shapes]
 
     def expected(self, direction, x, w, bias, dy):
         """By the slow reference; for wgrad a pair."""
@@ -52,7 +53,7 @@ class PoolLayer:
         rng = np.random.default_rng(0)
         n, h, w, c = self.x_shape
         shapes = (self.x_shape, (n, h // 2, w // 2, c))
-        return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+        return [dense(rng.standard_normal(shape).astype(np.float32)) for shape in shapes]
 
     def expected(self, direction, x, dy):
         """By the slow reference."""

@@ -101,14 +101,14 @@ class Worker:
         """Makes the case, runs it once and checks what it computed."""
         import numpy as np
 
+        from fastconv.bench import adapters, reference
         from fastconv.bench import problem as problems
-        from fastconv.bench import reference
 
         self._case = None
         parsed = problems.parse(problem)
-        # Copies: memory that this process owns, as aligned as it makes its own.
+        # Copies: memory that this process owns.
         arrays = {
-            name: np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+            name: adapters.dense(np.load(path, mmap_mode="r", allow_pickle=False))
             for name, path in files.items()
         }
         right = arrays.pop("right")

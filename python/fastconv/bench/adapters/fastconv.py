@@ -8,7 +8,7 @@ import numpy as np
 
 import fastconv
 from fastconv import _core
-from fastconv.bench.adapters import Case, to_nchw, to_nhwc
+from fastconv.bench.adapters import Case, dense, empty, to_nchw, to_nhwc
 
 if TYPE_CHECKING:
     from fastconv.bench._types import Arrays, Floats, Record, Shape
@@ -53,7 +53,7 @@ class Implementation:
 
 class _FastconvCase(Case):
     def __init__(self, problem: Problem, direction: str, arrays: Arrays, nchw: bool) -> None:
-        lay = to_nchw if nchw else np.ascontiguousarray
+        lay = to_nchw if nchw else dense
         self._unlay = to_nhwc if nchw and direction != "wgrad" else np.asarray
         x, dy = lay(arrays["x"]), lay(arrays["dy"])
         options: dict[str, Any] = {
@@ -70,16 +70,16 @@ class _FastconvCase(Case):
             window = options["pool_size"] = raw["pool_size"] = (problem.r, problem.s)
             if direction == "fprop":
                 arguments = {"x": x}
-                extra, self._result = {"return_argmax": False}, np.empty_like(dy)
+                extra, self._result = {"return_argmax": False}, empty(dy.shape)
             else:
                 _, argmax = fastconv.max_pool2d(
                     x, window, return_argmax=True, **_without_window(options)
                 )
                 arguments = {"dy": dy, "argmax": argmax, "input_shape": x.shape}
-                extra, self._result = {}, np.empty_like(x)
+                extra, self._result = {}, empty(x.shape)
             name = "max_pool2d" if direction == "fprop" else "max_pool2d_grad"
         else:
-            w = np.ascontiguousarray(arrays["w"])
+            w = dense(arrays["w"])
             more: dict[str, Any] = {"dilation_rate": problem.dilations, "groups": problem.groups}
             options |= more
             raw |= more | {"activation": "linear"}
@@ -99,7 +99,7 @@ class _FastconvCase(Case):
                 ),
             }
             name, arguments, extra, like = calls[direction]
-            self._result = np.empty_like(like)
+            self._result = empty(like.shape)
             self._explain(direction, x.shape, w.shape, options)
         self._function = getattr(fastconv, name)
         self._timed = getattr(_core.timed, name)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from fastconv.bench.adapters import FunctionCase, Unsupported, to_nchw, to_nhwc, to_oihw
+from fastconv.bench.adapters import FunctionCase, Unsupported, empty, to_nchw, to_nhwc, to_oihw
 
 if TYPE_CHECKING:
     from fastconv.bench._types import Arrays, Record
@@ -64,7 +62,7 @@ class Implementation:
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         x_value = runtime.OrtValue.ortvalue_from_numpy(x)
-        y = np.empty(y_shape, np.float32)
+        y = empty(y_shape)
         y_value = runtime.OrtValue.ortvalue_from_numpy(y)
         binding = session.io_binding()
         binding.bind_ortvalue_input("x", x_value)

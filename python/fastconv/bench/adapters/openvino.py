@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastconv.bench.adapters import FunctionCase, Unsupported, to_nchw, to_nhwc
+from fastconv.bench.adapters import (
+    FunctionCase,
+    Unsupported,
+    dense,
+    empty,
+    to_nchw,
+    to_nhwc,
+    to_oihw,
+)
 
 if TYPE_CHECKING:
     from fastconv.bench._types import Arrays, Record
@@ -51,18 +59,18 @@ class Implementation:
             w = arrays["w"]
             geometry = (list(p.strides), [top, left], [bottom, right], list(p.dilations))
             if g == 1:
-                filters = ops.constant(np.ascontiguousarray(w.transpose(3, 2, 0, 1)))
+                filters = ops.constant(to_oihw(w))
                 node = ops.convolution(parameter, filters, *geometry)
             else:
                 # HWIO to (groups, filters of a group, channels of a group, rows, columns).
                 grouped = w.reshape(p.r, p.s, p.c // g, g, p.channels_out // g).transpose(
                     3, 4, 2, 0, 1
                 )
-                filters = ops.constant(np.ascontiguousarray(grouped))
+                filters = ops.constant(dense(grouped))
                 node = ops.group_convolution(parameter, filters, *geometry)
         model = ov.Model([node], [parameter])
         request = self._core.compile_model(model, "CPU", self._options).create_infer_request()
-        y = np.empty((p.n, p.channels_out, p.oh, p.ow), np.float32)
+        y = empty((p.n, p.channels_out, p.oh, p.ow))
         request.set_input_tensor(ov.Tensor(x, shared_memory=True))
         request.set_output_tensor(ov.Tensor(y, shared_memory=True))
         case = FunctionCase(request.infer, lambda _: to_nhwc(y))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastconv.bench.adapters import FunctionCase, to_hwio, to_nhwc
+from fastconv.bench.adapters import FunctionCase, dense, to_hwio, to_nhwc
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ class Implementation:
         self.versions = {"torch": torch.__version__}
 
     def _tensor(self, array: Floats, axes: tuple[int, ...]) -> torch.Tensor:
-        tensor = self._torch.from_numpy(np.ascontiguousarray(array.transpose(axes)))
+        tensor = self._torch.from_numpy(dense(array.transpose(axes)))
         return tensor.contiguous(memory_format=self._format)
 
     def prepare(self, problem: Problem, direction: str, arrays: Arrays) -> Case:
