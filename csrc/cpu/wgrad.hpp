@@ -20,17 +20,31 @@
 namespace fastconv::cpu {
 namespace {
 
+// Pixels of a block that lie evenly in the source.
+struct PixelRun {
+  int64_t x;      // floats from WgradTile::x
+  int64_t pixel;  // the first one's number in the block
+  int64_t count;
+};
+
 struct WgradTile {
   const float* x;
-  const int64_t* offsets;  // of the tile's rows from x; null where they follow one another
   const float* dy;
-  const int64_t* x_pixels;   // floats from x, a pixel
-  const int64_t* dy_pixels;  // and from dy; not read where rows lie apart:
-  int64_t dy_step;           // there pixels of dy follow one another
-  // What a tile of `fetched` rows asks for meanwhile, for the next block: a line a pixel.
+  int64_t dy_step;  // floats, from one pixel of the block to the next
+  // Where rows follow one another:
+  const PixelRun* runs;
+  int64_t run_count;
+  int64_t x_step;  // floats, from one pixel of a run to the next
+  // What a tile of `fetched` rows asks for meanwhile: a line a pixel, whose pixels lie as those of x do
+  // or else `ahead_step` apart.
   const float* ahead;
-  const int64_t* ahead_pixels;
+  int64_t ahead_step;
+  bool ahead_as_x;
+  // Where rows lie apart:
+  const int64_t* offsets;   // of the rows from x
+  const int64_t* x_pixels;  // floats from x, a pixel
   int64_t pixels;
+
   float* sum;
   int64_t sum_row;
   int valid;  // columns of the last vector
@@ -40,7 +54,7 @@ struct WgradTile {
 // Where a tile's rows are. `fetched`: they follow one another in the input itself, of which the tile uses
 // a few floats of a pixel. Pixels lie too far apart for the hardware to ask for them in time.
 enum class WgradRows { packed, fetched, apart };
-constexpr int64_t kFetchedPixels = 24;  // ahead of their use
+constexpr int64_t kFetchedPixels = 12;  // ahead of their use
 
 template <class V, int Rows, int Vectors, WgradRows Where>
 void wgrad_tile(const WgradTile& t) {
@@ -58,29 +72,40 @@ void wgrad_tile(const WgradTile& t) {
         sum[i][v] = v == Vectors - 1 ? V::load(at, tail) : V::load(at);
       }
     }
-  constexpr bool kApart = Where == WgradRows::apart;
-  int64_t offset[Rows];
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) offset[i] = kApart ? t.offsets[i] : i;
-  const int64_t* x_pixels = t.x_pixels;
-  const int64_t* dy_pixels = t.dy_pixels;
-  const float* const ahead = t.ahead;
-  const int64_t* const ahead_pixels = t.ahead_pixels;
-  for (int64_t j = 0; j < t.pixels; ++j) {
-    const float* x = t.x + x_pixels[j];
-    if constexpr (Where == WgradRows::fetched) {
-      __builtin_prefetch(t.x + x_pixels[j + kFetchedPixels]);
-      __builtin_prefetch(ahead + ahead_pixels[j], 0, 2);
-    }
-    const float* dy = t.dy + (kApart ? j * t.dy_step : dy_pixels[j]);
+  const auto add_pixel = [&](const float* x, const float* dy, const auto& offset) {
     typename V::Reg b[Vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) b[v] = V::load(dy + v * V::kWidth);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const typename V::Reg a = V::broadcast(x + offset[i]);
+      const typename V::Reg a = V::broadcast(x + offset(i));
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(a, b[v], sum[i][v]);
+    }
+  };
+  if constexpr (Where == WgradRows::apart) {
+    int64_t offsets[Rows];
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) offsets[i] = t.offsets[i];
+    const int64_t* const x_pixels = t.x_pixels;
+    for (int64_t j = 0; j < t.pixels; ++j) {
+      add_pixel(t.x + x_pixels[j], t.dy + j * t.dy_step, [&](int i) { return offsets[i]; });
+    }
+  } else {
+    for (const PixelRun* run = t.runs; run != t.runs + t.run_count; ++run) {
+      const float* x = t.x + run->x;
+      const float* dy = t.dy + run->pixel * t.dy_step;
+      const float* ahead = t.ahead + (t.ahead_as_x ? run->x : run->pixel * t.ahead_step);
+      for (int64_t j = run->count; j > 0; --j) {
+        if constexpr (Where == WgradRows::fetched) {
+          __builtin_prefetch(x + kFetchedPixels * t.x_step);
+          __builtin_prefetch(ahead, 0, 2);
+          ahead += t.ahead_step;
+        }
+        add_pixel(x, dy, [](int i) { return i; });
+        x += t.x_step;
+        dy += t.dy_step;
+      }
     }
   }
 #pragma GCC unroll 16
@@ -128,6 +153,8 @@ struct WgradPlan {
   int64_t source_h, source_w, image_floats, chunk;  // the copy, where there is one
   bool copied, packed;
   int64_t parts, q_tiles, tiles_a_tap, q_groups;
+  // Of a tap, tiles have so many channels, the first `larger_tiles` one more.
+  int64_t least_tile, larger_tiles;
   int64_t panel_groups;  // of panels that a task has one after the other
   bool asks_ahead;       // for the next block
   int64_t pixels_a_block;
@@ -155,6 +182,8 @@ struct WgradPlan {
 
     const int64_t cg = p.c_per_group(), taps = p.r * p.s;
     tiles_a_tap = ceil_div(cg, rows);
+    least_tile = cg / tiles_a_tap;
+    larger_tiles = cg % tiles_a_tap;
     q_tiles = by_taps ? taps * tiles_a_tap : ceil_div(taps * cg, rows);
 
     // Tiles that read a pixel, for packing it to pay: more where pixels lie close together, and are asked
@@ -166,12 +195,14 @@ struct WgradPlan {
     image_floats = source_h * source_w * (packed ? p.groups * tiles_a_tap * rows : p.c);
     const int64_t chunk_bytes = max64(int64_t{1} << 20, 512 * p.c * 4);
     chunk = copied || packed ? max64(1, min64(p.n, chunk_bytes / max64(image_floats * 4, 1))) : p.n;
-    // Tasks share dy: each packs what it needs, which some tiles of work make up for. Partial sums
-    // serve where this leaves too few tasks; 1 MiB of them at most.
-    constexpr int64_t kRowsATask = 432, kEnoughTasks = 48;
+    // Tasks share dy: each packs what it needs, which some tiles of work make up for.
+    constexpr int64_t kRowsATask = 432;
     q_groups = ceil_div(q_tiles, kRowsATask / rows);
-    const int64_t whole_tasks = max64(q_groups * panels * p.groups, 1);
-    parts = max64(1, min64(min64(ceil_div(kEnoughTasks, whole_tasks), ceil_div(pixels, 256)),
+    // Partial sums serve where tiles are too few for many threads, and pixels enough to make up for
+    // adding them up; 1 MiB of them at most.
+    constexpr int64_t kTilesATask = 4, kEnoughTasks = 32, kPixelsAPart = 512;
+    const int64_t whole_tasks = max64(ceil_div(q_tiles, kTilesATask) * panels * p.groups, 1);
+    parts = max64(1, min64(min64(ceil_div(kEnoughTasks, whole_tasks), pixels / kPixelsAPart),
                            min64(16, (int64_t{1} << 20) / max64(floats * 4, 1))));
 
     // The panels of a task share a block of the input, its tiles one of dy. How many tasks there are
@@ -183,7 +214,7 @@ struct WgradPlan {
 
     const int64_t part_pixels = ceil_div(min64(chunk, p.n) * p.oh * p.ow, parts);
     // Few tiles are through with a block soon: it should still be in the first-level cache.
-    const int64_t most_pixels = by_taps ? 384 : 128;
+    const int64_t most_pixels = by_taps && packed ? 384 : 128;
     const int64_t blocks = max64(1, ceil_div(part_pixels, most_pixels));
     pixels_a_block = max64(1, ceil_div(part_pixels, blocks));
 
@@ -195,8 +226,9 @@ struct WgradPlan {
                           : 0;
     block_bytes = round_up(pixels_a_block * panel * 4, 64);
     asks_ahead = by_taps && !packed && taps == 1;
-    const int64_t entries = (asks_ahead ? 4 : 2) * pixels_a_block + kFetchedPixels;
-    lists_bytes = by_taps ? round_up(entries * 8, 64) : 0;
+    // A block may begin and end in the middle of a row.
+    const int64_t runs = min64(pixels_a_block, pixels_a_block / p.ow + 2);
+    lists_bytes = by_taps ? round_up(runs * int64_t{sizeof(PixelRun)}, 64) : 0;
   }
 
   // From the packed channels of one tile to the next: an odd number of cache lines, so that writing to
@@ -206,8 +238,10 @@ struct WgradPlan {
     return (ceil_div(floats_used, 16) | 1) * 16;
   }
 
+  int64_t first_channel(int64_t tile) const {
+    return tile * least_tile + min64(tile, larger_tiles);
+  }
   void make_blocks_of_windows() {
-    lists_bytes += 4 * 4 * 8;
     pixels_a_block = round_up(pixels_a_block, 4);
     block_bytes = round_up(pixels_a_block * panel * 4, 64);
   }
@@ -254,7 +288,7 @@ void pack_x(const Conv2dProblem& p, const WgradPlan<V>& plan, const float* x, in
     float* const out = packed + group * plan.tiles_a_tap * tile_floats;
     const int64_t tile_end = plan.tiles_a_tap * (cut + 1) / cuts;
     for (int64_t tile = plan.tiles_a_tap * cut / cuts; tile < tile_end; ++tile) {
-      const int64_t c = cg * tile / plan.tiles_a_tap, c_end = cg * (tile + 1) / plan.tiles_a_tap;
+      const int64_t c = plan.first_channel(tile), c_end = plan.first_channel(tile + 1);
       const int64_t last = (c_end - c - 1) / V::kWidth * V::kWidth;
       const auto tail = V::tail(static_cast<int>(c_end - c - last));
       const float* from = x + begin * p.c + group * cg + c;
@@ -348,27 +382,30 @@ void pack_pooled_dy(const float* dy, const float* y, const std::uint8_t* argmax,
   }
 }
 
-// The pixels of a block that meet the source with tap (r, s): where x and the packed dy have them.
-// Those of x are `x_pixel` floats apart, those of dy `dy_pixel`. Returns how many there are.
-inline int64_t list_pixels(const Conv2dProblem& p, int64_t r, int64_t s, int64_t begin, int64_t end,
-                           int64_t x_pixel, int64_t dy_pixel, int64_t* x_pixels,
-                           int64_t* dy_pixels) {
+// The pixels of a block that meet the source with tap (r, s), those of x `x_pixel` floats apart. Returns
+// how many runs there are.
+inline int64_t list_runs(const Conv2dProblem& p, int64_t r, int64_t s, int64_t begin, int64_t end,
+                         int64_t x_pixel, PixelRun* runs) {
   const int64_t off_h = r * p.dilation_h - p.pad_top, off_w = s * p.dilation_w - p.pad_left;
   const int64_t first = off_w >= 0 ? 0 : ceil_div(-off_w, p.stride_w);
   const int64_t last = off_w >= p.w ? 0 : min64(p.ow, (p.w - 1 - off_w) / p.stride_w + 1);
+  const int64_t step = p.stride_w * x_pixel;
   int64_t count = 0;
   int64_t row = begin / p.ow, j = begin % p.ow;
   for (int64_t pixel = begin; pixel < end; ++row, j = 0) {
     const int64_t stretch = min64(end - pixel, p.ow - j);
     const int64_t n = row / p.oh, source_i = row % p.oh * p.stride_h + off_h;
-    if (source_i >= 0 && source_i < p.h) {
-      const int64_t to = min64(j + stretch, last);
-      int64_t at = max64(j, first);
-      int64_t x = ((n * p.h + source_i) * p.w + at * p.stride_w + off_w) * x_pixel;
-      int64_t dy = (pixel - begin + at - j) * dy_pixel;
-      for (; at < to; ++at, ++count, x += p.stride_w * x_pixel, dy += dy_pixel) {
-        x_pixels[count] = x;
-        dy_pixels[count] = dy;
+    const int64_t from = max64(j, first), to = min64(j + stretch, last);
+    if (source_i >= 0 && source_i < p.h && from < to) {
+      const PixelRun run{.x = ((n * p.h + source_i) * p.w + from * p.stride_w + off_w) * x_pixel,
+                         .pixel = pixel - begin + from - j,
+                         .count = to - from};
+      PixelRun* const before = runs + count - 1;
+      if (count > 0 && before->x + before->count * step == run.x &&
+          before->pixel + before->count == run.pixel) {
+        before->count += run.count;
+      } else {
+        runs[count++] = run;
       }
     }
     pixel += stretch;
@@ -383,15 +420,17 @@ struct LinesAhead {
   static constexpr int64_t kLine = 16;  // floats
 
   const Conv2dProblem& p;
-  const WgradPlan<V>& plan;
   const float *x, *dy, *y;  // of the first channel; dy is null where it is not of the pixels
-  int64_t x_lines, dy_lines, lines, tiles, all_tiles;
-  int64_t *x_pixels, *dy_pixels;
+  int64_t x_lines, dy_lines, lines;
+  // Lines are spread evenly over tiles: `whole` a tile and `rest` more over all of them.
+  int64_t tiles, whole, rest;
+  int64_t line = 0, spread = 0;
+  int64_t x_distance = 0, dy_distance = 0;  // floats, from this block to the next
 
   LinesAhead(const Conv2dProblem& p, const WgradPlan<V>& plan, const Conv2dOperands& operands,
              int64_t group, int64_t panel_begin, int64_t panel_end, int64_t tile_begin,
-             int64_t tile_end, int64_t* lists)
-      : p(p), plan(plan) {
+             int64_t tile_end)
+      : p(p) {
     const int64_t cg = p.c_per_group(), kg = p.k_per_group();
     const int64_t c = cg * tile_begin / plan.q_tiles, c_end = cg * tile_end / plan.q_tiles;
     const int64_t k = panel_begin * plan.panel, k_end = min64(kg, panel_end * plan.panel);
@@ -403,36 +442,40 @@ struct LinesAhead {
     lines = x_lines + dy_lines * (y ? 2 : 1);
     // This block and the next one should fit in the second-level cache.
     if (2 * lines * kLine * 4 * plan.pixels_a_block > int64_t{1} << 20) lines = x_lines = 0;
-    tiles = tile_end - tile_begin;
-    all_tiles = tiles * (panel_end - panel_begin);
-    x_pixels = lists;
-    dy_pixels = lists + plan.pixels_a_block;
+    tiles = (tile_end - tile_begin) * (panel_end - panel_begin);
+    whole = lines / tiles;
+    rest = lines % tiles;
   }
 
-  void list(int64_t begin, int64_t end) const {
-    const int64_t count =
-        begin < end ? list_pixels(p, 0, 0, begin, end, p.c, p.k, x_pixels, dy_pixels) : 0;
-    for (int64_t i = 0; i < count; ++i) dy_pixels[i] += begin * p.k;
-    std::fill(x_pixels + count, x_pixels + plan.pixels_a_block, 0);
-    std::fill(dy_pixels + count, dy_pixels + plan.pixels_a_block, 0);
+  // Of the block from `begin`, where the next one is from `next`. Rows of a stride may be missed.
+  void go_to(int64_t begin, int64_t next) {
+    const auto x_of = [&](int64_t pixel) {
+      const int64_t row = pixel / p.ow;
+      return ((row / p.oh * p.h + row % p.oh * p.stride_h) * p.w + pixel % p.ow * p.stride_w) * p.c;
+    };
+    x_distance = x_of(next) - x_of(begin);
+    dy_distance = next * p.k;
+    line = spread = 0;
   }
 
-  // Lines are spread evenly over tiles; a tile asks for one at most, of every pixel.
-  void next(int64_t panel, int64_t tile, WgradTile& t) const {
-    const int64_t number = panel * tiles + tile;
-    int64_t line = ceil_div(number * lines, all_tiles);
-    if (0 < lines && lines < all_tiles && line * all_tiles / lines != number) line = lines;
-    if (line < x_lines) {
-      t.ahead = x + line * kLine;
-      t.ahead_pixels = x_pixels;
-    } else if (line < lines) {
-      line -= x_lines;
-      t.ahead = line < dy_lines ? dy + line * kLine : y + (line - dy_lines) * kLine;
-      t.ahead_pixels = dy_pixels;
-    } else {
+  // A tile asks for one line at most, of every pixel.
+  void next_tile(WgradTile& t) {
+    spread += rest;
+    const bool one_more = spread >= tiles;
+    if (one_more) spread -= tiles;
+    const int64_t some = whole + (one_more ? 1 : 0);
+    t.ahead_as_x = some == 0 || line < x_lines;
+    t.ahead_step = t.ahead_as_x ? t.x_step : p.k;
+    if (some == 0) {
       t.ahead = t.x;
-      t.ahead_pixels = t.x_pixels;
+    } else if (line < x_lines) {
+      t.ahead = x + line * kLine + x_distance;
+    } else {
+      const int64_t of_dy = line - x_lines;
+      t.ahead =
+          (of_dy < dy_lines ? dy + of_dy * kLine : y + (of_dy - dy_lines) * kLine) + dy_distance;
     }
+    line += some;
   }
 };
 
@@ -525,14 +568,12 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
       const int64_t part_begin = chunk_pixels / unit * part / plan.parts * unit;
       const int64_t part_end = chunk_pixels / unit * (part + 1) / plan.parts * unit;
       float* packed = reinterpret_cast<float*>(scratch + worker * plan.worker_bytes());
-      int64_t* dy_pixels =
-          reinterpret_cast<int64_t*>(scratch + worker * plan.worker_bytes() + plan.block_bytes);
-      int64_t* x_pixels = dy_pixels + plan.pixels_a_block;
-      const LinesAhead<V> ahead(p, plan, operands, group, panel_begin, panel_end, tile_begin,
-                                tile_end, x_pixels + plan.pixels_a_block + kFetchedPixels);
+      PixelRun* const runs =
+          reinterpret_cast<PixelRun*>(scratch + worker * plan.worker_bytes() + plan.block_bytes);
+      LinesAhead<V> ahead(p, plan, operands, group, panel_begin, panel_end, tile_begin, tile_end);
       WgradTile t{};
-      t.x_pixels = t.ahead_pixels = x_pixels;
-      t.dy_pixels = dy_pixels;
+      t.runs = runs;
+      t.x_step = p.stride_w * (plan.packed ? plan.rows : p.c);
       t.ahead = x;
       t.sum_row = p.k;
       // `first` must zero the sums even where a part has no pixels in this chunk.
@@ -541,7 +582,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
         end = min64(begin + plan.pixels_a_block, part_end);
         const int64_t image_at = begin / (p.oh * p.ow);
         if (!plan.by_taps) end = min64(end, (image_at + 1) * p.oh * p.ow);
-        if (plan.asks_ahead) ahead.list(end, min64(end + plan.pixels_a_block, part_end));
+        if (plan.asks_ahead) ahead.go_to(begin, end < part_end ? end : begin);
         for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
           const int64_t column = group * kg + panel * plan.panel;
           const int64_t width = min64(kg - panel * plan.panel, plan.panel);
@@ -549,10 +590,12 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
           t.valid = static_cast<int>(width - (vectors - 1) * V::kWidth);
           const int64_t from = skipped + begin / unit * p.k + column;
           float* own_bias = dbias && q_group == 0 ? bias_sums + part * p.k + column : nullptr;
-          // A copy for a few tiles would cost more than it saves.
-          const bool in_place = (tile_end - tile_begin) * plan.rows <= 96 && !y && !own_bias &&
-                                !argmax && t.valid == V::kWidth;
-          const int64_t dy_pixel = in_place ? p.k : int64_t{vectors} * V::kWidth;
+          // A copy for a few tiles would cost more than it saves. Pixels that lie a multiple of 8 lines
+          // apart fall into few sets of the first-level cache, and are worth one sooner.
+          const int64_t few_tiles = p.k % (8 * 16) == 0 ? 3 : 16;
+          const bool in_place = tile_end - tile_begin <= few_tiles && !y && !own_bias && !argmax &&
+                                t.valid == V::kWidth;
+          t.dy_step = in_place ? p.k : int64_t{vectors} * V::kWidth;
           t.dy = in_place ? dy + from : packed;
           if (argmax) {
             pack_pooled_dy<V>(dy + from, y ? y + from : nullptr, argmax + from, (end - begin) / 4,
@@ -564,24 +607,25 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
           t.first = image == 0 && begin == part_begin;
           if (!plan.by_taps) {
             t.x_pixels = image_pixels + begin % (p.oh * p.ow);
-            t.dy_step = dy_pixel;
             t.pixels = end - begin;
           }
-          int64_t listed = -1;
+          int64_t tap = tile_begin / plan.tiles_a_tap, listed = -1;
+          int64_t c_tile = tile_begin % plan.tiles_a_tap - 1;
           for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
             int64_t q = 0, q_end = 0;
             if (plan.by_taps) {
-              const int64_t tap = tile / plan.tiles_a_tap, c_tile = tile % plan.tiles_a_tap;
+              if (++c_tile == plan.tiles_a_tap) {
+                ++tap;
+                c_tile = 0;
+              }
               if (tap != listed) {
-                t.pixels =
-                    list_pixels(p, tap / p.s, tap % p.s, begin, end, plan.packed ? plan.rows : p.c,
-                                dy_pixel, x_pixels, dy_pixels);
-                std::fill_n(x_pixels + t.pixels, kFetchedPixels, 0);
+                t.run_count = list_runs(p, tap / p.s, tap % p.s, begin, end,
+                                        plan.packed ? plan.rows : p.c, runs);
                 listed = tap;
               }
-              const int64_t c = cg * c_tile / plan.tiles_a_tap;
+              const int64_t c = plan.first_channel(c_tile);
               q = tap * cg + c;
-              q_end = tap * cg + cg * (c_tile + 1) / plan.tiles_a_tap;
+              q_end = tap * cg + plan.first_channel(c_tile + 1);
               t.x = plan.packed ? copy + (group * plan.tiles_a_tap + c_tile) * packed_tile
                                 : source + group * cg + c;
             } else {
@@ -596,7 +640,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
                 !plan.by_taps ? wgrad_tile_function<V, WgradRows::apart>(rows, vectors)
                 : plan.packed ? wgrad_tile_function<V, WgradRows::packed>(rows, vectors)
                               : wgrad_tile_function<V, WgradRows::fetched>(rows, vectors);
-            if (plan.asks_ahead) ahead.next(panel - panel_begin, tile - tile_begin, t);
+            if (plan.asks_ahead) ahead.next_tile(t);
             multiply(t);
           }
         }
