@@ -45,6 +45,12 @@ struct Direct {
                             static_cast<double>(p.r * p.s * p.c_per_group()) *
                             lanes(p.k_per_group(), p.groups);
         out.workspace_bytes = plan.workspace_bytes(workers_for(plan.tasks(p)));
+        if (better_turned<V>(p)) {  // where nothing is masked
+          const WgradPlan<V> other(turned(p), false);
+          out.workspace_bytes =
+              max64(out.workspace_bytes,
+                    other.workspace_bytes(workers_for(other.tasks(turned(p)))) + plan.floats * 4);
+        }
       }
     }
     return out;

@@ -16,6 +16,7 @@
 
 #include "cpu/implicit_gemm.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/transpose.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -251,6 +252,30 @@ struct WgradPlan {
     return offsets_bytes + sums_bytes + bias_bytes + copy_bytes + workers * worker_bytes();
   }
 };
+
+// Of a tile's multiply-adds, those that count, where `channels` fill its vectors. One of a single vector
+// waits for its loads.
+template <class V>
+double share_of_tile(int64_t channels) {
+  const int64_t vectors = ceil_div(channels, V::kWidth);
+  const double filled = static_cast<double>(channels) / static_cast<double>(vectors * V::kWidth);
+  return vectors == 1 && kGemmVectors<V> > 1 ? 0.75 * filled : filled;
+}
+
+// A 1 x 1 layer's wgrad is the product of two like matrices, of which either may be the one whose
+// channels fill vectors: where input channels do so better than output channels, dfilter is computed
+// transposed.
+template <class V>
+bool better_turned(const Conv2dProblem& p) {
+  constexpr int64_t kPixels = 128;  // that make up for the transposition
+  return p.r * p.s == 1 && p.h == p.oh && p.w == p.ow && p.groups == 1 &&
+         p.n * p.h * p.w >= kPixels && share_of_tile<V>(p.c) > 1.1 * share_of_tile<V>(p.k);
+}
+
+inline Conv2dProblem turned(Conv2dProblem p) {
+  std::swap(p.c, p.k);
+  return p;
+}
 
 // Copies images of NHWC with the padding that their taps meet.
 inline void copy_padded(const Conv2dProblem& p, const float* x, int64_t images, int64_t source_h,
@@ -509,6 +534,12 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
   if (p.n * p.oh * p.ow == 0) {
     std::memset(dfilter, 0, static_cast<std::size_t>(p.filter_size()) * 4);
     if (dbias) std::memset(dbias, 0, static_cast<std::size_t>(p.k) * 4);
+    return;
+  }
+  if (better_turned<V>(p) && !y && !dbias && !argmax) {
+    const Workspace transposed(static_cast<std::size_t>(p.filter_size()) * 4);
+    implicit_gemm_wgrad<V>(turned(p), {.x = dy, .dy = x, .out = transposed.floats()});
+    transpose<V>(1, p.k, p.c, transposed.floats(), dfilter);
     return;
   }
   WgradPlan<V> plan(p, dbias != nullptr);
