@@ -87,8 +87,38 @@ class OncePerWorker {
 };
 constexpr int64_t kOwnFilterBytes = int64_t{512} << 10;  // at most
 
-// One register tile: pixel i's y[0 .. columns) += sum over taps, c of x[tap + c] * filter.
+// Pointers to N evenly spaced elements of a loop, four to a general register and not one each: there
+// are not registers enough, and the compiler, which would form all pointers before the loop, is kept
+// from seeing that it could.
+template <int N>
+class Spaced {
+ public:
+  Spaced(const float* first, int64_t step) : step_(step), step_3_(3 * step) {
+    for (int i = 0; i < kBases; ++i) bases_[i] = first + 4 * i * step;
+  }
+  const float* operator[](int i) const {
+    const float* const base = bases_[i / 4];
+    return i % 4 == 3 ? base + step_3_ : base + i % 4 * step_;
+  }
+  // Each `count` elements on.
+  void advance(int64_t count) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kBases; ++i) {
+      bases_[i] += count;
+      asm("" : "+r"(bases_[i]));  // NOLINT(portability-no-assembler): of no instruction
+    }
+  }
+
+ private:
+  static constexpr int kBases = (N + 3) / 4;
+  const float* bases_[kBases];
+  int64_t step_, step_3_;
+};
+
+// Register tiles, one or several that follow one another: pixel i's y[0 .. columns) += sum over taps, c
+// of x[tap + c] * filter.
 struct TapTile {
+  int64_t tiles;  // of evenly spaced pixels, else 1
   // Of pixel 0, and floats from pixel to pixel.
   const float* x;
   float* y;
@@ -108,9 +138,10 @@ struct TapTile {
   bool relu;
   float ceiling;     // with relu
   bool first, last;  // of the parts that a sum is made of: y holds it in between
-  // What is asked for meanwhile, for later: `run` cache lines, a step apart. And how many more times.
+  // What is asked for meanwhile, for later: `run` cache lines, a step apart, and how far from there the
+  // next tile's are. And for how many tiles more.
   const float* ahead;
-  int64_t ahead_step;
+  int64_t ahead_step, ahead_tile;
   int64_t ahead_lines;
   // The first tile that reads a panel of one tap may pack it, as `filter`: its rows are those of the
   // caller's filter, `unpacked_step` floats apart, times the scales of its columns, if not null.
@@ -131,10 +162,10 @@ typename V::Reg start_of_sum(const float* bias, int v, const typename V::Tail& t
 }
 
 template <class V, int Rows, int Vectors, TapTileTask Task>
-void tap_tile(const TapTile& t) {
+[[gnu::always_inline]] inline void one_tap_tile(const TapTile& t, const float* first_x, float* y,
+                                                const float* first_ahead) {
   const auto tail = V::tail(t.columns);
   typename V::Reg sum[Rows][Vectors];
-  float* const y = t.y + t.y_offset;
   float* const* const y_pixels = t.y_pixels;
   const int64_t y_step = t.y_step, y_offset = t.y_offset;
   const auto y_of = [&](int i) { return y_pixels ? y_pixels[i] + y_offset : y + i * y_step; };
@@ -171,20 +202,12 @@ void tap_tile(const TapTile& t) {
     }
   }
   for (int64_t tap = 0; tap < t.taps; ++tap) {
-    const float* x[Rows];
     const int64_t offset = t.x_offset + t.tap_offsets[tap];
     const float* filter = t.filter + t.filter_offsets[tap] * (Vectors * V::kWidth);
-    if (t.x_pixels) {
-#pragma GCC unroll 16
-      for (int i = 0; i < Rows; ++i) x[i] = t.x_pixels[i] + offset;
-    } else {
-#pragma GCC unroll 16
-      for (int i = 0; i < Rows; ++i) x[i] = t.x + offset + i * t.x_step;
-    }
-    const float* ahead = t.ahead;
+    const float* ahead = first_ahead;
     const float* unpacked = t.unpacked;
     float* packed = t.packed;
-    for (int64_t c = 0; c < t.run; ++c, filter += Vectors * V::kWidth) {
+    const auto add_row = [&](const auto& x, int64_t c) __attribute__((always_inline)) {
       if constexpr (Task == TapTileTask::ahead) {
         __builtin_prefetch(ahead, 0, 2);
         ahead += t.ahead_step;
@@ -206,12 +229,28 @@ void tap_tile(const TapTile& t) {
       }
       unpacked += t.unpacked_step;
       packed += Vectors * V::kWidth;
+      filter += Vectors * V::kWidth;
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
         const typename V::Reg a = V::broadcast(x[i] + c);
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(a, b[v], sum[i][v]);
       }
+    };
+    // A tile of one vector has the most pixels, and the fewest multiply-adds for each.
+    if (Vectors == 1 && !t.x_pixels) {
+      Spaced<Rows> x(first_x + offset, t.x_step);
+      for (int64_t c = 0; c < t.run; ++c) {
+        add_row(x, 0);
+        x.advance(1);
+      }
+    } else {
+      const float* x[Rows];
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) {
+        x[i] = (t.x_pixels ? t.x_pixels[i] : first_x + i * t.x_step) + offset;
+      }
+      for (int64_t c = 0; c < t.run; ++c) add_row(x, c);
     }
   }
   const bool relu = t.relu && t.last;
@@ -228,6 +267,19 @@ void tap_tile(const TapTile& t) {
         V::store(to + v * V::kWidth, out);
       }
     }
+  }
+}
+
+template <class V, int Rows, int Vectors, TapTileTask Task>
+void tap_tile(const TapTile& t) {
+  const float* x = t.x;
+  float* y = t.y + t.y_offset;
+  const float* ahead = t.ahead;
+  for (int64_t tile = t.tiles; tile > 0; --tile) {
+    one_tap_tile<V, Rows, Vectors, Task>(t, x, y, ahead);
+    x += Rows * t.x_step;
+    y += Rows * t.y_step;
+    ahead += t.ahead_tile;
   }
 }
 
@@ -270,17 +322,17 @@ struct AxisTaps {
   int64_t lowest() const { return first; }
   int64_t highest() const { return offset(count - 1); }
 
-  // The taps [begin, end) that meet a source of `size` from output index i; 0, 0 for none.
+  // The taps [begin, end) that meet a source of `size` from output index i: the first that lies in it
+  // or beyond, and the first beyond it. From one i to the next, neither grows.
   void meeting(int64_t i, int64_t size, int64_t& begin, int64_t& end) const {
     const int64_t at = i * step + first;
     if (count <= 1 || stride == 0) {
-      begin = 0;
-      end = count > 0 && at >= 0 && at < size ? count : 0;
+      begin = at >= 0 ? 0 : count;
+      end = at < size ? count : 0;
       return;
     }
     begin = at >= 0 ? 0 : min64(count, ceil_div(-at, stride));
     end = at >= size ? 0 : min64(count, (size - 1 - at) / stride + 1);
-    if (begin >= end) begin = end = 0;
   }
 };
 
@@ -323,16 +375,23 @@ struct TapRegion {
 // Calls body(region) for each, row by row; they cover the output.
 template <class Body>
 void for_each_region(const TapConvolution& g, const Body& body) {
+  // The taps at output index `begin`, and the last index + 1 that meets the same.
   const auto extend = [](const AxisTaps& axis, int64_t begin, int64_t size, int64_t source,
                          int64_t& tap, int64_t& tap_end) {
     axis.meeting(begin, source, tap, tap_end);
-    int64_t end = begin + 1;
-    for (; end < size; ++end) {
+    int64_t alike = begin, other = size;  // of which nothing is known between them
+    const auto is_alike = [&](int64_t at) {
       int64_t next = 0, next_end = 0;
-      axis.meeting(end, source, next, next_end);
-      if (next != tap || next_end != tap_end) break;
+      axis.meeting(at, source, next, next_end);
+      return next == tap && next_end == tap_end;
+    };
+    if (is_alike(size - 1)) alike = size - 1;
+    while (other - alike > 1) {
+      const int64_t middle = alike + (other - alike) / 2;
+      (is_alike(middle) ? alike : other) = middle;
     }
-    return end;
+    if (tap >= tap_end) tap = tap_end = 0;
+    return alike + 1;
   };
   TapRegion region{};
   for (region.row = 0; region.row < g.out_h; region.row = region.row_end) {
@@ -538,30 +597,38 @@ struct TapTiles {
     }
 
     // Source and output addresses of the next tile's pixels; returns how many. `x` and `y` have room
-    // for them.
-    int locate(TapTile& t, const float** x, float** y) {
-      const int count = static_cast<int>(pixels_a_tile_ + (tile_++ < larger_tiles_));
+    // for them. And how many like tiles follow one another evenly, `most` of them.
+    int locate(TapTile& t, int64_t most, const float** x, float** y) {
+      const bool larger = tile_ < larger_tiles_;
+      const int64_t count = pixels_a_tile_ + (larger ? 1 : 0);
       if (left_ == 0) next_row();
+      t.tiles = 1;
       if (count <= left_) {
         t.x = x_;
         t.y = y_;
         t.x_pixels = nullptr;
         t.y_pixels = nullptr;
-        x_ += count * t.x_step;
-        y_ += count * t.y_step;
-        left_ -= count;
-        return count;
+        if (most > 1) {
+          t.tiles = min64(most, left_ / count);
+          if (larger) t.tiles = min64(t.tiles, larger_tiles_ - tile_);
+        }
+        x_ += t.tiles * count * t.x_step;
+        y_ += t.tiles * count * t.y_step;
+        left_ -= t.tiles * count;
+        tile_ += t.tiles;
+        return static_cast<int>(count);
       }
+      ++tile_;
       t.x_pixels = x;
       t.y_pixels = y;
-      for (int pixel = 0; pixel < count; ++pixel, --left_) {
+      for (int64_t pixel = 0; pixel < count; ++pixel, --left_) {
         if (left_ == 0) next_row();
         x[pixel] = x_;
         y[pixel] = y_;
         x_ += t.x_step;
         y_ += t.y_step;
       }
-      return count;
+      return static_cast<int>(count);
     }
 
    private:
@@ -609,13 +676,25 @@ struct TapTiles {
     // One long row of pixels, of which a tile reads each float once: the next tile's are asked for.
     const bool streams = t.first && t.last && g.vertical.count * g.horizontal.count == 1 &&
                          g.images * g.out_h == 1 && g.reduce == g.source_c;
+    // Tiles that pass through a panel before the next panel's turn: few, for the rows of y had better be
+    // written in one go.
+    constexpr int64_t kPixelFloats = 512;
+    const int64_t tiles_a_panel = panel_end - panel == 1
+                                      ? tile_end - tile
+                                      : max64(1, kPixelFloats / max64(1, rows() * t.taps * t.run));
     Cursor cursor(*this, region, rows(), tile);
-    for (; tile < tile_end; ++tile) {
-      const int count = cursor.locate(t, x_pixels, y_pixels);
+    while (tile < tile_end) {
       const bool packing = t.packed, ahead = !packing && t.ahead_lines > 0;
+      const int64_t most = packing ? 1
+                           : ahead ? min64(t.ahead_lines, tiles_a_panel)
+                                   : tiles_a_panel;
+      const int count = cursor.locate(t, min64(most, tile_end - tile), x_pixels, y_pixels);
       if (streams) {
         t.ahead = t.x + count * t.x_step;
         t.ahead_step = count;
+        t.ahead_tile = count * t.x_step;
+      } else {
+        t.ahead_tile = kLine;
       }
       t.filter = filter;
       t.y_offset = first_y;
@@ -634,9 +713,10 @@ struct TapTiles {
       }
       t.packed = nullptr;
       if (ahead) {
-        t.ahead += kLine;
-        --t.ahead_lines;
+        t.ahead += t.tiles * kLine;
+        t.ahead_lines -= t.tiles;
       }
+      tile += t.tiles;
     }
   }
 };

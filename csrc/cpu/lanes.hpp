@@ -102,35 +102,7 @@ constexpr int kBroadcastColumns = V::kWidth == 16 ? 16 : kLaneColumns<V>;
 template <class V>
 constexpr bool kLanePairs = V::kWidth == 16;
 
-// Pointers to N evenly spaced elements of a loop, four to a general register and not one each: there
-// are not registers enough, and the compiler, which would form all pointers before the loop, is kept
-// from seeing that it could.
-template <int N>
-class Spaced {
- public:
-  Spaced(const float* first, int64_t step) : step_(step), step_3_(3 * step) {
-    for (int i = 0; i < kBases; ++i) bases_[i] = first + 4 * i * step;
-  }
-  const float* operator[](int i) const {
-    const float* const base = bases_[i / 4];
-    return i % 4 == 3 ? base + step_3_ : base + i % 4 * step_;
-  }
-  // Each `count` elements on.
-  void advance(int64_t count) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kBases; ++i) {
-      bases_[i] += count;
-      asm("" : "+r"(bases_[i]));  // NOLINT(portability-no-assembler): of no instruction
-    }
-  }
-
- private:
-  static constexpr int kBases = (N + 3) / 4;
-  const float* bases_[kBases];
-  int64_t step_, step_3_;
-};
-
-// Likewise, of elements that are read once.
+// As Spaced, of elements that are read once.
 struct SpacedOnce {
   const float* first;
   int64_t step;
@@ -530,6 +502,7 @@ inline int64_t locate_lane_tile(const TapConvolution& g, int64_t n, int64_t i, i
                                 LaneTile& t, int64_t& source) {
   int64_t row, row_end;
   g.vertical.meeting(i, g.source_h, row, row_end);
+  if (row >= row_end) row = row_end = 0;
   const int64_t column = j * g.horizontal.step + g.horizontal.first;
   t.rows = row_end - row;
   t.x_row = g.vertical.stride * g.source_w * g.source_c;

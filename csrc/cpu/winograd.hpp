@@ -455,7 +455,9 @@ struct Winograd {
   // product[point][tile][0 .. kPanel) = sum over c of v[point][tile][c] * u[point][c][...].
   static void multiply(const Plan& plan, const float* v, const float* u, int vectors, int64_t tiles,
                        float* product) {
+    // Register tiles of like sizes, the larger ones first.
     const int64_t row_tiles = ceil_div(tiles, V::kRows);
+    const int64_t rows = tiles / row_tiles, larger_tiles = tiles % row_tiles;
     const int64_t zero = 0;
     TapTile t{};
     t.x_step = plan.padded_c;
@@ -467,15 +469,16 @@ struct Winograd {
     t.first = t.last = true;
     for (int point = 0; point < kPoints; ++point) {
       t.filter = u + point * plan.c * vectors * V::kWidth;
-      const float* from = v + point * plan.block_tiles * plan.padded_c;
-      float* to = product + point * plan.block_tiles * kPanel;
-      for (int64_t row_tile = 0; row_tile < row_tiles; ++row_tile) {
-        const int64_t begin = tiles * row_tile / row_tiles;
-        const int count = static_cast<int>(tiles * (row_tile + 1) / row_tiles - begin);
-        t.x = from + begin * plan.padded_c;
-        t.y = to + begin * kPanel;
-        tap_tile_function<V>(count, vectors)(t);
+      t.x = v + point * plan.block_tiles * plan.padded_c;
+      t.y = product + point * plan.block_tiles * kPanel;
+      if (larger_tiles > 0) {
+        t.tiles = larger_tiles;
+        tap_tile_function<V>(static_cast<int>(rows) + 1, vectors)(t);
+        t.x += larger_tiles * (rows + 1) * t.x_step;
+        t.y += larger_tiles * (rows + 1) * t.y_step;
       }
+      t.tiles = row_tiles - larger_tiles;
+      tap_tile_function<V>(static_cast<int>(rows), vectors)(t);
     }
   }
 
