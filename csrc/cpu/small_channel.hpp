@@ -18,11 +18,12 @@
 namespace fastconv::cpu {
 namespace {
 
-// y[i][0 .. columns) = bias + sum over products j of x[i * step + offsets[j]] * filter[j].
+// y[i][0 .. columns) = bias + sum over products j of x[i * step + offset(j)] * filter[j].
 struct StridedTile {
+  int64_t tiles;  // that follow one another
   const float* x;
-  int64_t step;            // floats from pixel to pixel
-  const int64_t* offsets;  // floats, of each tap and channel
+  int64_t step;          // floats from pixel to pixel
+  const int64_t* steps;  // floats from the offset of the product before, or from 0
   int64_t products;
   const float* filter;  // [product][vectors * width]
   const float* bias;    // null for none
@@ -35,13 +36,15 @@ struct StridedTile {
 };
 
 template <class V, int Rows, int Vectors>
-void strided_tile(const StridedTile& t) {
+[[gnu::always_inline]] inline void one_strided_tile(const StridedTile& t, const float* x,
+                                                    float* first_y) {
   const auto tail = V::tail(t.columns);
   if (t.ahead) {
 #pragma GCC unroll 1
     for (int i = Rows; i < 2 * Rows; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) __builtin_prefetch(t.y + i * t.y_step + v * V::kWidth, 1);
+      for (int v = 0; v < Vectors; ++v)
+        __builtin_prefetch(first_y + i * t.y_step + v * V::kWidth, 1);
   }
   typename V::Reg sum[Rows][Vectors];
 #pragma GCC unroll 4
@@ -50,29 +53,23 @@ void strided_tile(const StridedTile& t) {
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) sum[i][v] = first;
   }
-  // x86 addresses reach three pixels from one register: +0, +step * 4, +step * 8 bytes.
-  constexpr int kBases = (Rows + 2) / 3;
-  const int64_t step = t.step;
-  const float* const x = t.x;
-  const int64_t *offset = t.offsets, *const end = offset + t.products;
+  Spaced<Rows> a(x, t.step);
+  const int64_t *step = t.steps, *const end = step + t.products;
   // One loop: those of taps and of channels would be left as often as a filter has rows.
-  for (const float* filter = t.filter; offset != end; ++offset, filter += Vectors * V::kWidth) {
-    const float* a[kBases];
-#pragma GCC unroll 8
-    for (int b = 0; b < kBases; ++b) a[b] = x + *offset + 3 * b * step;
+  for (const float* filter = t.filter; step != end; ++step, filter += Vectors * V::kWidth) {
+    a.advance(*step);
     typename V::Reg b[Vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) b[v] = V::load(filter + v * V::kWidth);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const typename V::Reg value = V::broadcast(a[i / 3] + i % 3 * step);
+      const typename V::Reg value = V::broadcast(a[i]);
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(value, b[v], sum[i][v]);
     }
   }
   const typename V::Reg ceiling = V::set(t.ceiling);
   const bool relu = t.relu;
-  float* const first_y = t.y;
   const int64_t y_step = t.y_step;
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
@@ -86,6 +83,17 @@ void strided_tile(const StridedTile& t) {
         V::store(y, out);
       }
     }
+}
+
+template <class V, int Rows, int Vectors>
+void strided_tile(const StridedTile& t) {
+  const float* x = t.x;
+  float* y = t.y;
+  for (int64_t tile = t.tiles; tile > 0; --tile) {
+    one_strided_tile<V, Rows, Vectors>(t, x, y);
+    x += Rows * t.step;
+    y += Rows * t.y_step;
+  }
 }
 
 using StridedTileFunction = void (*)(const StridedTile&);
@@ -133,17 +141,11 @@ void pooled_tile(const StridedTile& t, int64_t below, std::uint8_t* argmax) {
 #pragma GCC unroll 8
       for (int i = 0; i < 2 * Pixels; ++i) sum[row][i][v] = first;
   }
-  constexpr int kBases = (2 * Pixels + 2) / 3;
-  const int64_t step = t.step;
-  const float* const x = t.x;
-  const int64_t *offset = t.offsets, *const end = offset + t.products;
-  for (const float* filter = t.filter; offset != end; ++offset, filter += Vectors * V::kWidth) {
-    const float* a[2][kBases];
-#pragma GCC unroll 4
-    for (int b = 0; b < kBases; ++b) {
-      a[0][b] = x + *offset + 3 * b * step;
-      a[1][b] = a[0][b] + below;
-    }
+  Spaced<2 * Pixels> upper(t.x, t.step), lower(t.x + below, t.step);
+  const int64_t *step = t.steps, *const end = step + t.products;
+  for (const float* filter = t.filter; step != end; ++step, filter += Vectors * V::kWidth) {
+    upper.advance(*step);
+    lower.advance(*step);
     typename V::Reg b[Vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) b[v] = V::load(filter + v * V::kWidth);
@@ -151,7 +153,7 @@ void pooled_tile(const StridedTile& t, int64_t below, std::uint8_t* argmax) {
     for (int row = 0; row < 2; ++row)
 #pragma GCC unroll 8
       for (int i = 0; i < 2 * Pixels; ++i) {
-        const typename V::Reg value = V::broadcast(a[row][i / 3] + i % 3 * step);
+        const typename V::Reg value = V::broadcast(row == 0 ? upper[i] : lower[i]);
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) sum[row][i][v] = V::fma(value, b[v], sum[row][i][v]);
       }
@@ -367,12 +369,13 @@ struct SmallChannel {
     const int workers = workers_for(strip.tasks(p));
     const Workspace workspace(static_cast<std::size_t>(strip.workspace_bytes(workers)));
     float* packed = workspace.floats();
-    int64_t* const offsets =
+    int64_t* const steps =
         reinterpret_cast<int64_t*>(workspace.floats(static_cast<std::size_t>(strip.packed_bytes)));
-    for (int64_t r = 0, i = 0; r < p.r; ++r)
+    for (int64_t r = 0, i = 0, before = 0; r < p.r; ++r)
       for (int64_t s = 0; s < p.s; ++s)
         for (int64_t c = 0; c < p.c; ++c, ++i) {
-          offsets[i] = (r * p.dilation_h * strip.source_w + s * p.dilation_w) * p.c + c;
+          const int64_t offset = (r * p.dilation_h * strip.source_w + s * p.dilation_w) * p.c + c;
+          steps[i] = offset - std::exchange(before, offset);
         }
     panels.pack_all(operands.filter, operands.scale, packed);
     // Panels that stay in the first-level cache take turns at a tile: whole pixels are written at once.
@@ -393,8 +396,6 @@ struct SmallChannel {
       }
       StridedTile t{};
       t.step = p.stride_w * p.c;
-      t.offsets = offsets;
-      t.products = strip.products;
       t.y_step = p.k;
       t.ahead = panels.reduce <= kFewProducts && p.y_size() * 4 > kManyBytes;
       t.relu = g.relu;
@@ -409,14 +410,26 @@ struct SmallChannel {
       for (int64_t first = 0; first < panels.panels; first += panels_a_pass) {
         const int64_t last = min64(panels.panels, first + panels_a_pass);
         for (int64_t i = begin; i < end; i += kUnit) {
-          t.x = source + (i - begin) * below;
+          // The filter's rows that meet the image, with one of the output's rows at least.
+          int64_t r = 0, r_end = 0, last_r = 0, last_r_end = 0;
+          g.vertical.meeting(i, p.h, r, r_end);
+          g.vertical.meeting(i + kUnit - 1, p.h, last_r, last_r_end);
+          r = min64(r, last_r);
+          r_end = max64(r_end, last_r_end);
+          t.products = max64(0, r_end - r) * p.s * p.c;
+          t.steps = steps + r * p.s * p.c;
+          // Where the first product is, less the step that leads to it.
+          t.x = source + (i - begin) * below + r * p.dilation_h * strip.source_w * p.c -
+                (t.products > 0 ? *t.steps : 0);
           int64_t at = (n * p.oh + i) / kUnit * columns * p.k;
-          for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int count = static_cast<int>(columns_a_tile + (tile < larger_tiles));
+          for (int64_t tile = 0; tile < tiles; tile += t.tiles) {
+            const bool larger = tile < larger_tiles;
+            const int count = static_cast<int>(columns_a_tile + (larger ? 1 : 0));
+            t.tiles = Pooled || last - first > 1 ? 1 : (larger ? larger_tiles : tiles) - tile;
             for (int64_t panel = first; panel < last; ++panel) {
               const int64_t column = panels.first_column(panel);
               const int vectors = panels.vectors_of(panel);
-              t.filter = packed + panels.offset(0, panel);
+              t.filter = packed + panels.offset(0, panel) + r * p.s * p.c * vectors * V::kWidth;
               t.bias = bias ? bias + column : nullptr;
               t.columns = panels.last_columns(panel);
               t.y = operands.out + at + column;
@@ -428,8 +441,8 @@ struct SmallChannel {
                 strided_tile_function<V>(count, vectors)(t);
               }
             }
-            t.x += kUnit * count * t.step;
-            at += count * p.k;
+            t.x += t.tiles * kUnit * count * t.step;
+            at += t.tiles * count * p.k;
           }
         }
       }
