@@ -87,6 +87,11 @@ class OncePerWorker {
 };
 constexpr int64_t kOwnFilterBytes = int64_t{512} << 10;  // at most
 
+// Keeps from the compiler how a pointer came about.
+inline void hide(const float*& pointer) {
+  asm("" : "+r"(pointer));  // NOLINT(portability-no-assembler): of no instruction
+}
+
 // Pointers to N evenly spaced elements of a loop, four to a general register and not one each: there
 // are not registers enough, and the compiler, which would form all pointers before the loop, is kept
 // from seeing that it could.
@@ -105,7 +110,7 @@ class Spaced {
 #pragma GCC unroll 16
     for (int i = 0; i < kBases; ++i) {
       bases_[i] += count;
-      asm("" : "+r"(bases_[i]));  // NOLINT(portability-no-assembler): of no instruction
+      hide(bases_[i]);
     }
   }
 

@@ -106,6 +106,9 @@ void wgrad_tile(const WgradTile& t) {
         add_pixel(x, dy, [](int i) { return i; });
         x += t.x_step;
         dy += t.dy_step;
+        // GCC 12 vectorises scalar code here to load two pixels at once, of which the last one's
+        // neighbour may be in no memory.
+        hide(dy);
       }
     }
   }
