@@ -54,8 +54,10 @@ struct WgradTile {
 
 // Where a tile's rows are. `fetched`: they follow one another in the input itself, of which the tile uses
 // a few floats of a pixel. Pixels lie too far apart for the hardware to ask for them in time.
-enum class WgradRows { packed, fetched, apart };
-constexpr int64_t kFetchedPixels = 12;  // ahead of their use
+// `apart_once`: apart, and dy comes from memory, not from a packed block.
+enum class WgradRows { packed, fetched, apart, apart_once };
+constexpr int64_t kFetchedPixels = 12;   // ahead of their use
+constexpr int64_t kStreamedPixels = 24;  // the same of dy, whose lines follow one another
 
 template <class V, int Rows, int Vectors, WgradRows Where>
 void wgrad_tile(const WgradTile& t) {
@@ -84,13 +86,20 @@ void wgrad_tile(const WgradTile& t) {
       for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(a, b[v], sum[i][v]);
     }
   };
-  if constexpr (Where == WgradRows::apart) {
+  if constexpr (Where == WgradRows::apart || Where == WgradRows::apart_once) {
     int64_t offsets[Rows];
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) offsets[i] = t.offsets[i];
     const int64_t* const x_pixels = t.x_pixels;
     for (int64_t j = 0; j < t.pixels; ++j) {
-      add_pixel(t.x + x_pixels[j], t.dy + j * t.dy_step, [&](int i) { return offsets[i]; });
+      const float* const dy = t.dy + j * t.dy_step;
+      if constexpr (Where == WgradRows::apart_once) {
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) {
+          __builtin_prefetch(dy + kStreamedPixels * t.dy_step + v * V::kWidth);
+        }
+      }
+      add_pixel(t.x + x_pixels[j], dy, [&](int i) { return offsets[i]; });
     }
   } else {
     for (const PixelRun* run = t.runs; run != t.runs + t.run_count; ++run) {
@@ -350,6 +359,7 @@ void pack_dy(const float* dy, const float* y, int64_t count, int64_t channels, i
       for (int v = 0; v < Vectors; ++v) {
         const int64_t at = j * channels + v * V::kWidth;
         const bool last = v == Vectors - 1;
+        __builtin_prefetch(dy + at + kStreamedPixels * channels);
         typename V::Reg value = last ? V::load(dy + at, tail) : V::load(dy + at);
         if constexpr (Relu) {
           value = V::where_positive(last ? V::load(y + at, tail) : V::load(y + at), value);
@@ -671,7 +681,9 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
             t.sum = sums + part * plan.floats + q * p.k + column;
             const int rows = static_cast<int>(q_end - q);
             const WgradTileFunction multiply =
-                !plan.by_taps ? wgrad_tile_function<V, WgradRows::apart>(rows, vectors)
+                !plan.by_taps
+                    ? (in_place ? wgrad_tile_function<V, WgradRows::apart_once>(rows, vectors)
+                                : wgrad_tile_function<V, WgradRows::apart>(rows, vectors))
                 : plan.packed ? wgrad_tile_function<V, WgradRows::packed>(rows, vectors)
                               : wgrad_tile_function<V, WgradRows::fetched>(rows, vectors);
             if (plan.asks_ahead) ahead.next_tile(t);
