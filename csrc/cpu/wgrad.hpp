@@ -32,7 +32,6 @@ struct WgradTile {
   const float* x;
   const float* dy;
   int64_t dy_step;  // floats, from one pixel of the block to the next
-  // Where rows follow one another:
   const PixelRun* runs;
   int64_t run_count;
   int64_t x_step;  // floats, from one pixel of a run to the next
@@ -41,9 +40,9 @@ struct WgradTile {
   const float* ahead;
   int64_t ahead_step;
   bool ahead_as_x;
-  // Where rows lie apart:
-  const int64_t* offsets;   // of the rows from x
-  const int64_t* x_pixels;  // floats from x, a pixel
+  const int64_t* offsets;  // where rows lie apart, of each from x
+  // Instead of runs, where pixels are `listed`: floats from x, a pixel.
+  const int64_t* x_pixels;
   int64_t pixels;
 
   float* sum;
@@ -54,8 +53,9 @@ struct WgradTile {
 
 // Where a tile's rows are. `fetched`: they follow one another in the input itself, of which the tile uses
 // a few floats of a pixel. Pixels lie too far apart for the hardware to ask for them in time.
-// `apart_once`: apart, and dy comes from memory, not from a packed block.
-enum class WgradRows { packed, fetched, apart, apart_once };
+// `apart_once`: apart, and dy comes from memory, not from a packed block or an earlier tile. `listed`:
+// apart, and so are the pixels.
+enum class WgradRows { packed, fetched, apart, apart_once, listed };
 constexpr int64_t kFetchedPixels = 12;   // ahead of their use
 constexpr int64_t kStreamedPixels = 24;  // the same of dy, whose lines follow one another
 
@@ -86,20 +86,15 @@ void wgrad_tile(const WgradTile& t) {
       for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(a, b[v], sum[i][v]);
     }
   };
-  if constexpr (Where == WgradRows::apart || Where == WgradRows::apart_once) {
-    int64_t offsets[Rows];
+  constexpr bool kFollow = Where == WgradRows::packed || Where == WgradRows::fetched;
+  int64_t offsets[Rows];
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) offsets[i] = t.offsets[i];
+  for (int i = 0; i < Rows; ++i) offsets[i] = kFollow ? i : t.offsets[i];
+  const auto offset = [&](int i) { return kFollow ? i : offsets[i]; };
+  if constexpr (Where == WgradRows::listed) {
     const int64_t* const x_pixels = t.x_pixels;
     for (int64_t j = 0; j < t.pixels; ++j) {
-      const float* const dy = t.dy + j * t.dy_step;
-      if constexpr (Where == WgradRows::apart_once) {
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) {
-          __builtin_prefetch(dy + kStreamedPixels * t.dy_step + v * V::kWidth);
-        }
-      }
-      add_pixel(t.x + x_pixels[j], dy, [&](int i) { return offsets[i]; });
+      add_pixel(t.x + x_pixels[j], t.dy + j * t.dy_step, offset);
     }
   } else {
     for (const PixelRun* run = t.runs; run != t.runs + t.run_count; ++run) {
@@ -112,7 +107,13 @@ void wgrad_tile(const WgradTile& t) {
           __builtin_prefetch(ahead, 0, 2);
           ahead += t.ahead_step;
         }
-        add_pixel(x, dy, [](int i) { return i; });
+        if constexpr (Where == WgradRows::apart_once) {
+#pragma GCC unroll 4
+          for (int v = 0; v < Vectors; ++v) {
+            __builtin_prefetch(dy + kStreamedPixels * t.dy_step + v * V::kWidth);
+          }
+        }
+        add_pixel(x, dy, offset);
         x += t.x_step;
         dy += t.dy_step;
         // GCC 12 vectorises scalar code here to load two pixels at once, of which the last one's
@@ -231,7 +232,7 @@ struct WgradPlan {
     const int64_t blocks = max64(1, ceil_div(part_pixels, most_pixels));
     pixels_a_block = max64(1, ceil_div(part_pixels, blocks));
 
-    offsets_bytes = by_taps ? 0 : round_up((taps * cg + p.oh * p.ow) * 8, 64);
+    offsets_bytes = by_taps ? 0 : round_up(taps * cg * 8, 64);
     sums_bytes = parts == 1 ? 0 : round_up(parts * floats * 4, 64);
     bias_bytes = with_bias ? round_up(parts * p.k * 4, 64) : 0;
     copy_bytes = packed   ? p.groups * tiles_a_tap * packed_tile_floats(p) * 4
@@ -241,7 +242,7 @@ struct WgradPlan {
     asks_ahead = by_taps && !packed && taps == 1;
     // A block may begin and end in the middle of a row.
     const int64_t runs = min64(pixels_a_block, pixels_a_block / p.ow + 2);
-    lists_bytes = by_taps ? round_up(runs * int64_t{sizeof(PixelRun)}, 64) : 0;
+    lists_bytes = round_up(runs * int64_t{sizeof(PixelRun)}, 64);
   }
 
   // From the packed channels of one tile to the next: an odd number of cache lines, so that writing to
@@ -254,7 +255,8 @@ struct WgradPlan {
   int64_t first_channel(int64_t tile) const {
     return tile * least_tile + min64(tile, larger_tiles);
   }
-  void make_blocks_of_windows() {
+  void make_blocks_of_windows(const Conv2dProblem& p) {
+    offsets_bytes += round_up(p.oh * p.ow * 8, 64);
     pixels_a_block = round_up(pixels_a_block, 4);
     block_bytes = round_up(pixels_a_block * panel * 4, 64);
   }
@@ -451,6 +453,19 @@ inline int64_t list_runs(const Conv2dProblem& p, int64_t r, int64_t s, int64_t b
   return count;
 }
 
+// The pixels of a block of one image, whose padding is part of the source.
+inline int64_t list_runs(const Conv2dProblem& p, int64_t source_w, int64_t begin, int64_t end,
+                         PixelRun* runs) {
+  int64_t count = 0;
+  for (int64_t pixel = begin; pixel < end; pixel += runs[count++].count) {
+    const int64_t i = pixel / p.ow, j = pixel % p.ow;
+    runs[count] = {.x = (i * p.stride_h * source_w + j * p.stride_w) * p.c,
+                   .pixel = pixel - begin,
+                   .count = min64(end - pixel, p.ow - j)};
+  }
+  return count;
+}
+
 // The lines of x and dy that a task's next block of pixels has, and which tile of this block asks for
 // which: left to the tiles that read them first, memory would idle while the others compute.
 template <class V>
@@ -556,7 +571,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
     return;
   }
   WgradPlan<V> plan(p, dbias != nullptr);
-  if (argmax) plan.make_blocks_of_windows();
+  if (argmax) plan.make_blocks_of_windows(p);
   const int64_t cg = p.c_per_group(), kg = p.k_per_group();
   const int workers = workers_for(plan.tasks(p));
   const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes(workers)));
@@ -581,13 +596,12 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
           offsets[q] = (r * p.dilation_h * plan.source_w + s * p.dilation_w) * p.c + c;
         }
   }
-  // With tiles that span taps: where the pixels of an image are.
+  // Window by window: where the pixels of an image are.
   int64_t* const image_pixels = offsets + p.r * p.s * cg;
-  for (int64_t i = 0; !plan.by_taps && i < p.oh; ++i)
+  for (int64_t i = 0; argmax && i < p.oh; ++i)
     for (int64_t j = 0; j < p.ow; ++j) {
-      const int64_t number =
-          argmax ? (i / 2 * (p.ow / 2) + j / 2) * 4 + i % 2 * 2 + j % 2 : i * p.ow + j;
-      image_pixels[number] = (i * p.stride_h * plan.source_w + j * p.stride_w) * p.c;
+      image_pixels[(i / 2 * (p.ow / 2) + j / 2) * 4 + i % 2 * 2 + j % 2] =
+          (i * p.stride_h * plan.source_w + j * p.stride_w) * p.c;
     }
 
   for (int64_t image = 0; image < p.n; image += plan.chunk) {
@@ -649,9 +663,12 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
                        packed, own_bias);
           }
           t.first = image == 0 && begin == part_begin;
-          if (!plan.by_taps) {
+          if (argmax) {
             t.x_pixels = image_pixels + begin % (p.oh * p.ow);
             t.pixels = end - begin;
+          } else if (!plan.by_taps) {
+            const int64_t in_image = begin % (p.oh * p.ow);
+            t.run_count = list_runs(p, plan.source_w, in_image, in_image + end - begin, runs);
           }
           int64_t tap = tile_begin / plan.tiles_a_tap, listed = -1;
           int64_t c_tile = tile_begin % plan.tiles_a_tap - 1;
@@ -681,9 +698,11 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
             t.sum = sums + part * plan.floats + q * p.k + column;
             const int rows = static_cast<int>(q_end - q);
             const WgradTileFunction multiply =
-                !plan.by_taps
-                    ? (in_place ? wgrad_tile_function<V, WgradRows::apart_once>(rows, vectors)
-                                : wgrad_tile_function<V, WgradRows::apart>(rows, vectors))
+                argmax ? wgrad_tile_function<V, WgradRows::listed>(rows, vectors)
+                : !plan.by_taps
+                    ? (in_place && tile == tile_begin
+                           ? wgrad_tile_function<V, WgradRows::apart_once>(rows, vectors)
+                           : wgrad_tile_function<V, WgradRows::apart>(rows, vectors))
                 : plan.packed ? wgrad_tile_function<V, WgradRows::packed>(rows, vectors)
                               : wgrad_tile_function<V, WgradRows::fetched>(rows, vectors);
             if (plan.asks_ahead) ahead.next_tile(t);
