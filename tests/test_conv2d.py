@@ -117,6 +117,12 @@ LARGE = [
     Problem((1, 14, 14, 256), 256, padding="same"),
     Problem((4, 14, 14, 300), 40, padding="same"),
     Problem((4, 14, 14, 40), 300, kernel=(1, 1)),
+    # Whose filter's gradient is computed transposed, and tiles of one vector in strips.
+    Problem((2, 30, 31, 144), 24, kernel=(1, 1)),
+    Problem((1, 56, 57, 32), 16, kernel=(1, 1)),
+    # Most rows of the filter, or all, lie in the padding.
+    Problem((3, 21, 34, 2), 30, kernel=(7, 4), padding=((6, 9), (5, 2))),
+    Problem((2, 40, 41, 1), 17, kernel=(4, 4), dilation_rate=(2, 2), padding=((3, 12), (3, 3))),
     Problem((1, 112, 112, 3), 64, kernel=(7, 7), strides=(2, 2), padding="same"),
     Problem((2, 40, 41, 96), 96, groups=96, padding="same"),
     Problem((3, 20, 21, 128), 128, groups=4, padding=((2, 0), (1, 1))),
