@@ -34,7 +34,8 @@ struct WgradTile {
   int64_t dy_step;  // floats, from one pixel of the block to the next
   const PixelRun* runs;
   int64_t run_count;
-  int64_t x_step;  // floats, from one pixel of a run to the next
+  int64_t x_step;   // floats, from one pixel of a run to the next
+  int64_t x_ahead;  // and to the one that a tile of `fetched` rows asks for
   // What a tile of `fetched` rows asks for meanwhile: a line a pixel, whose pixels lie as those of x do
   // or else `ahead_step` apart.
   const float* ahead;
@@ -56,8 +57,7 @@ struct WgradTile {
 // `apart_once`: apart, and dy comes from memory, not from a packed block or an earlier tile. `listed`:
 // apart, and so are the pixels.
 enum class WgradRows { packed, fetched, apart, apart_once, listed };
-constexpr int64_t kFetchedPixels = 12;   // ahead of their use
-constexpr int64_t kStreamedPixels = 24;  // the same of dy, whose lines follow one another
+constexpr int64_t kPixelsAhead = 24;  // of their use
 
 template <class V, int Rows, int Vectors, WgradRows Where>
 void wgrad_tile(const WgradTile& t) {
@@ -103,14 +103,14 @@ void wgrad_tile(const WgradTile& t) {
       const float* ahead = t.ahead + (t.ahead_as_x ? run->x : run->pixel * t.ahead_step);
       for (int64_t j = run->count; j > 0; --j) {
         if constexpr (Where == WgradRows::fetched) {
-          __builtin_prefetch(x + kFetchedPixels * t.x_step);
+          __builtin_prefetch(x + t.x_ahead);
           __builtin_prefetch(ahead, 0, 2);
           ahead += t.ahead_step;
         }
         if constexpr (Where == WgradRows::apart_once) {
 #pragma GCC unroll 4
           for (int v = 0; v < Vectors; ++v) {
-            __builtin_prefetch(dy + kStreamedPixels * t.dy_step + v * V::kWidth);
+            __builtin_prefetch(dy + kPixelsAhead * t.dy_step + v * V::kWidth);
           }
         }
         add_pixel(x, dy, offset);
@@ -361,7 +361,7 @@ void pack_dy(const float* dy, const float* y, int64_t count, int64_t channels, i
       for (int v = 0; v < Vectors; ++v) {
         const int64_t at = j * channels + v * V::kWidth;
         const bool last = v == Vectors - 1;
-        __builtin_prefetch(dy + at + kStreamedPixels * channels);
+        __builtin_prefetch(dy + at + kPixelsAhead * channels);
         typename V::Reg value = last ? V::load(dy + at, tail) : V::load(dy + at);
         if constexpr (Relu) {
           value = V::where_positive(last ? V::load(y + at, tail) : V::load(y + at), value);
@@ -632,6 +632,9 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
       WgradTile t{};
       t.runs = runs;
       t.x_step = p.stride_w * (plan.packed ? plan.rows : p.c);
+      // Pixels that lie multiples of 16 lines apart fall into few sets of the first-level cache, where
+      // what is asked for too early is gone when it is used.
+      t.x_ahead = kPixelsAhead / (p.c % (16 * 16) == 0 ? 2 : 1) * t.x_step;
       t.ahead = x;
       t.sum_row = p.k;
       // `first` must zero the sums even where a part has no pixels in this chunk.
