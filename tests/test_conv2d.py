@@ -120,6 +120,7 @@ LARGE = [
     # Whose filter's gradient is computed transposed, and tiles of one vector in strips.
     Problem((2, 30, 31, 144), 24, kernel=(1, 1)),
     Problem((1, 56, 57, 32), 16, kernel=(1, 1)),
+    Problem((2, 29, 30, 144), 256, kernel=(1, 1), strides=(2, 3)),  # of whose input a sixth is read
     # Most rows of the filter, or all, lie in the padding.
     Problem((3, 21, 34, 2), 30, kernel=(7, 4), padding=((6, 9), (5, 2))),
     Problem((2, 40, 41, 1), 17, kernel=(4, 4), dilation_rate=(2, 2), padding=((3, 12), (3, 3))),

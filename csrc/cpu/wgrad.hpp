@@ -166,6 +166,8 @@ struct WgradPlan {
   bool by_taps;           // a tile's rows are channels of one tap
   int64_t source_h, source_w, image_floats, chunk;  // the copy, where there is one
   bool copied, packed;
+  bool sampled;  // 1 x 1 filters: of the input, the pixels that a stride takes are packed alone
+  int64_t packed_pixels;  // of an image
   int64_t parts, q_tiles, tiles_a_tap, q_groups;
   // Of a tap, tiles have so many channels, the first `larger_tiles` one more.
   int64_t least_tile, larger_tiles;
@@ -203,10 +205,16 @@ struct WgradPlan {
     // Tiles that read a pixel, for packing it to pay: more where pixels lie close together, and are asked
     // for a block ahead.
     const int64_t tiles_a_packing = taps == 1 && p.c <= 128 ? 8 : 4;
-    packed = cg >= rows && taps * panels / tiles_a_packing >= p.stride_h * p.stride_w;
+    const bool strided = p.stride_h != 1 || p.stride_w != 1;
+    const bool may_sample = taps == 1 && strided && !padded;
+    const int64_t pixels_a_window = may_sample ? 1 : p.stride_h * p.stride_w;
+    packed = cg >= rows && taps * panels / tiles_a_packing >= pixels_a_window;
+    sampled = packed && may_sample;
+    packed_pixels = sampled ? p.oh * p.ow : p.h * p.w;
     // As many images at a time as fit in the second-level cache, or have pixels for whole blocks; all of
     // them where none is copied.
-    image_floats = source_h * source_w * (packed ? p.groups * tiles_a_tap * rows : p.c);
+    image_floats =
+        packed ? packed_pixels * p.groups * tiles_a_tap * rows : source_h * source_w * p.c;
     const int64_t chunk_bytes = max64(int64_t{1} << 20, 512 * p.c * 4);
     chunk = copied || packed ? max64(1, min64(p.n, chunk_bytes / max64(image_floats * 4, 1))) : p.n;
     // Tasks share dy: each packs what it needs, which some tiles of work make up for.
@@ -235,7 +243,7 @@ struct WgradPlan {
     offsets_bytes = by_taps ? 0 : round_up(taps * cg * 8, 64);
     sums_bytes = parts == 1 ? 0 : round_up(parts * floats * 4, 64);
     bias_bytes = with_bias ? round_up(parts * p.k * 4, 64) : 0;
-    copy_bytes = packed   ? p.groups * tiles_a_tap * packed_tile_floats(p) * 4
+    copy_bytes = packed   ? p.groups * tiles_a_tap * packed_tile_floats() * 4
                  : copied ? round_up(chunk * image_floats * 4, 64)
                           : 0;
     block_bytes = round_up(pixels_a_block * panel * 4, 64);
@@ -247,8 +255,8 @@ struct WgradPlan {
 
   // From the packed channels of one tile to the next: an odd number of cache lines, so that writing to
   // all of them in turns does not fill single sets of the cache.
-  int64_t packed_tile_floats(const Conv2dProblem& p) const {
-    const int64_t floats_used = chunk * p.h * p.w * rows + V::kWidth;
+  int64_t packed_tile_floats() const {
+    const int64_t floats_used = chunk * packed_pixels * rows + V::kWidth;
     return (ceil_div(floats_used, 16) | 1) * 16;
   }
 
@@ -314,9 +322,15 @@ inline void copy_padded(const Conv2dProblem& p, const float* x, int64_t images, 
 template <class V>
 void pack_x(const Conv2dProblem& p, const WgradPlan<V>& plan, const float* x, int64_t images,
             float* packed) {
-  const int64_t cg = p.c_per_group(), tile_floats = plan.packed_tile_floats(p);
+  const int64_t cg = p.c_per_group(), tile_floats = plan.packed_tile_floats();
   constexpr int64_t kPixelsATask = 64;
-  const int64_t pixels = images * p.h * p.w, parts = ceil_div(pixels, kPixelsATask);
+  const int64_t pixels = images * plan.packed_pixels, parts = ceil_div(pixels, kPixelsATask);
+  // Where an image has a pixel that is packed.
+  const auto place_of = [&](int64_t pixel) {
+    if (!plan.sampled) return pixel * p.c;
+    const int64_t row = pixel / p.ow;
+    return ((row / p.oh * p.h + row % p.oh * p.stride_h) * p.w + pixel % p.ow * p.stride_w) * p.c;
+  };
   // Of few pixels, tasks share the channels.
   const int64_t enough = tasks_for(pixels * p.c);
   const int64_t cuts = min64(plan.tiles_a_tap, ceil_div(enough, p.groups * parts));
@@ -326,13 +340,16 @@ void pack_x(const Conv2dProblem& p, const WgradPlan<V>& plan, const float* x, in
     const int64_t end = min64(pixels, begin + kPixelsATask);
     float* const out = packed + group * plan.tiles_a_tap * tile_floats;
     const int64_t tile_end = plan.tiles_a_tap * (cut + 1) / cuts;
+    int64_t places[kPixelsATask];
+    for (int64_t pixel = begin; pixel < end; ++pixel) places[pixel - begin] = place_of(pixel);
     for (int64_t tile = plan.tiles_a_tap * cut / cuts; tile < tile_end; ++tile) {
       const int64_t c = plan.first_channel(tile), c_end = plan.first_channel(tile + 1);
       const int64_t last = (c_end - c - 1) / V::kWidth * V::kWidth;
       const auto tail = V::tail(static_cast<int>(c_end - c - last));
-      const float* from = x + begin * p.c + group * cg + c;
+      const float* const first = x + group * cg + c;
       float* to = out + tile * tile_floats + begin * plan.rows;
-      for (int64_t pixel = begin; pixel < end; ++pixel, from += p.c, to += plan.rows) {
+      for (int64_t pixel = begin; pixel < end; ++pixel, to += plan.rows) {
+        const float* const from = first + places[pixel - begin];
         for (int64_t v = 0; v < last; v += V::kWidth) V::store(to + v, V::load(from + v));
         const typename V::Reg rest = V::load(from + last, tail);
         // What a whole vector spills beyond a pixel, the next ones cover; another task's would stay.
@@ -587,7 +604,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
   float* bias_sums = reinterpret_cast<float*>(take(plan.bias_bytes));
   float* copy = reinterpret_cast<float*>(take(plan.copy_bytes));
   char* const scratch = take(workers * plan.worker_bytes());
-  const int64_t packed_tile = plan.packed ? plan.packed_tile_floats(p) : 0;
+  const int64_t packed_tile = plan.packed ? plan.packed_tile_floats() : 0;
   if (dbias) std::memset(bias_sums, 0, static_cast<std::size_t>(plan.bias_bytes));
   if (!plan.by_taps) {
     for (int64_t r = 0, q = 0; r < p.r; ++r)
@@ -631,7 +648,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
       LinesAhead<V> ahead(p, plan, operands, group, panel_begin, panel_end, tile_begin, tile_end);
       WgradTile t{};
       t.runs = runs;
-      t.x_step = p.stride_w * (plan.packed ? plan.rows : p.c);
+      t.x_step = (plan.sampled ? 1 : p.stride_w) * (plan.packed ? plan.rows : p.c);
       // Pixels that lie multiples of 16 lines apart fall into few sets of the first-level cache, where
       // what is asked for too early is gone when it is used.
       t.x_ahead = kPixelsAhead / (p.c % (16 * 16) == 0 ? 2 : 1) * t.x_step;
@@ -682,7 +699,10 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
                 ++tap;
                 c_tile = 0;
               }
-              if (tap != listed) {
+              if (plan.sampled) {
+                t.run_count = 1;
+                runs[0] = {.x = begin * plan.rows, .pixel = 0, .count = end - begin};
+              } else if (tap != listed) {
                 t.run_count = list_runs(p, tap / p.s, tap % p.s, begin, end,
                                         plan.packed ? plan.rows : p.c, runs);
                 listed = tap;
