@@ -47,10 +47,10 @@ _METHOD = """\
 - Each library runs in a process of its own. For each case there are {rounds} rounds, in each of
   which every library has a turn, in random order, while the others stand still: libraries' threads
   spin after their work and would slow the next one down. Ratios are taken within a round.
-- The same threads, CPUs and malloc settings for all; OpenMP's threads are bound to CPUs, without
-  which some turns take ten times as long. Results go to memory allocated before, for
-  fastconv, oneDNN, ONNX Runtime and OpenVINO; TensorFlow, PyTorch and JAX allocate theirs in a call,
-  from memory that malloc keeps.
+- The same threads, CPUs and malloc settings for all, and arrays that begin at multiples of 64 bytes;
+  OpenMP's threads are bound to CPUs, without which some turns take ten times as long. Results go to
+  memory allocated before, for fastconv, oneDNN, ONNX Runtime and OpenVINO; TensorFlow, PyTorch and JAX
+  allocate theirs in a call, from memory that malloc keeps.
 - *Kernel time* is taken inside fastconv and oneDNN. Of the others only whole calls can be timed: the
   time of a call with next to nothing to compute is subtracted, but at most half of the call, and no
   more than leaves the time at the FMA peak. Calls and kernels are both in the JSON.
