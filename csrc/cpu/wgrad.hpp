@@ -457,8 +457,8 @@ inline int64_t list_runs(const Conv2dProblem& p, int64_t r, int64_t s, int64_t b
       const PixelRun run{.x = ((n * p.h + source_i) * p.w + from * p.stride_w + off_w) * x_pixel,
                          .pixel = pixel - begin + from - j,
                          .count = to - from};
-      PixelRun* const before = runs + count - 1;
-      if (count > 0 && before->x + before->count * step == run.x &&
+      PixelRun* const before = count > 0 ? runs + count - 1 : nullptr;
+      if (before && before->x + before->count * step == run.x &&
           before->pixel + before->count == run.pixel) {
         before->count += run.count;
       } else {
