@@ -106,7 +106,7 @@ class Worker:
 
         self._case = None
         parsed = problems.parse(problem)
-        # Copies: memory that this process owns.
+        # Copies: aligned memory that this process owns. Adapters that take NHWC use it as it is.
         arrays = {
             name: adapters.dense(np.load(path, mmap_mode="r", allow_pickle=False))
             for name, path in files.items()

@@ -8,7 +8,7 @@ import numpy as np
 
 import fastconv
 from fastconv import _core
-from fastconv.bench.adapters import Case, dense, empty, to_nchw, to_nhwc
+from fastconv.bench.adapters import Case, empty, to_nchw, to_nhwc
 
 if TYPE_CHECKING:
     from fastconv.bench._types import Arrays, Floats, Record, Shape
@@ -53,7 +53,7 @@ class Implementation:
 
 class _FastconvCase(Case):
     def __init__(self, problem: Problem, direction: str, arrays: Arrays, nchw: bool) -> None:
-        lay = to_nchw if nchw else dense
+        lay = to_nchw if nchw else np.ascontiguousarray
         self._unlay = to_nhwc if nchw and direction != "wgrad" else np.asarray
         x, dy = lay(arrays["x"]), lay(arrays["dy"])
         options: dict[str, Any] = {
@@ -79,7 +79,7 @@ class _FastconvCase(Case):
                 extra, self._result = {}, empty(x.shape)
             name = "max_pool2d" if direction == "fprop" else "max_pool2d_grad"
         else:
-            w = dense(arrays["w"])
+            w = np.ascontiguousarray(arrays["w"])
             more: dict[str, Any] = {"dilation_rate": problem.dilations, "groups": problem.groups}
             options |= more
             raw |= more | {"activation": "linear"}

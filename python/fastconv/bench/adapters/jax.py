@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastconv.bench.adapters import FunctionCase, dense, to_nchw, to_nhwc
+from fastconv.bench.adapters import FunctionCase, to_nchw, to_nhwc
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +36,7 @@ class Implementation:
 
     def prepare(self, problem: Problem, direction: str, arrays: Arrays) -> Case:
         jax = self._jax
-        lay = to_nchw if self._nchw else dense
+        lay = to_nchw if self._nchw else np.ascontiguousarray
         unlay = to_nhwc if self._nchw else np.asarray
         x, dy = jax.device_put(lay(arrays["x"])), jax.device_put(lay(arrays["dy"]))
         letters = "NCHW" if self._nchw else "NHWC"
@@ -56,7 +56,7 @@ class Implementation:
             if direction == "fprop":
                 return self._case(forward, (x,), unlay)
             return self._case(lambda a, b: jax.vjp(forward, a)[1](b)[0], (x, dy), unlay)
-        w = jax.device_put(dense(arrays["w"]))
+        w = jax.device_put(np.ascontiguousarray(arrays["w"]))
 
         def convolve(a: Any, b: Any) -> Any:
             return jax.lax.conv_general_dilated(
