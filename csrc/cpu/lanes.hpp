@@ -126,7 +126,7 @@ inline __attribute__((always_inline)) void slide(const LaneTile& t, const Source
                                                  const Pixels& x, const Pixels& mask,
                                                  const Body& body) {
   constexpr int kColumns = (Cols - 1) * Step + Taps, kMargin = Taps - 1;
-#pragma GCC unroll 32
+#pragma GCC unroll 64
   for (int column = 0; column < kColumns; ++column) {
     if (column < kMargin && column < t.column_begin) [[unlikely]]
       continue;
@@ -151,7 +151,7 @@ inline __attribute__((always_inline)) void stroll(const LaneTile& t, const Sourc
                                                   const float* x, const float* mask, int64_t tap,
                                                   const Body& body) {
   const auto inside = static_cast<std::uint64_t>(t.column_end - t.column_begin);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int pixel = 0; pixel < Cols; ++pixel) {
     const int64_t column = pixel * t.step + tap * t.tap_step;
     if (static_cast<std::uint64_t>(column - t.column_begin) >= inside) continue;

@@ -195,23 +195,53 @@ struct MaxForward {
   }
 };
 
-// y[at ..) = the maximum of load(r, s), r and s 0 or 1, for `count` channels of a vector; `argmax` may be
-// null. What a convolution with a 2 x 2 pooling behind it ends with.
-template <class V, class Load>
-void max_of_four(const Load& load, float* y, std::uint8_t* argmax, int64_t at, int count) {
-  const auto pool = [&](const auto& lanes) {
-    if (argmax) {
-      const MaxForward<V, std::uint8_t> policy{y, argmax, 2};
-      policy.template vector<2, 2>(load, {}, {}, at, lanes);
-    } else {
-      const MaxForward<V, void> policy{y, nullptr, 2};
-      policy.template vector<2, 2>(load, {}, {}, at, lanes);
+// What a convolution with a 2 x 2 pooling behind it ends with: y = the maximum of the four values of a
+// window, in row-major order, after their ReLU and its ceiling where `relu` is set; the first `count`
+// lanes are stored. `argmax` may be null. By value, for they are to stay in registers.
+template <class V>
+[[gnu::always_inline]] inline void max_of_four(typename V::Reg first, typename V::Reg second,
+                                               typename V::Reg third, typename V::Reg fourth,
+                                               bool relu, float ceiling, int count, float* y,
+                                               std::uint8_t* argmax) {
+  using Reg = typename V::Reg;
+  if (relu) {
+    // The others need none: what is not above a positive value, or zero, is not taken.
+    first = V::relu(first);
+    if (ceiling < std::numeric_limits<float>::infinity()) {
+      const Reg most = V::set(ceiling);
+      first = V::min(most, first);
+      second = V::min(most, second);
+      third = V::min(most, third);
+      fourth = V::min(most, fourth);
     }
-  };
-  if (count == V::kWidth) {
-    pool(AllLanes<V>{});
+  }
+  const bool whole = count == V::kWidth;
+  const auto tail = V::tail(count);
+  Reg best = first;
+  if (argmax) {
+    auto tap = V::int_broadcast(0);
+    const auto take = [&](Reg value, int at) __attribute__((always_inline)) {
+      const auto better = V::greater_or_first_nan(value, best);
+      best = V::select(better, value, best);
+      tap = V::int_select(better, V::int_broadcast(at), tap);
+    };
+    take(second, 1);
+    take(third, 2);
+    take(fourth, 3);
+    if (whole) {
+      V::store_index(argmax, tap);
+    } else {
+      V::store_index(argmax, tap, tail);
+    }
   } else {
-    pool(SomeLanes<V>(count));
+    const auto nan = V::mask_or(V::unordered(first, second), V::unordered(third, fourth));
+    best = V::max(fourth, V::max(third, V::max(second, first)));
+    best = V::select(nan, V::set(std::numeric_limits<float>::quiet_NaN()), best);
+  }
+  if (whole) {
+    V::store(y, best);
+  } else {
+    V::store(y, best, tail);
   }
 }
 

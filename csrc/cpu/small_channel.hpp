@@ -162,12 +162,10 @@ void pooled_tile(const StridedTile& t, int64_t below, std::uint8_t* argmax) {
   for (int p = 0; p < Pixels; ++p)
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
-      const auto load = [&](int64_t r, int64_t s) {
-        const typename V::Reg value = sum[r][2 * p + s][v];
-        return t.relu ? V::min(V::set(t.ceiling), V::relu(value)) : value;
-      };
-      max_of_four<V>(load, t.y, argmax, p * t.y_step + v * V::kWidth,
-                     v < Vectors - 1 ? V::kWidth : t.columns);
+      const int64_t at = p * t.y_step + v * V::kWidth;
+      max_of_four<V>(sum[0][2 * p][v], sum[0][2 * p + 1][v], sum[1][2 * p][v], sum[1][2 * p + 1][v],
+                     t.relu, t.ceiling, v < Vectors - 1 ? V::kWidth : t.columns, t.y + at,
+                     argmax ? argmax + at : nullptr);
     }
 }
 

@@ -553,13 +553,11 @@ struct Winograd {
 #pragma GCC unroll 2
         for (int j = 0; j < M; j += 2) {
           if (j >= width) break;
-          max_of_four<V>(
-              [&](int64_t r, int64_t s) {
-                return activated(biased(i + static_cast<int>(r), j + static_cast<int>(s),
-                                        r ? lower[j + s] : upper[j + s]));
-              },
-              results.y, results.argmax, corner + i / 2 * row_floats + j / 2 * plan.k_stride + at,
-              valid);
+          const int64_t to = corner + i / 2 * row_floats + j / 2 * plan.k_stride + at;
+          max_of_four<V>(biased(i, j, upper[j]), biased(i, j + 1, upper[j + 1]),
+                         biased(i + 1, j, lower[j]), biased(i + 1, j + 1, lower[j + 1]), plan.relu,
+                         plan.ceiling, valid, results.y + to,
+                         results.argmax ? results.argmax + to : nullptr);
         }
       }
     }
