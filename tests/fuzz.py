@@ -874,7 +874,16 @@ def _directions(case):
 def _serving(case, direction, options):
     x_shape = (max(case.n, 1), *case.x_shape[1:])
     explanation = _core.explain(x_shape, case.w_shape, direction, **options)
-    return [candidate["algorithm"] for candidate in explanation["candidates"]]
+    serving = [candidate["algorithm"] for candidate in explanation["candidates"]]
+    if case.operation == "conv_pool" and direction != "fprop" and serves_sparse(case):
+        serving.append("sparse")
+    return serving
+
+
+def serves_sparse(case):
+    """Whether the gradients of a pooled convolution may be computed from lists of what is not zero."""
+    simple = case.groups == 1 and tuple(case.dilations) == (1, 1) and not case.nchw
+    return simple and case.w_shape[1] in (3, 5) and case.n > 0
 
 
 def _expected_pooling(case, data):

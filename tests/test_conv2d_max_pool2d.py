@@ -35,6 +35,23 @@ LARGE = [
     Problem((1, 96, 95, 24), 64, padding="same"),
     Problem((1, 224, 224, 3), 64, padding="same"),
 ]
+# Whose gradients may be computed from lists of what is not zero.
+SPARSE = [
+    Problem((3, 9, 8, 1), 5),
+    Problem((2, 13, 13, 32), 64),
+    Problem((5, 7, 8, 33), 18, padding="same"),  # several images a block; three vectors of channels
+    Problem((1, 40, 45, 70), 17, padding="same"),  # several blocks, groups of channels
+    Problem((19, 4, 4, 16), 3),  # one window an image; more images than parts
+    Problem((2, 4, 60, 7), 9),  # one row of windows
+    Problem((2, 12, 12, 20), 50, (5, 5)),
+    Problem((1, 30, 29, 34), 21, (5, 5), padding="same"),
+    Problem((2, 15, 12, 8), 16, (1, 3), padding="same"),
+    Problem((2, 15, 12, 18), 16, (2, 5)),
+    Problem((2, 15, 12, 18), 16, (7, 3), padding="same"),  # several passes over the filter's rows
+    Problem((2, 21, 19, 9), 11, (3, 3), (2, 1), ((2, 0), (1, 2))),
+    Problem((2, 23, 29, 40), 10, (4, 3), (3, 4), ((2, 3), (1, 2))),
+    Problem((1, 12, 12, 300), 270),  # groups of several tasks
+]
 over = functools.partial(pytest.mark.parametrize, "problem", ids=str)
 
 
@@ -104,6 +121,94 @@ def test_exact_gradients(problem, activation, with_input_grad, isa, threads):
             np.testing.assert_array_equal(one, other)
 
 
+@over(SPARSE)
+@pytest.mark.parametrize("activation", ["linear", "relu"])
+@pytest.mark.parametrize("with_input_grad", [True, False], ids=["dx", "no dx"])
+def test_exact_sparse_gradients(problem, activation, with_input_grad, isa, threads):
+    data = integers(problem)
+    _, output, argmax = apart(problem, data, activation)
+    dy = problem.seed().integers(-3, 4, output.shape).astype(np.float32)
+    options = {"with_input_grad": with_input_grad}
+    actual = gradient(problem, data, dy, output, argmax, activation, algorithm="sparse", **options)
+    with by_reference():
+        expected = gradient(problem, data, dy, output, argmax, activation, **options)
+    assert (actual[0] is None) == (not with_input_grad)
+    for one, other in zip(actual, expected, strict=True):
+        if other is not None:
+            np.testing.assert_array_equal(one, other)
+
+
+def test_sparse_gradients_of_what_relu_stops(isa):
+    """Nothing is listed, a NaN is, and so is where y is NaN: not positive, for the others alike."""
+    problem = Problem((2, 8, 8, 17), 6)
+    data = normals(problem)
+    y, argmax = fused(problem, data, "relu", return_argmax=True)
+    for one in gradient(problem, data, y, 0 * y, argmax, "relu", algorithm="sparse"):
+        assert not one.any()
+    dy, output = np.ones_like(y), np.ones_like(y)
+    dy[1, 0, 2, 3] = np.nan
+    output[0, 0, 0, 1] = np.nan
+    results = [
+        gradient(problem, data, dy, output, argmax, "relu", algorithm=algorithm)
+        for algorithm in ("sparse", "direct")
+    ]
+    for sparse, direct in zip(*results, strict=True):
+        np.testing.assert_allclose(sparse, direct, rtol=0, atol=1e-4)  # NaN where NaN is
+    dx, dw, dbias = results[0]
+    assert np.isnan(dw[..., 3]).all()
+    assert np.isnan(dbias).tolist() == [False, False, False, True, False, False]
+    assert not np.isnan(dx[0]).any()
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem((2, 8, 8, 16), 16, (1, 1)),
+        Problem((2, 8, 8, 16), 16, dilation_rate=(1, 2)),
+        Problem((2, 8, 8, 16), 16, groups=2),
+        Problem((2, 8, 8, 16), 16, data_format="channels_first"),
+    ],
+    ids=str,
+)
+def test_sparse_refuses_what_it_does_not_serve(problem, isa):
+    data = normals(problem)
+    y, argmax = fused(problem, data, "relu", return_argmax=True)
+    for with_input_grad, direction in ((True, "dgrad"), (False, "wgrad")):
+        options = {"with_input_grad": with_input_grad, "algorithm": "sparse"}
+        with pytest.raises(ValueError, match=rf"serves this {direction}.*algorithm='sparse'"):
+            gradient(problem, data, y, y, argmax, "relu", **options)
+
+
+def test_choice_of_sparse_gradients(isa):
+    """Lists serve the article's second layer, not its first where one channel fills no vector.
+
+    A preferred algorithm comes before.
+    """
+
+    def gradients(problem, data, y, argmax, algorithm=None):
+        results = gradient(problem, data, y, y, argmax, "relu", algorithm=algorithm)
+        return [one.tobytes() for one in results]
+
+    for problem, sparse in ((LARGE[1], True), (LARGE[0], isa == "scalar")):
+        data = normals(problem)
+        y, argmax = fused(problem, data, "relu", return_argmax=True)
+        named = gradients(problem, data, y, argmax, "sparse")
+        assert (gradients(problem, data, y, argmax) == named) == sparse
+        with running_on(algorithm="direct"):
+            assert gradients(problem, data, y, argmax) != named
+
+
+def test_sparse_filter_gradient_beside_another_input_gradient(isa):
+    """Many channels: Winograd's dgrad and the listed wgrad."""
+    problem = Problem((8, 34, 32, 128), 128, padding="same")
+    data = normals(problem)
+    y, argmax = fused(problem, data, "relu", return_argmax=True)
+    dx, dw, dbias = gradient(problem, data, y, y, argmax, "relu")
+    right = gradient(problem, data, y, y, argmax, "relu", algorithm="sparse")
+    for one, other in zip((dx, dw, dbias), right, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * abs(other).max())
+
+
 @over([*PROBLEMS, *LARGE])
 def test_beside_the_two_operations(problem, isa, threads):
     """With the algorithms that the selector chooses, Winograd's roundings included."""
@@ -145,7 +250,7 @@ def test_parts_of_an_image(isa):
         assert np.mean(argmax == expected_argmax) > 0.999  # roundings may decide near ties
 
 
-@over(PROBLEMS[:8] + LARGE[:3])
+@over([*PROBLEMS[:8], *LARGE[:3], *SPARSE[1:5], Problem((37, 13, 13, 32), 64)])
 def test_thread_counts_agree_bit_for_bit(problem, isa):
     data = normals(problem)
     results = set()
@@ -154,7 +259,9 @@ def test_thread_counts_agree_bit_for_bit(problem, isa):
             y, argmax = fused(problem, data, "relu", return_argmax=True)
             gradients = gradient(problem, data, y, y, argmax, "relu")
             first_layer = gradient(problem, data, y, y, argmax, "relu", with_input_grad=False)[1:]
-            arrays = (y, argmax, *gradients, *first_layer)
+            arrays = [y, argmax, *gradients, *first_layer]
+            if problem in SPARSE:
+                arrays += gradient(problem, data, y, y, argmax, "relu", algorithm="sparse")
             results.add(tuple(array.tobytes() for array in arrays))
     assert len(results) == 1
 

@@ -476,7 +476,21 @@ void pool_bprop_of_floats(const Conv2dProblem& p, const float* x, const float* f
   const Pool2dProblem pool = pool_behind(p);
   const Conv2dProblem seen = seen_by_windows(p);
   const bool relu = p.activation == Activation::relu;
-  if (!dx && p.layout == Layout::nhwc) {
+  const bool nhwc = p.layout == Layout::nhwc;
+  using Use = cpu::PoolGradientUse;
+  const Use use = nhwc ? cpu::use_of_pool_gradient(seen, dx != nullptr, algorithm) : Use::none;
+  if (use != Use::none) {
+    kernels().pool_gradient.run(seen, {.x = x,
+                                       .filter = filter,
+                                       .dy = dy,
+                                       .y = relu ? y : nullptr,
+                                       .argmax = argmax,
+                                       .dx = use == Use::both ? dx : nullptr,
+                                       .dfilter = dfilter,
+                                       .dbias = dbias});
+    if (use == Use::both || !dx) return;
+  }
+  if (!dx && nhwc) {
     const cpu::Conv2dAlgorithm& chosen = cpu::choose(seen, Direction::wgrad, algorithm);
     if (chosen.fuses_pool(seen, Direction::wgrad)) {
       chosen.run(seen, Direction::wgrad,
@@ -495,6 +509,7 @@ void pool_bprop_of_floats(const Conv2dProblem& p, const float* x, const float* f
   Conv2dProblem linear = p;
   linear.activation = Activation::linear;
   if (dx) conv2d_dgrad(linear, dz.floats(), filter, nullptr, dx, algorithm);
+  if (use != Use::none) return;
   conv2d_wgrad(linear, x, dz.floats(), nullptr, dfilter, dbias, dx ? nullptr : algorithm);
 }
 

@@ -67,9 +67,30 @@ struct Conv2dAlgorithm {
   };
 };
 
+// The tensors of the gradients of a convolution with a 2 x 2 max-pooling behind it.
+struct PoolGradientOperands {
+  const float *x, *filter;
+  const float* dy;  // pooled
+  const float* y;   // pooled: dy counts where it is positive; null for everywhere
+  const std::uint8_t* argmax;
+  float* dx;  // may be null
+  float* dfilter;
+  float* dbias;  // may be null
+};
+
+// Both gradients at once, from the pooled one.
+struct PoolGradientKernel {
+  const char* name;
+  // The problem's output has even height and width.
+  bool (*serves)(const Conv2dProblem&);
+  double (*estimate)(const Conv2dProblem&, bool with_dx);  // Estimate::multiply_adds
+  void (*run)(const Conv2dProblem&, const PoolGradientOperands&);
+};
+
 struct Kernels {
   // In order of preference where estimates are equal.
   std::span<const Conv2dAlgorithm> conv2d;
+  PoolGradientKernel pool_gradient;
   // One pass over dy: dz = dy where y > 0 (dz and y null: no activation), and the bias gradient,
   // summed over pixels in a fixed order (dbias may be null).
   void (*activation_grad)(std::int64_t pixels, std::int64_t channels, const float* dy,
@@ -108,5 +129,12 @@ const Kernels& kernels(Isa isa);
 // InvalidArgument if the named one does not exist or does not serve the problem.
 const Conv2dAlgorithm& choose(const Conv2dProblem& problem, Direction direction,
                               const char* name = nullptr);
+
+// For the gradients of a convolution with a pooling behind it: whether pool_gradient takes less time than
+// the pooling's gradient and then the convolution's, for both or for the filter's alone, or is the one
+// named.
+enum class PoolGradientUse : std::uint8_t { none, wgrad, both };
+PoolGradientUse use_of_pool_gradient(const Conv2dProblem& problem, bool with_dx,
+                                     const char* name = nullptr);
 
 }  // namespace fastconv::cpu

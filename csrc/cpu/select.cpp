@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <array>
 #include <cstring>
 
@@ -99,6 +100,26 @@ const Conv2dAlgorithm& choose(const Conv2dProblem& problem, Direction direction,
                 serves ? preferred : &cheapest(table, problem, direction)};
   }
   return *decision.algorithm;
+}
+
+PoolGradientUse use_of_pool_gradient(const Conv2dProblem& problem, bool with_dx, const char* name) {
+  const PoolGradientKernel& kernel = kernels(current_isa()).pool_gradient;
+  if (!kernel.serves(problem)) return PoolGradientUse::none;
+  if (name) {
+    return std::strcmp(name, kernel.name) == 0 ? PoolGradientUse::both : PoolGradientUse::none;
+  }
+  if (preferred_algorithm() != "auto") return PoolGradientUse::none;
+  const auto of = [&](Direction direction) {
+    return choose(problem, direction).estimate(problem, direction).multiply_adds;
+  };
+  // The pooling's gradient writes the convolution's output, mostly zeros, and both read it.
+  constexpr double kFloat = 8;
+  const double unpooled = kFloat * static_cast<double>(problem.y_size());
+  const double wgrad = kernel.estimate(problem, false), dense_wgrad = of(Direction::wgrad);
+  if (!with_dx) return wgrad < dense_wgrad ? PoolGradientUse::wgrad : PoolGradientUse::none;
+  const double both = kernel.estimate(problem, true), dense_dgrad = of(Direction::dgrad) + unpooled;
+  if (both < dense_dgrad + std::min(wgrad, dense_wgrad)) return PoolGradientUse::both;
+  return wgrad < dense_wgrad ? PoolGradientUse::wgrad : PoolGradientUse::none;
 }
 
 }  // namespace fastconv::cpu

@@ -469,10 +469,19 @@ struct ConvPoolData {
   static int64_t size(const Conv2dProblem& p) { return pool_behind(p).y_size(); }
 };
 
+// Those of a convolution with a pooling behind it: gradients have one more.
+std::vector<std::string> pooled_algorithms(const Conv2dProblem& p, Direction direction) {
+  std::vector<std::string> names = algorithms(p, direction);
+  const bool sparse = p.layout == Layout::nhwc && p.groups == 1 && (p.s == 3 || p.s == 5) &&
+                      p.dilation_h == 1 && p.dilation_w == 1 && p.n > 0;
+  if (sparse && direction != Direction::fprop) names.push_back("sparse");
+  return names;
+}
+
 void run_conv_pool(const Conv2dProblem& p, ConvData& d, ConvPoolData& pooled, bool end,
                    const std::string& label) {
   for (Direction direction : {Direction::fprop, Direction::dgrad, Direction::wgrad}) {
-    for (const std::string& name : algorithms(p, direction)) {
+    for (const std::string& name : pooled_algorithms(p, direction)) {
       const char* algorithm = name.c_str();
       const std::string what =
           text(p) + " " + label + " " + name + " pooled " + direction_name(direction);

@@ -762,7 +762,10 @@ def conv2d_max_pool2d_grad(
     with_input_grad
         Whether to compute the gradient by ``x``, which the first layer of a network need not.
     algorithm
-        As for :func:`conv2d`, of the gradient by ``x``; without that, of the one by ``w``.
+        As for :func:`conv2d`, of the gradient by ``x``; without that, of the one by ``w``. Or
+        ``"sparse"``, of both: from lists of the one pixel in four that has a gradient (filters of
+        3 or 5 columns, channels last, neither dilation nor groups). Without a name, that is chosen
+        where it takes less time.
 
     Returns
     -------

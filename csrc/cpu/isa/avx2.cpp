@@ -9,6 +9,7 @@
 #include "cpu/grouped.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/pool.hpp"
+#include "cpu/pool_gradient.hpp"
 #include "cpu/small_channel.hpp"
 #include "cpu/winograd.hpp"
 
@@ -187,6 +188,7 @@ constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
 
 const Kernels kAvx2Kernels = {
     .conv2d = kConv2dAlgorithms,
+    .pool_gradient = PoolGradient<Avx2>::kKernel,
     .activation_grad = activation_grad<Avx2>,
     .widen = widen<Avx2>,
     .narrow = narrow<Avx2>,

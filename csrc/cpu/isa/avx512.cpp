@@ -10,6 +10,7 @@
 #include "cpu/grouped.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/pool.hpp"
+#include "cpu/pool_gradient.hpp"
 #include "cpu/small_channel.hpp"
 #include "cpu/winograd.hpp"
 
@@ -165,6 +166,7 @@ constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
 
 const Kernels kAvx512Kernels = {
     .conv2d = kConv2dAlgorithms,
+    .pool_gradient = PoolGradient<Avx512>::kKernel,
     .activation_grad = activation_grad<Avx512>,
     .widen = widen<Avx512>,
     .narrow = narrow<Avx512>,

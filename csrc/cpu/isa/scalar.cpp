@@ -8,6 +8,7 @@
 #include "cpu/grouped.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/pool.hpp"
+#include "cpu/pool_gradient.hpp"
 #include "cpu/small_channel.hpp"
 #include "cpu/winograd.hpp"
 
@@ -134,6 +135,7 @@ constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
 
 const Kernels kScalarKernels = {
     .conv2d = kConv2dAlgorithms,
+    .pool_gradient = PoolGradient<Scalar>::kKernel,
     .activation_grad = activation_grad<Scalar>,
     .widen = widen<Scalar>,
     .narrow = narrow<Scalar>,
