@@ -4,7 +4,7 @@
 
 All libraries write outputs of their own making; glibc is told to keep freed memory (mallopt), so
 that nobody pays for fresh pages. TensorFlow's gradient is timed as its plain op and, with oneDNN's
-rewrite of the graph, as what forward and gradient take together less what forward takes; so is ours
+rewrite of the graph, by the difference between graphs of several operations and of one; so is ours
 inside TensorFlow, whose ratios those of graphs are. torch gets channels_last tensors; it is left out where it is not installed. The last line of each shape
 tells the bandwidth of ours and of a copy of the same size.
 """
@@ -24,6 +24,7 @@ SHAPES = [  # x, window, stride, padding
     ((16, 112, 112, 64), 3, 2, 1),
     ((16, 112, 112, 64), 2, 2, 0),
 ]
+OPERATIONS = 9  # of a graph of several
 
 
 def keep_freed_memory():
@@ -73,21 +74,32 @@ def of_tensorflow(x, dy, window, stride, padding):
 
 
 def in_graphs(forward, x, dy, forward_in_training=None):
+    """Graphs of one operation and of several, forward and backward."""
     import tensorflow as tf
 
-    def both(x, dy):
-        with tf.GradientTape() as tape:
+    def some_values(results):
+        # As many of several as of one, so that none is left out and none is kept.
+        return [results[i % len(results)][0, 0, 0, i] for i in range(OPERATIONS)]
+
+    def forwards(xs):
+        return some_values([forward(x) for x in xs])
+
+    def gradients(x, dys):
+        with tf.GradientTape(persistent=True) as tape:
             tape.watch(x)
             y = (forward_in_training or forward)(x)
-        return y, tape.gradient(y, x, dy)
+        return some_values([tape.gradient(y, x, dy) for dy in dys])
 
-    in_graph, both_in_graph = (
-        tf.function(forward, autograph=False),
-        tf.function(both, autograph=False),
-    )
+    def compiled(function):
+        return tf.function(function, autograph=False)
+
+    forwards, gradients = compiled(forwards), compiled(gradients)
+    xs, dys = ([array * (1 + i) for i in range(OPERATIONS)] for array in (x, dy))
     return {
-        "forward, in a graph": lambda: in_graph(x),
-        "both, in a graph": lambda: both_in_graph(x, dy),
+        "forward, one": lambda: forwards(xs[:1]),
+        "forward, several": lambda: forwards(xs),
+        "backward, one": lambda: gradients(x, dys[:1]),
+        "backward, several": lambda: gradients(x, dys),
     }
 
 
@@ -224,9 +236,10 @@ def main(threads, seconds):
             functions |= {f"{library}: {name}": function for name, function in made.items()}
         found = medians(functions, seconds)
         for library in ("fastconv in TensorFlow", "TensorFlow"):
-            forward = found[f"{library}: forward, in a graph"]
-            both = found.pop(f"{library}: both, in a graph")
-            found[f"{library}: backward, in a graph"] = both - forward
+            for direction in ("forward", "backward"):
+                one = found.pop(f"{library}: {direction}, one")
+                several = found.pop(f"{library}: {direction}, several")
+                found[f"{library}: {direction}, in a graph"] = (several - one) / (OPERATIONS - 1)
         print(f"{shape}, {window} x {window}, stride {stride}, {threads} threads: microseconds")
         for name, microseconds in found.items():
             direction = "backward" if "backward" in name else "forward"

@@ -66,6 +66,8 @@ def normalize_padding(padding: Any) -> tuple[str, Sides]:
 
     The sides are those of an explicit padding; else they are 0.
     """
+    if type(padding) is str and padding in ("valid", "same"):
+        return padding, _NO_SIDES
     rule = "`padding` must be 'valid', 'same' or ((top, bottom), (left, right))"
     if isinstance(padding, str):
         kind = padding.lower()
@@ -126,6 +128,8 @@ def conv2d_options(
 
 
 def _choose(value: Any, name: str, choices: tuple[str, ...], also: str = "") -> str:
+    if type(value) is str and value in choices:
+        return value
     rule = f"`{name}` must be one of {also}{', '.join(map(repr, choices))}"
     if not isinstance(value, str):
         raise TypeError(f"{rule}. Received: {name}={shown(value)}")
@@ -150,6 +154,8 @@ def _as_integer(value: Any) -> int | None:
 
 def _as_integers(value: Any, name: str, rule: str, received: Any) -> list[int]:
     """The items of the sequence ``value``, which is ``received`` or a part of it."""
+    if type(value) is tuple and all([type(item) is int for item in value]):  # as nearly always
+        return [_fit(item, name, received) for item in value]
     items = [_as_integer(item) for item in value] if _is_sequence(value) else [None]
     integers = [item for item in items if item is not None]
     if len(integers) != len(items):
