@@ -85,6 +85,17 @@ def predict(name, side, batch):
     return lambda: model.predict_on_batch(images)
 
 
+def in_turns(make, calls):
+    """As interleaved(), in turns of several calls, where a call takes no longer than a thread waits."""
+    from train_step import compare, take_turns
+
+    runs = {side: make(side) for side in SIDES}
+    take_turns(runs, 1)  # to be traced
+    turns = take_turns(runs, calls)
+    medians = [1e3 * statistics.median(np.ravel(turns[side])) for side in SIDES]
+    return (*medians, *compare(turns["stock"], turns["fast"]))
+
+
 def interleaved(make, rounds):
     """Median milliseconds of each side, in turn, and quartiles of the ratio of each pair."""
     runs = {side: make(side) for side in SIDES}
@@ -252,7 +263,7 @@ def write(rounds):
         "",
         "TensorFlow's profiler tells how long each op ran; the tables sum them up by what they are for. Ops",
         "run beside one another and wait for cores, so their sum is no step's time. The times without",
-        "profiler are medians of calls of both sides in turn.",
+        "profiler are medians of calls of both sides in turn, of the article's network ten calls a turn.",
         "",
         (
             f"TensorFlow {tf.__version__} with oneDNN, Keras {keras.__version__}, "
@@ -269,13 +280,13 @@ def write(rounds):
     yield from table_of_ops(lambda side: training("article", side, 32), rounds)
     yield ""
     yield from COMPARED
-    yield compared("a step", interleaved(lambda side: training("article", side, 32), 3 * rounds))
+    yield compared("a step", in_turns(lambda side: training("article", side, 32), 3 * rounds))
     yield from ["", "## Its inference", ""]
     yield from COMPARED
     for batch in (1, 32, 256):
         click.echo(f"article, inference of {batch}", err=True)
         for what, way in (("`predict_on_batch`", predict), ("`tf.function`", compiled)):
-            measured = interleaved(
+            measured = in_turns(
                 lambda side, way=way, batch=batch: way("article", side, batch), 3 * rounds
             )
             yield compared(f"{what}, batch {batch}", measured)

@@ -6,7 +6,9 @@
 Times the compiled train function on one batch that stays in memory: no input pipeline and no
 progress bar, which are the same on both sides. XLA is off, the faster mode of the stock layers on a
 CPU; --jit turns it on for both sides, and --best takes either side in the faster of the two modes.
-Prints the median, the quartiles and the ratio of each pair of steps.
+The sides take turns of some calls, the first two untimed: in training, a step follows one of its own
+library, not one that left the other's data in the caches and the other's threads waiting for work.
+Prints the median, the quartiles and the ratio of each pair of turns.
 """
 
 import statistics
@@ -58,6 +60,32 @@ def stepper(model, data):
     return run
 
 
+TURN = 10  # calls, timed
+
+
+def take_turns(runs, calls):
+    """Seconds of each run's calls, in turns: {key: [turn: [call: seconds]]}."""
+    seconds = {key: [] for key in runs}
+    for _ in range(-(-calls // TURN)):
+        for key, run in runs.items():
+            turn = []
+            for i in range(-2, TURN):
+                start = time.perf_counter()
+                run()
+                if i >= 0:
+                    turn.append(time.perf_counter() - start)
+            seconds[key].append(turn)
+    return seconds
+
+
+def compare(stock, fast):
+    """Median and quartiles of the ratio of each pair of turns."""
+    pairs = zip(stock, fast, strict=True)
+    ratios = [statistics.median(one) / statistics.median(other) for one, other in pairs]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return median, low, high
+
+
 @click.command()
 @click.option("--steps", default=200, show_default=True, help="Timed calls of each side.")
 @click.option("--batch-size", default=32, show_default=True)
@@ -90,29 +118,26 @@ def main(steps, batch_size, steps_per_execution, jit, best):
     for _ in range(30):
         for run in runs.values():
             run()
-    timed = {key: [] for key in runs}
-    for _ in range(steps):
-        for key, run in runs.items():
-            start = time.perf_counter()
-            run()
-            timed[key].append((time.perf_counter() - start) / steps_per_execution)
+    turns = take_turns(runs, steps)
+    timed = {key: [second for turn in turns[key] for second in turn] for key in runs}
     chosen = {
         name: min(modes, key=lambda mode: statistics.median(timed[name, mode])) for name in sides
     }
-    seconds = {name: timed[name, chosen[name]] for name in sides}
 
     info = fastconv.info()
     print(
         f"TensorFlow {tf.__version__}, Keras {keras.__version__}, fastconv {info['version']} on "
         f"{info['isa']}, {info['num_threads']} threads, batch {batch_size}, steps_per_execution "
         f"{steps_per_execution}, jit {' / '.join('on' if chosen[name] else 'off' for name in sides)}"
-        f", {steps} interleaved calls a side"
+        f", turns of {TURN} calls"
     )
-    for name, values in seconds.items():
-        low, median, high = (1e3 * q for q in statistics.quantiles(values, n=4))
+    for name in sides:
+        values = timed[name, chosen[name]]
+        low, median, high = (
+            1e3 / steps_per_execution * q for q in statistics.quantiles(values, n=4)
+        )
         print(f"{name:>6}: median {median:6.3f} ms a step, quartiles {low:.3f} .. {high:.3f}")
-    ratios = [a / b for a, b in zip(seconds["stock"], seconds["fast"], strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4)
+    median, low, high = compare(*(turns[name, chosen[name]] for name in sides))
     print(f" ratio: median {median:.2f} (stock / fast), quartiles {low:.2f} .. {high:.2f}")
 
 
