@@ -49,7 +49,7 @@ SPARSE = [
     Problem((2, 15, 12, 18), 16, (2, 5)),
     Problem((2, 15, 12, 18), 16, (7, 3), padding="same"),  # several passes over the filter's rows
     Problem((2, 21, 19, 9), 11, (3, 3), (2, 1), ((2, 0), (1, 2))),
-    Problem((2, 23, 29, 40), 10, (4, 3), (3, 4), ((2, 3), (1, 2))),
+    Problem((2, 33, 19, 40), 10, (4, 3), (2, 2), ((2, 3), (1, 2))),
     Problem((1, 12, 12, 300), 270),  # groups of several tasks
 ]
 over = functools.partial(pytest.mark.parametrize, "problem", ids=str)
@@ -166,6 +166,7 @@ def test_sparse_gradients_of_what_relu_stops(isa):
         Problem((2, 8, 8, 16), 16, (1, 1)),
         Problem((2, 8, 8, 16), 16, dilation_rate=(1, 2)),
         Problem((2, 8, 8, 16), 16, groups=2),
+        Problem((2, 14, 8, 16), 16, strides=(3, 1)),
         Problem((2, 8, 8, 16), 16, data_format="channels_first"),
     ],
     ids=str,

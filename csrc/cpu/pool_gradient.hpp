@@ -114,10 +114,11 @@ SparseTileFunction sparse_tile_function(int64_t rows, int64_t columns, int64_t v
 
 template <class V>
 struct PoolGradient {
-  // `p` is as for the other algorithms: its output has even height and width.
+  // `p` is as for the other algorithms: its output has even height and width. With wider strides, the
+  // pixels under a block would fill no cache.
   static bool serves(const Conv2dProblem& p) {
     return p.groups == 1 && (p.s == 3 || p.s == 5) && p.dilation_h == 1 && p.dilation_w == 1 &&
-           p.y_size() > 0;
+           p.stride_h <= 2 && p.stride_w <= 2 && p.y_size() > 0;
   }
 
   // See Estimate::multiply_adds.
@@ -130,9 +131,14 @@ struct PoolGradient {
     const double lines = static_cast<double>(p.r * p.s) * static_cast<double>(plan.vectors);
     // Measured cycles, of a line: half of one would be two multiply-adds, or one a store.
     constexpr double kWgrad = 0.8, kDgrad = 1.5, kListed = 6;
-    const double cycles = entries * lines * (kWgrad + (with_dx ? kDgrad : 0.0)) +
-                          entries * static_cast<double>(plan.group_tasks) * kListed +
-                          static_cast<double>(plan.parts * p.k) * lines;
+    // Of a vector of the input, copied, and of its gradient, cleared and added.
+    constexpr double kCopied = 3, kAdded = 5;
+    const double pixels = 4 * windows * static_cast<double>(p.stride_h * p.stride_w);
+    const double cycles =
+        entries * lines * (kWgrad + (with_dx ? kDgrad : 0.0)) +
+        entries * static_cast<double>(plan.group_tasks) * kListed +
+        static_cast<double>(plan.parts * p.k) * lines +
+        pixels * static_cast<double>(plan.vectors) * (kCopied + (with_dx ? kAdded : 0.0));
     // Where images are few, many threads would find nothing to do.
     constexpr int64_t kFewTasks = 4;
     const double idle = static_cast<double>(max64(1, ceil_div(kFewTasks, max64(1, plan.tasks()))));

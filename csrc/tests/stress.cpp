@@ -473,7 +473,8 @@ struct ConvPoolData {
 std::vector<std::string> pooled_algorithms(const Conv2dProblem& p, Direction direction) {
   std::vector<std::string> names = algorithms(p, direction);
   const bool sparse = p.layout == Layout::nhwc && p.groups == 1 && (p.s == 3 || p.s == 5) &&
-                      p.dilation_h == 1 && p.dilation_w == 1 && p.n > 0;
+                      p.dilation_h == 1 && p.dilation_w == 1 && p.stride_h <= 2 &&
+                      p.stride_w <= 2 && p.n > 0;
   if (sparse && direction != Direction::fprop) names.push_back("sparse");
   return names;
 }

@@ -154,7 +154,7 @@ def _as_integer(value: Any) -> int | None:
 
 def _as_integers(value: Any, name: str, rule: str, received: Any) -> list[int]:
     """The items of the sequence ``value``, which is ``received`` or a part of it."""
-    if type(value) is tuple and all([type(item) is int for item in value]):  # as nearly always
+    if type(value) is tuple and set(map(type, value)) == {int}:  # as nearly always
         return [_fit(item, name, received) for item in value]
     items = [_as_integer(item) for item in value] if _is_sequence(value) else [None]
     integers = [item for item in items if item is not None]

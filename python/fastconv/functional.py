@@ -764,8 +764,8 @@ def conv2d_max_pool2d_grad(
     algorithm
         As for :func:`conv2d`, of the gradient by ``x``; without that, of the one by ``w``. Or
         ``"sparse"``, of both: from lists of the one pixel in four that has a gradient (filters of
-        3 or 5 columns, channels last, neither dilation nor groups). Without a name, that is chosen
-        where it takes less time.
+        3 or 5 columns, strides of 1 or 2, channels last, neither dilation nor groups). Without a
+        name, that is chosen where it takes less time.
 
     Returns
     -------

@@ -34,6 +34,9 @@ ends with, for example
 {repeat}
 ```
 
+Kernels alone are on this page. A training step of a network op by op, its inference and its peak memory are in
+`docs/profile.md`, written by `bench/profile_step.py`.
+
 ## Conditions
 
 {conditions}
