@@ -104,34 +104,21 @@ def test_exact(problem, activation, isa, threads):
         np.testing.assert_array_equal(fused(problem, data, activation, **options), expected)
 
 
-@over(PROBLEMS)
+@pytest.mark.parametrize(
+    ("problem", "algorithm"),
+    [(problem, "direct") for problem in PROBLEMS] + [(problem, "sparse") for problem in SPARSE],
+    ids=str,
+)
 @pytest.mark.parametrize("activation", ["linear", "relu"])
 @pytest.mark.parametrize("with_input_grad", [True, False], ids=["dx", "no dx"])
-def test_exact_gradients(problem, activation, with_input_grad, isa, threads):
+def test_exact_gradients(problem, algorithm, activation, with_input_grad, isa, threads):
     data = integers(problem)
     _, output, argmax = apart(problem, data, activation)
     dy = problem.seed().integers(-3, 4, output.shape).astype(np.float32)
-    options = {"with_input_grad": with_input_grad, "algorithm": "direct"}
-    actual = gradient(problem, data, dy, output, argmax, activation, **options)
+    arguments = (problem, data, dy, output, argmax, activation)
+    actual = gradient(*arguments, with_input_grad=with_input_grad, algorithm=algorithm)
     with by_reference():
-        expected = gradient(problem, data, dy, output, argmax, activation, **options)
-    assert (actual[0] is None) == (not with_input_grad)
-    for one, other in zip(actual, expected, strict=True):
-        if other is not None:
-            np.testing.assert_array_equal(one, other)
-
-
-@over(SPARSE)
-@pytest.mark.parametrize("activation", ["linear", "relu"])
-@pytest.mark.parametrize("with_input_grad", [True, False], ids=["dx", "no dx"])
-def test_exact_sparse_gradients(problem, activation, with_input_grad, isa, threads):
-    data = integers(problem)
-    _, output, argmax = apart(problem, data, activation)
-    dy = problem.seed().integers(-3, 4, output.shape).astype(np.float32)
-    options = {"with_input_grad": with_input_grad}
-    actual = gradient(problem, data, dy, output, argmax, activation, algorithm="sparse", **options)
-    with by_reference():
-        expected = gradient(problem, data, dy, output, argmax, activation, **options)
+        expected = gradient(*arguments, with_input_grad=with_input_grad)
     assert (actual[0] is None) == (not with_input_grad)
     for one, other in zip(actual, expected, strict=True):
         if other is not None:

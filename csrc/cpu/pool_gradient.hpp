@@ -361,6 +361,13 @@ struct PoolGradient {
         : first(of_vectors.begin * V::kWidth), vectors(of_vectors.size()),
           columns(static_cast<int>(min64(p.c - first, lanes()) - (lanes() - V::kWidth))) {}
     int64_t lanes() const { return vectors * V::kWidth; }
+    // Calls body(lane) for the first of each vector, body(lane, tail) for that of the last.
+    template <class Body>
+    void for_each_vector(const Body& body) const {
+      const int64_t last = lanes() - V::kWidth;
+      for (int64_t lane = 0; lane < last; lane += V::kWidth) body(lane);
+      body(last, V::tail(columns));
+    }
   };
 
   template <bool Wgrad>
@@ -398,32 +405,25 @@ struct PoolGradient {
   // Spare lanes of the last vector get zeros.
   static void copy_in(const Conv2dProblem& p, const Block& block, const Channels& channels,
                       const float* x, float* buffer) {
-    const auto tail = V::tail(channels.columns);
-    const int64_t last = channels.lanes() - V::kWidth;
     for_each_pixel(
         p, block, channels,
         [&](int64_t from, int64_t to) {
-          for (int64_t c = 0; c < last; c += V::kWidth) {
-            V::store(buffer + to + c, V::load(x + from + c));
-          }
-          V::store(buffer + to + last, V::load(x + from + last, tail));
+          channels.for_each_vector([&](int64_t lane, const auto&... tail) {
+            V::store(buffer + to + lane, V::load(x + from + lane, tail...));
+          });
         },
         [&](int64_t to) { clear(buffer + to, channels.lanes()); });
   }
 
   static void add_out(const Conv2dProblem& p, const Block& block, const Channels& channels,
                       const float* buffer, float* dx) {
-    const auto tail = V::tail(channels.columns);
-    const int64_t last = channels.lanes() - V::kWidth;
     for_each_pixel(
         p, block, channels,
         [&](int64_t to, int64_t from) {
-          float* const out = dx + to;
-          for (int64_t c = 0; c < last; c += V::kWidth) {
-            V::store(out + c, V::add(V::load(out + c), V::load(buffer + from + c)));
-          }
-          V::store(out + last, V::add(V::load(out + last, tail), V::load(buffer + from + last)),
-                   tail);
+          channels.for_each_vector([&](int64_t lane, const auto&... tail) {
+            float* const out = dx + to + lane;
+            V::store(out, V::add(V::load(out, tail...), V::load(buffer + from + lane)), tail...);
+          });
         },
         [](int64_t) {});
   }
@@ -431,12 +431,10 @@ struct PoolGradient {
   // A group's channels.
   static void clear_images(const Conv2dProblem& p, const Range& images, const Channels& channels,
                            float* dx) {
-    const auto tail = V::tail(channels.columns);
-    const int64_t last = channels.lanes() - V::kWidth;
     for (int64_t pixel = images.begin * p.h * p.w; pixel < images.end * p.h * p.w; ++pixel) {
       float* const out = dx + pixel * p.c + channels.first;
-      for (int64_t c = 0; c < last; c += V::kWidth) V::store(out + c, V::zero());
-      V::store(out + last, V::zero(), tail);
+      channels.for_each_vector(
+          [&](int64_t lane, const auto&... tail) { V::store(out + lane, V::zero(), tail...); });
     }
   }
 
