@@ -791,8 +791,8 @@ struct DepthwiseConvolution {
       }
       t.out_row = p.ow * p.c;
       t.out_column = p.c;
-      const int64_t end = p.n * row_tiles * (part + 1) / parts;
-      for (int64_t line = p.n * row_tiles * part / parts; line < end; ++line) {
+      const Span lines = part_of(p.n * row_tiles, parts, part);
+      for (int64_t line = lines.begin; line < lines.end; ++line) {
         const int64_t n = line / row_tiles, tile = line % row_tiles;
         for_each_tile(n, tile, tile + 1, x, nullptr, first, t, [&](int64_t row, int64_t column) {
           const int64_t at = ((n * p.oh + row) * p.ow + column) * p.c + first;

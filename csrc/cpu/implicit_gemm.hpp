@@ -35,6 +35,17 @@ constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Items begin .. end - 1 of whatever.
+struct Span {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// Of `count` items, cut into `parts` of like sizes.
+constexpr Span part_of(int64_t count, int64_t parts, int64_t part) {
+  return {count * part / parts, count * (part + 1) / parts};
+}
+
 // The largest value that an activation leaves.
 constexpr float ceiling_of(Activation activation) {
   return activation == Activation::relu6 ? 6.0f : std::numeric_limits<float>::infinity();
@@ -822,8 +833,9 @@ struct TapConvolutionRunner {
       const int64_t all_groups = g.groups * panel_groups;
       const int64_t block = by_chunks ? task / all_groups : task % blocks;
       const int64_t group = by_chunks ? task % all_groups : task / blocks;
-      part.tile = tiles() * block / blocks;
-      part.tile_end = tiles() * (block + 1) / blocks;
+      const Span own_tiles = part_of(tiles(), blocks, block);
+      part.tile = own_tiles.begin;
+      part.tile_end = own_tiles.end;
       part.panel = group % panel_groups * panels_a_group;
       part.panel_end = min64(panels.panels, part.panel + panels_a_group);
       part.group = group / panel_groups;

@@ -262,9 +262,8 @@ class Int8Convolution {
       return;
     }
     parallel_for(p_.n * parts, [&](int64_t task) {
-      const int64_t size = p_.h * p_.w * p_.c, part = task % parts;
-      const int64_t begin = size * part / parts, end = size * (part + 1) / parts;
-      maxima[task] = D::abs_max_bits(image(task / parts) + begin, end - begin);
+      const Span part = part_of(p_.h * p_.w * p_.c, parts, task % parts);
+      maxima[task] = D::abs_max_bits(image(task / parts) + part.begin, part.size());
     });
     const int64_t bands = min64(parts, p_.h);
     parallel_for(p_.n * bands, [&](int64_t task) {

@@ -753,9 +753,9 @@ struct LaneWgrad {
       }
       // A few rows at a time under each column of tiles: their source rows meet again in the
       // first-level cache, the neighbouring column of tiles in the second.
-      const int64_t part_end = lines * (part + 1) / parts;
-      for (int64_t begin = lines * part / parts; begin < part_end; begin += plan.rows) {
-        const int64_t end = min64(part_end, begin + plan.rows);
+      const Span own_lines = part_of(lines, parts, part);
+      for (int64_t begin = own_lines.begin; begin < own_lines.end; begin += plan.rows) {
+        const int64_t end = min64(own_lines.end, begin + plan.rows);
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t j = g.out_w * tile / tiles, j_end = g.out_w * (tile + 1) / tiles;
           for (int64_t line = begin; line < end; ++line) {

@@ -18,12 +18,6 @@
 namespace fastconv::cpu {
 namespace {
 
-// Input positions or window taps begin .. end - 1.
-struct Span {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
 // The taps of a window at `origin` (negative: in the padding) that meet an input of `extent`.
 inline Span taps_inside(int64_t origin, int64_t window, int64_t extent) {
   return {max64(0, -origin), min64(window, extent - origin)};
@@ -593,8 +587,8 @@ void pool_fprop_nhwc(const Pool2dProblem& p, const float* x, const Policy& polic
   parallel_for(tasks.count(), [&](int64_t task) {
     tasks.run(task, [&](int64_t row, int64_t part) {
       const int64_t n = row / p.oh;
-      const Span channels{vectors * part / tasks.parts * V::kWidth,
-                          min64(p.c, vectors * (part + 1) / tasks.parts * V::kWidth)};
+      const Span own = part_of(vectors, tasks.parts, part);
+      const Span channels{own.begin * V::kWidth, min64(p.c, own.end * V::kWidth)};
       pool_row<V, Policy, R, S>(p, row % p.oh, x, {n * p.h * p.w * p.c, p.w * p.c, p.c},
                                 {n * p.oh * p.ow * p.c, p.ow * p.c, p.c}, channels, policy);
     });

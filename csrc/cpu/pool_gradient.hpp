@@ -17,6 +17,7 @@
 #include "cpu/implicit_gemm.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/transpose.hpp"
+#include "cpu/wgrad.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -162,26 +163,13 @@ struct PoolGradient {
                bias_sums + part * p.k, scratch + worker * plan.worker_floats);
     });
     unpack(p, plan, sums, t.dfilter);
-    if (!t.dbias) return;
-    for (int64_t k = 0; k < p.k; ++k) {
-      float sum = bias_sums[k];
-      for (int64_t part = 1; part < plan.parts; ++part) sum += bias_sums[part * p.k + k];
-      t.dbias[k] = sum;
-    }
+    if (t.dbias) add_parts<V>(bias_sums, plan.parts, p.k, t.dbias);
   }
 
   static constexpr PoolGradientKernel kKernel{
       .name = "sparse", .serves = serves, .estimate = estimate, .run = run};
 
  private:
-  // Items begin .. end - 1 of `count`, cut into `parts` of like sizes.
-  struct Range {
-    int64_t begin, end;
-    Range(int64_t count, int64_t parts, int64_t part)
-        : begin(count * part / parts), end(count * (part + 1) / parts) {}
-    int64_t size() const { return end - begin; }
-  };
-
   struct Plan {
     int64_t taps;
     int64_t windows_h, windows_w;  // of an image
@@ -237,7 +225,7 @@ struct PoolGradient {
 
     int64_t tasks() const { return parts * group_tasks; }
     int64_t bias_floats() const { return round_up(parts * output_channels, 16); }
-    Range vectors_of(int64_t group) const { return {vectors, groups, group}; }
+    Span vectors_of(int64_t group) const { return part_of(vectors, groups, group); }
     // Where a group's filters begin.
     int64_t filter_at(int64_t group) const {
       return vectors_of(group).begin * V::kWidth * taps * output_channels;
@@ -246,13 +234,13 @@ struct PoolGradient {
 
   // A block of windows: those of a few images, or some of one.
   struct Block {
-    Range images, down, across;
+    Span images, down, across;
     int64_t top, left;  // the input's pixel at the buffer's corner; negative in the padding
     int64_t rows, columns;
 
-    Block(const Conv2dProblem& p, const Plan& plan, const Range& of_images, int64_t i, int64_t j)
-        : images(of_images), down(plan.windows_h, plan.blocks_h, i),
-          across(plan.windows_w, plan.blocks_w, j), top(2 * down.begin * p.stride_h - p.pad_top),
+    Block(const Conv2dProblem& p, const Plan& plan, const Span& of_images, int64_t i, int64_t j)
+        : images(of_images), down(part_of(plan.windows_h, plan.blocks_h, i)),
+          across(part_of(plan.windows_w, plan.blocks_w, j)), top(2 * down.begin * p.stride_h - p.pad_top),
           left(2 * across.begin * p.stride_w - p.pad_left),
           rows((2 * down.size() - 1) * p.stride_h + p.r),
           columns((2 * across.size() - 1) * p.stride_w + p.s) {}
@@ -270,8 +258,8 @@ struct PoolGradient {
         reinterpret_cast<Nonzero*>(values - plan.channel_floats - plan.lists_floats);
     if (group_task > 0) bias_sums = nullptr;
     if (bias_sums) clear(bias_sums, p.k);
-    const Range groups(plan.groups, plan.group_tasks, group_task);
-    const Range images(p.n, plan.parts, part);
+    const Span groups = part_of(plan.groups, plan.group_tasks, group_task);
+    const Span images = part_of(p.n, plan.parts, part);
     const int64_t chunks = ceil_div(images.size(), plan.images);
 
     SparseTile t{};
@@ -281,7 +269,7 @@ struct PoolGradient {
     t.capacity = plan.capacity;
     t.first = true;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      Range some(images.size(), chunks, chunk);
+      Span some = part_of(images.size(), chunks, chunk);
       some.begin += images.begin;
       some.end += images.begin;
       for (int64_t i = 0; i < plan.blocks_h; ++i)
@@ -357,7 +345,7 @@ struct PoolGradient {
     int64_t first, vectors;
     int columns;  // of the last vector
 
-    Channels(const Conv2dProblem& p, const Range& of_vectors)
+    Channels(const Conv2dProblem& p, const Span& of_vectors)
         : first(of_vectors.begin * V::kWidth), vectors(of_vectors.size()),
           columns(static_cast<int>(min64(p.c - first, lanes()) - (lanes() - V::kWidth))) {}
     int64_t lanes() const { return vectors * V::kWidth; }
@@ -377,7 +365,7 @@ struct PoolGradient {
     float* const buffer = t.buffer;
     float* const filter = t.filter;
     for (int64_t pass = 0; pass < plan.passes; ++pass) {
-      const Range rows(p.r, plan.passes, pass);
+      const Span rows = part_of(p.r, plan.passes, pass);
       t.buffer = buffer + rows.begin * t.row_floats;
       t.filter = filter + rows.begin * p.s * channels.lanes();
       sparse_tile_function<V, Wgrad>(rows.size(), p.s, channels.vectors)(t);
@@ -429,7 +417,7 @@ struct PoolGradient {
   }
 
   // A group's channels.
-  static void clear_images(const Conv2dProblem& p, const Range& images, const Channels& channels,
+  static void clear_images(const Conv2dProblem& p, const Span& images, const Channels& channels,
                            float* dx) {
     for (int64_t pixel = images.begin * p.h * p.w; pixel < images.end * p.h * p.w; ++pixel) {
       float* const out = dx + pixel * p.c + channels.first;
@@ -479,7 +467,7 @@ struct PoolGradient {
     return group;
   }
   static int64_t filter_at(const Plan& plan, int64_t group, int64_t tap, int64_t vector) {
-    const Range vectors = plan.vectors_of(group);
+    const Span vectors = plan.vectors_of(group);
     return plan.filter_at(group) + (tap * vectors.size() + vector - vectors.begin) * V::kWidth;
   }
 

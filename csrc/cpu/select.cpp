@@ -41,22 +41,61 @@ const Conv2dAlgorithm& cheapest(const Kernels& kernels, const Conv2dProblem& p,
   return *best;
 }
 
-// Training asks for the same few problems again and again; a decision costs more than a look-up.
-struct Decision {
-  Conv2dProblem problem;
-  Direction direction{};
-  Isa isa{};
-  std::uint64_t settings = 0;
-  const Conv2dAlgorithm* algorithm = nullptr;
+// Training asks for the same few problems again and again; a decision costs more than a look-up. A
+// table of the latest decisions, each thread's own, of one kind: `Wanted` is what is asked of a problem.
+template <class Wanted, class Decision>
+class Decisions {
+ public:
+  // decide(), or what it said before of the same problem under the same settings.
+  template <class Decide>
+  Decision of(const Conv2dProblem& problem, Wanted wanted, const Decide& decide) {
+    const Question question{problem, wanted, current_isa(), selection_settings()};
+    Entry& entry = entries_[slot_of(problem, wanted)];
+    if (!entry.known || !(entry.question == question)) entry = {true, question, decide()};
+    return entry.decision;
+  }
+
+ private:
+  struct Question {
+    Conv2dProblem problem;
+    Wanted wanted{};
+    Isa isa{};
+    std::uint64_t settings = 0;
+    bool operator==(const Question&) const = default;
+  };
+  struct Entry {
+    bool known = false;
+    Question question;
+    Decision decision{};
+  };
+
+  static std::size_t slot_of(const Conv2dProblem& p, Wanted wanted) {
+    std::uint64_t hash = static_cast<std::uint64_t>(wanted);
+    for (std::int64_t value :
+         {p.n, p.h, p.w, p.c, p.k, p.r, p.s, p.stride_h, p.pad_top, p.groups}) {
+      hash = (hash ^ static_cast<std::uint64_t>(value)) * 0x9E3779B97F4A7C15u;
+      hash ^= hash >> 29;
+    }
+    return hash % kSlots;
+  }
+
+  static constexpr std::size_t kSlots = 64;
+  std::array<Entry, kSlots> entries_;
 };
 
-std::size_t slot_of(const Conv2dProblem& p, Direction direction, std::size_t slots) {
-  std::uint64_t hash = static_cast<std::uint64_t>(direction);
-  for (std::int64_t value : {p.n, p.h, p.w, p.c, p.k, p.r, p.s, p.stride_h, p.pad_top, p.groups}) {
-    hash = (hash ^ static_cast<std::uint64_t>(value)) * 0x9E3779B97F4A7C15u;
-    hash ^= hash >> 29;
-  }
-  return hash % slots;
+PoolGradientUse cheapest_pool_gradient(const PoolGradientKernel& kernel,
+                                       const Conv2dProblem& problem, bool with_dx) {
+  const auto of = [&](Direction direction) {
+    return choose(problem, direction).estimate(problem, direction).multiply_adds;
+  };
+  // The pooling's gradient writes the convolution's output, mostly zeros, and both read it.
+  constexpr double kFloat = 8;
+  const double unpooled = kFloat * static_cast<double>(problem.y_size());
+  const double wgrad = kernel.estimate(problem, false), dense_wgrad = of(Direction::wgrad);
+  if (!with_dx) return wgrad < dense_wgrad ? PoolGradientUse::wgrad : PoolGradientUse::none;
+  const double both = kernel.estimate(problem, true), dense_dgrad = of(Direction::dgrad) + unpooled;
+  if (both < dense_dgrad + std::min(wgrad, dense_wgrad)) return PoolGradientUse::both;
+  return wgrad < dense_wgrad ? PoolGradientUse::wgrad : PoolGradientUse::none;
 }
 
 }  // namespace
@@ -71,8 +110,7 @@ const Kernels& kernels(Isa isa) {
 }
 
 const Conv2dAlgorithm& choose(const Conv2dProblem& problem, Direction direction, const char* name) {
-  const Isa isa = current_isa();
-  const Kernels& table = kernels(isa);
+  const Kernels& table = kernels(current_isa());
   if (name) {
     const Conv2dAlgorithm* named = find(table, name);
     if (!named || !named->serves(problem, direction)) {
@@ -88,18 +126,12 @@ const Conv2dAlgorithm& choose(const Conv2dProblem& problem, Direction direction,
     return *named;
   }
 
-  constexpr std::size_t kSlots = 64;
-  thread_local std::array<Decision, kSlots> decisions;
-  Decision& decision = decisions[slot_of(problem, direction, kSlots)];
-  const std::uint64_t settings = selection_settings();
-  if (!decision.algorithm || decision.settings != settings || decision.isa != isa ||
-      decision.direction != direction || !(decision.problem == problem)) {
+  thread_local Decisions<Direction, const Conv2dAlgorithm*> decisions;
+  return *decisions.of(problem, direction, [&] {
     const Conv2dAlgorithm* preferred = find(table, preferred_algorithm());
     const bool serves = preferred && preferred->serves(problem, direction);
-    decision = {problem, direction, isa, settings,
-                serves ? preferred : &cheapest(table, problem, direction)};
-  }
-  return *decision.algorithm;
+    return serves ? preferred : &cheapest(table, problem, direction);
+  });
 }
 
 PoolGradientUse use_of_pool_gradient(const Conv2dProblem& problem, bool with_dx, const char* name) {
@@ -108,18 +140,11 @@ PoolGradientUse use_of_pool_gradient(const Conv2dProblem& problem, bool with_dx,
   if (name) {
     return std::strcmp(name, kernel.name) == 0 ? PoolGradientUse::both : PoolGradientUse::none;
   }
-  if (preferred_algorithm() != "auto") return PoolGradientUse::none;
-  const auto of = [&](Direction direction) {
-    return choose(problem, direction).estimate(problem, direction).multiply_adds;
-  };
-  // The pooling's gradient writes the convolution's output, mostly zeros, and both read it.
-  constexpr double kFloat = 8;
-  const double unpooled = kFloat * static_cast<double>(problem.y_size());
-  const double wgrad = kernel.estimate(problem, false), dense_wgrad = of(Direction::wgrad);
-  if (!with_dx) return wgrad < dense_wgrad ? PoolGradientUse::wgrad : PoolGradientUse::none;
-  const double both = kernel.estimate(problem, true), dense_dgrad = of(Direction::dgrad) + unpooled;
-  if (both < dense_dgrad + std::min(wgrad, dense_wgrad)) return PoolGradientUse::both;
-  return wgrad < dense_wgrad ? PoolGradientUse::wgrad : PoolGradientUse::none;
+  thread_local Decisions<bool, PoolGradientUse> decisions;
+  return decisions.of(problem, with_dx, [&] {
+    if (preferred_algorithm() != "auto") return PoolGradientUse::none;
+    return cheapest_pool_gradient(kernel, problem, with_dx);
+  });
 }
 
 }  // namespace fastconv::cpu

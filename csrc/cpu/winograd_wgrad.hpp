@@ -230,7 +230,6 @@ struct WinogradWgrad {
           own ? workers * worker_floats() : worker_floats() + (workers - 1) * product_floats;
       return 4 * (zeros_floats + sums_floats + bias_sums_floats + scratch);
     }
-    int64_t first_of_part(int64_t part) const { return tiles * part / parts; }
     int vectors_of(int64_t panel) const {
       return static_cast<int>(min64(panel_vectors, vectors - panel * panel_vectors));
     }
@@ -278,16 +277,16 @@ struct WinogradWgrad {
                        const Memory& memory) {
     parallel_for(plan.slots, plan.workers, [&](int64_t slot, int worker) {
       const Buffers buffers(plan, memory.zeros, memory.scratch + worker * plan.worker_floats());
-      const int64_t first = plan.parts * slot / plan.slots;
-      for (int64_t part = first; part < plan.parts * (slot + 1) / plan.slots; ++part) {
-        const int64_t begin = plan.first_of_part(part);
-        const int64_t tiles = plan.first_of_part(part + 1) - begin;
+      const Span parts = part_of(plan.parts, plan.slots, slot);
+      for (int64_t part = parts.begin; part < parts.end; ++part) {
+        const Span of_part = part_of(plan.tiles, plan.parts, part);
+        const int64_t tiles = of_part.size();
         for (int64_t tile = 0; tile < tiles; ++tile) {
-          transform_tile(p, plan, t, begin + tile, tile, buffers);
+          transform_tile(p, plan, t, of_part.begin + tile, tile, buffers);
         }
         for (int64_t panel = 0; panel < plan.panels; ++panel)
           for (int64_t group = 0; group < plan.c_groups; ++group) {
-            multiply_and_add(p, plan, panel, group, tiles, buffers, part > first,
+            multiply_and_add(p, plan, panel, group, tiles, buffers, part > parts.begin,
                              memory.sums + slot * p.filter_size(),
                              t.dbias ? memory.bias_sums + slot * p.k : nullptr);
           }
@@ -299,11 +298,11 @@ struct WinogradWgrad {
                        const Memory& memory) {
     const Buffers shared(plan, memory.zeros, memory.scratch);
     for (int64_t part = 0; part < plan.parts; ++part) {
-      const int64_t begin = plan.first_of_part(part);
-      const int64_t tiles = plan.first_of_part(part + 1) - begin;
+      const Span of_part = part_of(plan.tiles, plan.parts, part);
+      const int64_t tiles = of_part.size();
       const int64_t tile_floats = kPoints * (plan.x_row + plan.vectors * V::kWidth);
       parallel_by_floats(tiles, tile_floats, [&](int64_t tile) {
-        transform_tile(p, plan, t, begin + tile, tile, shared);
+        transform_tile(p, plan, t, of_part.begin + tile, tile, shared);
       });
       parallel_for(plan.c_groups * plan.panels, plan.workers, [&](int64_t task, int worker) {
         Buffers buffers = shared;
