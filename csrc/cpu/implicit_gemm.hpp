@@ -796,9 +796,8 @@ struct TapConvolutionRunner {
     // Between chunks, sums go to y and come back.
     const int64_t chunks = g.vertical.count * g.horizontal.count * ceil_div(g.reduce, kChunkRows);
     const int64_t sums_cost = chunks > 1 ? 6 * pixels / kChunkRows : 0;
-    by_chunks = chunked_blocks * chunk_cost < whole_cost ||
-                (own_filters && filter_floats > 0 &&
-                 chunked_blocks * chunk_cost + sums_cost < whole_cost * threads);
+    const int64_t whole_costs = own_filters ? whole_cost * threads : whole_cost;
+    by_chunks = filter_floats > 0 && chunked_blocks * chunk_cost + sums_cost < whole_costs;
     own_filters = own_filters && !by_chunks;
 
     if (by_chunks) {
