@@ -422,28 +422,33 @@ void for_each_region(const TapConvolution& g, const Body& body) {
 
 // The filter as register tiles read it: panels of at most `Vectors` vectors of output channels, in each
 // [tap][source channel][output channel], spare lanes zero. Panels are as wide as one another, or one
-// vector narrower: the tiles of all have the same rows, and a tile's pixels go through all panels.
+// vector narrower: the tiles of all have the same rows, and a tile's pixels go through all panels. Narrow
+// ones are spread evenly, so that runs of like numbers of panels have like numbers of vectors.
 template <class V, int Vectors = V::kVectors>
 struct FilterPanels {
   const TapConvolution& g;
   int64_t panels, reduce, group_floats;  // reduce: the products of one sum
-  int64_t widest, wide;                  // vectors of a panel; so many panels have that many
+  int64_t widest;                        // vectors of a panel, at most
 
-  explicit FilterPanels(const TapConvolution& convolution)
+  // As few panels as there can be, or more so that `threads` share them evenly.
+  explicit FilterPanels(const TapConvolution& convolution, int64_t threads = 1)
       : g(convolution), reduce(g.vertical.count * g.horizontal.count * g.reduce) {
     const int64_t vectors = ceil_div(g.columns, V::kWidth);
     panels = ceil_div(vectors, Vectors);
+    const int64_t even = round_up(panels, threads);
+    constexpr int64_t kLeastVectors = 2;
+    if (even * kLeastVectors <= vectors) panels = even;
     widest = ceil_div(vectors, panels);
-    wide = vectors - panels * (widest - 1);
+    vectors_a_panel_ = ceil_div(vectors << kFraction, max64(panels, 1));
     group_floats = reduce * vectors * V::kWidth;
   }
 
   int64_t bytes() const { return ceil_div(g.groups * group_floats * 4, 64) * 64; }
-  int vectors_of(int64_t panel) const { return static_cast<int>(widest - (panel >= wide)); }
-  // The first channel of a panel; spare lanes count.
-  int64_t first_column(int64_t panel) const {
-    return (panel * (widest - 1) + min64(panel, wide)) * V::kWidth;
+  int vectors_of(int64_t panel) const {
+    return static_cast<int>(first_vector(panel + 1) - first_vector(panel));
   }
+  // The first channel of a panel; spare lanes count.
+  int64_t first_column(int64_t panel) const { return first_vector(panel) * V::kWidth; }
   // Channels in the last vector of a panel.
   int last_columns(int64_t panel) const {
     return static_cast<int>(min64(g.columns - first_column(panel + 1) + V::kWidth, V::kWidth));
@@ -505,6 +510,11 @@ struct FilterPanels {
   }
 
  private:
+  // part_of(vectors, panels, panel).begin, without a division a call.
+  int64_t first_vector(int64_t panel) const { return panel * vectors_a_panel_ >> kFraction; }
+  static constexpr int kFraction = 32;
+  int64_t vectors_a_panel_;  // times 2 to the power of kFraction, rounded up
+
   void copy_row(const float* in, const float* scale, int64_t panel, float* out) const {
     const int64_t last = int64_t{vectors_of(panel) - 1} * V::kWidth;
     const auto tail = V::tail(last_columns(panel));
@@ -749,10 +759,10 @@ struct TapConvolutionRunner {
   static constexpr int64_t kMostVectorsAChunk = 16;
 
   const TapConvolution g;
+  const int64_t pixels;
   const Panels panels;
   std::vector<TapRegion> regions;
   std::vector<int64_t> first_tile;  // of each region, and behind the last
-  int64_t pixels;
   int64_t blocks;                        // runs of tiles
   int64_t panel_groups, panels_a_group;  // runs of panels
   int64_t tasks;
@@ -762,8 +772,7 @@ struct TapConvolutionRunner {
   int workers;
 
   explicit TapConvolutionRunner(const TapConvolution& convolution)
-      : g(flattened(convolution)), panels(g) {
-    pixels = g.images * g.out_h * g.out_w;
+      : g(flattened(convolution)), pixels(g.images * g.out_h * g.out_w), panels(g, shares()) {
     if (pixels > 0) for_each_region(g, [&](const TapRegion& region) { regions.push_back(region); });
     first_tile.push_back(0);
     for (const TapRegion& region : regions) {
@@ -778,17 +787,15 @@ struct TapConvolutionRunner {
     const int64_t enough_tasks = tasks_for(pixels * panels.reduce * g.columns * g.groups);
     constexpr int64_t kMostPixelsAChunk = 512;
     const int64_t filter_floats = g.groups * panels.group_floats;
-    const bool large = filter_floats * 4 > kOwnFilterBytes;
+    const bool large = is_large();
     own_filters = threads > 1 && !large;
     const int64_t chunk_cost = packs_in_tiles() ? 2 : 5;
     const int64_t whole_cost = large ? 24 : 10;
-    // Threads that write to other panels of the same pixels disturb each other: what one writes, the
-    // other's hardware reads ahead. They have pixels of their own where these make up for the packing.
-    const int64_t least_pixels = packs_in_tiles() ? 96 : 48;
     int64_t chunked_blocks =
         min64(ceil_div(pixels, V::kRows), ceil_div(enough_tasks, g.groups * panels.panels));
-    if (!large && pixels >= threads * least_pixels) {
-      const bool two = packs_in_tiles() && pixels >= 2 * threads * least_pixels;
+    if (shares() > 1 && panels.panels % threads == 0) chunked_blocks = 1;
+    if (own_pixels()) {
+      const bool two = packs_in_tiles() && pixels >= 2 * threads * least_own_pixels();
       chunked_blocks = threads * (threads > 1 && two ? 2 : 1);
     }
     const int64_t many_blocks = round_up(ceil_div(pixels, kMostPixelsAChunk), threads);
@@ -835,8 +842,9 @@ struct TapConvolutionRunner {
       const Span own_tiles = part_of(tiles(), blocks, block);
       part.tile = own_tiles.begin;
       part.tile_end = own_tiles.end;
-      part.panel = group % panel_groups * panels_a_group;
-      part.panel_end = min64(panels.panels, part.panel + panels_a_group);
+      const Span own_panels = part_of(panels.panels, panel_groups, group % panel_groups);
+      part.panel = own_panels.begin;
+      part.panel_end = own_panels.end;
       part.group = group / panel_groups;
       float* const own = packed + (by_chunks || own_filters ? worker * (packed_bytes / 4) : 0);
       if (by_chunks) return work_by_chunks(tap_tiles, part, filter, scale, own, own_entries);
@@ -852,6 +860,21 @@ struct TapConvolutionRunner {
   }
 
  private:
+  bool is_large() const {
+    const int64_t vectors = ceil_div(g.columns, V::kWidth);
+    const int64_t rows = g.vertical.count * g.horizontal.count * g.reduce;
+    return g.groups * rows * vectors * V::kWidth * 4 > kOwnFilterBytes;
+  }
+  // Threads that write to other panels of the same pixels disturb each other: what one writes, the
+  // other's hardware reads ahead. They have pixels of their own where these make up for the packing.
+  int64_t least_own_pixels() const { return packs_in_tiles() ? 96 : 48; }
+  bool own_pixels() const { return !is_large() && pixels >= num_threads() * least_own_pixels(); }
+  // Threads that are to share the panels evenly, for pixels are too few to share.
+  int64_t shares() const {
+    constexpr int64_t kFewPixels = 256;
+    return g.groups > 1 || own_pixels() || pixels > kFewPixels ? 1 : num_threads();
+  }
+
   // What a task computes.
   struct Part {
     int64_t group, panel, panel_end, tile, tile_end;
@@ -865,6 +888,7 @@ struct TapConvolutionRunner {
     const int64_t spare = g.groups * panels.panels * blocks / enough_tasks;
     panels_a_group = max64(1, min64(spare, kMostVectorsAChunk / panels.widest));
     panel_groups = ceil_div(panels.panels, panels_a_group);
+    if (blocks == 1) panel_groups = min64(panels.panels, round_up(panel_groups, shares()));
     panels_a_group = ceil_div(panels.panels, panel_groups);
     packed_bytes = chunk_rows() * panels_a_group * panels.widest * V::kWidth * 4;
   }
