@@ -342,6 +342,11 @@ struct AxisTaps {
   // or beyond, and the first beyond it. From one i to the next, neither grows.
   void meeting(int64_t i, int64_t size, int64_t& begin, int64_t& end) const {
     const int64_t at = i * step + first;
+    if (at >= 0 && at + (count - 1) * stride < size) {  // most; divisions take long
+      begin = 0;
+      end = count;
+      return;
+    }
     if (count <= 1 || stride == 0) {
       begin = at >= 0 ? 0 : count;
       end = at < size ? count : 0;
