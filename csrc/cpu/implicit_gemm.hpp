@@ -46,6 +46,20 @@ constexpr Span part_of(int64_t count, int64_t parts, int64_t part) {
   return {count * part / parts, count * (part + 1) / parts};
 }
 
+// Items cut into tiles of like sizes, the larger ones first: a register tile's function is called for
+// many alike in a row.
+struct LikeTiles {
+  int64_t count, least, larger;  // the first `larger` tiles have one item more than `least`
+
+  LikeTiles() = default;
+  LikeTiles(int64_t items, int64_t tiles)
+      : count(tiles), least(items / tiles), larger(items % tiles) {}
+  int64_t begin(int64_t tile) const { return tile * least + min64(tile, larger); }
+  int64_t size(int64_t tile) const { return least + (tile < larger ? 1 : 0); }
+  // From this tile on, how many are as large as it.
+  int64_t alike(int64_t tile) const { return (tile < larger ? larger : count) - tile; }
+};
+
 // The largest value that an activation leaves.
 constexpr float ceiling_of(Activation activation) {
   return activation == Activation::relu6 ? 6.0f : std::numeric_limits<float>::infinity();
@@ -611,15 +625,13 @@ struct TapTiles {
     }
   }
 
-  // Walks a region's pixels tile by tile: tiles of like sizes, the larger ones first.
+  // Walks a region's pixels tile by tile.
   class Cursor {
    public:
     Cursor(const TapTiles& tiles, const TapRegion& region, int rows, int64_t tile)
-        : tiles_(tiles), region_(region), tile_(tile) {
-      const int64_t pixels = region.pixels(tiles.g.images), count = ceil_div(pixels, rows);
-      pixels_a_tile_ = pixels / count;
-      larger_tiles_ = pixels % count;
-      const int64_t begin = tile * pixels_a_tile_ + min64(tile, larger_tiles_);
+        : tiles_(tiles), region_(region), cut_(cut_of(region.pixels(tiles.g.images), rows)),
+          tile_(tile) {
+      const int64_t begin = cut_.begin(tile);
       const int64_t width = region.column_end - region.column;
       const int64_t height = region.row_end - region.row;
       n_ = begin / (width * height);
@@ -630,8 +642,7 @@ struct TapTiles {
     // Source and output addresses of the next tile's pixels; returns how many. `x` and `y` have room
     // for them. And how many like tiles follow one another evenly, `most` of them.
     int locate(TapTile& t, int64_t most, const float** x, float** y) {
-      const bool larger = tile_ < larger_tiles_;
-      const int64_t count = pixels_a_tile_ + (larger ? 1 : 0);
+      const int64_t count = cut_.size(tile_);
       if (left_ == 0) next_row();
       t.tiles = 1;
       if (count <= left_) {
@@ -639,10 +650,7 @@ struct TapTiles {
         t.y = y_;
         t.x_pixels = nullptr;
         t.y_pixels = nullptr;
-        if (most > 1) {
-          t.tiles = min64(most, left_ / count);
-          if (larger) t.tiles = min64(t.tiles, larger_tiles_ - tile_);
-        }
+        if (most > 1) t.tiles = min64(min64(most, left_ / count), cut_.alike(tile_));
         x_ += t.tiles * count * t.x_step;
         y_ += t.tiles * count * t.y_step;
         left_ -= t.tiles * count;
@@ -663,6 +671,9 @@ struct TapTiles {
     }
 
    private:
+    static LikeTiles cut_of(int64_t pixels, int64_t rows) {
+      return {pixels, ceil_div(pixels, rows)};
+    }
     void next_row() {
       if (++row_ == region_.row_end) {
         row_ = region_.row;
@@ -680,7 +691,7 @@ struct TapTiles {
 
     const TapTiles& tiles_;
     const TapRegion& region_;
-    int64_t pixels_a_tile_, larger_tiles_;
+    LikeTiles cut_;
     int64_t tile_, n_, row_, left_;  // left: pixels of the row
     const float* x_;
     float* y_;

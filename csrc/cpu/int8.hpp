@@ -403,10 +403,8 @@ class Int8Convolution {
   void multiply(int64_t group, int64_t panel, int64_t panel_end, int64_t tile, int64_t tile_end,
                 const Weight* filter) const {
     const int vectors = vectors_of(panel);
-    // Tiles of like sizes, the larger ones first.
-    const int64_t tiles = tiles_of(panel), pixels_a_tile = pixels_ / tiles;
-    const int64_t larger = pixels_ % tiles;
-    int64_t pixel = tile * pixels_a_tile + min64(tile, larger);
+    const LikeTiles tiles(pixels_, tiles_of(panel));
+    int64_t pixel = tiles.begin(tile);
     int64_t n = pixel / (p_.oh * p_.ow), row = pixel / p_.ow % p_.oh, column = pixel % p_.ow;
     Int8Tile<D> t{};
     t.y_step = p_.k;
@@ -417,7 +415,7 @@ class Int8Convolution {
     t.relu = p_.activation == Activation::relu;
     t.x_offset = group * p_.c_per_group();
     for (; tile < tile_end; ++tile) {
-      const int count = static_cast<int>(pixels_a_tile + (tile < larger));
+      const int count = static_cast<int>(tiles.size(tile));
       t.y = t_.y + pixel * p_.k;
       pixel += count;
       for (int i = 0; i < count; ++i) {

@@ -401,9 +401,9 @@ struct SmallChannel {
       // Pixels of a row, or windows of two rows.
       constexpr int64_t kUnit = Pooled ? 2 : 1;
       const int64_t columns = p.ow / kUnit;
-      const int64_t tiles = ceil_div(
-          columns, Pooled ? kPooledPixels<V> : strided_rows<V>(static_cast<int>(panels.widest)));
-      const int64_t columns_a_tile = columns / tiles, larger_tiles = columns % tiles;
+      const LikeTiles tiles(
+          columns, ceil_div(columns, Pooled ? kPooledPixels<V>
+                                            : strided_rows<V>(static_cast<int>(panels.widest))));
       const int64_t below = p.stride_h * strip.source_w * p.c;
       for (int64_t first = 0; first < panels.panels; first += panels_a_pass) {
         const int64_t last = min64(panels.panels, first + panels_a_pass);
@@ -420,10 +420,9 @@ struct SmallChannel {
           t.x = source + (i - begin) * below + r * p.dilation_h * strip.source_w * p.c -
                 (t.products > 0 ? *t.steps : 0);
           int64_t at = (n * p.oh + i) / kUnit * columns * p.k;
-          for (int64_t tile = 0; tile < tiles; tile += t.tiles) {
-            const bool larger = tile < larger_tiles;
-            const int count = static_cast<int>(columns_a_tile + (larger ? 1 : 0));
-            t.tiles = Pooled || last - first > 1 ? 1 : (larger ? larger_tiles : tiles) - tile;
+          for (int64_t tile = 0; tile < tiles.count; tile += t.tiles) {
+            const int count = static_cast<int>(tiles.size(tile));
+            t.tiles = Pooled || last - first > 1 ? 1 : tiles.alike(tile);
             for (int64_t panel = first; panel < last; ++panel) {
               const int64_t column = panels.first_column(panel);
               const int vectors = panels.vectors_of(panel);

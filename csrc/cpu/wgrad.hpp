@@ -169,8 +169,7 @@ struct WgradPlan {
   bool sampled;  // 1 x 1 filters: of the input, the pixels that a stride takes are packed alone
   int64_t packed_pixels;  // of an image
   int64_t parts, q_tiles, tiles_a_tap, q_groups;
-  // Of a tap, tiles have so many channels, the first `larger_tiles` one more.
-  int64_t least_tile, larger_tiles;
+  LikeTiles channels;  // of a tap
   int64_t panel_groups;  // of panels that a task has one after the other
   bool asks_ahead;       // for the next block
   int64_t pixels_a_block;
@@ -198,8 +197,7 @@ struct WgradPlan {
 
     const int64_t cg = p.c_per_group(), taps = p.r * p.s;
     tiles_a_tap = ceil_div(cg, rows);
-    least_tile = cg / tiles_a_tap;
-    larger_tiles = cg % tiles_a_tap;
+    channels = {cg, tiles_a_tap};
     q_tiles = by_taps ? taps * tiles_a_tap : ceil_div(taps * cg, rows);
 
     // Tiles that read a pixel, for packing it to pay: more where pixels lie close together, and are asked
@@ -260,9 +258,6 @@ struct WgradPlan {
     return (ceil_div(floats_used, 16) | 1) * 16;
   }
 
-  int64_t first_channel(int64_t tile) const {
-    return tile * least_tile + min64(tile, larger_tiles);
-  }
   void make_blocks_of_windows(const Conv2dProblem& p) {
     offsets_bytes += round_up(p.oh * p.ow * 8, 64);
     pixels_a_block = round_up(pixels_a_block, 4);
@@ -299,6 +294,13 @@ inline Conv2dProblem turned(Conv2dProblem p) {
   return p;
 }
 
+// Floats from an input's first pixel to the one at the corner of an output pixel's window, which meets no
+// padding.
+inline int64_t corner_of_window(const Conv2dProblem& p, int64_t pixel) {
+  const int64_t row = pixel / p.ow;
+  return ((row / p.oh * p.h + row % p.oh * p.stride_h) * p.w + pixel % p.ow * p.stride_w) * p.c;
+}
+
 // Copies images of NHWC with the padding that their taps meet.
 inline void copy_padded(const Conv2dProblem& p, const float* x, int64_t images, int64_t source_h,
                         int64_t source_w, float* copy) {
@@ -327,9 +329,7 @@ void pack_x(const Conv2dProblem& p, const WgradPlan<V>& plan, const float* x, in
   const int64_t pixels = images * plan.packed_pixels, parts = ceil_div(pixels, kPixelsATask);
   // Where an image has a pixel that is packed.
   const auto place_of = [&](int64_t pixel) {
-    if (!plan.sampled) return pixel * p.c;
-    const int64_t row = pixel / p.ow;
-    return ((row / p.oh * p.h + row % p.oh * p.stride_h) * p.w + pixel % p.ow * p.stride_w) * p.c;
+    return plan.sampled ? corner_of_window(p, pixel) : pixel * p.c;
   };
   // Of few pixels, tasks share the channels.
   const int64_t enough = tasks_for(pixels * p.c);
@@ -343,7 +343,7 @@ void pack_x(const Conv2dProblem& p, const WgradPlan<V>& plan, const float* x, in
     int64_t places[kPixelsATask];
     for (int64_t pixel = begin; pixel < end; ++pixel) places[pixel - begin] = place_of(pixel);
     for (int64_t tile = plan.tiles_a_tap * cut / cuts; tile < tile_end; ++tile) {
-      const int64_t c = plan.first_channel(tile), c_end = plan.first_channel(tile + 1);
+      const int64_t c = plan.channels.begin(tile), c_end = c + plan.channels.size(tile);
       const int64_t last = (c_end - c - 1) / V::kWidth * V::kWidth;
       const auto tail = V::tail(static_cast<int>(c_end - c - last));
       const float* const first = x + group * cg + c;
@@ -439,6 +439,23 @@ void pack_pooled_dy(const float* dy, const float* y, const std::uint8_t* argmax,
   }
 }
 
+// The problem as tiles see it, which read the input, a copy of it with its padding or the pixels that were
+// packed alone.
+template <class V>
+Conv2dProblem as_read(Conv2dProblem p, const WgradPlan<V>& plan) {
+  if (!plan.by_taps) {
+    p.h = plan.source_h;
+    p.w = plan.source_w;
+    p.pad_top = p.pad_bottom = p.pad_left = p.pad_right = 0;
+  }
+  if (plan.sampled) {
+    p.h = p.oh;
+    p.w = p.ow;
+    p.stride_h = p.stride_w = 1;
+  }
+  return p;
+}
+
 // The pixels of a block that meet the source with tap (r, s), those of x `x_pixel` floats apart. Returns
 // how many runs there are.
 inline int64_t list_runs(const Conv2dProblem& p, int64_t r, int64_t s, int64_t begin, int64_t end,
@@ -466,19 +483,6 @@ inline int64_t list_runs(const Conv2dProblem& p, int64_t r, int64_t s, int64_t b
       }
     }
     pixel += stretch;
-  }
-  return count;
-}
-
-// The pixels of a block of one image, whose padding is part of the source.
-inline int64_t list_runs(const Conv2dProblem& p, int64_t source_w, int64_t begin, int64_t end,
-                         PixelRun* runs) {
-  int64_t count = 0;
-  for (int64_t pixel = begin; pixel < end; pixel += runs[count++].count) {
-    const int64_t i = pixel / p.ow, j = pixel % p.ow;
-    runs[count] = {.x = (i * p.stride_h * source_w + j * p.stride_w) * p.c,
-                   .pixel = pixel - begin,
-                   .count = min64(end - pixel, p.ow - j)};
   }
   return count;
 }
@@ -519,11 +523,7 @@ struct LinesAhead {
 
   // Of the block from `begin`, where the next one is from `next`. Rows of a stride may be missed.
   void go_to(int64_t begin, int64_t next) {
-    const auto x_of = [&](int64_t pixel) {
-      const int64_t row = pixel / p.ow;
-      return ((row / p.oh * p.h + row % p.oh * p.stride_h) * p.w + pixel % p.ow * p.stride_w) * p.c;
-    };
-    x_distance = x_of(next) - x_of(begin);
+    x_distance = corner_of_window(p, next) - corner_of_window(p, begin);
     dy_distance = next * p.k;
     line = spread = 0;
   }
@@ -589,6 +589,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
   }
   WgradPlan<V> plan(p, dbias != nullptr);
   if (argmax) plan.make_blocks_of_windows(p);
+  const Conv2dProblem read = as_read(p, plan);
   const int64_t cg = p.c_per_group(), kg = p.k_per_group();
   const int workers = workers_for(plan.tasks(p));
   const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes(workers)));
@@ -648,7 +649,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
       LinesAhead<V> ahead(p, plan, operands, group, panel_begin, panel_end, tile_begin, tile_end);
       WgradTile t{};
       t.runs = runs;
-      t.x_step = (plan.sampled ? 1 : p.stride_w) * (plan.packed ? plan.rows : p.c);
+      t.x_step = read.stride_w * (plan.packed ? plan.rows : p.c);
       // Pixels that lie multiples of 16 lines apart fall into few sets of the first-level cache, where
       // what is asked for too early is gone when it is used.
       t.x_ahead = kPixelsAhead / (p.c % (16 * 16) == 0 ? 2 : 1) * t.x_step;
@@ -688,7 +689,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
             t.pixels = end - begin;
           } else if (!plan.by_taps) {
             const int64_t in_image = begin % (p.oh * p.ow);
-            t.run_count = list_runs(p, plan.source_w, in_image, in_image + end - begin, runs);
+            t.run_count = list_runs(read, 0, 0, in_image, in_image + end - begin, p.c, runs);
           }
           int64_t tap = tile_begin / plan.tiles_a_tap, listed = -1;
           int64_t c_tile = tile_begin % plan.tiles_a_tap - 1;
@@ -699,17 +700,14 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
                 ++tap;
                 c_tile = 0;
               }
-              if (plan.sampled) {
-                t.run_count = 1;
-                runs[0] = {.x = begin * plan.rows, .pixel = 0, .count = end - begin};
-              } else if (tap != listed) {
-                t.run_count = list_runs(p, tap / p.s, tap % p.s, begin, end,
+              if (tap != listed) {
+                t.run_count = list_runs(read, tap / p.s, tap % p.s, begin, end,
                                         plan.packed ? plan.rows : p.c, runs);
                 listed = tap;
               }
-              const int64_t c = plan.first_channel(c_tile);
+              const int64_t c = plan.channels.begin(c_tile);
               q = tap * cg + c;
-              q_end = tap * cg + plan.first_channel(c_tile + 1);
+              q_end = q + plan.channels.size(c_tile);
               t.x = plan.packed ? copy + (group * plan.tiles_a_tap + c_tile) * packed_tile
                                 : source + group * cg + c;
             } else {

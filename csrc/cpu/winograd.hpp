@@ -455,9 +455,7 @@ struct Winograd {
   // product[point][tile][0 .. kPanel) = sum over c of v[point][tile][c] * u[point][c][...].
   static void multiply(const Plan& plan, const float* v, const float* u, int vectors, int64_t tiles,
                        float* product) {
-    // Register tiles of like sizes, the larger ones first.
-    const int64_t row_tiles = ceil_div(tiles, V::kRows);
-    const int64_t rows = tiles / row_tiles, larger_tiles = tiles % row_tiles;
+    const LikeTiles cut(tiles, ceil_div(tiles, V::kRows));
     const int64_t zero = 0;
     TapTile t{};
     t.x_step = plan.padded_c;
@@ -471,14 +469,13 @@ struct Winograd {
       t.filter = u + point * plan.c * vectors * V::kWidth;
       t.x = v + point * plan.block_tiles * plan.padded_c;
       t.y = product + point * plan.block_tiles * kPanel;
-      if (larger_tiles > 0) {
-        t.tiles = larger_tiles;
-        tap_tile_function<V>(static_cast<int>(rows) + 1, vectors)(t);
-        t.x += larger_tiles * (rows + 1) * t.x_step;
-        t.y += larger_tiles * (rows + 1) * t.y_step;
+      for (int64_t tile = 0; tile < cut.count; tile += t.tiles) {
+        const int64_t rows = cut.size(tile);
+        t.tiles = cut.alike(tile);
+        tap_tile_function<V>(static_cast<int>(rows), vectors)(t);
+        t.x += t.tiles * rows * t.x_step;
+        t.y += t.tiles * rows * t.y_step;
       }
-      t.tiles = row_tiles - larger_tiles;
-      tap_tile_function<V>(static_cast<int>(rows), vectors)(t);
     }
   }
 
