@@ -778,7 +778,7 @@ struct TapConvolutionRunner {
   const int64_t pixels;
   const Panels panels;
   std::vector<TapRegion> regions;
-  std::vector<int64_t> first_tile;  // of each region, and behind the last
+  std::vector<int64_t> first_tile;       // of each region, and behind the last
   int64_t blocks;                        // runs of tiles
   int64_t panel_groups, panels_a_group;  // runs of panels
   int64_t tasks;

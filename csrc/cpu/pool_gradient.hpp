@@ -240,7 +240,8 @@ struct PoolGradient {
 
     Block(const Conv2dProblem& p, const Plan& plan, const Span& of_images, int64_t i, int64_t j)
         : images(of_images), down(part_of(plan.windows_h, plan.blocks_h, i)),
-          across(part_of(plan.windows_w, plan.blocks_w, j)), top(2 * down.begin * p.stride_h - p.pad_top),
+          across(part_of(plan.windows_w, plan.blocks_w, j)),
+          top(2 * down.begin * p.stride_h - p.pad_top),
           left(2 * across.begin * p.stride_w - p.pad_left),
           rows((2 * down.size() - 1) * p.stride_h + p.r),
           columns((2 * across.size() - 1) * p.stride_w + p.s) {}

@@ -169,7 +169,7 @@ struct WgradPlan {
   bool sampled;  // 1 x 1 filters: of the input, the pixels that a stride takes are packed alone
   int64_t packed_pixels;  // of an image
   int64_t parts, q_tiles, tiles_a_tap, q_groups;
-  LikeTiles channels;  // of a tap
+  LikeTiles channels;    // of a tap
   int64_t panel_groups;  // of panels that a task has one after the other
   bool asks_ahead;       // for the next block
   int64_t pixels_a_block;
