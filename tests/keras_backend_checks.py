@@ -185,6 +185,24 @@ def test_mixed_policy(executed):
     assert {str(weight.dtype) for weight in fast.weights} == {"float32"}
 
 
+def test_int8(executed, caplog):
+    layer = fast_layers.FastConv2D(7, (2, 3), strides=2, activation="relu")
+    layer.build((None, 9, 11, 6))
+    draw = np.random.default_rng(3).standard_normal
+    layer.set_weights([draw(w.shape) for w in layer.get_weights()])
+    w, w_scale = fastconv.quantize_filter(keras.ops.convert_to_numpy(layer.kernel))
+    bias = keras.ops.convert_to_numpy(layer.bias)
+    layer.quantize("int8")
+    x = draw((3, 9, 11, 6)).astype("float32")
+    with caplog.at_level(logging.DEBUG, "fastconv"):
+        y = layer(x)
+    expected = fastconv.conv2d_int8(x, w, w_scale, bias, strides=2, activation="relu")
+    assert_all_close(numpy([y]), [expected], 1e-6)
+    if BACKEND != "tensorflow":
+        assert executed() == {}
+        assert f"no kernel of int8 for the backend {BACKEND}" in caplog.text
+
+
 def test_other_data_types_are_left_to_stock(executed, caplog):
     x = np.ones((1, 6, 6, 3), "float32")
     fast = fast_layers.FastConv2D(2, 3, dtype="float64")

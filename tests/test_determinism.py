@@ -30,6 +30,9 @@ CONVOLUTIONS = [
     Problem((3, 13, 14, 72), 72, groups=9, padding="same"),
     Problem((2, 11, 14, 96), 192, groups=3, padding="same"),
     Problem((1, 41, 40, 16), 24, kernel=(1, 1), data_format="channels_first"),
+    # So few pixels that threads share the filter's columns.
+    Problem((1, 7, 7, 160), 320, kernel=(1, 1)),
+    Problem((1, 5, 6, 200), 330, padding="same"),
     Problem((9, 12, 11, 33), 18, padding="same", data_format="channels_first"),
 ]
 # (shape, window, stride, padding, data_format)

@@ -40,4 +40,4 @@ def test_layers_on(backend):
         check=False,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert "8 passed, 1 skipped" in run.stdout, run.stdout[-2000:]
+    assert "9 passed, 1 skipped" in run.stdout, run.stdout[-2000:]

@@ -462,7 +462,12 @@ struct FilterPanels {
     group_floats = reduce * vectors * V::kWidth;
   }
 
-  int64_t bytes() const { return ceil_div(g.groups * group_floats * 4, 64) * 64; }
+  // Of all groups, packed.
+  static int64_t floats_of(const TapConvolution& g) {
+    return g.groups * g.vertical.count * g.horizontal.count * g.reduce *
+           round_up(g.columns, V::kWidth);
+  }
+  int64_t bytes() const { return round_up(floats_of(g) * 4, 64); }
   int vectors_of(int64_t panel) const {
     return static_cast<int>(first_vector(panel + 1) - first_vector(panel));
   }
@@ -802,7 +807,7 @@ struct TapConvolutionRunner {
     const int64_t threads = num_threads();
     const int64_t enough_tasks = tasks_for(pixels * panels.reduce * g.columns * g.groups);
     constexpr int64_t kMostPixelsAChunk = 512;
-    const int64_t filter_floats = g.groups * panels.group_floats;
+    const int64_t filter_floats = Panels::floats_of(g);
     const bool large = is_large();
     own_filters = threads > 1 && !large;
     const int64_t chunk_cost = packs_in_tiles() ? 2 : 5;
@@ -876,11 +881,7 @@ struct TapConvolutionRunner {
   }
 
  private:
-  bool is_large() const {
-    const int64_t vectors = ceil_div(g.columns, V::kWidth);
-    const int64_t rows = g.vertical.count * g.horizontal.count * g.reduce;
-    return g.groups * rows * vectors * V::kWidth * 4 > kOwnFilterBytes;
-  }
+  bool is_large() const { return Panels::floats_of(g) * 4 > kOwnFilterBytes; }
   // Threads that write to other panels of the same pixels disturb each other: what one writes, the
   // other's hardware reads ahead. They have pixels of their own where these make up for the packing.
   int64_t least_own_pixels() const { return packs_in_tiles() ? 96 : 48; }
