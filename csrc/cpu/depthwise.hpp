@@ -861,18 +861,18 @@ struct DepthwiseConvolution {
       const int64_t row = tile * kernels.rows;
       const int64_t source_i = row * step + first_row;
       for (int64_t part = 0; part < column_tiles; ++part) {
-        const int64_t column = columns * part / column_tiles;
+        const Span own = part_of(columns, column_tiles, part);
         t.rows = min64(kernels.rows, rows - row);
         t.row_begin = max64(0, -source_i);
         t.row_end = source_h - source_i;
-        const int64_t source_j = column * step + first_column;
-        t.columns = columns * (part + 1) / column_tiles - column;
+        const int64_t source_j = own.begin * step + first_column;
+        t.columns = own.size();
         t.column_begin = scatter ? -source_j : max64(0, -source_j);
         t.column_end = source_w - source_j;
         const int64_t at = ((n * source_h + source_i) * source_w + source_j) * p.c + channel;
         t.source = source + at;
         if (mask) t.mask = mask + at;
-        body(row, column);
+        body(row, own.begin);
       }
     }
   }

@@ -34,6 +34,9 @@ constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+// So many floats at least, in an odd number of cache lines: what lies multiples of it apart is spread over
+// the sets of a cache.
+constexpr int64_t odd_lines(int64_t floats) { return (ceil_div(floats, 16) | 1) * 16; }
 
 // Items begin .. end - 1 of whatever.
 struct Span {
@@ -369,6 +372,14 @@ struct AxisTaps {
     begin = at >= 0 ? 0 : min64(count, ceil_div(-at, stride));
     end = at >= size ? 0 : min64(count, (size - 1 - at) / stride + 1);
   }
+
+  // The output indices, of `outputs`, from which a tap meets a source of `size`.
+  Span met_by(int64_t tap, int64_t outputs, int64_t size) const {
+    const int64_t at = offset(tap);
+    const int64_t begin = at >= 0 ? 0 : min64(outputs, ceil_div(-at, step));
+    const int64_t end = at >= size ? 0 : min64(outputs, (size - 1 - at) / step + 1);
+    return {begin, max64(begin, end)};
+  }
 };
 
 struct TapConvolution {
@@ -405,7 +416,24 @@ struct TapRegion {
   int64_t r, r_end, s, s_end;
 
   int64_t pixels(int64_t images) const { return images * (row_end - row) * (column_end - column); }
+  // Of the output's pixels before this one, how many are the region's.
+  int64_t pixels_before(const TapConvolution& g, int64_t pixel) const {
+    const int64_t n = pixel / (g.out_h * g.out_w);
+    const int64_t i = pixel / g.out_w % g.out_h, j = pixel % g.out_w;
+    const int64_t width = column_end - column;
+    const int64_t rows = n * (row_end - row) + std::clamp(i, row, row_end) - row;
+    const bool within = row <= i && i < row_end;
+    return rows * width + (within ? std::clamp(j, column, column_end) - column : 0);
+  }
 };
+
+// All output pixels that meet the source with one tap (counted r * S + s), whichever others they meet.
+inline TapRegion region_of_tap(const TapConvolution& g, int64_t tap) {
+  const int64_t r = tap / g.horizontal.count, s = tap % g.horizontal.count;
+  const Span rows = g.vertical.met_by(r, g.out_h, g.source_h);
+  const Span columns = g.horizontal.met_by(s, g.out_w, g.source_w);
+  return {rows.begin, rows.end, columns.begin, columns.end, r, r + 1, s, s + 1};
+}
 
 // Calls body(region) for each, row by row; they cover the output.
 template <class Body>
@@ -630,13 +658,13 @@ struct TapTiles {
     }
   }
 
-  // Walks a region's pixels tile by tile.
+  // Walks some of a region's pixels tile by tile.
   class Cursor {
    public:
-    Cursor(const TapTiles& tiles, const TapRegion& region, int rows, int64_t tile)
-        : tiles_(tiles), region_(region), cut_(cut_of(region.pixels(tiles.g.images), rows)),
+    Cursor(const TapTiles& tiles, const TapRegion& region, Span pixels, int rows, int64_t tile)
+        : tiles_(tiles), region_(region), cut_(pixels.size(), ceil_div(pixels.size(), rows)),
           tile_(tile) {
-      const int64_t begin = cut_.begin(tile);
+      const int64_t begin = pixels.begin + cut_.begin(tile);
       const int64_t width = region.column_end - region.column;
       const int64_t height = region.row_end - region.row;
       n_ = begin / (width * height);
@@ -676,9 +704,6 @@ struct TapTiles {
     }
 
    private:
-    static LikeTiles cut_of(int64_t pixels, int64_t rows) {
-      return {pixels, ceil_div(pixels, rows)};
-    }
     void next_row() {
       if (++row_ == region_.row_end) {
         row_ = region_.row;
@@ -705,10 +730,11 @@ struct TapTiles {
   // Of at most so many pixels.
   int rows() const { return V::kGemmRows[panels.widest]; }
 
-  // A run of a region's tiles for panels `panel` .. `panel_end` - 1. `filter` has those of them, of
-  // `filter_rows` rows each; `t` says which rows these are.
-  void run(const TapRegion& region, int64_t group, int64_t panel, int64_t panel_end, int64_t tile,
-           int64_t tile_end, const float* filter, int64_t filter_rows, TapTile& t) const {
+  // A run of the tiles into which some of a region's pixels are cut, for panels `panel` .. `panel_end` - 1.
+  // `filter` has those of them, of `filter_rows` rows each; `t` says which rows these are.
+  void run(const TapRegion& region, Span pixels, int64_t group, int64_t panel, int64_t panel_end,
+           int64_t tile, int64_t tile_end, const float* filter, int64_t filter_rows,
+           TapTile& t) const {
     const float* x_pixels[kMostGemmRows<V>];
     float* y_pixels[kMostGemmRows<V>];
     t.x_step = g.horizontal.step * g.source_c;
@@ -729,7 +755,7 @@ struct TapTiles {
     const int64_t tiles_a_panel = panel_end - panel == 1
                                       ? tile_end - tile
                                       : max64(1, kPixelFloats / max64(1, rows() * t.taps * t.run));
-    Cursor cursor(*this, region, rows(), tile);
+    Cursor cursor(*this, region, pixels, rows(), tile);
     while (tile < tile_end) {
       const bool packing = t.packed, ahead = !packing && t.ahead_lines > 0;
       const int64_t most = packing ? 1
@@ -776,7 +802,8 @@ struct TapTiles {
 template <class V>
 struct TapConvolutionRunner {
   using Panels = FilterPanels<V, kGemmVectors<V>>;
-  static constexpr int64_t kChunkRows = 160;  // filter rows: 40 KiB a panel with AVX-512
+  // Filter rows, so that those of a panel stay in the first-level cache or near.
+  static constexpr int64_t kChunkRows = (int64_t{40} << 10) / (kGemmVectors<V> * V::kWidth * 4);
   static constexpr int64_t kMostVectorsAChunk = 16;
 
   const TapConvolution g;
@@ -868,14 +895,19 @@ struct TapConvolutionRunner {
       part.panel_end = own_panels.end;
       part.group = group / panel_groups;
       float* const own = packed + (by_chunks || own_filters ? worker * (packed_bytes / 4) : 0);
+      part.pixels = part_of(pixels, blocks, block);
+      if (by_chunks && taps_a_chunk() == 1) {
+        return work_by_taps(tap_tiles, part, filter, scale, own, own_entries);
+      }
       if (by_chunks) return work_by_chunks(tap_tiles, part, filter, scale, own, own_entries);
       if (own_filters && packs.first(worker)) panels.pack_all(filter, scale, own);
       TapTile t{};
       t.first = t.last = true;
       for_each_region_of(part, [&](const TapRegion& region, int64_t tile, int64_t tile_end) {
         tap_tiles.list_taps(region, own_entries, t);
-        tap_tiles.run(region, part.group, part.panel, part.panel_end, tile, tile_end,
-                      own + panels.offset(part.group, part.panel), panels.reduce, t);
+        tap_tiles.run(region, {0, region.pixels(g.images)}, part.group, part.panel, part.panel_end,
+                      tile, tile_end, own + panels.offset(part.group, part.panel), panels.reduce,
+                      t);
       });
     });
   }
@@ -895,6 +927,7 @@ struct TapConvolutionRunner {
   // What a task computes.
   struct Part {
     int64_t group, panel, panel_end, tile, tile_end;
+    Span pixels;
   };
 
   int64_t tiles() const { return first_tile.back(); }
@@ -932,7 +965,11 @@ struct TapConvolutionRunner {
 
   // Rows of a chunk: of one tap if it has enough channels, else of several.
   int64_t channels_a_chunk() const { return ceil_div(g.reduce, ceil_div(g.reduce, kChunkRows)); }
-  int64_t taps_a_chunk() const { return max64(1, kChunkRows / g.reduce); }
+  // All pixels that meet one tap are cut into tiles together: worth a few more chunks.
+  int64_t taps_a_chunk() const {
+    constexpr int64_t kRowsOfOne = 128;
+    return g.reduce >= kRowsOfOne ? 1 : max64(1, kChunkRows / g.reduce);
+  }
   int64_t chunk_rows() const { return channels_a_chunk() * taps_a_chunk(); }
 
   // Calls body(region, first tile, last tile + 1) for each region that a part's tiles touch.
@@ -972,6 +1009,68 @@ struct TapConvolutionRunner {
     t.ahead_step = by_rows ? g.filter_reduce : g.filter_column;
   }
 
+  // The first tile that comes packs the panel's rows of a chunk, as `packed`.
+  void pack_in_tile(const Part& part, int64_t panel, int64_t tap, int64_t c, const float* filter,
+                    const float* scale, float* packed, TapTile& t) const {
+    t.packed = packed;
+    t.unpacked = panels.row_of(filter, part.group, panel, tap, c);
+    t.unpacked_step = g.filter_reduce;
+    t.scales = scale ? scale + part.group * g.columns + panels.first_column(panel) : nullptr;
+  }
+
+  // Chunks of one tap: all pixels that meet it are cut into tiles together.
+  void work_by_taps(const TapTiles<V>& tap_tiles, const Part& part, const float* filter,
+                    const float* scale, float* chunk, int64_t* entries) const {
+    const int64_t taps = g.vertical.count * g.horizontal.count;
+    TapTile t{};
+    const auto run = [&](const TapRegion& region, int64_t panel, int64_t panel_end,
+                         const float* from, int64_t filter_rows) {
+      const Span own{region.pixels_before(g, part.pixels.begin),
+                     region.pixels_before(g, part.pixels.end)};
+      const int64_t tile_end = ceil_div(own.size(), tap_tiles.rows());
+      tap_tiles.run(region, own, part.group, panel, panel_end, 0, tile_end, from, filter_rows, t);
+    };
+    // Where a tap does not meet all pixels, sums begin before the first tap and end behind the last.
+    const TapRegion everything{0, g.out_h, 0, g.out_w, 0, 0, 0, 0};
+    bool apart = taps == 0;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      apart |= region_of_tap(g, tap).pixels(1) < g.out_h * g.out_w;
+    }
+    const auto pass = [&](bool first, bool last) {
+      t.first = first;
+      t.last = last;
+      t.taps = t.ahead_lines = 0;
+      run(everything, part.panel, part.panel_end, nullptr, 0);
+    };
+    if (apart) pass(true, false);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const TapRegion region = region_of_tap(g, tap);
+      if (region.pixels_before(g, part.pixels.begin) == region.pixels_before(g, part.pixels.end)) {
+        continue;
+      }
+      for (int64_t c = 0; c < g.reduce; c += channels_a_chunk()) {
+        const int64_t c_end = min64(g.reduce, c + channels_a_chunk());
+        const int64_t rows_here = c_end - c;
+        if (!packs_in_tiles()) {
+          panels.pack(filter, scale, part.group, part.panel, part.panel_end, tap, tap + 1, c, c_end,
+                      chunk, rows_here, 0);
+        }
+        t.first = !apart && tap == 0 && c == 0;
+        t.last = !apart && tap + 1 == taps && c_end == g.reduce;
+        const Chunk next = c_end < g.reduce ? Chunk{tap, c_end} : Chunk{tap + 1, 0};
+        const int64_t first = panels.first_column(part.panel);
+        tap_tiles.list_taps(region, tap, tap + 1, c, c_end, entries, t);
+        for (int64_t panel = part.panel; panel < part.panel_end; ++panel) {
+          float* const own = chunk + (panels.first_column(panel) - first) * rows_here;
+          ask_for(next, part, panel, filter, t);
+          if (packs_in_tiles()) pack_in_tile(part, panel, tap, c, filter, scale, own, t);
+          run(region, panel, panel + 1, own, rows_here);
+        }
+      }
+    }
+    if (apart && g.relu) pass(false, true);
+  }
+
   void work_by_chunks(const TapTiles<V>& tap_tiles, const Part& part, const float* filter,
                       const float* scale, float* chunk, int64_t* entries) const {
     const int64_t taps = g.vertical.count * g.horizontal.count;
@@ -994,13 +1093,7 @@ struct TapConvolutionRunner {
         for (int64_t panel = part.panel; panel < part.panel_end; ++panel) {
           float* const own = chunk + (panels.first_column(panel) - first) * rows_here;
           ask_for(next, part, panel, filter, t);
-          if (packs) {
-            t.packed = own;
-            t.unpacked = panels.row_of(filter, part.group, panel, tap, c);
-            t.unpacked_step = g.filter_reduce;
-            t.scales =
-                scale ? scale + part.group * g.columns + panels.first_column(panel) : nullptr;
-          }
+          if (packs) pack_in_tile(part, panel, tap, c, filter, scale, own, t);
           for_each_region_of(part, [&](const TapRegion& region, int64_t tile, int64_t tile_end) {
             tap_tiles.list_taps(region, tap, tap_end, c, c_end, entries, t);
             // Where a region meets none of the taps, sums at most begin or end.
@@ -1011,7 +1104,8 @@ struct TapConvolutionRunner {
               t.packed = nullptr;
               t.ahead_lines = 0;
             }
-            tap_tiles.run(region, part.group, panel, panel + 1, tile, tile_end, own, rows_here, t);
+            tap_tiles.run(region, {0, region.pixels(g.images)}, part.group, panel, panel + 1, tile,
+                          tile_end, own, rows_here, t);
             if (t.taps == 0) {
               t.packed = packed;
               t.ahead_lines = ahead_lines;

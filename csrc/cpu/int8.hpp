@@ -271,7 +271,8 @@ class Int8Convolution {
       std::uint32_t bits = 0;
       for (int64_t i = 0; i < parts; ++i) bits = std::max(bits, maxima[n * parts + i]);
       const float scale = band == 0 ? scale_of(n, bits) : scale_of_abs_max(bits);
-      quantize_rows(n, p_.h * band / bands, p_.h * (band + 1) / bands, scale);
+      const Span rows = part_of(p_.h, bands, band);
+      quantize_rows(n, rows.begin, rows.end, scale);
     });
   }
 
@@ -393,9 +394,9 @@ class Int8Convolution {
       const int64_t panel =
           pass.first + task / pass.blocks % pass.panel_groups * pass.panels_a_task;
       const int64_t panel_end = min64(pass.last, panel + pass.panels_a_task);
-      const int64_t tiles = tiles_of(panel);
-      multiply(group, panel, panel_end, tiles * block / pass.blocks,
-               tiles * (block + 1) / pass.blocks, filter_ + weights_before(group, panel));
+      const Span tiles = part_of(tiles_of(panel), pass.blocks, block);
+      multiply(group, panel, panel_end, tiles.begin, tiles.end,
+               filter_ + weights_before(group, panel));
     });
   }
 

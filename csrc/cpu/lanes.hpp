@@ -598,26 +598,26 @@ struct LaneConvolution {
       const int64_t strip = task / plan.blocks % strips, n = task / plan.blocks / strips;
       t.begin = block * plan.block;
       t.end = min64(plan.vectors, t.begin + plan.block);
-      const int64_t rows = classes[0].g.out_h, strip_end = rows * (strip + 1) / strips;
-      for (int64_t begin = rows * strip / strips; begin < strip_end; begin += plan.rows) {
-        const int64_t end = min64(strip_end, begin + plan.rows);
+      const Span rows = part_of(classes[0].g.out_h, strips, strip);
+      for (int64_t begin = rows.begin; begin < rows.end; begin += plan.rows) {
+        const int64_t end = min64(rows.end, begin + plan.rows);
         for (int64_t tile = 0; tile < tiles; ++tile)
           for (int64_t i = begin; i < end; ++i)
             for (int64_t k = 0; k < count; ++k) {
               const Class& own = classes[k];
               const TapConvolution& g = own.g;
-              const int64_t j = g.out_w * tile / tiles, j_end = g.out_w * (tile + 1) / tiles;
-              if (i >= g.out_h || j == j_end) continue;
+              const Span columns = part_of(g.out_w, tiles, tile);
+              if (i >= g.out_h || columns.size() == 0) continue;
               int64_t source;
-              const int64_t row = locate_lane_tile(g, n, i, j, t, source);
+              const int64_t row = locate_lane_tile(g, n, i, columns.begin, t, source);
               t.x = x + source;
               t.mask = mask ? mask + source : nullptr;
               t.filter = packed + own.packed + row * own.filter_row;
               t.filter_vector = own.filter_vector;
               t.filter_row_step = own.filter_row;
-              t.y = y + own.first + n * g.y_image + i * g.y_row + j * g.y_column;
+              t.y = y + own.first + n * g.y_image + i * g.y_row + columns.begin * g.y_column;
               t.y_column = g.y_column;
-              own.tiles.run(t, j_end - j);
+              own.tiles.run(t, columns.size());
             }
       }
     });
@@ -757,16 +757,17 @@ struct LaneWgrad {
       for (int64_t begin = own_lines.begin; begin < own_lines.end; begin += plan.rows) {
         const int64_t end = min64(own_lines.end, begin + plan.rows);
         for (int64_t tile = 0; tile < tiles; ++tile) {
-          const int64_t j = g.out_w * tile / tiles, j_end = g.out_w * (tile + 1) / tiles;
+          const Span columns = part_of(g.out_w, tiles, tile);
           for (int64_t line = begin; line < end; ++line) {
             int64_t source;
-            const int64_t row = locate_lane_tile(g, line / g.out_h, line % g.out_h, j, t, source);
-            const int64_t at = line * g.y_row + j * g.y_column;
+            const int64_t row =
+                locate_lane_tile(g, line / g.out_h, line % g.out_h, columns.begin, t, source);
+            const int64_t at = line * g.y_row + columns.begin * g.y_column;
             t.x = x + source;
             t.filter = own + row * row_floats;
             t.y = const_cast<float*>(dy) + at;
             t.y_mask = y ? y + at : nullptr;
-            functions.run(t, j_end - j);
+            functions.run(t, columns.size());
           }
         }
       }

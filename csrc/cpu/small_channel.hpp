@@ -334,8 +334,9 @@ struct SmallChannel {
     }
     // Strip number i: output rows begin .. end - 1. A strip of rows that are pooled has pairs of them.
     Span rows_of(const Conv2dProblem& p, int64_t i) const {
-      if (!pooled) return {p.oh * i / strips, p.oh * (i + 1) / strips};
-      return {p.oh / 2 * i / strips * 2, p.oh / 2 * (i + 1) / strips * 2};
+      if (!pooled) return part_of(p.oh, strips, i);
+      const Span pairs = part_of(p.oh / 2, strips, i);
+      return {pairs.begin * 2, pairs.end * 2};
     }
     static int64_t source_rows_of(const Conv2dProblem& p, int64_t rows) {
       return (rows - 1) * p.stride_h + (p.r - 1) * p.dilation_h + 1;

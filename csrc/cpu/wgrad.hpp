@@ -251,12 +251,8 @@ struct WgradPlan {
     lists_bytes = round_up(runs * int64_t{sizeof(PixelRun)}, 64);
   }
 
-  // From the packed channels of one tile to the next: an odd number of cache lines, so that writing to
-  // all of them in turns does not fill single sets of the cache.
-  int64_t packed_tile_floats() const {
-    const int64_t floats_used = chunk * packed_pixels * rows + V::kWidth;
-    return (ceil_div(floats_used, 16) | 1) * 16;
-  }
+  // From the packed channels of one tile to the next: all of them are written to in turns.
+  int64_t packed_tile_floats() const { return odd_lines(chunk * packed_pixels * rows + V::kWidth); }
 
   void make_blocks_of_windows(const Conv2dProblem& p) {
     offsets_bytes += round_up(p.oh * p.ow * 8, 64);
@@ -339,10 +335,10 @@ void pack_x(const Conv2dProblem& p, const WgradPlan<V>& plan, const float* x, in
     const int64_t begin = task / cuts % parts * kPixelsATask;
     const int64_t end = min64(pixels, begin + kPixelsATask);
     float* const out = packed + group * plan.tiles_a_tap * tile_floats;
-    const int64_t tile_end = plan.tiles_a_tap * (cut + 1) / cuts;
+    const Span tiles = part_of(plan.tiles_a_tap, cuts, cut);
     int64_t places[kPixelsATask];
     for (int64_t pixel = begin; pixel < end; ++pixel) places[pixel - begin] = place_of(pixel);
-    for (int64_t tile = plan.tiles_a_tap * cut / cuts; tile < tile_end; ++tile) {
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
       const int64_t c = plan.channels.begin(tile), c_end = c + plan.channels.size(tile);
       const int64_t last = (c_end - c - 1) / V::kWidth * V::kWidth;
       const auto tail = V::tail(static_cast<int>(c_end - c - last));
@@ -461,15 +457,14 @@ Conv2dProblem as_read(Conv2dProblem p, const WgradPlan<V>& plan) {
 inline int64_t list_runs(const Conv2dProblem& p, int64_t r, int64_t s, int64_t begin, int64_t end,
                          int64_t x_pixel, PixelRun* runs) {
   const int64_t off_h = r * p.dilation_h - p.pad_top, off_w = s * p.dilation_w - p.pad_left;
-  const int64_t first = off_w >= 0 ? 0 : ceil_div(-off_w, p.stride_w);
-  const int64_t last = off_w >= p.w ? 0 : min64(p.ow, (p.w - 1 - off_w) / p.stride_w + 1);
+  const Span columns = AxisTaps{1, p.stride_w, off_w, 1, 0, 1}.met_by(0, p.ow, p.w);
   const int64_t step = p.stride_w * x_pixel;
   int64_t count = 0;
   int64_t row = begin / p.ow, j = begin % p.ow;
   for (int64_t pixel = begin; pixel < end; ++row, j = 0) {
     const int64_t stretch = min64(end - pixel, p.ow - j);
     const int64_t n = row / p.oh, source_i = row % p.oh * p.stride_h + off_h;
-    const int64_t from = max64(j, first), to = min64(j + stretch, last);
+    const int64_t from = max64(j, columns.begin), to = min64(j + stretch, columns.end);
     if (source_i >= 0 && source_i < p.h && from < to) {
       const PixelRun run{.x = ((n * p.h + source_i) * p.w + from * p.stride_w + off_w) * x_pixel,
                          .pixel = pixel - begin + from - j,
@@ -502,12 +497,12 @@ struct LinesAhead {
   int64_t x_distance = 0, dy_distance = 0;  // floats, from this block to the next
 
   LinesAhead(const Conv2dProblem& p, const WgradPlan<V>& plan, const Conv2dOperands& operands,
-             int64_t group, int64_t panel_begin, int64_t panel_end, int64_t tile_begin,
-             int64_t tile_end)
+             int64_t group, Span panels, Span own_tiles)
       : p(p) {
     const int64_t cg = p.c_per_group(), kg = p.k_per_group();
-    const int64_t c = cg * tile_begin / plan.q_tiles, c_end = cg * tile_end / plan.q_tiles;
-    const int64_t k = panel_begin * plan.panel, k_end = min64(kg, panel_end * plan.panel);
+    const int64_t c = cg * own_tiles.begin / plan.q_tiles,
+                  c_end = cg * own_tiles.end / plan.q_tiles;
+    const int64_t k = panels.begin * plan.panel, k_end = min64(kg, panels.end * plan.panel);
     x = operands.x + group * cg + c;
     dy = operands.argmax_of_y ? nullptr : operands.dy + group * kg + k;
     y = dy && operands.y ? operands.y + group * kg + k : nullptr;
@@ -516,7 +511,7 @@ struct LinesAhead {
     lines = x_lines + dy_lines * (y ? 2 : 1);
     // This block and the next one should fit in the second-level cache.
     if (2 * lines * kLine * 4 * plan.pixels_a_block > int64_t{1} << 20) lines = x_lines = 0;
-    tiles = (tile_end - tile_begin) * (panel_end - panel_begin);
+    tiles = own_tiles.size() * panels.size();
     whole = lines / tiles;
     rest = lines % tiles;
   }
@@ -637,16 +632,14 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
       const int64_t panel_group = task / plan.q_groups % plan.panel_groups;
       const int64_t group = task / plan.q_groups / plan.panel_groups % p.groups;
       const int64_t part = task / plan.q_groups / plan.panel_groups / p.groups;
-      const int64_t panel_begin = plan.panels * panel_group / plan.panel_groups;
-      const int64_t panel_end = plan.panels * (panel_group + 1) / plan.panel_groups;
-      const int64_t tile_begin = plan.q_tiles * q_group / plan.q_groups;
-      const int64_t tile_end = plan.q_tiles * (q_group + 1) / plan.q_groups;
-      const int64_t part_begin = chunk_pixels / unit * part / plan.parts * unit;
-      const int64_t part_end = chunk_pixels / unit * (part + 1) / plan.parts * unit;
+      const Span panels = part_of(plan.panels, plan.panel_groups, panel_group);
+      const Span tiles = part_of(plan.q_tiles, plan.q_groups, q_group);
+      const Span units = part_of(chunk_pixels / unit, plan.parts, part);
+      const int64_t part_begin = units.begin * unit, part_end = units.end * unit;
       float* packed = reinterpret_cast<float*>(scratch + worker * plan.worker_bytes());
       PixelRun* const runs =
           reinterpret_cast<PixelRun*>(scratch + worker * plan.worker_bytes() + plan.block_bytes);
-      LinesAhead<V> ahead(p, plan, operands, group, panel_begin, panel_end, tile_begin, tile_end);
+      LinesAhead<V> ahead(p, plan, operands, group, panels, tiles);
       WgradTile t{};
       t.runs = runs;
       t.x_step = read.stride_w * (plan.packed ? plan.rows : p.c);
@@ -662,7 +655,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
         const int64_t image_at = begin / (p.oh * p.ow);
         if (!plan.by_taps) end = min64(end, (image_at + 1) * p.oh * p.ow);
         if (plan.asks_ahead) ahead.go_to(begin, end < part_end ? end : begin);
-        for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
           const int64_t column = group * kg + panel * plan.panel;
           const int64_t width = min64(kg - panel * plan.panel, plan.panel);
           const int vectors = static_cast<int>(ceil_div(width, V::kWidth));
@@ -672,8 +665,8 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
           // A copy for a few tiles would cost more than it saves. Pixels that lie a multiple of 8 lines
           // apart fall into few sets of the first-level cache, and are worth one sooner.
           const int64_t few_tiles = p.k % (8 * 16) == 0 ? 3 : 16;
-          const bool in_place = tile_end - tile_begin <= few_tiles && !y && !own_bias && !argmax &&
-                                t.valid == V::kWidth;
+          const bool in_place =
+              tiles.size() <= few_tiles && !y && !own_bias && !argmax && t.valid == V::kWidth;
           t.dy_step = in_place ? p.k : int64_t{vectors} * V::kWidth;
           t.dy = in_place ? dy + from : packed;
           if (argmax) {
@@ -691,10 +684,10 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
             const int64_t in_image = begin % (p.oh * p.ow);
             t.run_count = list_runs(read, 0, 0, in_image, in_image + end - begin, p.c, runs);
           }
-          int64_t tap = tile_begin / plan.tiles_a_tap, listed = -1;
-          int64_t c_tile = tile_begin % plan.tiles_a_tap - 1;
-          for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-            int64_t q = 0, q_end = 0;
+          int64_t tap = tiles.begin / plan.tiles_a_tap, listed = -1;
+          int64_t c_tile = tiles.begin % plan.tiles_a_tap - 1;
+          for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+            Span q{};
             if (plan.by_taps) {
               if (++c_tile == plan.tiles_a_tap) {
                 ++tap;
@@ -706,22 +699,20 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
                 listed = tap;
               }
               const int64_t c = plan.channels.begin(c_tile);
-              q = tap * cg + c;
-              q_end = q + plan.channels.size(c_tile);
+              q = {tap * cg + c, tap * cg + c + plan.channels.size(c_tile)};
               t.x = plan.packed ? copy + (group * plan.tiles_a_tap + c_tile) * packed_tile
                                 : source + group * cg + c;
             } else {
-              q = p.r * p.s * cg * tile / plan.q_tiles;
-              q_end = p.r * p.s * cg * (tile + 1) / plan.q_tiles;
-              t.offsets = offsets + q;
+              q = part_of(p.r * p.s * cg, plan.q_tiles, tile);
+              t.offsets = offsets + q.begin;
               t.x = source + image_at * plan.image_floats + group * cg;
             }
-            t.sum = sums + part * plan.floats + q * p.k + column;
-            const int rows = static_cast<int>(q_end - q);
+            t.sum = sums + part * plan.floats + q.begin * p.k + column;
+            const int rows = static_cast<int>(q.size());
             const WgradTileFunction multiply =
                 argmax ? wgrad_tile_function<V, WgradRows::listed>(rows, vectors)
                 : !plan.by_taps
-                    ? (in_place && tile == tile_begin
+                    ? (in_place && tile == tiles.begin
                            ? wgrad_tile_function<V, WgradRows::apart_once>(rows, vectors)
                            : wgrad_tile_function<V, WgradRows::apart>(rows, vectors))
                 : plan.packed ? wgrad_tile_function<V, WgradRows::packed>(rows, vectors)

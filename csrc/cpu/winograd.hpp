@@ -68,17 +68,26 @@ struct Winograd {
     const double tiles = static_cast<double>(plan.tiles), c = static_cast<double>(plan.c);
     const double c_vectors = static_cast<double>(plan.padded_c / V::kWidth);
     const double k_vectors = static_cast<double>(ceil_div(plan.k, V::kWidth));
-    constexpr double kInput = M == 4 ? 330 : 150, kOutput = M == 4 ? 250 : 110;
+    // 16 registers do not hold what the larger tile's transforms have at hand.
+    constexpr bool kSpills = V::kRegisters < 32;
+    constexpr double kTimes = kSpills && M == 4 ? 2 : 1;
+    constexpr double kInput = kTimes * (M == 4 ? 330 : 150),
+                     kOutput = kTimes * (M == 4 ? 250 : 110);
     const double products = tiles * kPoints * (c * 1.08 + 6) * k_vectors;
     const double transforms = tiles * (c_vectors * kInput + k_vectors * kOutput);
-    // The transformed filter is written once and read once a block: from beyond the caches if large.
     const double filter_vectors = c * k_vectors * kPoints;
-    const double filter_bytes = filter_vectors * V::kWidth * 4;
-    const double to_memory = filter_bytes > (8 << 20) ? 70 : filter_bytes > (1 << 19) ? 5 : 2.5;
-    const double blocks = static_cast<double>(plan.blocks);
-    const double stream = filter_bytes > (8 << 20) ? 4.0 : 0.6;
-    const double cycles = products + transforms + filter_vectors * to_memory +
-                          blocks * filter_vectors * stream * (plan.block_tiles < 12 ? 2 : 1) + 8000;
+    double cycles = products + transforms + 8000;
+    if (plan.by_panels) {  // sums of a chunk come and go
+      cycles += 0.25 * products + 13 * filter_vectors;
+    } else {
+      // The transformed filter is written once and read once a block: from beyond the caches if large.
+      const double filter_bytes = filter_vectors * V::kWidth * 4;
+      const double to_cache = (filter_bytes > (1 << 19) ? 5 : 2.5) * (kSpills ? 2 : 1);
+      const double to_memory = filter_bytes > (8 << 20) ? 70 : to_cache;
+      const double stream = filter_bytes > (8 << 20) ? 4.0 : 0.6;
+      const double blocks = static_cast<double>(plan.blocks) * (plan.block_tiles < 12 ? 2 : 1);
+      cycles += filter_vectors * (to_memory + blocks * stream);
+    }
     // Of few channels, each product is short of work and each load of the source short of a line.
     const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? 1.2 + 8 / c : 1);
     return {cycles * V::kWidth * groups, Plan(p, direction).workspace_bytes(),
@@ -119,8 +128,11 @@ struct Winograd {
     bool own_filters;     // a task has a set's
     bool own_copies;      // a worker has all
     bool two_phases;
+    bool by_panels;  // a task has a panel, and its filter by chunks of channels
+    int64_t chunk_channels;
     int64_t filter_groups;  // that one buffer of filters has
     int workers;
+    int64_t input_point, product_point;  // floats from point to point
     int64_t zeros_bytes, group_filter_floats, filter_bytes, input_bytes, product_bytes,
         blanks_bytes;
 
@@ -159,7 +171,8 @@ struct Winograd {
       // A block is taken through a set of groups, whose filters stay in the second-level cache:
       // neighbouring groups share the source's pages, and what is read ahead. Of many groups, a task
       // has a set's filters to itself and takes all blocks.
-      group_filter_floats = kPoints * c * round_up(k, V::kWidth);
+      group_filter_floats =
+          k == 0 ? 0 : panel_offset(panels - 1) + kPoints * filter_point(panels - 1);
       const int64_t fitting_groups = (int64_t{1} << 19) / (group_filter_floats * 4);
       sets = ceil_div(groups, max64(1, min64(groups, fitting_groups)));
       own_filters = groups >= max64(2, 4 * threads);
@@ -173,16 +186,36 @@ struct Winograd {
       workers = static_cast<int>(min64(tasks, threads));
       own_copies =
           threads > 1 && !own_filters && groups * group_filter_floats * 4 <= kOwnFilterBytes;
+      plan_panels(threads);
       const int64_t slots = two_phases ? groups * blocks : workers;
       zeros_bytes = padded_c * 4;
       filter_groups = own_filters ? set_groups() : groups;
-      filter_bytes =
-          (own_filters || own_copies ? workers : 1) * filter_groups * group_filter_floats * 4;
-      input_bytes = kPoints * slots * block_tiles * padded_c * 4;
-      product_bytes = workers * kPoints * block_tiles * kPanel * 4;
+      filter_bytes = by_panels ? workers * kPoints * chunk_point() * 4
+                               : (own_filters || own_copies ? workers : 1) * filter_groups *
+                                     group_filter_floats * 4;
+      input_point = odd_lines(block_tiles * padded_c);
+      product_point = odd_lines(block_tiles * kPanel);
+      input_bytes = slots * kPoints * input_point * 4;
+      product_bytes = workers * kPoints * product_point * 4;
       blanks_bytes = slots * block_tiles * 4;
     }
 
+    // Where tiles are few and the transformed filter is large, it is not worth writing to memory: it is
+    // made, used and dropped, some channels of a panel at a time, which stay in the second-level cache.
+    void plan_panels(int64_t threads) {
+      constexpr int64_t kMostTiles = 100, kMostChannels = 64;
+      by_panels = groups == 1 && tiles <= kMostTiles && group_filter_floats * 4 > kOwnFilterBytes;
+      if (!by_panels) return;
+      block_tiles = tiles;
+      blocks = sets = panel_parts = 1;
+      own_filters = own_copies = false;
+      two_phases = true;
+      tasks = panels;
+      workers = static_cast<int>(min64(tasks, threads));
+      chunk_channels = round_up(ceil_div(c, ceil_div(c, kMostChannels)), V::kWidth);
+    }
+
+    int64_t chunk_point() const { return odd_lines(chunk_channels * kPanel); }
     int64_t workspace_bytes() const {
       return round_up(zeros_bytes, 64) + round_up(filter_bytes, 64) + round_up(input_bytes, 64) +
              round_up(product_bytes, 64) + blanks_bytes;
@@ -191,7 +224,10 @@ struct Winograd {
       return static_cast<int>(min64(V::kVectors, ceil_div(k - panel * kPanel, V::kWidth)));
     }
     // A panel is [point][c][vectors * width].
-    int64_t panel_offset(int64_t panel) const { return kPoints * c * panel * kPanel; }
+    int64_t filter_point(int64_t panel) const {
+      return odd_lines(c * vectors_of(panel) * V::kWidth);
+    }
+    int64_t panel_offset(int64_t panel) const { return panel * kPoints * odd_lines(c * kPanel); }
     int64_t first_group(int64_t set) const { return groups * set / sets; }
     int64_t set_groups() const { return ceil_div(groups, sets); }  // at most
   };
@@ -230,10 +266,12 @@ struct Winograd {
     const int64_t group_tasks = plan.panels * ceil_div(plan.c, V::kWidth);
     const auto bring_filter = [&](int64_t group, int64_t task, float* group_u) {
       const int64_t panel = task % plan.panels, begin = task / plan.panels * V::kWidth;
-      transform_filter(plan, t, group, panel, begin, min64(plan.c, begin + V::kWidth),
-                       group_u + plan.panel_offset(panel));
+      transform_filter(
+          plan, t, group, panel, begin, min64(plan.c, begin + V::kWidth),
+          group_u + plan.panel_offset(panel) + begin * plan.vectors_of(panel) * V::kWidth,
+          plan.filter_point(panel));
     };
-    const int64_t block_floats = kPoints * plan.block_tiles * plan.padded_c;
+    const int64_t block_floats = kPoints * plan.input_point;
     const auto bring_tile = [&](int64_t group, int64_t tile, int64_t slot) {
       const int64_t place = tile % plan.block_tiles, c = group * plan.c;
       blanks[slot * plan.block_tiles + place] =
@@ -248,17 +286,39 @@ struct Winograd {
       if (!plan.two_phases) {
         for (int64_t tile = begin; tile < end; ++tile) bring_tile(group, tile, slot);
       }
-      float* product = products + worker * kPoints * plan.block_tiles * kPanel;
-      for (int64_t panel = plan.panels * part / plan.panel_parts;
-           panel < plan.panels * (part + 1) / plan.panel_parts; ++panel) {
+      float* product = products + worker * kPoints * plan.product_point;
+      const Span panels = part_of(plan.panels, plan.panel_parts, part);
+      for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
         multiply(plan, v + slot * block_floats, group_u + plan.panel_offset(panel),
-                 plan.vectors_of(panel), end - begin, product);
+                 plan.filter_point(panel), panel, {0, plan.c}, end - begin, product);
         for (int64_t tile = begin; tile < end; ++tile) {
           transform_output(plan, product + (tile - begin) * kPanel, group, panel, t.bias,
                            blanks[slot * plan.block_tiles + tile - begin], tile, results);
         }
       }
     };
+    if (plan.by_panels) {
+      parallel_by_floats(plan.tiles, kPoints * plan.padded_c,
+                         [&](int64_t tile) { bring_tile(0, tile, 0); });
+      parallel_for(plan.tasks, plan.workers, [&](int64_t panel, int worker) {
+        float* const own = u + worker * kPoints * plan.chunk_point();
+        float* const product = products + worker * kPoints * plan.product_point;
+        const int64_t width = int64_t{plan.vectors_of(panel)} * V::kWidth;
+        for (int64_t c = 0; c < plan.c; c += plan.chunk_channels) {
+          const Span chunk{c, min64(plan.c, c + plan.chunk_channels)};
+          for (int64_t i = c; i < chunk.end; i += V::kWidth) {
+            transform_filter(plan, t, 0, panel, i, min64(chunk.end, i + V::kWidth),
+                             own + (i - c) * width, plan.chunk_point());
+          }
+          multiply(plan, v, own, plan.chunk_point(), panel, chunk, plan.tiles, product);
+        }
+        for (int64_t tile = 0; tile < plan.tiles; ++tile) {
+          transform_output(plan, product + tile * kPanel, 0, panel, t.bias, blanks[tile], tile,
+                           results);
+        }
+      });
+      return;
+    }
     if (plan.own_filters) {
       parallel_for(plan.tasks, plan.workers, [&](int64_t set, int worker) {
         const int64_t first = plan.first_group(set), last = plan.first_group(set + 1);
@@ -302,15 +362,13 @@ struct Winograd {
     });
   }
 
-  // Channels c .. c_end - 1 of a panel of filters: G g G^T. Output channel k is multiplied by scale[k],
-  // if that is not null; fprop alone has one.
+  // Channels c .. c_end - 1 of a panel of filters: G g G^T, the points `point_floats` apart. Output channel
+  // k is multiplied by scale[k], if that is not null; fprop alone has one.
   static void transform_filter(const Plan& plan, const Sources& t, int64_t group, int64_t panel,
-                               int64_t c, int64_t c_end, float* u) {
+                               int64_t c, int64_t c_end, float* out, int64_t point_floats) {
     const int vectors = plan.vectors_of(panel);
     const int64_t width = int64_t{vectors} * V::kWidth;
     const int64_t depth = c_end - c;
-    float* out = u + c * width;
-    const int64_t point_floats = plan.c * width;
     // The group's columns of the filter are its output channels.
     const float* filter = t.filter + group * (plan.turned ? plan.c : plan.k);
     const float* scale = t.scale ? t.scale + group * plan.k : nullptr;
@@ -344,10 +402,14 @@ struct Winograd {
           Reg g[3];
 #pragma GCC unroll 3
           for (int r = 0; r < 3; ++r) {
-            g[r] = plan.turned
-                       ? V::load(square[3 * r + s] + i * V::kWidth)
-                       : V::load(filter + ((3 * r + s) * plan.c + c + i) * plan.filter_stride + k,
-                                 tail);
+            const float* const row =
+                filter + ((3 * r + s) * plan.c + c + i) * plan.filter_stride + k;
+            // Row after row, of which a panel has a line or two: no processor foresees them.
+            constexpr int64_t kRowsAhead = 4;
+            if (plan.by_panels && !plan.turned) {
+              __builtin_prefetch(row + kRowsAhead * plan.filter_stride);
+            }
+            g[r] = plan.turned ? V::load(square[3 * r + s] + i * V::kWidth) : V::load(row, tail);
             if (scale) g[r] = V::multiply(g[r], factor);
           }
           Transform::filter(g, columns[s]);
@@ -367,7 +429,7 @@ struct Winograd {
     }
   }
 
-  // B^T d B of one tile, all channels; the points lie block_tiles * padded_c floats apart. Returns a
+  // B^T d B of one tile, all channels; the points lie plan.input_point floats apart. Returns a
   // bit for each output, M * row + column, whose source is zero throughout.
   static std::uint32_t transform_input(const Plan& plan, const float* x, const float* mask,
                                        const float* zeros, int64_t tile, float* out) {
@@ -411,7 +473,7 @@ struct Winograd {
         Transform::input(rows[i], points);
 #pragma GCC unroll 6
         for (int j = 0; j < kTile; ++j) {
-          V::store(out + (i * kTile + j) * plan.block_tiles * plan.padded_c + c, points[j]);
+          V::store(out + (i * kTile + j) * plan.input_point + c, points[j]);
         }
       }
     };
@@ -452,9 +514,11 @@ struct Winograd {
     return true;
   }
 
-  // product[point][tile][0 .. kPanel) = sum over c of v[point][tile][c] * u[point][c][...].
-  static void multiply(const Plan& plan, const float* v, const float* u, int vectors, int64_t tiles,
-                       float* product) {
+  // product[point][tile][0 .. kPanel) = sum over c of v[point][tile][c] * u[point][c][...], of some
+  // channels, which are all that `u` has; what those before made is in it.
+  static void multiply(const Plan& plan, const float* v, const float* u, int64_t filter_point,
+                       int64_t panel, Span channels, int64_t tiles, float* product) {
+    const int vectors = plan.vectors_of(panel);
     const LikeTiles cut(tiles, ceil_div(tiles, V::kRows));
     const int64_t zero = 0;
     TapTile t{};
@@ -462,13 +526,14 @@ struct Winograd {
     t.y_step = kPanel;
     t.tap_offsets = t.filter_offsets = &zero;
     t.taps = 1;
-    t.run = plan.c;
+    t.run = channels.size();
     t.columns = V::kWidth;
-    t.first = t.last = true;
+    t.first = channels.begin == 0;
+    t.last = true;
     for (int point = 0; point < kPoints; ++point) {
-      t.filter = u + point * plan.c * vectors * V::kWidth;
-      t.x = v + point * plan.block_tiles * plan.padded_c;
-      t.y = product + point * plan.block_tiles * kPanel;
+      t.filter = u + point * filter_point;
+      t.x = v + point * plan.input_point + channels.begin;
+      t.y = product + point * plan.product_point;
       for (int64_t tile = 0; tile < cut.count; tile += t.tiles) {
         const int64_t rows = cut.size(tile);
         t.tiles = cut.alike(tile);
@@ -492,7 +557,6 @@ struct Winograd {
     const int64_t row_floats = (plan.out_w >> shift) * plan.k_stride;
     const int64_t corner = (n * (plan.out_h >> shift) + (top >> shift)) * row_floats +
                            (left >> shift) * plan.k_stride + column;
-    const int64_t point_floats = plan.block_tiles * kPanel;
     for (int v = 0; v < plan.vectors_of(panel); ++v) {
       const int64_t at = int64_t{v} * V::kWidth;
       const int valid = static_cast<int>(min64(V::kWidth, plan.k - panel * kPanel - at));
@@ -504,7 +568,7 @@ struct Winograd {
         Reg m[kTile], out[M];
 #pragma GCC unroll 6
         for (int i = 0; i < kTile; ++i) {
-          m[i] = V::load(product + (i * kTile + j) * point_floats + at);
+          m[i] = V::load(product + (i * kTile + j) * plan.product_point + at);
         }
         Transform::output(m, out);
 #pragma GCC unroll 4

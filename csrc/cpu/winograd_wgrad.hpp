@@ -174,7 +174,8 @@ struct WinogradWgrad {
     int64_t c, k, tiles_h, tiles_w, tiles, parts, part_tiles;
     int64_t vectors, panels, panel_vectors;  // of output channels
     int64_t rows, c_tiles, c_groups, group_channels;
-    int64_t x_row, x_point, dy_point;  // floats from tile to tile, and from point to point
+    int64_t x_row;                             // floats from tile to tile
+    int64_t x_point, dy_point, product_point;  // and from point to point
     int64_t slots;  // partial sums, each of some parts; 1 where threads share the parts instead
     int64_t zeros_floats, sums_floats, bias_sums_floats;
     int64_t x_floats, dy_floats, bias_floats, product_floats;
@@ -192,8 +193,7 @@ struct WinogradWgrad {
       panel_vectors = ceil_div(vectors, panels);
       // Tiles of a part: what they are transformed to stays in the second-level cache, and what they make
       // of one point and panel in the first; but enough of them to make up for the way back.
-      // x_row is an odd number of cache lines, so that the same channels of all tiles fill no single sets.
-      x_row = (ceil_div(c, 16) | 1) * 16;
+      x_row = odd_lines(c);
       constexpr int64_t kLeast = 56, kMost = 112;
       const int64_t fitting = (int64_t{1100} << 10) / (kPoints * (x_row + vectors * V::kWidth) * 4);
       parts = max64(1, ceil_div(tiles, max64(kLeast, min64(fitting, kMost))));
@@ -206,13 +206,14 @@ struct WinogradWgrad {
           max64(ceil_div(c_tiles, kTilesATask), min64(c_tiles, ceil_div(kEnoughTasks, panels)));
       group_channels = ceil_div(c_tiles, c_groups) * rows;
 
-      x_point = part_tiles * x_row;
-      dy_point = part_tiles * vectors * V::kWidth;
+      x_point = odd_lines(part_tiles * x_row);
+      dy_point = odd_lines(part_tiles * vectors * V::kWidth);
+      product_point = odd_lines(group_channels * panel_vectors * V::kWidth);
       zeros_floats = round_up(max64(c, k) + V::kWidth, 16);
       x_floats = round_up(kPoints * x_point, 16);
       dy_floats = round_up(kPoints * dy_point, 16);
       bias_floats = with_bias ? round_up(dy_point, 16) : 0;
-      product_floats = round_up(kPoints * group_channels * panel_vectors * V::kWidth, 16);
+      product_floats = kPoints * product_point;
 
       constexpr int64_t kSumsBytes = int64_t{5} << 20, kMostSlots = 16, kLeastSlots = 4;
       slots = min64(min64(parts, kMostSlots), kSumsBytes / max64(p.filter_size() * 4, 1));
@@ -428,8 +429,8 @@ struct WinogradWgrad {
         const int64_t c = plan.channel(tile);
         const int64_t count = plan.channel(tile + 1) - c;
         t.x = buffers.x + point * plan.x_point + c;
-        t.product = buffers.product +
-                    (point * plan.group_channels + c - first) * int64_t{vectors} * V::kWidth;
+        t.product = buffers.product + point * plan.product_point +
+                    (c - first) * int64_t{vectors} * V::kWidth;
         tile_by_rows[static_cast<std::size_t>(count - 1)](t);
       }
     }
@@ -441,7 +442,6 @@ struct WinogradWgrad {
     const int64_t first = plan.channel(plan.first_tile(group));
     const int64_t end = plan.channel(plan.first_tile(group + 1));
     const int64_t vectors = plan.vectors_of(panel);
-    const int64_t point_floats = plan.group_channels * vectors * V::kWidth;
     for (int64_t c = first; c < end; ++c)
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t k = (panel * plan.panel_vectors + v) * V::kWidth;
@@ -450,7 +450,7 @@ struct WinogradWgrad {
         float* const to = dfilter + c * p.k + k;
         transform_square<V, kTile, 3>(
             apply_back,
-            [&](int i, int j) { return V::load(from + (i * kTile + j) * point_floats); },
+            [&](int i, int j) { return V::load(from + (i * kTile + j) * plan.product_point); },
             [&](int r, int s, Reg value) {
               float* const here = to + (3 * r + s) * plan.c * p.k;
               if (adds) value = V::add(V::load(here, tail), value);
