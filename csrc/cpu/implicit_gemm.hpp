@@ -115,9 +115,11 @@ class OncePerWorker {
 };
 constexpr int64_t kOwnFilterBytes = int64_t{512} << 10;  // at most
 
-// Keeps from the compiler how a pointer came about.
-inline void hide(const float*& pointer) {
+// A pointer of which the compiler does not know how it came about.
+template <class T>
+T* hidden(T* pointer) {
   asm("" : "+r"(pointer));  // NOLINT(portability-no-assembler): of no instruction
+  return pointer;
 }
 
 // Pointers to N evenly spaced elements of a loop, four to a general register and not one each: there
@@ -137,8 +139,7 @@ class Spaced {
   void advance(int64_t count) {
 #pragma GCC unroll 16
     for (int i = 0; i < kBases; ++i) {
-      bases_[i] += count;
-      hide(bases_[i]);
+      bases_[i] = hidden(bases_[i] + count);
     }
   }
 
@@ -273,7 +274,7 @@ template <class V, int Rows, int Vectors, TapTileTask Task>
     // A tile of one vector has the most pixels, and the fewest multiply-adds for each.
     if (Vectors == 1 && !t.x_pixels) {
       Spaced<Rows> x(first_x + offset, t.x_step);
-      for (int64_t c = 0; c < t.run; ++c) {
+      for (int64_t c = t.run; c > 0; --c) {
         add_row(x, 0);
         x.advance(1);
       }
@@ -286,20 +287,33 @@ template <class V, int Rows, int Vectors, TapTileTask Task>
       for (int64_t c = 0; c < t.run; ++c) add_row(x, c);
     }
   }
-  const bool relu = t.relu && t.last;
-  const typename V::Reg ceiling = V::set(t.ceiling);
+  // Read anew: in the loop, registers are short.
+  const TapTile* const end = hidden(&t);
+  if (end->relu && end->last) {
+    const typename V::Reg ceiling = V::set(end->ceiling);
 #pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) {
-    float* const to = y_of(i);
+    for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      const typename V::Reg out = relu ? V::min(ceiling, V::relu(sum[i][v])) : sum[i][v];
-      if (v == Vectors - 1) {
-        V::store(to + v * V::kWidth, out, tail);
-      } else {
-        V::store(to + v * V::kWidth, out);
-      }
+      for (int v = 0; v < Vectors; ++v) sum[i][v] = V::min(ceiling, V::relu(sum[i][v]));
+  }
+  // What differs between tiles is asked for once, and not for each pixel.
+  const auto store = [&](const auto& to, const auto&... mask) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      float* const at = to(i);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors - 1; ++v) V::store(at + v * V::kWidth, sum[i][v]);
+      V::store(at + (Vectors - 1) * V::kWidth, sum[i][Vectors - 1], mask...);
     }
+  };
+  const auto store_to = [&](const auto& to) __attribute__((always_inline)) {
+    if (!V::kFreeMasks && end->columns == V::kWidth) return store(to);
+    store(to, V::tail(end->columns));
+  };
+  if (float* const* const pixels = end->y_pixels) {
+    store_to([&, offset = end->y_offset](int i) { return pixels[i] + offset; });
+  } else {
+    store_to([&, step = end->y_step](int i) { return y + i * step; });
   }
 }
 
@@ -751,7 +765,7 @@ struct TapTiles {
                          g.images * g.out_h == 1 && g.reduce == g.source_c;
     // Tiles that pass through a panel before the next panel's turn: few, for the rows of y had better be
     // written in one go.
-    constexpr int64_t kPixelFloats = 512;
+    constexpr int64_t kPixelFloats = V::kWidth < 16 ? 2048 : 512;
     const int64_t tiles_a_panel = panel_end - panel == 1
                                       ? tile_end - tile
                                       : max64(1, kPixelFloats / max64(1, rows() * t.taps * t.run));

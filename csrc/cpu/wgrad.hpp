@@ -118,7 +118,7 @@ void wgrad_tile(const WgradTile& t) {
         dy += t.dy_step;
         // GCC 12 vectorises scalar code here to load two pixels at once, of which the last one's
         // neighbour may be in no memory.
-        hide(dy);
+        dy = hidden(dy);
       }
     }
   }
@@ -202,7 +202,8 @@ struct WgradPlan {
 
     // Tiles that read a pixel, for packing it to pay: more where pixels lie close together, and are asked
     // for a block ahead.
-    const int64_t tiles_a_packing = taps == 1 && p.c <= 128 ? 8 : 4;
+    const bool narrow = kGemmVectors<V> * V::kWidth < 64;  // panels, each of which reads all
+    const int64_t tiles_a_packing = taps == 1 && (p.c <= 128 || narrow) ? 8 : 4;
     const bool strided = p.stride_h != 1 || p.stride_w != 1;
     const bool may_sample = taps == 1 && strided && !padded;
     const int64_t pixels_a_window = may_sample ? 1 : p.stride_h * p.stride_w;
