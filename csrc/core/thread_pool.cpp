@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -50,6 +51,24 @@ void relax() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+// Waits for as long as the gap between two ops of a graph lasts, by the clock: how long a pause takes
+// differs by a factor of five between processors. Returns whether it came true.
+template <class Condition>
+bool spin_until(const Condition& holds) {
+  if (holds()) return true;
+  using Clock = std::chrono::steady_clock;
+  constexpr std::chrono::microseconds kTime{100};
+  constexpr int kPausesALook = 32;
+  const Clock::time_point end = Clock::now() + kTime;
+  do {
+    for (int i = 0; i < kPausesALook; ++i) {
+      relax();
+      if (holds()) return true;
+    }
+  } while (Clock::now() < end);
+  return false;
 }
 
 // One parallel_for. Lives on the caller's stack; a worker holds it only between taking a ticket and
@@ -120,12 +139,9 @@ class Pool {
     job.work();
     // Nobody may join from here on; those who did must leave before the job's stack frame goes.
     const int joined = wanted - tickets_.exchange(0, std::memory_order_acq_rel);
-    for (int spins = 0; left_.load(std::memory_order_acquire) < joined; ++spins) {
-      if (spins < kSpins) {
-        relax();
-      } else {
-        std::this_thread::yield();
-      }
+    const auto all_left = [&] { return left_.load(std::memory_order_acquire) >= joined; };
+    if (!spin_until(all_left)) {
+      while (!all_left()) std::this_thread::yield();
     }
     left_.store(0, std::memory_order_relaxed);
   }
@@ -135,8 +151,6 @@ class Pool {
   alignas(64) std::atomic<int> active{0};
 
  private:
-  static constexpr int kSpins = 2000;  // some 20 to 100 us: the gap between two ops of a graph
-
   void ensure_workers(int wanted) {
     while (static_cast<int>(workers_) < wanted) {
       // A thread that cannot be had is not missed: the caller does its share.
@@ -193,13 +207,11 @@ class Pool {
   }
 
   std::uint32_t wait_for_epoch_after(std::uint32_t seen) {
-    for (int spins = 0; spins < kSpins; ++spins) {
-      const std::uint32_t now = epoch_.load(std::memory_order_acquire);
-      if (now != seen) return now;
-      relax();
+    std::uint32_t now = seen;
+    if (spin_until([&] { return (now = epoch_.load(std::memory_order_acquire)) != seen; })) {
+      return now;
     }
     parked_.fetch_add(1, std::memory_order_seq_cst);
-    std::uint32_t now;
     while ((now = epoch_.load(std::memory_order_seq_cst)) == seen) epoch_.wait(seen);
     parked_.fetch_sub(1, std::memory_order_relaxed);
     return now;
