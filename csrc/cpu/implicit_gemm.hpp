@@ -195,6 +195,34 @@ typename V::Reg start_of_sum(const float* bias, int v, const typename V::Tail& t
   return v == Vectors - 1 ? V::load(bias + v * V::kWidth, tail) : V::load(bias + v * V::kWidth);
 }
 
+// ReLU of a register tile's sums.
+template <class V, int Rows, int Vectors>
+[[gnu::always_inline]] inline void activate(typename V::Reg (&sum)[Rows][Vectors], float most) {
+  const typename V::Reg ceiling = V::set(most);
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) sum[i][v] = V::min(ceiling, V::relu(sum[i][v]));
+}
+
+// Pixel i's go to `to(i)`; the last vector has `columns`. Whether it is a whole one is asked once, not for
+// each pixel: of few products, that would take as long as these.
+template <class V, int Rows, int Vectors, class To>
+[[gnu::always_inline]] inline void store_tile(const typename V::Reg (&sum)[Rows][Vectors],
+                                              int columns, const To& to) {
+  const auto store = [&](const auto&... mask) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      float* const at = to(i);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors - 1; ++v) V::store(at + v * V::kWidth, sum[i][v]);
+      V::store(at + (Vectors - 1) * V::kWidth, sum[i][Vectors - 1], mask...);
+    }
+  };
+  if (!V::kFreeMasks && columns == V::kWidth) return store();
+  store(V::tail(columns));
+}
+
 template <class V, int Rows, int Vectors, TapTileTask Task>
 [[gnu::always_inline]] inline void one_tap_tile(const TapTile& t, const float* first_x, float* y,
                                                 const float* first_ahead) {
@@ -289,31 +317,12 @@ template <class V, int Rows, int Vectors, TapTileTask Task>
   }
   // Read anew: in the loop, registers are short.
   const TapTile* const end = hidden(&t);
-  if (end->relu && end->last) {
-    const typename V::Reg ceiling = V::set(end->ceiling);
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) sum[i][v] = V::min(ceiling, V::relu(sum[i][v]));
-  }
-  // What differs between tiles is asked for once, and not for each pixel.
-  const auto store = [&](const auto& to, const auto&... mask) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      float* const at = to(i);
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors - 1; ++v) V::store(at + v * V::kWidth, sum[i][v]);
-      V::store(at + (Vectors - 1) * V::kWidth, sum[i][Vectors - 1], mask...);
-    }
-  };
-  const auto store_to = [&](const auto& to) __attribute__((always_inline)) {
-    if (!V::kFreeMasks && end->columns == V::kWidth) return store(to);
-    store(to, V::tail(end->columns));
-  };
+  if (end->relu && end->last) activate<V>(sum, end->ceiling);
   if (float* const* const pixels = end->y_pixels) {
-    store_to([&, offset = end->y_offset](int i) { return pixels[i] + offset; });
+    store_tile<V>(sum, end->columns,
+                  [pixels, offset = end->y_offset](int i) { return pixels[i] + offset; });
   } else {
-    store_to([&, step = end->y_step](int i) { return y + i * step; });
+    store_tile<V>(sum, end->columns, [y, step = end->y_step](int i) { return y + i * step; });
   }
 }
 

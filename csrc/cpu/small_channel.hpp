@@ -68,21 +68,10 @@ template <class V, int Rows, int Vectors>
       for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(value, b[v], sum[i][v]);
     }
   }
-  const typename V::Reg ceiling = V::set(t.ceiling);
-  const bool relu = t.relu;
-  const int64_t y_step = t.y_step;
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      const typename V::Reg out = relu ? V::min(ceiling, V::relu(sum[i][v])) : sum[i][v];
-      float* y = first_y + i * y_step + v * V::kWidth;
-      if (v == Vectors - 1) {
-        V::store(y, out, tail);
-      } else {
-        V::store(y, out);
-      }
-    }
+  const StridedTile* const last = hidden(&t);  // read anew: in the loop, registers are short
+  if (last->relu) activate<V>(sum, last->ceiling);
+  store_tile<V>(sum, last->columns,
+                [first_y, step = last->y_step](int i) { return first_y + i * step; });
 }
 
 template <class V, int Rows, int Vectors>
