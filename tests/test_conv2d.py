@@ -116,6 +116,10 @@ LARGE = [
     Problem((1, 57, 57, 33), 70, dilation_rate=(2, 3)),
     Problem((1, 14, 14, 256), 256, padding="same"),
     Problem((4, 14, 14, 300), 40, padding="same"),
+    # Channels enough for chunks of one tap, which meet all pixels, some, or none.
+    Problem((2, 9, 8, 130), 150, strides=(2, 1), padding=((1, 2), (0, 3))),
+    Problem((1, 6, 7, 140), 90, kernel=(3, 2), dilation_rate=(4, 3), padding=((5, 4), (3, 3))),
+    Problem((3, 2, 5, 200), 40, kernel=(5, 3), padding=((12, 3), (1, 9))),
     Problem((4, 14, 14, 40), 300, kernel=(1, 1)),
     # Whose filter's gradient is computed transposed, and tiles of one vector in strips.
     Problem((2, 30, 31, 144), 24, kernel=(1, 1)),

@@ -33,6 +33,8 @@ CONVOLUTIONS = [
     # So few pixels that threads share the filter's columns.
     Problem((1, 7, 7, 160), 320, kernel=(1, 1)),
     Problem((1, 5, 6, 200), 330, padding="same"),
+    # And a filter that Winograd's algorithms transform by panels where threads share these evenly.
+    Problem((1, 10, 11, 130), 140, padding="same"),
     Problem((9, 12, 11, 33), 18, padding="same", data_format="channels_first"),
 ]
 # (shape, window, stride, padding, data_format)

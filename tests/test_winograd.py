@@ -26,6 +26,9 @@ PROBLEMS = [
     Problem((1, 20, 1, 8), 9, padding="same"),
     # Many blocks of tiles: inputs are transformed task by task.
     Problem((2, 70, 75, 24), 40, padding="same"),
+    # Few tiles and a large filter, which is transformed by panels and chunks of channels.
+    Problem((1, 10, 11, 130), 140, padding="same"),
+    Problem((2, 8, 7, 600), 33, padding=((1, 0), (0, 2))),
     Problem((32, 13, 13, 32), 64),  # the article's second layer
     Problem((2, 9, 11, 48), 20, padding="same", groups=2),
     Problem((1, 13, 13, 27), 75, padding=((1, 0), (0, 2)), groups=3),
@@ -51,6 +54,20 @@ def test_against_float64(problem, algorithm, isa):
         assert results[name].dtype == np.float32
         assert results[name].shape == expected[name].shape
         assert largest_error(results[name], expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_large_filters_of_few_tiles_are_transformed_by_panels(algorithm):
+    def blocking(shape, filters):
+        with running_on(algorithm=algorithm, threads=2):
+            return fastconv.explain(shape, (3, 3, shape[-1], filters), padding="same")["blocking"]
+
+    by_panels = "filters transformed by panels"
+    assert by_panels in blocking((1, 10, 11, 256), 256)
+    assert by_panels not in blocking((1, 10, 11, 32), 32)
+    assert by_panels not in blocking((2, 70, 75, 256), 256)
+    # One panel is not enough for two threads.
+    assert by_panels not in blocking((1, 10, 11, 4096), 1)
 
 
 @pytest.mark.parametrize("channels", [32, 128, 512])

@@ -821,7 +821,8 @@ struct TapTiles {
 //
 // Where pixels are many, the whole filter is packed first. Where they are few, packing it costs as
 // much as using it: then a task owns a panel and all (or many) pixels, and packs a chunk of the panel
-// at a time, which stays in the first-level cache while the pixels pass; sums wait in y.
+// at a time, which stays in the first-level cache while the pixels pass; sums wait in y. Chunks of one tap
+// need no regions: all pixels that meet the tap are one rectangle.
 template <class V>
 struct TapConvolutionRunner {
   using Panels = FilterPanels<V, kGemmVectors<V>>;

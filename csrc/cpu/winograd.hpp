@@ -11,7 +11,8 @@
 // The sums over channels are (M + 2)^2 small matrix products. A task takes a block of tiles that
 // stays in the second-level cache: it transforms their input, then for one panel of output channels
 // after the other multiplies, transforms back and adds bias and ReLU. Where tiles are few, all
-// inputs are transformed first and tasks are blocks times groups of panels.
+// inputs are transformed first and tasks are blocks times groups of panels, or, if the filter is
+// large, panels, of which each transforms its own filters as it goes.
 //
 // dgrad is the same with the filter turned and transposed; the ReLU mask is part of the input
 // transform.
@@ -99,7 +100,9 @@ struct Winograd {
     const Plan plan(p, direction);
     return std::to_string(plan.tiles) + " tiles of " + std::to_string(M) + " x " +
            std::to_string(M) + ", " + std::to_string(plan.block_tiles) + " a block" +
-           (plan.two_phases ? ", inputs transformed first" : "");
+           (plan.by_panels    ? ", filters transformed by panels"
+            : plan.two_phases ? ", inputs transformed first"
+                              : "");
   }
 
   static constexpr Conv2dAlgorithm kAlgorithm{.name = M == 2 ? "winograd2" : "winograd4",
@@ -200,11 +203,13 @@ struct Winograd {
       blanks_bytes = slots * block_tiles * 4;
     }
 
-    // Where tiles are few and the transformed filter is large, it is not worth writing to memory: it is
+    // Where tiles are few and the transformed filter is large, that is not worth writing to memory: it is
     // made, used and dropped, some channels of a panel at a time, which stay in the second-level cache.
     void plan_panels(int64_t threads) {
-      constexpr int64_t kMostTiles = 100, kMostChannels = 64;
-      by_panels = groups == 1 && tiles <= kMostTiles && group_filter_floats * 4 > kOwnFilterBytes;
+      constexpr int64_t kMostTiles = 100, kMostChannels = 64, kLeastBytes = int64_t{1} << 20;
+      const bool is_large = group_filter_floats * 4 > kLeastBytes;
+      const bool shared_evenly = 4 * round_up(panels, threads) <= 5 * panels;
+      by_panels = groups == 1 && tiles <= kMostTiles && is_large && shared_evenly;
       if (!by_panels) return;
       block_tiles = tiles;
       blocks = sets = panel_parts = 1;

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
     from fastconv.bench._types import Record
 
+_ISAS = {"avx512": "AVX-512", "avx2": "AVX2"}
 _INTRODUCTION = """\
-# Performance
+# Performance, {isa}
 
 fastconv's kernels beside those of other libraries, on one machine. This page and its figures are
 written by one command:
@@ -75,6 +76,7 @@ def write(run: Record, path: str | Path, plot: Callable[..., list[Path]]) -> Non
     drawn = {drawn.stem: drawn.name for drawn in plot(run, figures, endings=("svg",))}
     sections = [
         _INTRODUCTION.format(
+            isa=_ISAS.get(run["conditions"]["versions"].get("isa", ""), "portable kernels"),
             command=run["command"],
             repeat=run["results"][0]["repeat"],
             conditions=_conditions(run),

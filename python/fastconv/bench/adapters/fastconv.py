@@ -43,12 +43,15 @@ class Implementation:
         fastconv.explain((1, 1, 1, 1), (1, 1, 1, 1))
         # Beyond any cache; small enough for any machine.
         size = 256 << 20
-        return {
+        limits = {
             "flops": _core.timed.flops(seconds),
             "read": _core.timed.bandwidth("read", size, seconds),
             "write": _core.timed.bandwidth("write", size, seconds),
             "copy": _core.timed.bandwidth("copy", 2 * size, seconds),
         }
+        # Once more: threads that have just begun may share a core for a while.
+        limits["flops"] = max(limits["flops"], _core.timed.flops(seconds))
+        return limits
 
 
 class _FastconvCase(Case):
