@@ -773,7 +773,7 @@ struct TapTiles {
     const bool streams = t.first && t.last && g.vertical.count * g.horizontal.count == 1 &&
                          g.images * g.out_h == 1 && g.reduce == g.source_c;
     // Tiles that pass through a panel before the next panel's turn: few, for the rows of y had better be
-    // written in one go.
+    // written in one go. Of narrow vectors more: a call for a few would be over soon.
     constexpr int64_t kPixelFloats = V::kWidth < 16 ? 2048 : 512;
     const int64_t tiles_a_panel = panel_end - panel == 1
                                       ? tile_end - tile
