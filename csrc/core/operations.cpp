@@ -8,6 +8,7 @@
 #include "core/error.hpp"
 #include "core/thread_pool.hpp"
 #include "core/workspace.hpp"
+#include "cpu/bf16_kernels.hpp"
 #include "cpu/int8_kernels.hpp"
 #include "cpu/kernels.hpp"
 
@@ -205,6 +206,73 @@ void add(const float* from, int64_t count, float* to) {
   });
 }
 
+// --- by units of bfloat16 ---
+
+const Bfloat16* brains(const void* data, int64_t elements) {
+  return static_cast<const Bfloat16*>(from(DataType::bfloat16, data, elements));
+}
+
+// Images at a time whose copies stay in the caches of a few cores.
+int64_t images_a_part_of_bf16(const Conv2dProblem& p) {
+  return images_within(int64_t{6} << 20, (p.h * p.w * p.c + p.oh * p.ow * p.k) / 2, p.n);
+}
+
+void fprop_of_bf16(const Conv2dProblem& p, const cpu::Bf16Algorithm& algorithm, const void* x,
+                   const void* filter, const void* scale, const void* bias, const void* residual,
+                   void* y) {
+  if (p.n == 0) return;
+  const Input own_scale(p.dtype, scale, p.k), own_bias(p.dtype, bias, p.k);
+  for_each_part(p, images_a_part_of_bf16(p), [&](const Conv2dProblem& part, int64_t n) {
+    const int64_t at_y = n * p.oh * p.ow * p.k;
+    algorithm.run(part, Direction::fprop,
+                  {.x = brains(x, n * p.h * p.w * p.c),
+                   .filter = brains(filter, 0),
+                   .residual = brains(residual, at_y),
+                   .out = const_cast<Bfloat16*>(brains(y, at_y)),
+                   .scale = own_scale.data(),
+                   .bias = own_bias.data()});
+  });
+}
+
+void dgrad_of_bf16(const Conv2dProblem& p, const cpu::Bf16Algorithm& algorithm, const void* dy,
+                   const void* filter, const void* y, void* dx) {
+  if (p.n == 0) return;
+  const bool relu = p.activation == Activation::relu;
+  for_each_part(p, images_a_part_of_bf16(p), [&](const Conv2dProblem& part, int64_t n) {
+    const int64_t at_y = n * p.oh * p.ow * p.k;
+    algorithm.run(part, Direction::dgrad,
+                  {.filter = brains(filter, 0),
+                   .dy = brains(dy, at_y),
+                   .y = relu ? brains(y, at_y) : nullptr,
+                   .out = const_cast<Bfloat16*>(brains(dx, n * p.h * p.w * p.c))});
+  });
+}
+
+// Gradients of parts of the batch are added up in order.
+void wgrad_of_bf16(const Conv2dProblem& p, const cpu::Bf16Algorithm& algorithm, const void* x,
+                   const void* dy, const void* y, void* dfilter, void* dbias) {
+  const bool relu = p.activation == Activation::relu;
+  const Output own_dfilter(p.dtype, dfilter, p.filter_size()), own_dbias(p.dtype, dbias, p.k);
+  const int64_t images = images_a_part_of_bf16(p);
+  const Workspace sums(images < p.n ? bytes(p.filter_size()) + bytes(p.k) : 0);
+  for_each_part(p, images, [&](const Conv2dProblem& part, int64_t n) {
+    const int64_t at_y = n * p.oh * p.ow * p.k;
+    float* const part_dfilter = n > 0 && dfilter ? sums.floats(bytes(p.k)) : own_dfilter.data();
+    float* const part_dbias = n > 0 && dbias ? sums.floats() : own_dbias.data();
+    algorithm.run(part, Direction::wgrad,
+                  {.x = brains(x, n * p.h * p.w * p.c),
+                   .dy = brains(dy, at_y),
+                   .y = relu ? brains(y, at_y) : nullptr,
+                   .dfilter = part_dfilter,
+                   .dbias = part_dbias});
+    if (n == 0) return;
+    if (dfilter) add(part_dfilter, p.filter_size(), own_dfilter.data());
+    if (dbias) add(part_dbias, p.k, own_dbias.data());
+  });
+  own_dfilter.finish();
+  own_dbias.finish();
+}
+
 }  // namespace
 
 void conv2d_fprop(const Conv2dProblem& p, const void* x, const void* filter, const void* bias,
@@ -215,6 +283,9 @@ void conv2d_fprop(const Conv2dProblem& p, const void* x, const void* filter, con
 void conv2d_scaled_fprop(const Conv2dProblem& problem, const void* x, const void* filter,
                          const void* scale, const void* bias, const void* residual, void* y,
                          const char* algorithm) {
+  if (const auto* const of_bf16 = cpu::choose_bf16(problem, Direction::fprop, algorithm)) {
+    return fprop_of_bf16(problem, *of_bf16, x, filter, scale, bias, residual, y);
+  }
   const Conv2dProblem p = of_single_pixels(problem);
   const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_computed(p), Direction::fprop, algorithm);
   if (p.n == 0) return;
@@ -252,6 +323,9 @@ void conv2d_scaled_fprop(const Conv2dProblem& problem, const void* x, const void
 
 void conv2d_dgrad(const Conv2dProblem& problem, const void* dy, const void* filter, const void* y,
                   void* dx, const char* algorithm) {
+  if (const auto* const of_bf16 = cpu::choose_bf16(problem, Direction::dgrad, algorithm)) {
+    return dgrad_of_bf16(problem, *of_bf16, dy, filter, y, dx);
+  }
   const Conv2dProblem p = of_single_pixels(problem);
   const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_computed(p), Direction::dgrad, algorithm);
   if (p.n == 0) return;
@@ -280,8 +354,14 @@ void conv2d_dgrad(const Conv2dProblem& problem, const void* dy, const void* filt
 
 void conv2d_wgrad(const Conv2dProblem& problem, const void* x, const void* dy, const void* y,
                   void* dfilter, void* dbias, const char* algorithm) {
+  const cpu::Bf16Algorithm* const of_bf16 =
+      cpu::choose_bf16(problem, Direction::wgrad, algorithm);
+  if (of_bf16 && problem.n > 0) {
+    return wgrad_of_bf16(problem, *of_bf16, x, dy, y, dfilter, dbias);
+  }
   const Conv2dProblem p = of_single_pixels(problem);
-  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_computed(p), Direction::wgrad, algorithm);
+  const cpu::Conv2dAlgorithm& chosen =
+      cpu::choose(as_computed(p), Direction::wgrad, of_bf16 ? nullptr : algorithm);
   if (p.n == 0) {  // zeros are zero bytes in every data type
     if (dfilter)
       std::memset(dfilter, 0, static_cast<std::size_t>(p.filter_size()) * size_of(p.dtype));

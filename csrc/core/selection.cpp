@@ -10,6 +10,7 @@
 
 #include "core/error.hpp"
 #include "core/thread_pool.hpp"
+#include "cpu/bf16_kernels.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/probe.hpp"
 
@@ -57,6 +58,10 @@ std::string parse_algorithm(const std::string& name, const char* source) {
   for (const cpu::Conv2dAlgorithm& algorithm : cpu::kernels(current_isa()).conv2d) {
     if (name == algorithm.name) return name;
     names += ", '" + std::string(algorithm.name) + "'";
+  }
+  for (const cpu::Bf16Algorithm* algorithm : cpu::bf16_algorithms()) {
+    if (name == algorithm->name) return name;
+    names += ", '" + std::string(algorithm->name) + "'";
   }
   throw InvalidArgument(std::string(source) + " must be one of " + names + ". Received: " + source +
                         "='" + name + "'");
@@ -147,22 +152,37 @@ void set_preferred_algorithm(const std::string& name) {
 }
 
 Explanation explain(const Conv2dProblem& p, Direction direction) {
-  const cpu::Conv2dAlgorithm& chosen = cpu::choose(p, direction);
   const Isa isa = current_isa();
   Explanation out;
-  out.algorithm = chosen.name;
-  out.blocking = chosen.blocking(p, direction);
-  out.workspace_bytes = chosen.estimate(p, direction).workspace_bytes;
   out.flops =
       2.0 * static_cast<double>(p.y_size()) * static_cast<double>(p.r * p.s * p.c_per_group());
   const double rate = multiply_adds_a_second(isa);
   const bool strict = current_accuracy() == Accuracy::strict;
-  for (const cpu::Conv2dAlgorithm& algorithm : cpu::kernels(isa).conv2d) {
-    if (!algorithm.serves(p, direction)) continue;
-    const cpu::Estimate estimate = algorithm.estimate(p, direction);
+  const auto add = [&](const auto& algorithm, const Conv2dProblem& problem, bool is_chosen,
+                       bool may_be_chosen = true) {
+    if (!algorithm.serves(problem, direction)) return;
+    const cpu::Estimate estimate = algorithm.estimate(problem, direction);
     const double seconds = estimate.multiply_adds / rate;
-    out.candidates.push_back({algorithm.name, seconds, !strict || estimate.relative_error == 0});
-    if (&algorithm == &chosen) out.predicted_seconds = seconds;
+    out.candidates.push_back(
+        {algorithm.name, seconds, may_be_chosen && (!strict || estimate.relative_error == 0)});
+    if (!is_chosen) return;
+    out.algorithm = algorithm.name;
+    out.blocking = algorithm.blocking(problem, direction);
+    out.workspace_bytes = estimate.workspace_bytes;
+    out.predicted_seconds = seconds;
+  };
+  const cpu::Bf16Algorithm* const of_bf16 = cpu::choose_bf16(p, direction);
+  if (p.dtype == DataType::bfloat16) {
+    for (const cpu::Bf16Algorithm* algorithm : cpu::bf16_algorithms()) {
+      add(*algorithm, p, algorithm == of_bf16, !algorithm->is_for_its_name);
+    }
+  }
+  Conv2dProblem of_float32 = p;
+  of_float32.dtype = DataType::float32;
+  const cpu::Conv2dAlgorithm* const chosen =
+      of_bf16 ? nullptr : &cpu::choose(of_float32, direction);
+  for (const cpu::Conv2dAlgorithm& algorithm : cpu::kernels(isa).conv2d) {
+    add(algorithm, of_float32, &algorithm == chosen);
   }
   return out;
 }

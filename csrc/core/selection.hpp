@@ -47,7 +47,7 @@ struct Explanation {
   struct Candidate {
     std::string algorithm;
     double predicted_seconds = 0;
-    bool allowed = true;  // by the accuracy in force
+    bool allowed = true;  // by the accuracy in force, and not there for comparison alone
   };
   std::vector<Candidate> candidates;
 };

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "core/error.hpp"
+#include "cpu/bf16_kernels.hpp"
 #include "cpu/kernels.hpp"
 
 namespace fastconv::cpu {
@@ -83,6 +84,35 @@ class Decisions {
   std::array<Entry, kSlots> entries_;
 };
 
+Conv2dProblem of_float32(Conv2dProblem problem) {
+  problem.dtype = DataType::float32;
+  return problem;
+}
+
+// What float32's algorithm takes for a problem of bfloat16, whose tensors are converted on the way.
+double cost_by_float32(const Conv2dProblem& problem, Direction direction) {
+  constexpr double kConverted = 4;
+  const Conv2dProblem p = of_float32(problem);
+  return choose(p, direction).estimate(p, direction).multiply_adds +
+         kConverted * static_cast<double>(p.x_size() + p.y_size());
+}
+
+const Bf16Algorithm* cheapest_bf16(const Conv2dProblem& p, Direction direction) {
+  const double error = allowed_error(current_accuracy());
+  const Bf16Algorithm* best = nullptr;
+  double best_cost = 0;
+  for (const Bf16Algorithm* algorithm : bf16_algorithms()) {
+    if (algorithm->is_for_its_name || !algorithm->serves(p, direction)) continue;
+    const Estimate estimate = algorithm->estimate(p, direction);
+    if (estimate.relative_error > error) continue;
+    if (!best) best_cost = cost_by_float32(p, direction);
+    if (estimate.multiply_adds >= best_cost) continue;
+    best = algorithm;
+    best_cost = estimate.multiply_adds;
+  }
+  return best;
+}
+
 PoolGradientUse cheapest_pool_gradient(const PoolGradientKernel& kernel,
                                        const Conv2dProblem& problem, bool with_dx) {
   const auto of = [&](Direction direction) {
@@ -131,6 +161,54 @@ const Conv2dAlgorithm& choose(const Conv2dProblem& problem, Direction direction,
     const Conv2dAlgorithm* preferred = find(table, preferred_algorithm());
     const bool serves = preferred && preferred->serves(problem, direction);
     return serves ? preferred : &cheapest(table, problem, direction);
+  });
+}
+
+std::span<const Bf16Algorithm* const> bf16_algorithms() {
+  // The first call settles what the processor has; it does not change.
+  struct Present {
+    std::array<const Bf16Algorithm*, 4> algorithms{};
+    std::size_t count = 0;
+    explicit Present(Isa isa) {
+      constexpr const Bf16Algorithm* kAll[] = {
+#if defined(__x86_64__) && !defined(FASTCONV_SCALAR_ONLY)
+          &kBf16Tiles, &kBf16Dot,
+#endif
+          &kBf16Portable, &kBf16EmulatedTiles};
+      for (const Bf16Algorithm* algorithm : kAll) {
+        if (algorithm->isa <= isa && algorithm->on_this_cpu()) algorithms[count++] = algorithm;
+      }
+    }
+  };
+  static const Present kBelow(Isa::scalar), kAvx512(Isa::avx512);
+  const Present& present = current_isa() == Isa::avx512 ? kAvx512 : kBelow;
+  return {present.algorithms.data(), present.count};
+}
+
+const Bf16Algorithm* choose_bf16(const Conv2dProblem& problem, Direction direction,
+                                 const char* name) {
+  if (problem.dtype != DataType::bfloat16) return nullptr;
+  const auto named = [&](const std::string& wanted) -> const Bf16Algorithm* {
+    for (const Bf16Algorithm* algorithm : bf16_algorithms()) {
+      if (wanted == algorithm->name) return algorithm;
+    }
+    return nullptr;
+  };
+  if (name) {
+    const Bf16Algorithm* const algorithm = named(name);
+    if (algorithm && !algorithm->serves(problem, direction)) {
+      throw InvalidArgument("`algorithm` must be one that serves this " +
+                            std::string(direction_name(direction)) +
+                            ". Received: algorithm='" + name + "'");
+    }
+    return algorithm;
+  }
+  thread_local Decisions<Direction, const Bf16Algorithm*> decisions;
+  return decisions.of(problem, direction, [&]() -> const Bf16Algorithm* {
+    const std::string preferred = preferred_algorithm();
+    if (preferred == "auto") return cheapest_bf16(problem, direction);
+    const Bf16Algorithm* const algorithm = named(preferred);
+    return algorithm && algorithm->serves(problem, direction) ? algorithm : nullptr;
   });
 }
 

@@ -105,6 +105,11 @@ def normalize_direction(direction: Any) -> str:
     return _choose(direction, "direction", ("fprop", "dgrad", "wgrad"))
 
 
+def normalize_dtype_name(dtype: Any) -> str:
+    """``"float32"``, ``"float16"`` or ``"bfloat16"``."""
+    return _choose(dtype, "dtype", ("float32", "float16", "bfloat16"))
+
+
 def normalize_algorithm(algorithm: Any) -> str | None:
     """A name, or None for the selector's choice. Which names there are is known in C++."""
     if algorithm is None or isinstance(algorithm, str):

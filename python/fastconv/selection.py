@@ -13,6 +13,7 @@ from fastconv._arguments import (
     conv2d_options,
     normalize_accuracy,
     normalize_direction,
+    normalize_dtype_name,
     normalize_shape,
 )
 
@@ -70,6 +71,7 @@ def explain(
     groups: SupportsIndex = 1,
     activation: str | None = None,
     data_format: str = "channels_last",
+    dtype: str = "float32",
 ) -> Any:
     """What a convolution of these shapes would do now, without doing it; or who serves a layer.
 
@@ -85,6 +87,8 @@ def explain(
         (:func:`conv2d_grad_filter`).
     strides, padding, dilation_rate, groups, activation, data_format
         As for :func:`conv2d`.
+    dtype
+        Name of the arrays' type: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
 
     Returns
     -------
@@ -95,7 +99,8 @@ def explain(
         additions of the direct sum; ``predicted_seconds``, by the cost model, from the multiply-add
         rate of one core, measured at the first call, and the number of threads; ``candidates``, a
         list of all that serve the problem, each with ``algorithm``, ``predicted_seconds`` and
-        ``allowed``, whether the accuracy in force lets it be chosen.
+        ``allowed``, whether it may be chosen: the accuracy in force lets it, and it is not one that
+        is only there to be compared with, as the ``bf16_portable`` of bfloat16.
 
     Raises
     ------
@@ -118,4 +123,5 @@ def explain(
         normalize_shape(filter_shape, "filter_shape"),
         normalize_direction(direction),
         **conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
+        dtype=normalize_dtype_name(dtype),
     )

@@ -681,11 +681,12 @@ double measured_bandwidth(const std::string& stream, int64_t bytes, double secon
 // What explain() returns: plain Python objects.
 py::dict explain(const Shape& input_shape, const Shape& filter_shape, const std::string& direction,
                  Pair strides, PaddingOption padding, Pair dilation_rate, int64_t groups,
-                 std::string activation, std::string data_format) {
+                 std::string activation, std::string data_format, const std::string& dtype) {
   const Conv2dOptions options{strides, std::move(padding),    dilation_rate,
                               groups,  std::move(activation), std::move(data_format),
                               {}};
-  const auto problem = options.problem(input_shape, filter_shape, "input_shape", "filter_shape");
+  auto problem = options.problem(input_shape, filter_shape, "input_shape", "filter_shape");
+  problem.dtype = parse_dtype(dtype);
   const fastconv::Direction parsed = parse_direction(direction);
   fastconv::Explanation explanation;
   {
@@ -747,5 +748,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   });
   m.def("explain", &explain, py::arg("input_shape"), py::arg("filter_shape"), py::arg("direction"),
         py::arg("strides"), py::arg("padding"), py::arg("dilation_rate"), py::arg("groups"),
-        py::arg("activation"), py::arg("data_format"));
+        py::arg("activation"), py::arg("data_format"), py::arg("dtype"));
 }

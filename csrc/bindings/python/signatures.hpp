@@ -106,6 +106,14 @@ inline fastconv::Direction parse_direction(const std::string& given) {
       {{{"fprop", Direction::fprop}, {"dgrad", Direction::dgrad}, {"wgrad", Direction::wgrad}}});
 }
 
+inline fastconv::DataType parse_dtype(const std::string& given) {
+  using fastconv::DataType;
+  return parse<DataType, 3>("dtype", given,
+                            {{{"float32", DataType::float32},
+                              {"float16", DataType::float16},
+                              {"bfloat16", DataType::bfloat16}}});
+}
+
 struct Conv2dOptions {
   Pair strides;
   PaddingOption padding;

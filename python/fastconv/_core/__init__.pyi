@@ -169,4 +169,5 @@ def explain(
     groups: int,
     activation: str,
     data_format: str,
+    dtype: str,
 ) -> dict[str, Any]: ...

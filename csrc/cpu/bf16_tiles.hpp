@@ -1,0 +1,176 @@
+// The unit of AMX's tile registers, eight of at most 16 rows of 64 bytes: up to two of the source's rows by
+// two of packed columns (tmm4 to tmm7) are multiplied into four of sums (tmm0 to tmm3), so that a product
+// loads as many tiles as it multiplies. A tile of the source has a slice of a tap, up to 32 elements, of 16
+// rows; one of packed columns has 16 pairs of elements. All slices are of one length, for a tile register
+// cannot change its shape and keep what it has.
+//
+// Tiles is the instructions: Amx, or EmulatedTiles, which says in C++ what they do.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/bf16.hpp"
+
+namespace fastconv::cpu {
+namespace {
+
+// LDTILECFG's operand.
+struct alignas(64) TileShapes {
+  std::uint8_t palette = 0, start_row = 0;
+  std::uint8_t reserved[14] = {};
+  std::uint16_t row_bytes[16] = {};
+  std::uint8_t rows[16] = {};
+
+  void set(int tile, int64_t tile_rows, int64_t bytes) {
+    rows[tile] = static_cast<std::uint8_t>(tile_rows);
+    row_bytes[tile] = static_cast<std::uint16_t>(bytes);
+  }
+};
+static_assert(sizeof(TileShapes) == 64);
+
+// What the instructions do, for one thread. Products of shapes that do not match, which a processor
+// refuses, are NaN.
+class EmulatedTiles {
+ public:
+  static void load_shapes(const TileShapes& shapes) {
+    t_state = {};
+    t_state.shapes = shapes;
+  }
+  static void store_shapes(TileShapes& shapes) { shapes = t_state.shapes; }
+  template <int Tile>
+  static void zero() {
+    std::memset(t_state.bytes[Tile], 0, sizeof t_state.bytes[Tile]);
+  }
+  template <int Tile>
+  static void load(const void* from, int64_t step) {
+    zero<Tile>();
+    for (int i = 0; i < t_state.shapes.rows[Tile]; ++i) {
+      std::memcpy(t_state.bytes[Tile][i], static_cast<const char*>(from) + i * step,
+                  t_state.shapes.row_bytes[Tile]);
+    }
+  }
+  template <int Tile>
+  static void store(void* to, int64_t step) {
+    for (int i = 0; i < t_state.shapes.rows[Tile]; ++i) {
+      std::memcpy(static_cast<char*>(to) + i * step, t_state.bytes[Tile][i],
+                  t_state.shapes.row_bytes[Tile]);
+    }
+  }
+  template <int Sums, int A, int B>
+  static void multiply() {
+    const TileShapes& shapes = t_state.shapes;
+    const bool match = shapes.palette == 1 && shapes.rows[Sums] == shapes.rows[A] &&
+                       shapes.row_bytes[A] == 4 * shapes.rows[B] &&
+                       shapes.row_bytes[Sums] == shapes.row_bytes[B] && shapes.rows[A] > 0;
+    for (int i = 0; i < shapes.rows[Sums]; ++i) {
+      for (int j = 0; j < shapes.row_bytes[Sums] / 4; ++j) {
+        float even = 0, odd = 0, sum = 0;
+        for (int pair = 0; pair < shapes.rows[B]; ++pair) {
+          even += element<A>(i, 2 * pair) * element<B>(pair, 2 * j);
+          odd += element<A>(i, 2 * pair + 1) * element<B>(pair, 2 * j + 1);
+        }
+        std::memcpy(&sum, t_state.bytes[Sums][i] + 4 * j, sizeof sum);
+        sum = match ? sum + (even + odd) : std::numeric_limits<float>::quiet_NaN();
+        std::memcpy(t_state.bytes[Sums][i] + 4 * j, &sum, sizeof sum);
+      }
+    }
+  }
+
+ private:
+  template <int Tile>
+  static float element(int row, int column) {
+    Bits bits = 0;
+    std::memcpy(&bits, t_state.bytes[Tile][row] + 2 * column, sizeof bits);
+    return bf16_to_float(bits);
+  }
+  struct State {
+    TileShapes shapes;
+    std::uint8_t bytes[8][16][64];
+  };
+  static inline thread_local State t_state{};
+};
+
+template <class Tiles>
+struct Bf16TileUnit {
+  static constexpr int kTileRows = 16;
+  static constexpr int kVectors = 2;
+  static constexpr int kRows[] = {0, 2 * kTileRows, 2 * kTileRows};  // of a product, by its vectors
+  static constexpr int64_t kSlice = 32;
+  static constexpr bool kEvenRows = true;
+  // In multiply-adds of float32: 1/16 is the ratio of the units' peaks; the rest feeds them.
+  static constexpr double kProductCost = 0.2;
+
+
+  // Shapes belong to a thread, and other libraries suppose that theirs stay: they are put back.
+  class Session {
+   public:
+    Session() { Tiles::store_shapes(others_); }
+    ~Session() { Tiles::load_shapes(others_); }
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+
+    void multiply(const Bf16Product& t) {
+      const int low_rows = std::min(t.rows, kTileRows), high_rows = t.rows - low_rows;
+      TileShapes shapes;
+      shapes.palette = 1;
+      for (int v = 0; v < t.vectors; ++v) {
+        shapes.set(v, low_rows, kVectorBytes);
+        if (high_rows > 0) shapes.set(2 + v, high_rows, kVectorBytes);
+        shapes.set(6 + v, t.slice / 2, kVectorBytes);
+      }
+      shapes.set(4, low_rows, t.slice * 2);
+      if (high_rows > 0) shapes.set(5, high_rows, t.slice * 2);
+      if (std::memcmp(&shapes, &own_, sizeof shapes) != 0) {
+        own_ = shapes;
+        Tiles::load_shapes(own_);
+      }
+      if (t.vectors == 2) return high_rows > 0 ? add_products<2, 2>(t) : add_products<1, 2>(t);
+      return high_rows > 0 ? add_products<2, 1>(t) : add_products<1, 1>(t);
+    }
+
+   private:
+    TileShapes others_, own_;
+  };
+
+ private:
+  static constexpr int64_t kVectorBytes = 64;
+
+  template <int Down, int Across>
+  static void add_products(const Bf16Product& t) {
+    Tiles::template zero<0>();
+    if constexpr (Across == 2) Tiles::template zero<1>();
+    if constexpr (Down == 2) Tiles::template zero<2>();
+    if constexpr (Down == 2 && Across == 2) Tiles::template zero<3>();
+    const int64_t row_bytes = t.row_step * int64_t{sizeof(Bits)};
+    const Bits* packed = t.packed;
+    for (int64_t tap = 0; tap < t.taps; ++tap) {
+      const Bits* low = t.source[0] + t.tap_offsets[tap];
+      for (int64_t slice = 0; slice < t.slices; ++slice) {
+        Tiles::template load<6>(packed, kVectorBytes);
+        if constexpr (Across == 2) Tiles::template load<7>(packed + t.vector_step, kVectorBytes);
+        Tiles::template load<4>(low, row_bytes);
+        Tiles::template multiply<0, 4, 6>();
+        if constexpr (Across == 2) Tiles::template multiply<1, 4, 7>();
+        if constexpr (Down == 2) {
+          Tiles::template load<5>(low + kTileRows * t.row_step, row_bytes);
+          Tiles::template multiply<2, 5, 6>();
+          if constexpr (Across == 2) Tiles::template multiply<3, 5, 7>();
+        }
+        low += t.slice;
+        packed += t.slice * kBf16Width;
+      }
+    }
+    constexpr int64_t kStep = Across * kVectorBytes;
+    Tiles::template store<0>(t.sums, kStep);
+    if constexpr (Across == 2) Tiles::template store<1>(t.sums + kBf16Width, kStep);
+    if constexpr (Down == 2) {
+      float* const high = t.sums + int64_t{kTileRows} * Across * kBf16Width;
+      Tiles::template store<2>(high, kStep);
+      if constexpr (Across == 2) Tiles::template store<3>(high + kBf16Width, kStep);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fastconv::cpu
