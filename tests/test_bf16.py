@@ -72,6 +72,7 @@ PROBLEMS = [
     Problem((2, 13, 12, 20), 24, kernel=(3, 2), strides=(3, 2), padding=((2, 0), (1, 3))),
     # A filter smaller than the stride: pixels of dx that nothing reaches.
     Problem((2, 13, 12, 20), 24, kernel=(1, 2), strides=(3, 3)),
+    Problem((1, 2, 2, 3), 2, kernel=(1, 1), strides=(3, 3), padding=((1, 0), (1, 0))),  # none of it
     Problem((2, 13, 14, 18), 20, kernel=(3, 2), dilation_rate=(2, 3), padding="same"),
     Problem((2, 15, 14, 18), 20, strides=(2, 2), dilation_rate=(3, 2), padding=((3, 3), (2, 2))),
     Problem((2, 9, 8, 24), 36, groups=3, padding="same", strides=(2, 1)),

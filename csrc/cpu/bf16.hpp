@@ -207,6 +207,7 @@ struct Bf16Axis {
     }
     axis.firsts = {-before};
     for (Bf16AxisOutput& output : axis.outputs) {
+      axis.length = max64(axis.length, output.size);  // without taps, too
       for (Bf16AxisTap& tap : output.taps) {
         tap.shift += before;
         axis.length = max64(axis.length, output.size + tap.shift);
@@ -809,8 +810,16 @@ class Bf16Wgrad {
 
 template <class Unit>
 struct Bf16Convolution {
-  static bool serves(const Conv2dProblem& p, Direction direction) {
+  // What is said of an empty batch is said of one image.
+  static Conv2dProblem of_an_image(Conv2dProblem p) {
+    p.n = max64(p.n, 1);
+    return p;
+  }
+
+  static bool serves(const Conv2dProblem& batch, Direction direction) {
+    const Conv2dProblem p = of_an_image(batch);
     if (p.layout != Layout::nhwc || p.dtype != DataType::bfloat16) return false;
+    if (p.x_size() == 0 || p.y_size() == 0) return false;
     // Lists of taps and of residue classes are made in every call.
     constexpr int64_t kMostTaps = 64, kMostStride = 16;
     if (max64(p.r, p.s) > kMostTaps || max64(p.stride_h, p.stride_w) > kMostStride) return false;
@@ -818,7 +827,8 @@ struct Bf16Convolution {
     return Bf16TapConvolution<Unit>(p, direction == Direction::dgrad).serves();
   }
 
-  static Estimate estimate(const Conv2dProblem& p, Direction direction) {
+  static Estimate estimate(const Conv2dProblem& batch, Direction direction) {
+    const Conv2dProblem p = of_an_image(batch);
     // Of copying an element, in multiply-adds of float32.
     constexpr double kCopied = 2, kPacked = 4;
     Estimate out;
@@ -838,7 +848,8 @@ struct Bf16Convolution {
     return out;
   }
 
-  static std::string blocking(const Conv2dProblem& p, Direction direction) {
+  static std::string blocking(const Conv2dProblem& batch, Direction direction) {
+    const Conv2dProblem p = of_an_image(batch);
     if (direction == Direction::wgrad) return Bf16Wgrad<Unit>(p).blocking();
     return Bf16TapConvolution<Unit>(p, direction == Direction::dgrad).blocking();
   }
