@@ -41,12 +41,6 @@ using Bits = std::uint16_t;  // of a Bfloat16
 
 inline const Bits* bits_of(const Bfloat16* p) { return reinterpret_cast<const Bits*>(p); }
 inline float bf16_to_float(Bits bits) { return std::bit_cast<float>(std::uint32_t{bits} << 16); }
-// To nearest, ties to even; a NaN stays one.
-inline Bits bf16_rounded(float value) {
-  const auto all = std::bit_cast<std::uint32_t>(value);
-  const std::uint32_t high = all >> 16, rounded = (all + 0x7FFF + (high & 1)) >> 16;
-  return static_cast<Bits>((all & 0x7FFFFFFF) > 0x7F800000 ? high | 0x40 : rounded);
-}
 inline bool bf16_is_positive(Bits bits) { return bits - 1u < 0x7F80; }  // of NaN it is not
 
 // --- units ------------------------------------------------------------------------------------------
@@ -74,21 +68,6 @@ struct Bf16Slices {
       : count(ceil_div(elements, most)), length(round_up(ceil_div(elements, count), 2)) {}
   int64_t elements() const { return count * length; }
 };
-
-// packed[column][i] = row_i[column] of two rows, the columns that there are not zero.
-inline void interleave_pair(const Bits* row0, const Bits* row1, int64_t columns, Bits* packed) {
-  if (columns == kBf16Width) {
-    for (int64_t j = 0; j < kBf16Width; ++j) {
-      packed[2 * j] = row0[j];
-      packed[2 * j + 1] = row1[j];
-    }
-    return;
-  }
-  for (int64_t j = 0; j < kBf16Width; ++j) {
-    packed[2 * j] = j < columns ? row0[j] : Bits{0};
-    packed[2 * j + 1] = j < columns ? row1[j] : Bits{0};
-  }
-}
 
 // 16 bytes of elements of 2 bytes, or of pairs of them, and two such interleaved: of both the first or second
 // halves.
@@ -118,6 +97,24 @@ struct Bf16Lanes {
   }
 #endif
 };
+
+// packed[column][i] = row_i[column] of two rows, the columns that there are not zero.
+inline void interleave_pair(const Bits* row0, const Bits* row1, int64_t columns, Bits* packed) {
+  using Lanes = Bf16Lanes<Bits>;
+  Bits narrow[2][kBf16Width] = {};
+  if (columns < kBf16Width) {
+    row0 = std::copy_n(row0, columns, narrow[0]) - columns;
+    row1 = std::copy_n(row1, columns, narrow[1]) - columns;
+  }
+  for (int64_t j = 0; j < kBf16Width; j += Lanes::kCount, packed += 2 * Lanes::kCount) {
+    Lanes a, b;
+    std::memcpy(&a, row0 + j, sizeof a);
+    std::memcpy(&b, row1 + j, sizeof b);
+    const Lanes low = Lanes::low(a, b), high = Lanes::high(a, b);
+    std::memcpy(packed, &low, sizeof low);
+    std::memcpy(packed + Lanes::kCount, &high, sizeof high);
+  }
+}
 
 // Column j of `rows` x `columns` elements T of one or two Bits each becomes row j. Steps from row to row are
 // in Bits.
@@ -310,6 +307,7 @@ class Bf16TapConvolution {
     return sum;
   }
   int64_t copied_elements() const { return copied_ ? p_.n * image_size() : 0; }
+  int64_t output_elements() const { return is_dgrad_ ? p_.x_size() : p_.y_size(); }
   int64_t packed_elements() const { return p_.groups * vectors_ * p_.r * p_.s * tap_size(); }
   int64_t workspace_bytes() const {
     return round_up(2 * copied_elements(), 64) + 2 * packed_elements();
@@ -548,35 +546,65 @@ class Bf16TapConvolution {
   // Sums to output pixels, with what stands behind them.
   void finish(const Bf16Product& product, const int64_t* pixels, int64_t first, int64_t columns,
               const Bf16Operands& t) const {
-    const int64_t pixel_size = p_.groups * out_;
+    Epilogue epilogue;
     const Activation activation = is_dgrad_ ? Activation::linear : p_.activation;
-    const float least = activation == Activation::linear ? -std::numeric_limits<float>::infinity() : 0;
-    const float most = ceiling_of(activation);
-    alignas(64) float scale[kMostBf16Vectors * kBf16Width];
-    alignas(64) float bias[kMostBf16Vectors * kBf16Width];
+    if (activation != Activation::linear) epilogue.least = 0;
+    epilogue.most = ceiling_of(activation);
     for (int64_t j = 0; j < columns; ++j) {
-      scale[j] = t.scale ? t.scale[first + j] : 1;
-      bias[j] = t.bias ? t.bias[first + j] : 0;
+      epilogue.scale[j] = t.scale ? t.scale[first + j] : 1;
+      epilogue.bias[j] = t.bias ? t.bias[first + j] : 0;
     }
     for (int i = 0; i < product.rows; ++i) {
       if (pixels[i] < 0) continue;
-      const int64_t at = pixels[i] * pixel_size + first;
-      float* const sums = product.sums + i * product.vectors * kBf16Width;
+      const int64_t at = pixels[i] * p_.groups * out_ + first;
+      const float* const sums = product.sums + i * product.vectors * kBf16Width;
       Bits* const out = reinterpret_cast<Bits*>(t.out) + at;
-      if (t.residual) {
-        const Bits* const residual = bits_of(t.residual) + at;
-        for (int64_t j = 0; j < columns; ++j) {
-          sums[j] = sums[j] * scale[j] + bias[j] + bf16_to_float(residual[j]);
-        }
-      } else {
-        for (int64_t j = 0; j < columns; ++j) sums[j] = sums[j] * scale[j] + bias[j];
+      const Bits* const residual = t.residual ? bits_of(t.residual) + at : nullptr;
+      int64_t j = 0;
+      for (; j + Epilogue::kLanes <= columns; j += Epilogue::kLanes) {
+        epilogue.finish(sums, residual, j, Epilogue::kLanes, out);
       }
-      for (int64_t j = 0; j < columns; ++j) {  // NaN stays
-        const float sum = sums[j] < least ? least : sums[j];
-        out[j] = bf16_rounded(sum > most ? most : sum);
-      }
+      if (j < columns) epilogue.finish(sums, residual, j, columns - j, out);
     }
   }
+
+  struct Epilogue {
+    alignas(64) float scale[kMostBf16Vectors * kBf16Width] = {};
+    alignas(64) float bias[kMostBf16Vectors * kBf16Width] = {};
+    float least = -std::numeric_limits<float>::infinity(), most;
+
+    // Columns begin .. begin + count - 1, at most kLanes: in vectors that any compiler knows, for of a loop so
+    // short it makes none.
+    static constexpr int64_t kLanes = 8;
+    [[gnu::always_inline]] void finish(const float* sums, const Bits* residual, int64_t begin,
+                                       int64_t count, Bits* out) const {
+      using Floats = float __attribute__((vector_size(4 * kLanes)));
+      using Words = std::uint32_t __attribute__((vector_size(4 * kLanes)));
+      using Halves = Bits __attribute__((vector_size(2 * kLanes)));
+      const auto load = [begin](const float* from, Floats& values) {
+        std::memcpy(&values, from + begin, sizeof values);
+      };
+      const auto size = static_cast<std::size_t>(count) * sizeof(Bits);
+      Floats sum, factor, term;
+      load(sums, sum);
+      load(scale, factor);
+      load(bias, term);
+      sum = sum * factor + term;
+      if (residual) {
+        Halves added = {};
+        std::memcpy(&added, residual + begin, size);
+        sum += (Floats)(__builtin_convertvector(added, Words) << 16);
+      }
+      sum = sum < least ? Floats{} + least : sum;  // NaN stays
+      sum = sum > most ? Floats{} + most : sum;
+      const Words all = (Words)sum, high = all >> 16;  
+      // To nearest, ties to even; a NaN stays one.
+      const Words rounded = (all + 0x7FFF + (high & 1)) >> 16;
+      const Words words = (all & 0x7FFFFFFF) > 0x7F800000 ? high | 0x40 : rounded;
+      const Halves halves = __builtin_convertvector(words, Halves);
+      std::memcpy(out + begin, &halves, size);
+    }
+  };
 };
 
 // --- wgrad --------------------------------------------------------------------------------------------
@@ -702,19 +730,19 @@ class Bf16Wgrad {
           const int64_t columns = min64(kBf16Width, p_.k_per_group() - vector * kBf16Width);
           const int64_t from = group * p_.k_per_group() + vector * kBf16Width;
           Bits* to = out + i * packed_image_;
-          Bits rows[2][kBf16Width];
+          static constexpr Bits kZeros[kBf16Width] = {};
+          Bits masked[2][kBf16Width] = {};
           for (int64_t position = 0; position < slices_.elements();
                position += 2, to += 2 * kBf16Width) {
+            const Bits* rows[2];
             for (int64_t j = 0; j < 2; ++j) {
               const int64_t pixel = pixel_at(image, position + j);
-              if (pixel < 0) {
-                std::fill_n(rows[j], kBf16Width, Bits{0});
-              } else {
-                const int64_t at = pixel * p_.k + from;
-                copy_masked(dy + at, y ? y + at : nullptr, columns, kBf16Width, rows[j]);
-              }
+              rows[j] = pixel < 0 ? kZeros : dy + pixel * p_.k + from;
+              if (!y || pixel < 0) continue;
+              copy_masked(rows[j], y + pixel * p_.k + from, columns, columns, masked[j]);
+              rows[j] = masked[j];
             }
-            interleave_pair(rows[0], rows[1], kBf16Width, to);
+            interleave_pair(rows[0], rows[1], columns, to);
           }
         });
   }
@@ -829,21 +857,22 @@ struct Bf16Convolution {
 
   static Estimate estimate(const Conv2dProblem& batch, Direction direction) {
     const Conv2dProblem p = of_an_image(batch);
-    // Of copying an element, in multiply-adds of float32.
-    constexpr double kCopied = 2, kPacked = 4;
+    // What goes around the products, of an element, in multiply-adds of float32: about half a cycle.
+    constexpr double kMoved = 16;
     Estimate out;
     if (direction == Direction::wgrad) {
       const Bf16Wgrad<Unit> wgrad(p);
       out.multiply_adds = wgrad.products() * Unit::kProductCost +
-                          kPacked * static_cast<double>(wgrad.copied_elements());
+                          kMoved * static_cast<double>(wgrad.copied_elements());
       out.workspace_bytes = wgrad.workspace_bytes();
       if (!wgrad.is_exact()) out.relative_error = 1e-7;
       return out;
     }
     const Bf16TapConvolution<Unit> convolution(p, direction == Direction::dgrad);
     out.multiply_adds = convolution.products() * Unit::kProductCost +
-                        kCopied * static_cast<double>(convolution.copied_elements()) +
-                        kPacked * static_cast<double>(convolution.packed_elements());
+                        kMoved * static_cast<double>(convolution.copied_elements() +
+                                                     convolution.packed_elements() +
+                                                     convolution.output_elements());
     out.workspace_bytes = convolution.workspace_bytes();
     return out;
   }
