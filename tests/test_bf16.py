@@ -205,7 +205,9 @@ def test_strict_accuracy_lets_no_value_reach_another_tap():
     with running_on(accuracy="strict"):
         for algorithm in ALGORITHMS:
             with running_on(algorithm=algorithm):
-                found = fastconv.explain((2, 9, 9, 32), (3, 3, 32, 32), direction="wgrad", dtype="bfloat16")
+                found = fastconv.explain(
+                    (2, 9, 9, 32), (3, 3, 32, 32), direction="wgrad", dtype="bfloat16"
+                )
             allowed = {each["algorithm"]: each["allowed"] for each in found["candidates"]}
             assert not allowed[algorithm]
 

@@ -354,8 +354,7 @@ void conv2d_dgrad(const Conv2dProblem& problem, const void* dy, const void* filt
 
 void conv2d_wgrad(const Conv2dProblem& problem, const void* x, const void* dy, const void* y,
                   void* dfilter, void* dbias, const char* algorithm) {
-  const cpu::Bf16Algorithm* const of_bf16 =
-      cpu::choose_bf16(problem, Direction::wgrad, algorithm);
+  const cpu::Bf16Algorithm* const of_bf16 = cpu::choose_bf16(problem, Direction::wgrad, algorithm);
   if (of_bf16 && problem.n > 0) {
     return wgrad_of_bf16(problem, *of_bf16, x, dy, y, dfilter, dbias);
   }

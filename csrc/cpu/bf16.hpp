@@ -55,10 +55,11 @@ struct Bf16Product {
   int64_t row_step;                   // from a row to the next, for a unit of kEvenRows
   const int64_t* tap_offsets;
   int64_t taps;
-  int64_t slices, slice;  // a tap has so many times so many elements: slice is even, at most Unit::kSlice
-  const Bits* packed;     // of the first vector, [tap][element / 2][column][element % 2]
-  int64_t vector_step;    // from a vector to the next
-  float* sums;            // [row][vector * kBf16Width + column]
+  int64_t slices,
+      slice;  // a tap has so many times so many elements: slice is even, at most Unit::kSlice
+  const Bits* packed;   // of the first vector, [tap][element / 2][column][element % 2]
+  int64_t vector_step;  // from a vector to the next
+  float* sums;          // [row][vector * kBf16Width + column]
 };
 
 // The elements of a tap in slices of like, even lengths.
@@ -280,15 +281,14 @@ template <class Unit>
 class Bf16TapConvolution {
  public:
   Bf16TapConvolution(const Conv2dProblem& p, bool is_dgrad)
-      : p_(p), is_dgrad_(is_dgrad), grid_(Bf16Grid::of(p, is_dgrad)),
-        h_(is_dgrad ? p.oh : p.h), w_(is_dgrad ? p.ow : p.w),
-        in_(is_dgrad ? p.k_per_group() : p.c_per_group()),
+      : p_(p), is_dgrad_(is_dgrad), grid_(Bf16Grid::of(p, is_dgrad)), h_(is_dgrad ? p.oh : p.h),
+        w_(is_dgrad ? p.ow : p.w), in_(is_dgrad ? p.k_per_group() : p.c_per_group()),
         out_(is_dgrad ? p.c_per_group() : p.k_per_group()), slices_(in_, Unit::kSlice),
         channels_(p.groups * slices_.elements()), vectors_(ceil_div(out_, kBf16Width)),
         panels_(ceil_div(vectors_, Unit::kVectors)),
         copied_(slices_.elements() != in_ || !grid_.vertical.is_source(h_) ||
-                !grid_.horizontal.is_source(w_) ||
-                (is_dgrad && p.activation == Activation::relu)) {}
+                !grid_.horizontal.is_source(w_) || (is_dgrad && p.activation == Activation::relu)) {
+  }
 
   bool serves() const {
     return !copied_ || !mostly_padding(p_, grid_.planes() * grid_.vertical.length * scale_of_c(),
@@ -444,8 +444,9 @@ class Bf16TapConvolution {
 
   // The images of an output as rows of positions. Where the copy has nothing else, all are one row.
   struct Positions {
-    int64_t images, columns, row_step, count;  // count: of an image, those that are not outputs included
-    bool all;                                  // whether positions that are no outputs are among them
+    int64_t images, columns, row_step,
+        count;  // count: of an image, those that are not outputs included
+    bool all;   // whether positions that are no outputs are among them
   };
   Positions positions_of(const Output& output) const {
     if (grid_.is_output()) {
@@ -500,9 +501,10 @@ class Bf16TapConvolution {
     });
   }
 
-  void multiply_tile(typename Unit::Session& session, const Output& output, const Positions& positions, const int64_t* offsets,
-                     int64_t image, Span span, int64_t group, Span panels, const Bits* source,
-                     const Bits* filter, const Bf16Operands& t) const {
+  void multiply_tile(typename Unit::Session& session, const Output& output,
+                     const Positions& positions, const int64_t* offsets, int64_t image, Span span,
+                     int64_t group, Span panels, const Bits* source, const Bits* filter,
+                     const Bf16Operands& t) const {
     alignas(64) float sums[kMostBf16Rows * kMostBf16Vectors * kBf16Width];
     Bf16Product product;
     product.rows = static_cast<int>(span.size());
@@ -597,7 +599,7 @@ class Bf16TapConvolution {
       }
       sum = sum < least ? Floats{} + least : sum;  // NaN stays
       sum = sum > most ? Floats{} + most : sum;
-      const Words all = (Words)sum, high = all >> 16;  
+      const Words all = (Words)sum, high = all >> 16;
       // To nearest, ties to even; a NaN stays one.
       const Words rounded = (all + 0x7FFF + (high & 1)) >> 16;
       const Words words = (all & 0x7FFFFFFF) > 0x7F800000 ? high | 0x40 : rounded;
@@ -620,8 +622,9 @@ class Bf16Wgrad {
         pixels_(is_flat_ ? min64(kFlatPixels, p.n * p.oh * p.ow)
                          : (p.oh - 1) * grid_.horizontal.length + p.ow),
         slices_(pixels_, Unit::kSlice), channels_(p.c_per_group()),
-        vectors_(ceil_div(p.k_per_group(), kBf16Width)), panels_(ceil_div(vectors_, Unit::kVectors)),
-        row_size_(row_size()), image_size_(grid_.planes() * p.c * row_size_),
+        vectors_(ceil_div(p.k_per_group(), kBf16Width)),
+        panels_(ceil_div(vectors_, Unit::kVectors)), row_size_(row_size()),
+        image_size_(grid_.planes() * p.c * row_size_),
         packed_image_(slices_.elements() * kBf16Width),
         rows_(Unit::kRows[ceil_div(vectors_, panels_)]),
         tiles_(p.groups * p.r * p.s * ceil_div(channels_, rows_) * panels_),
@@ -641,8 +644,7 @@ class Bf16Wgrad {
   }
   int64_t workspace_bytes() const { return 2 * copied_elements() + sums_bytes() + 192; }
   std::string blocking() const {
-    return std::to_string(rows_) + "x" +
-           std::to_string(ceil_div(vectors_, panels_) * kBf16Width) +
+    return std::to_string(rows_) + "x" + std::to_string(ceil_div(vectors_, panels_) * kBf16Width) +
            " input x output channels, slices of " + std::to_string(slices_.length) +
            " pixels, x transposed and dy packed, " + std::to_string(parts_) +
            (parts_ == 1 ? " part" : " parts");
@@ -653,8 +655,7 @@ class Bf16Wgrad {
     const int64_t x_bytes = round_up(2 * images_ * image_size_, 64);
     const int64_t dy_bytes = round_up(2 * images_ * p_.groups * vectors_ * packed_image_, 64);
     Bits* const x = reinterpret_cast<Bits*>(workspace.floats());
-    Bits* const dy =
-        reinterpret_cast<Bits*>(workspace.floats(static_cast<std::size_t>(x_bytes)));
+    Bits* const dy = reinterpret_cast<Bits*>(workspace.floats(static_cast<std::size_t>(x_bytes)));
     float* const parts = workspace.floats(static_cast<std::size_t>(x_bytes + dy_bytes));
     pack_dy(bits_of(t.dy), bits_of(t.y), dy);
     if (t.dbias) sum_dy(dy, t.dbias);
@@ -686,8 +687,8 @@ class Bf16Wgrad {
   int64_t row_size() const {
     const int64_t most_shift =
         grid_.vertical.most_shift() * grid_.horizontal.length + grid_.horizontal.most_shift();
-    const int64_t read = is_flat_ ? slices_.elements()
-                                  : max64(grid_.plane_size(), slices_.elements() + most_shift);
+    const int64_t read =
+        is_flat_ ? slices_.elements() : max64(grid_.plane_size(), slices_.elements() + most_shift);
     return 2 * odd_lines(ceil_div(read, 2));
   }
   int64_t sums_bytes() const { return parts_ > 1 ? 4 * parts_ * p_.filter_size() : 0; }
@@ -716,35 +717,34 @@ class Bf16Wgrad {
       for (int64_t q = 0; q < grid_.vertical.length; ++q) {
         const Bf16Row row(grid_, p_.h, p_.w, i % planes, q);
         transpose_bits<Bits>(row.end - row.begin, p_.c, x + (n * p_.h * p_.w + row.offset) * p_.c,
-                       row.step * p_.c, to + q * width + row.begin, row_size_);
+                             row.step * p_.c, to + q * width + row.begin, row_size_);
       }
     });
   }
 
   // [group][vector][image][position / 2][column][position % 2], zero where there is no pixel.
   void pack_dy(const Bits* dy, const Bits* y, Bits* out) const {
-    parallel_by_floats(
-        p_.groups * vectors_ * images_, packed_image_ / 2, [&](int64_t i) {
-          const int64_t image = i % images_, vector = i / images_ % vectors_;
-          const int64_t group = i / images_ / vectors_;
-          const int64_t columns = min64(kBf16Width, p_.k_per_group() - vector * kBf16Width);
-          const int64_t from = group * p_.k_per_group() + vector * kBf16Width;
-          Bits* to = out + i * packed_image_;
-          static constexpr Bits kZeros[kBf16Width] = {};
-          Bits masked[2][kBf16Width] = {};
-          for (int64_t position = 0; position < slices_.elements();
-               position += 2, to += 2 * kBf16Width) {
-            const Bits* rows[2];
-            for (int64_t j = 0; j < 2; ++j) {
-              const int64_t pixel = pixel_at(image, position + j);
-              rows[j] = pixel < 0 ? kZeros : dy + pixel * p_.k + from;
-              if (!y || pixel < 0) continue;
-              copy_masked(rows[j], y + pixel * p_.k + from, columns, columns, masked[j]);
-              rows[j] = masked[j];
-            }
-            interleave_pair(rows[0], rows[1], columns, to);
-          }
-        });
+    parallel_by_floats(p_.groups * vectors_ * images_, packed_image_ / 2, [&](int64_t i) {
+      const int64_t image = i % images_, vector = i / images_ % vectors_;
+      const int64_t group = i / images_ / vectors_;
+      const int64_t columns = min64(kBf16Width, p_.k_per_group() - vector * kBf16Width);
+      const int64_t from = group * p_.k_per_group() + vector * kBf16Width;
+      Bits* to = out + i * packed_image_;
+      static constexpr Bits kZeros[kBf16Width] = {};
+      Bits masked[2][kBf16Width] = {};
+      for (int64_t position = 0; position < slices_.elements();
+           position += 2, to += 2 * kBf16Width) {
+        const Bits* rows[2];
+        for (int64_t j = 0; j < 2; ++j) {
+          const int64_t pixel = pixel_at(image, position + j);
+          rows[j] = pixel < 0 ? kZeros : dy + pixel * p_.k + from;
+          if (!y || pixel < 0) continue;
+          copy_masked(rows[j], y + pixel * p_.k + from, columns, columns, masked[j]);
+          rows[j] = masked[j];
+        }
+        interleave_pair(rows[0], rows[1], columns, to);
+      }
+    });
   }
 
   // dy's pixel at a position of an image; -1 for none.
@@ -783,10 +783,8 @@ class Bf16Wgrad {
       const Span part = part_of(images_, parts_, task / tiles_);
       const LikeTiles down(channels_, row_tiles), across(vectors_, panels_);
       const int64_t first_row = down.begin(tile), first_vector = across.begin(panel);
-      const Bf16AxisTap& v =
-          grid_.vertical.outputs[0].taps[static_cast<std::size_t>(tap / p_.s)];
-      const Bf16AxisTap& h =
-          grid_.horizontal.outputs[0].taps[static_cast<std::size_t>(tap % p_.s)];
+      const Bf16AxisTap& v = grid_.vertical.outputs[0].taps[static_cast<std::size_t>(tap / p_.s)];
+      const Bf16AxisTap& h = grid_.horizontal.outputs[0].taps[static_cast<std::size_t>(tap % p_.s)];
       const int64_t plane = v.plane * grid_.horizontal.planes() + h.plane;
 
       alignas(64) float sums[kMostBf16Rows * kMostBf16Vectors * kBf16Width];
@@ -803,8 +801,8 @@ class Bf16Wgrad {
       product.slices = slices_.count;
       product.slice = slices_.length;
       product.vector_step = images_ * packed_image_;
-      product.packed = dy + (group * vectors_ + first_vector) * product.vector_step +
-                       part.begin * packed_image_;
+      product.packed =
+          dy + (group * vectors_ + first_vector) * product.vector_step + part.begin * packed_image_;
       product.sums = sums;
       typename Unit::Session session;
       session.multiply(product);
@@ -869,10 +867,10 @@ struct Bf16Convolution {
       return out;
     }
     const Bf16TapConvolution<Unit> convolution(p, direction == Direction::dgrad);
-    out.multiply_adds = convolution.products() * Unit::kProductCost +
-                        kMoved * static_cast<double>(convolution.copied_elements() +
-                                                     convolution.packed_elements() +
-                                                     convolution.output_elements());
+    out.multiply_adds =
+        convolution.products() * Unit::kProductCost +
+        kMoved * static_cast<double>(convolution.copied_elements() + convolution.packed_elements() +
+                                     convolution.output_elements());
     out.workspace_bytes = convolution.workspace_bytes();
     return out;
   }

@@ -101,7 +101,6 @@ struct Bf16TileUnit {
   // In multiply-adds of float32: 1/16 is the ratio of the units' peaks; the rest feeds them.
   static constexpr double kProductCost = 0.2;
 
-
   // Shapes belong to a thread, and other libraries suppose that theirs stay: they are put back.
   class Session {
    public:

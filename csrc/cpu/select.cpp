@@ -198,8 +198,8 @@ const Bf16Algorithm* choose_bf16(const Conv2dProblem& problem, Direction directi
     const Bf16Algorithm* const algorithm = named(name);
     if (algorithm && !algorithm->serves(problem, direction)) {
       throw InvalidArgument("`algorithm` must be one that serves this " +
-                            std::string(direction_name(direction)) +
-                            ". Received: algorithm='" + name + "'");
+                            std::string(direction_name(direction)) + ". Received: algorithm='" +
+                            name + "'");
     }
     return algorithm;
   }
