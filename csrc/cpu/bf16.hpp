@@ -55,11 +55,10 @@ struct Bf16Product {
   int64_t row_step;                   // from a row to the next, for a unit of kEvenRows
   const int64_t* tap_offsets;
   int64_t taps;
-  int64_t slices,
-      slice;  // a tap has so many times so many elements: slice is even, at most Unit::kSlice
-  const Bits* packed;   // of the first vector, [tap][element / 2][column][element % 2]
-  int64_t vector_step;  // from a vector to the next
-  float* sums;          // [row][vector * kBf16Width + column]
+  int64_t slices, slice;  // a tap is so many times so many elements: even, at most Unit::kSlice
+  const Bits* packed;     // of the first vector, [tap][element / 2][column][element % 2]
+  int64_t vector_step;    // from a vector to the next
+  float* sums;            // [row][vector * kBf16Width + column]
 };
 
 // The elements of a tap in slices of like, even lengths.
@@ -123,7 +122,7 @@ template <class T>
 void transpose_bits(int64_t rows, int64_t columns, const Bits* in, int64_t in_step, Bits* out,
                     int64_t out_step) {
   using Lanes = Bf16Lanes<T>;
-  constexpr int64_t kSize = sizeof(T) / sizeof(Bits), kCount = Lanes::kCount;
+  constexpr int64_t kSize = sizeof(T) / 2, kCount = Lanes::kCount;
   const auto one = [=](int64_t i, int64_t j) {
     std::memcpy(out + j * out_step + i * kSize, in + i * in_step + j * kSize, sizeof(T));
   };
@@ -772,8 +771,10 @@ class Bf16Wgrad {
   }
 
   void multiply(const Bits* x, const Bits* dy, float* dfilter) const {
-    std::vector<int64_t> images;
-    for (int64_t n = 0; n < images_; ++n) images.push_back(n * image_size_);
+    std::vector<int64_t> images(static_cast<std::size_t>(images_));
+    for (std::size_t n = 0; n < images.size(); ++n) {
+      images[n] = static_cast<int64_t>(n) * image_size_;
+    }
     const int64_t row_tiles = ceil_div(channels_, rows_);
     parallel_for(parts_ * tiles_, [&](int64_t task) {
       // Tiles of a part that differ by their panel follow one another: they read one part of x.

@@ -180,8 +180,8 @@ std::span<const Bf16Algorithm* const> bf16_algorithms() {
       }
     }
   };
-  static const Present kBelow(Isa::scalar), kAvx512(Isa::avx512);
-  const Present& present = current_isa() == Isa::avx512 ? kAvx512 : kBelow;
+  static const Present below(Isa::scalar), with_avx512(Isa::avx512);
+  const Present& present = current_isa() == Isa::avx512 ? with_avx512 : below;
   return {present.algorithms.data(), present.count};
 }
 

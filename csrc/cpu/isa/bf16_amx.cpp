@@ -9,6 +9,7 @@
 namespace fastconv::cpu {
 namespace {
 
+// NOLINTBEGIN(portability-no-assembler): see above.
 struct Amx {
   static void load_shapes(const TileShapes& shapes) {
     if (shapes.palette == 0) {
@@ -55,6 +56,8 @@ bool amx_is_granted() {
   return false;
 #endif
 }
+
+// NOLINTEND(portability-no-assembler)
 
 }  // namespace
 
