@@ -34,9 +34,10 @@ constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int64_t kLine = 16;  // floats of a cache line
 // So many floats at least, in an odd number of cache lines: what lies multiples of it apart is spread over
 // the sets of a cache.
-constexpr int64_t odd_lines(int64_t floats) { return (ceil_div(floats, 16) | 1) * 16; }
+constexpr int64_t odd_lines(int64_t floats) { return (ceil_div(floats, kLine) | 1) * kLine; }
 
 // Items begin .. end - 1 of whatever.
 struct Span {
@@ -269,6 +270,8 @@ template <class V, int Rows, int Vectors, TapTileTask Task>
     const float* ahead = first_ahead;
     const float* unpacked = t.unpacked;
     float* packed = t.packed;
+    // The caller's rows are as far apart as pages: no processor reads them ahead.
+    constexpr int64_t kRowsAhead = 16;
     const auto add_row = [&](const auto& x, int64_t c) __attribute__((always_inline)) {
       if constexpr (Task == TapTileTask::ahead) {
         __builtin_prefetch(ahead, 0, 2);
@@ -285,6 +288,10 @@ template <class V, int Rows, int Vectors, TapTileTask Task>
           b[v] = load(unpacked);
           if (t.scales) b[v] = V::multiply(b[v], load(t.scales));
           V::store(packed + v * V::kWidth, b[v]);
+          const int end = (v + 1) * V::kWidth;
+          if (end % kLine == 0 || v == Vectors - 1) {
+            __builtin_prefetch(unpacked + (kRowsAhead * t.unpacked_step + end - 1));
+          }
         } else {
           b[v] = V::load(filter + v * V::kWidth);
         }
@@ -601,22 +608,30 @@ struct FilterPanels {
     copy(last, tail);
   }
 
-  // in[j][c] to out[c][j], a square of registers at a time.
+  // in[j][c] to out[c][j], a square of registers at a time: of each row a line, and then the next rows, of
+  // which there are more than a processor reads ahead for.
   void transpose_rows(const float* in, int64_t rows, int64_t panel, float* out) const {
     const int64_t width = vectors_of(panel) * V::kWidth;
     const int64_t valid = min64(width, g.columns - first_column(panel));
-    for (int64_t c0 = 0; c0 < rows; c0 += V::kWidth) {
-      const int64_t depth = min64(V::kWidth, rows - c0);
-      const auto tail = V::tail(static_cast<int>(depth));
+    constexpr int64_t kLinesAhead = 4;
+    for (int64_t line = 0; line < rows; line += kLine) {
+      const int64_t line_end = min64(rows, line + kLine);
       for (int64_t j0 = 0; j0 < width; j0 += V::kWidth) {
-        typename V::Reg square[V::kWidth];
-#pragma GCC unroll 16
-        for (int64_t j = 0; j < V::kWidth; ++j) {
-          square[j] =
-              j0 + j < valid ? V::load(in + (j0 + j) * g.filter_column + c0, tail) : V::zero();
+        for (int64_t j = j0; j < min64(j0 + V::kWidth, valid); ++j) {
+          __builtin_prefetch(in + (j * g.filter_column + line + kLinesAhead * kLine));
         }
-        V::transpose(square);
-        for (int64_t c = 0; c < depth; ++c) V::store(out + (c0 + c) * width + j0, square[c]);
+        for (int64_t c0 = line; c0 < line_end; c0 += V::kWidth) {
+          const int64_t depth = min64(V::kWidth, line_end - c0);
+          const auto tail = V::tail(static_cast<int>(depth));
+          typename V::Reg square[V::kWidth];
+#pragma GCC unroll 16
+          for (int64_t j = 0; j < V::kWidth; ++j) {
+            square[j] =
+                j0 + j < valid ? V::load(in + (j0 + j) * g.filter_column + c0, tail) : V::zero();
+          }
+          V::transpose(square);
+          for (int64_t c = 0; c < depth; ++c) V::store(out + (c0 + c) * width + j0, square[c]);
+        }
       }
     }
   }
@@ -627,8 +642,6 @@ struct FilterPanels {
 template <class V>
 struct TapTiles {
   using Panels = FilterPanels<V, kGemmVectors<V>>;
-  static constexpr int64_t kLine = 16;  // floats of a cache line
-
   const TapConvolution& g;
   const Panels& panels;
   const float* x;
@@ -1024,12 +1037,10 @@ struct TapConvolutionRunner {
     const bool by_rows = g.filter_column == 1;
     const int64_t contiguous = by_rows ? columns : channels;
     if (!by_rows && columns < channels) return;
-    const int64_t lines = contiguous / TapTiles<V>::kLine,
-                  panels_here = part.panel_end - part.panel;
+    const int64_t lines = contiguous / kLine, panels_here = part.panel_end - part.panel;
     const int64_t line = lines * (panel - part.panel) / panels_here;
     t.ahead_lines = lines * (panel - part.panel + 1) / panels_here - line;
-    t.ahead =
-        panels.row_of(filter, part.group, part.panel, next.tap, next.c) + line * TapTiles<V>::kLine;
+    t.ahead = panels.row_of(filter, part.group, part.panel, next.tap, next.c) + line * kLine;
     t.ahead_step = by_rows ? g.filter_reduce : g.filter_column;
   }
 

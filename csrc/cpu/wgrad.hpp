@@ -487,8 +487,6 @@ inline int64_t list_runs(const Conv2dProblem& p, int64_t r, int64_t s, int64_t b
 // which: left to the tiles that read them first, memory would idle while the others compute.
 template <class V>
 struct LinesAhead {
-  static constexpr int64_t kLine = 16;  // floats
-
   const Conv2dProblem& p;
   const float *x, *dy, *y;  // of the first channel; dy is null where it is not of the pixels
   int64_t x_lines, dy_lines, lines;
