@@ -67,7 +67,7 @@ struct Direct {
     }
     const int64_t columns = direction == Direction::fprop ? p.k_per_group() : p.c_per_group();
     const int64_t all = ceil_div(columns, V::kWidth);
-    const int64_t vectors = ceil_div(all, ceil_div(all, kGemmVectors<V>));
+    const int64_t vectors = ceil_div(all, gemm_panels<V>(all));
     return tile(V::kGemmRows[vectors], vectors * V::kWidth) + "pixels x channels";
   }
 

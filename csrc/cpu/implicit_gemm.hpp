@@ -352,6 +352,15 @@ using TapTileFunction = void (*)(const TapTile&);
 template <class V>
 constexpr int kGemmVectors = static_cast<int>(std::size(V::kGemmRows)) - 1;
 
+// Panels of so many vectors: of V::kPanelVectors, or, where these would leave a vector alone, which waits
+// for its loads, of as many as a register tile has.
+template <class V>
+constexpr int64_t gemm_panels(int64_t vectors) {
+  const int64_t wide = ceil_div(vectors, kGemmVectors<V>);
+  const bool one_alone = vectors % V::kPanelVectors == 1, else_too = vectors % kGemmVectors<V> == 1;
+  return one_alone && !else_too ? wide : ceil_div(vectors, V::kPanelVectors);
+}
+
 template <class V>
 constexpr int kMostGemmRows = *std::max_element(std::begin(V::kGemmRows), std::end(V::kGemmRows));
 
@@ -511,7 +520,7 @@ struct FilterPanels {
   explicit FilterPanels(const TapConvolution& convolution, int64_t threads = 1)
       : g(convolution), reduce(g.vertical.count * g.horizontal.count * g.reduce) {
     const int64_t vectors = ceil_div(g.columns, V::kWidth);
-    panels = ceil_div(vectors, Vectors);
+    panels = Vectors == kGemmVectors<V> ? gemm_panels<V>(vectors) : ceil_div(vectors, Vectors);
     const int64_t even = round_up(panels, threads);
     constexpr int64_t kLeastVectors = 2;
     if (even * kLeastVectors <= vectors) panels = even;
@@ -840,7 +849,7 @@ template <class V>
 struct TapConvolutionRunner {
   using Panels = FilterPanels<V, kGemmVectors<V>>;
   // Filter rows, so that those of a panel stay in the first-level cache or near.
-  static constexpr int64_t kChunkRows = (int64_t{40} << 10) / (kGemmVectors<V> * V::kWidth * 4);
+  static constexpr int64_t kChunkRows = (int64_t{40} << 10) / (V::kPanelVectors * V::kWidth * 4);
   static constexpr int64_t kMostVectorsAChunk = 16;
 
   const TapConvolution g;

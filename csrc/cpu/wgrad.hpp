@@ -180,7 +180,7 @@ struct WgradPlan {
     pixels = p.n * p.oh * p.ow;
 
     const int64_t vectors = ceil_div(p.k_per_group(), V::kWidth);
-    panels = ceil_div(vectors, kGemmVectors<V>);
+    panels = gemm_panels<V>(vectors);
     const int64_t panel_vectors = ceil_div(vectors, panels);
     panel = panel_vectors * V::kWidth;
     rows = V::kGemmRows[panel_vectors];

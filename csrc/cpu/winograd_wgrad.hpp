@@ -189,7 +189,7 @@ struct WinogradWgrad {
       tiles_w = ceil_div(p.ow, kStep);
       tiles = p.n * tiles_h * tiles_w;
       vectors = ceil_div(k, V::kWidth);
-      panels = ceil_div(vectors, kGemmVectors<V>);
+      panels = gemm_panels<V>(vectors);
       panel_vectors = ceil_div(vectors, panels);
       // Tiles of a part: what they are transformed to stays in the second-level cache, and what they make
       // of one point and panel in the first; but enough of them to make up for the way back.

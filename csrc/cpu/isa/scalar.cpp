@@ -18,6 +18,7 @@ namespace {
 struct Scalar {
   static constexpr int kWidth = 1, kRegisters = 16, kRows = 4, kVectors = 2;
   static constexpr int kGemmRows[] = {0, 4, 4};  // of a register tile, by its vectors
+  static constexpr int kPanelVectors = 2;        // of most panels of a filter
   static constexpr bool kFreeMasks = true;
   using Reg = float;
   using Int = std::int32_t;
