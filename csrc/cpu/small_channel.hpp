@@ -345,7 +345,11 @@ struct SmallChannel {
   };
 
   // Where a sum is short and y larger than a cache, tiles wait for the lines that they write.
-  static constexpr int64_t kFewProducts = 16, kManyBytes = int64_t{1} << 20;
+  static bool asks_for_lines(int64_t products, int64_t bytes) {
+    constexpr int64_t kMiB = int64_t{1} << 20;
+    if (products <= 16) return bytes > kMiB;
+    return V::kWidth < 16 && products <= 32 && bytes > 4 * kMiB;
+  }
 
   template <bool Pooled>
   static void fprop(const Conv2dProblem& p, const Conv2dOperands& operands) {
@@ -385,7 +389,7 @@ struct SmallChannel {
       StridedTile t{};
       t.step = p.stride_w * p.c;
       t.y_step = p.k;
-      t.ahead = panels.reduce <= kFewProducts && p.y_size() * 4 > kManyBytes;
+      t.ahead = asks_for_lines(panels.reduce, p.y_size() * 4);
       t.relu = g.relu;
       t.ceiling = g.ceiling;
       // Pixels of a row, or windows of two rows.
