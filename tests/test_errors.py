@@ -216,6 +216,7 @@ def table():
     yield from wrong_names(CONVOLVING, "activation")
     yield from wrong_names(CONVOLVING + POOLINGS, "data_format")
     yield from wrong_names([explain], "direction")
+    yield from wrong_names([explain], "dtype")
     yield from wrong_names([fastconv.set_accuracy], "accuracy")
     yield from wrong_outs([*CONVOLUTIONS, fused, int8, *POOLINGS])
     yield from wrong_algorithms([*CONVOLUTIONS, *FUSED_ONES, int8])
