@@ -244,11 +244,11 @@ struct Bf16Grid {
   bool is_output() const { return vertical.is_output() && horizontal.is_output(); }
 };
 
-// Row `row` of a plane as the source has it: columns begin .. end - 1 of the plane are there, the first of
-// them at `source`, others `source_step` further on each.
+// What the source has of a plane's row: columns begin .. end - 1, the first of them `offset` pixels behind
+// the image's first, and each `step` pixels further on.
 struct Bf16Row {
   int64_t begin = 0, end = 0;
-  int64_t offset = 0, step = 0;  // in pixels, from the image's first
+  int64_t offset = 0, step = 0;
 
   Bf16Row(const Bf16Grid& grid, int64_t h, int64_t w, int64_t plane, int64_t row) {
     const Bf16Axis &down = grid.vertical, &across = grid.horizontal;
@@ -443,9 +443,9 @@ class Bf16TapConvolution {
 
   // The images of an output as rows of positions. Where the copy has nothing else, all are one row.
   struct Positions {
-    int64_t images, columns, row_step,
-        count;  // count: of an image, those that are not outputs included
-    bool all;   // whether positions that are no outputs are among them
+    int64_t images, columns, row_step;
+    int64_t count;  // of an image
+    bool all;       // whether positions that are no outputs are among them
   };
   Positions positions_of(const Output& output) const {
     if (grid_.is_output()) {
@@ -491,8 +491,8 @@ class Bf16TapConvolution {
       const Span panels{panel, min64(panels_, panel + panels_a_task)};
       const Bits* const filter = packed_of(packed, output, group);
       typename Unit::Session session;
+      const LikeTiles cut(positions.count, tiles);
       for (int64_t tile = block.begin; tile < block.end; ++tile) {
-        const LikeTiles cut(positions.count, tiles);
         multiply_tile(session, output, positions, offsets.data(), image,
                       {cut.begin(tile), cut.begin(tile) + cut.size(tile)}, group, panels, source,
                       filter, t);
@@ -759,9 +759,12 @@ class Bf16Wgrad {
       const int64_t first = i % vectors_ * kBf16Width;
       const Bits* from = dy + i * images_ * packed_image_;
       float sums[2 * kBf16Width] = {};
-      for (const Bits* const end = from + images_ * packed_image_; from < end;
-           from += 2 * kBf16Width) {
-        for (int64_t j = 0; j < 2 * kBf16Width; ++j) sums[j] += bf16_to_float(from[j]);
+      for (int64_t image = 0; image < images_; ++image) {
+        float of_image[2 * kBf16Width] = {};
+        for (const Bits* const end = from + packed_image_; from < end; from += 2 * kBf16Width) {
+          for (int64_t j = 0; j < 2 * kBf16Width; ++j) of_image[j] += bf16_to_float(from[j]);
+        }
+        for (int64_t j = 0; j < 2 * kBf16Width; ++j) sums[j] += of_image[j];
       }
       float* const out = dbias + i / vectors_ * p_.k_per_group() + first;
       for (int64_t j = 0; j < min64(kBf16Width, p_.k_per_group() - first); ++j) {
