@@ -173,6 +173,7 @@ struct TapTile {
   bool relu;
   float ceiling;     // with relu
   bool first, last;  // of the parts that a sum is made of: y holds it in between
+  bool streams;      // whether x is read for the first time
   // What is asked for meanwhile, for later: `run` cache lines, a step apart, and how far from there the
   // next tile's are. And for how many tiles more.
   const float* ahead;
@@ -792,8 +793,9 @@ struct TapTiles {
                  : 0;
     const int64_t first_y = group * g.columns + panels.first_column(panel);
     // One long row of pixels, of which a tile reads each float once: the next tile's are asked for.
-    const bool streams = t.first && t.last && g.vertical.count * g.horizontal.count == 1 &&
-                         g.images * g.out_h == 1 && g.reduce == g.source_c;
+    const bool streams = t.streams && t.first && t.last &&
+                         g.vertical.count * g.horizontal.count == 1 && g.images * g.out_h == 1 &&
+                         g.reduce == g.source_c;
     // Tiles that pass through a panel before the next panel's turn: few, for the rows of y had better be
     // written in one go. Of narrow vectors more: a call for a few would be over soon.
     constexpr int64_t kPixelFloats = V::kWidth < 16 ? 2048 : 512;
@@ -948,7 +950,7 @@ struct TapConvolutionRunner {
       if (by_chunks) return work_by_chunks(tap_tiles, part, filter, scale, own, own_entries);
       if (own_filters && packs.first(worker)) panels.pack_all(filter, scale, own);
       TapTile t{};
-      t.first = t.last = true;
+      t.first = t.last = t.streams = true;
       for_each_region_of(part, [&](const TapRegion& region, int64_t tile, int64_t tile_end) {
         tap_tiles.list_taps(region, own_entries, t);
         tap_tiles.run(region, {0, region.pixels(g.images)}, part.group, part.panel, part.panel_end,
@@ -1106,6 +1108,7 @@ struct TapConvolutionRunner {
         tap_tiles.list_taps(region, tap, tap + 1, c, c_end, entries, t);
         for (int64_t panel = part.panel; panel < part.panel_end; ++panel) {
           float* const own = chunk + (panels.first_column(panel) - first) * rows_here;
+          t.streams = panel == part.panel;
           ask_for(next, part, panel, filter, t);
           if (packs_in_tiles()) pack_in_tile(part, panel, tap, c, filter, scale, own, t);
           run(region, panel, panel + 1, own, rows_here);
@@ -1136,6 +1139,7 @@ struct TapConvolutionRunner {
         const int64_t first = panels.first_column(part.panel);
         for (int64_t panel = part.panel; panel < part.panel_end; ++panel) {
           float* const own = chunk + (panels.first_column(panel) - first) * rows_here;
+          t.streams = panel == part.panel;
           ask_for(next, part, panel, filter, t);
           if (packs) pack_in_tile(part, panel, tap, c, filter, scale, own, t);
           for_each_region_of(part, [&](const TapRegion& region, int64_t tile, int64_t tile_end) {
