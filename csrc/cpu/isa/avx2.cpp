@@ -20,7 +20,7 @@ struct Avx2 {
   static constexpr int kWidth = 8, kRegisters = 16, kRows = 6, kVectors = 2;
   static constexpr int kGemmRows[] = {0, 12, 6, 4};  // of a register tile, by its vectors
   static constexpr int kPanelVectors = 2;            // of most panels of a filter
-  static constexpr bool kFreeMasks = false;       // a masked store costs ten others
+  static constexpr bool kFreeMasks = false;          // a masked store costs ten others
   using Reg = __m256;
   using Int = __m256i;
   using Mask = __m256;
