@@ -873,7 +873,7 @@ def _directions(case):
 
 def _serving(case, direction, options):
     x_shape = (max(case.n, 1), *case.x_shape[1:])
-    explanation = _core.explain(x_shape, case.w_shape, direction, **options)
+    explanation = _core.explain(x_shape, case.w_shape, direction, dtype="float32", **options)
     serving = [candidate["algorithm"] for candidate in explanation["candidates"]]
     if case.operation == "conv_pool" and direction != "fprop" and serves_sparse(case):
         serving.append("sparse")
