@@ -93,12 +93,6 @@ class Output {
   Layout layout_;
 };
 
-template <class Problem>
-Problem of_float32(Problem p) {
-  p.dtype = DataType::float32;
-  return p;
-}
-
 Conv2dProblem as_computed(Conv2dProblem p) {
   p.layout = Layout::nhwc;
   return of_float32(p);
@@ -206,10 +200,32 @@ void add(const float* from, int64_t count, float* to) {
   });
 }
 
+// The gradients by filter and bias of parts of the batch, added up in order. Calls body(part, its first
+// image, where its gradients go); null stays null.
+template <class Body>
+void sum_over_parts(const Conv2dProblem& p, int64_t images, void* dfilter, void* dbias,
+                    const Body& body) {
+  const Output own_dfilter(p.dtype, dfilter, p.filter_size()), own_dbias(p.dtype, dbias, p.k);
+  const Workspace sums(images < p.n ? bytes(p.filter_size()) + bytes(p.k) : 0);
+  for_each_part(p, images, [&](const Conv2dProblem& part, int64_t n) {
+    float* const part_dfilter = n > 0 && dfilter ? sums.floats(bytes(p.k)) : own_dfilter.data();
+    float* const part_dbias = n > 0 && dbias ? sums.floats() : own_dbias.data();
+    body(part, n, part_dfilter, part_dbias);
+    if (n == 0) return;
+    if (dfilter) add(part_dfilter, p.filter_size(), own_dfilter.data());
+    if (dbias) add(part_dbias, p.k, own_dbias.data());
+  });
+  own_dfilter.finish();
+  own_dbias.finish();
+}
+
 // --- by units of bfloat16 ---
 
 const Bfloat16* brains(const void* data, int64_t elements) {
   return static_cast<const Bfloat16*>(from(DataType::bfloat16, data, elements));
+}
+Bfloat16* brains(void* data, int64_t elements) {
+  return static_cast<Bfloat16*>(from(DataType::bfloat16, data, elements));
 }
 
 // Images at a time whose copies stay in the caches of a few cores.
@@ -228,7 +244,7 @@ void fprop_of_bf16(const Conv2dProblem& p, const cpu::Bf16Algorithm& algorithm, 
                   {.x = brains(x, n * p.h * p.w * p.c),
                    .filter = brains(filter, 0),
                    .residual = brains(residual, at_y),
-                   .out = const_cast<Bfloat16*>(brains(y, at_y)),
+                   .out = brains(y, at_y),
                    .scale = own_scale.data(),
                    .bias = own_bias.data()});
   });
@@ -244,33 +260,23 @@ void dgrad_of_bf16(const Conv2dProblem& p, const cpu::Bf16Algorithm& algorithm, 
                   {.filter = brains(filter, 0),
                    .dy = brains(dy, at_y),
                    .y = relu ? brains(y, at_y) : nullptr,
-                   .out = const_cast<Bfloat16*>(brains(dx, n * p.h * p.w * p.c))});
+                   .out = brains(dx, n * p.h * p.w * p.c)});
   });
 }
 
-// Gradients of parts of the batch are added up in order.
 void wgrad_of_bf16(const Conv2dProblem& p, const cpu::Bf16Algorithm& algorithm, const void* x,
                    const void* dy, const void* y, void* dfilter, void* dbias) {
   const bool relu = p.activation == Activation::relu;
-  const Output own_dfilter(p.dtype, dfilter, p.filter_size()), own_dbias(p.dtype, dbias, p.k);
-  const int64_t images = images_a_part_of_bf16(p);
-  const Workspace sums(images < p.n ? bytes(p.filter_size()) + bytes(p.k) : 0);
-  for_each_part(p, images, [&](const Conv2dProblem& part, int64_t n) {
-    const int64_t at_y = n * p.oh * p.ow * p.k;
-    float* const part_dfilter = n > 0 && dfilter ? sums.floats(bytes(p.k)) : own_dfilter.data();
-    float* const part_dbias = n > 0 && dbias ? sums.floats() : own_dbias.data();
-    algorithm.run(part, Direction::wgrad,
-                  {.x = brains(x, n * p.h * p.w * p.c),
-                   .dy = brains(dy, at_y),
-                   .y = relu ? brains(y, at_y) : nullptr,
-                   .dfilter = part_dfilter,
-                   .dbias = part_dbias});
-    if (n == 0) return;
-    if (dfilter) add(part_dfilter, p.filter_size(), own_dfilter.data());
-    if (dbias) add(part_dbias, p.k, own_dbias.data());
-  });
-  own_dfilter.finish();
-  own_dbias.finish();
+  sum_over_parts(p, images_a_part_of_bf16(p), dfilter, dbias,
+                 [&](const Conv2dProblem& part, int64_t n, float* part_dfilter, float* part_dbias) {
+                   const int64_t at_y = n * p.oh * p.ow * p.k;
+                   algorithm.run(part, Direction::wgrad,
+                                 {.x = brains(x, n * p.h * p.w * p.c),
+                                  .dy = brains(dy, at_y),
+                                  .y = relu ? brains(y, at_y) : nullptr,
+                                  .dfilter = part_dfilter,
+                                  .dbias = part_dbias});
+                 });
 }
 
 }  // namespace
@@ -367,22 +373,12 @@ void conv2d_wgrad(const Conv2dProblem& problem, const void* x, const void* dy, c
     if (dbias) std::memset(dbias, 0, static_cast<std::size_t>(p.k) * size_of(p.dtype));
     return;
   }
-  const Output own_dfilter(p.dtype, dfilter, p.filter_size()), own_dbias(p.dtype, dbias, p.k);
-  const int64_t images = images_a_part(p, 2 * bytes(p.filter_size()));
-  const bool in_parts = images < p.n;  // whose gradients are added up in order
-  const Workspace sums(in_parts ? bytes(p.filter_size()) + bytes(p.k) : 0);
-  for_each_part(p, images, [&](const Conv2dProblem& part, int64_t n) {
-    float* const part_dfilter = n > 0 && dfilter ? sums.floats(bytes(p.k)) : own_dfilter.data();
-    float* const part_dbias = n > 0 && dbias ? sums.floats() : own_dbias.data();
-    const int64_t at_x = n * p.h * p.w * p.c, at_y = n * p.oh * p.ow * p.k;
-    wgrad_of_images(part, chosen, from(p.dtype, x, at_x), from(p.dtype, dy, at_y),
-                    from(p.dtype, y, at_y), part_dfilter, part_dbias);
-    if (n == 0) return;
-    if (dfilter) add(part_dfilter, p.filter_size(), own_dfilter.data());
-    if (dbias) add(part_dbias, p.k, own_dbias.data());
-  });
-  own_dfilter.finish();
-  own_dbias.finish();
+  sum_over_parts(p, images_a_part(p, 2 * bytes(p.filter_size())), dfilter, dbias,
+                 [&](const Conv2dProblem& part, int64_t n, float* part_dfilter, float* part_dbias) {
+                   const int64_t at_x = n * p.h * p.w * p.c, at_y = n * p.oh * p.ow * p.k;
+                   wgrad_of_images(part, chosen, from(p.dtype, x, at_x), from(p.dtype, dy, at_y),
+                                   from(p.dtype, y, at_y), part_dfilter, part_dbias);
+                 });
 }
 
 namespace {

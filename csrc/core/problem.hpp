@@ -68,6 +68,13 @@ struct Pool2dProblem {
   bool operator==(const Pool2dProblem&) const = default;
 };
 
+// The same of float32 tensors.
+template <class Problem>
+Problem of_float32(Problem problem) {
+  problem.dtype = DataType::float32;
+  return problem;
+}
+
 // Batch normalisation of rows x channels, NHWC: each channel by its own mean and variance.
 struct BatchNormProblem {
   std::int64_t rows = 0, channels = 0;

@@ -177,12 +177,10 @@ Explanation explain(const Conv2dProblem& p, Direction direction) {
       add(*algorithm, p, algorithm == of_bf16, !algorithm->is_for_its_name);
     }
   }
-  Conv2dProblem of_float32 = p;
-  of_float32.dtype = DataType::float32;
-  const cpu::Conv2dAlgorithm* const chosen =
-      of_bf16 ? nullptr : &cpu::choose(of_float32, direction);
+  const Conv2dProblem computed = of_float32(p);
+  const cpu::Conv2dAlgorithm* const chosen = of_bf16 ? nullptr : &cpu::choose(computed, direction);
   for (const cpu::Conv2dAlgorithm& algorithm : cpu::kernels(isa).conv2d) {
-    add(algorithm, of_float32, &algorithm == chosen);
+    add(algorithm, computed, &algorithm == chosen);
   }
   return out;
 }

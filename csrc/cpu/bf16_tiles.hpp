@@ -4,7 +4,8 @@
 // rows; one of packed columns has 16 pairs of elements. All slices are of one length, for a tile register
 // cannot change its shape and keep what it has.
 //
-// Tiles is the instructions: Amx, or EmulatedTiles, which says in C++ what they do.
+// Tiles is the instructions: Amx of isa/bf16_amx.cpp, or EmulatedTiles of isa/bf16_portable.cpp, which says
+// in C++ what they do.
 #pragma once
 
 #include <cstdint>
@@ -28,68 +29,6 @@ struct alignas(64) TileShapes {
   }
 };
 static_assert(sizeof(TileShapes) == 64);
-
-// What the instructions do, for one thread. Products of shapes that do not match, which a processor
-// refuses, are NaN.
-class EmulatedTiles {
- public:
-  static void load_shapes(const TileShapes& shapes) {
-    t_state = {};
-    t_state.shapes = shapes;
-  }
-  static void store_shapes(TileShapes& shapes) { shapes = t_state.shapes; }
-  template <int Tile>
-  static void zero() {
-    std::memset(t_state.bytes[Tile], 0, sizeof t_state.bytes[Tile]);
-  }
-  template <int Tile>
-  static void load(const void* from, int64_t step) {
-    zero<Tile>();
-    for (int i = 0; i < t_state.shapes.rows[Tile]; ++i) {
-      std::memcpy(t_state.bytes[Tile][i], static_cast<const char*>(from) + i * step,
-                  t_state.shapes.row_bytes[Tile]);
-    }
-  }
-  template <int Tile>
-  static void store(void* to, int64_t step) {
-    for (int i = 0; i < t_state.shapes.rows[Tile]; ++i) {
-      std::memcpy(static_cast<char*>(to) + i * step, t_state.bytes[Tile][i],
-                  t_state.shapes.row_bytes[Tile]);
-    }
-  }
-  template <int Sums, int A, int B>
-  static void multiply() {
-    const TileShapes& shapes = t_state.shapes;
-    const bool match = shapes.palette == 1 && shapes.rows[Sums] == shapes.rows[A] &&
-                       shapes.row_bytes[A] == 4 * shapes.rows[B] &&
-                       shapes.row_bytes[Sums] == shapes.row_bytes[B] && shapes.rows[A] > 0;
-    for (int i = 0; i < shapes.rows[Sums]; ++i) {
-      for (int j = 0; j < shapes.row_bytes[Sums] / 4; ++j) {
-        float even = 0, odd = 0, sum = 0;
-        for (int pair = 0; pair < shapes.rows[B]; ++pair) {
-          even += element<A>(i, 2 * pair) * element<B>(pair, 2 * j);
-          odd += element<A>(i, 2 * pair + 1) * element<B>(pair, 2 * j + 1);
-        }
-        std::memcpy(&sum, t_state.bytes[Sums][i] + 4 * j, sizeof sum);
-        sum = match ? sum + (even + odd) : std::numeric_limits<float>::quiet_NaN();
-        std::memcpy(t_state.bytes[Sums][i] + 4 * j, &sum, sizeof sum);
-      }
-    }
-  }
-
- private:
-  template <int Tile>
-  static float element(int row, int column) {
-    Bits bits = 0;
-    std::memcpy(&bits, t_state.bytes[Tile][row] + 2 * column, sizeof bits);
-    return bf16_to_float(bits);
-  }
-  struct State {
-    TileShapes shapes;
-    std::uint8_t bytes[8][16][64];
-  };
-  static inline thread_local State t_state{};
-};
 
 template <class Tiles>
 struct Bf16TileUnit {

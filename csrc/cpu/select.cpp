@@ -84,11 +84,6 @@ class Decisions {
   std::array<Entry, kSlots> entries_;
 };
 
-Conv2dProblem of_float32(Conv2dProblem problem) {
-  problem.dtype = DataType::float32;
-  return problem;
-}
-
 // What float32's algorithm takes for a problem of bfloat16, whose tensors are converted on the way.
 double cost_by_float32(const Conv2dProblem& problem, Direction direction) {
   constexpr double kConverted = 16;  // an element, as Bf16Convolution::estimate has it
