@@ -116,11 +116,11 @@ class OncePerWorker {
 };
 constexpr int64_t kOwnFilterBytes = int64_t{512} << 10;  // at most
 
-// A pointer of which the compiler does not know how it came about.
+// A pointer or a number of which the compiler does not know how it came about.
 template <class T>
-T* hidden(T* pointer) {
-  asm("" : "+r"(pointer));  // NOLINT(portability-no-assembler): of no instruction
-  return pointer;
+T hidden(T value) {
+  asm("" : "+r"(value));  // NOLINT(portability-no-assembler): of no instruction
+  return value;
 }
 
 // Pointers to N evenly spaced elements of a loop, four to a general register and not one each: there
@@ -149,6 +149,53 @@ class Spaced {
   const float* bases_[kBases];
   int64_t step_, step_3_;
 };
+
+// Pointers to N elements of a loop that lie anywhere.
+template <int N>
+class Listed {
+ public:
+  template <class ElementAt>
+  explicit Listed(const ElementAt& element_at) {
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) elements_[i] = element_at(i);
+  }
+  const float* operator[](int i) const { return elements_[i] + at_; }
+  void advance(int64_t count) { at_ = hidden(at_ + count); }
+
+ private:
+  const float* elements_[N];
+  int64_t at_ = 0;
+};
+
+// A loop's `count` steps, AtOnce of them at a time: body(number of the step among those, from 0 on), and
+// then advance(how many they were). What goes around the products of a register tile counts where two
+// threads share a core.
+template <int AtOnce, class Body, class Advance>
+[[gnu::always_inline]] inline void unrolled(int64_t count, const Body& body,
+                                            const Advance& advance) {
+  for (; AtOnce > 1 && count >= AtOnce; count = hidden(count - AtOnce)) {
+#pragma GCC unroll 4
+    for (int step = 0; step < AtOnce; ++step) body(step);
+    advance(AtOnce);
+  }
+  for (; count > 0; --count) {
+    body(0);
+    advance(1);
+  }
+}
+
+// sum[v] += *a * b[v]. `Often`: in an unrolled loop.
+template <class V, bool Often, int Vectors>
+[[gnu::always_inline]] inline void add_products(const float* a, const typename V::Reg (&b)[Vectors],
+                                                typename V::Reg (&sum)[Vectors]) {
+  if constexpr (Often && requires { V::add_products(a, b, sum); }) {
+    V::add_products(a, b, sum);
+  } else {
+    const typename V::Reg factor = V::broadcast(a);
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) sum[v] = V::fma(factor, b[v], sum[v]);
+  }
+}
 
 // Register tiles, one or several that follow one another: pixel i's y[0 .. columns) += sum over taps, c
 // of x[tap + c] * filter.
@@ -273,54 +320,54 @@ template <class V, int Rows, int Vectors, TapTileTask Task>
     float* packed = t.packed;
     // The caller's rows are as far apart as pages: no processor reads them ahead.
     constexpr int64_t kRowsAhead = 16;
-    const auto add_row = [&](const auto& x, int64_t c) __attribute__((always_inline)) {
+    constexpr int kAtOnce = Task == TapTileTask::packing ? 1 : V::kProductsAtOnce;
+    // That of the filter which comes after so many others.
+    const auto add_row = [&](const auto& x, int after) __attribute__((always_inline)) {
       if constexpr (Task == TapTileTask::ahead) {
-        __builtin_prefetch(ahead, 0, 2);
-        ahead += t.ahead_step;
+        __builtin_prefetch(ahead + after * t.ahead_step, 0, 2);
       }
       typename V::Reg b[Vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
         if constexpr (Task == TapTileTask::packing) {
-          const auto load = [&](const float* from) {
-            return v == Vectors - 1 ? V::load(from + v * V::kWidth, tail)
-                                    : V::load(from + v * V::kWidth);
+          const float* const from = unpacked + after * t.unpacked_step;
+          const auto load = [&](const float* row) {
+            return v == Vectors - 1 ? V::load(row + v * V::kWidth, tail)
+                                    : V::load(row + v * V::kWidth);
           };
-          b[v] = load(unpacked);
+          b[v] = load(from);
           if (t.scales) b[v] = V::multiply(b[v], load(t.scales));
-          V::store(packed + v * V::kWidth, b[v]);
+          V::store(packed + (after * Vectors + v) * V::kWidth, b[v]);
           const int end = (v + 1) * V::kWidth;
           if (end % kLine == 0 || v == Vectors - 1) {
-            __builtin_prefetch(unpacked + (kRowsAhead * t.unpacked_step + end - 1));
+            __builtin_prefetch(from + (kRowsAhead * t.unpacked_step + end - 1));
           }
         } else {
-          b[v] = V::load(filter + v * V::kWidth);
+          b[v] = V::load(filter + (after * Vectors + v) * V::kWidth);
         }
       }
-      unpacked += t.unpacked_step;
-      packed += Vectors * V::kWidth;
-      filter += Vectors * V::kWidth;
 #pragma GCC unroll 16
-      for (int i = 0; i < Rows; ++i) {
-        const typename V::Reg a = V::broadcast(x[i] + c);
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(a, b[v], sum[i][v]);
-      }
+      for (int i = 0; i < Rows; ++i) add_products<V, (kAtOnce > 1)>(x[i] + after, b, sum[i]);
+    };
+    const auto add_rows = [&](auto x) __attribute__((always_inline)) {
+      unrolled<kAtOnce>(
+          t.run, [&](int after) __attribute__((always_inline)) { add_row(x, after); },
+          [&](int64_t rows) __attribute__((always_inline)) {
+            x.advance(rows);
+            filter = hidden(filter + rows * Vectors * V::kWidth);
+            if constexpr (Task == TapTileTask::ahead) ahead += rows * t.ahead_step;
+            if constexpr (Task == TapTileTask::packing) {
+              unpacked += rows * t.unpacked_step;
+              packed += rows * Vectors * V::kWidth;
+            }
+          });
     };
     // A tile of one vector has the most pixels, and the fewest multiply-adds for each.
     if (Vectors == 1 && !t.x_pixels) {
-      Spaced<Rows> x(first_x + offset, t.x_step);
-      for (int64_t c = t.run; c > 0; --c) {
-        add_row(x, 0);
-        x.advance(1);
-      }
+      add_rows(Spaced<Rows>(first_x + offset, t.x_step));
     } else {
-      const float* x[Rows];
-#pragma GCC unroll 16
-      for (int i = 0; i < Rows; ++i) {
-        x[i] = (t.x_pixels ? t.x_pixels[i] : first_x + i * t.x_step) + offset;
-      }
-      for (int64_t c = 0; c < t.run; ++c) add_row(x, c);
+      add_rows(Listed<Rows>(
+          [&](int i) { return (t.x_pixels ? t.x_pixels[i] : first_x + i * t.x_step) + offset; }));
     }
   }
   // Read anew: in the loop, registers are short.

@@ -75,16 +75,13 @@ void wgrad_tile(const WgradTile& t) {
         sum[i][v] = v == Vectors - 1 ? V::load(at, tail) : V::load(at);
       }
     }
+  constexpr int kAtOnce = Where == WgradRows::packed ? V::kProductsAtOnce : 1;
   const auto add_pixel = [&](const float* x, const float* dy, const auto& offset) {
     typename V::Reg b[Vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) b[v] = V::load(dy + v * V::kWidth);
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      const typename V::Reg a = V::broadcast(x + offset(i));
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(a, b[v], sum[i][v]);
-    }
+    for (int i = 0; i < Rows; ++i) add_products<V, (kAtOnce > 1)>(x + offset(i), b, sum[i]);
   };
   constexpr bool kFollow = Where == WgradRows::packed || Where == WgradRows::fetched;
   int64_t offsets[Rows];
@@ -101,25 +98,27 @@ void wgrad_tile(const WgradTile& t) {
       const float* x = t.x + run->x;
       const float* dy = t.dy + run->pixel * t.dy_step;
       const float* ahead = t.ahead + (t.ahead_as_x ? run->x : run->pixel * t.ahead_step);
-      for (int64_t j = run->count; j > 0; --j) {
+      const auto add = [&](int pixel) __attribute__((always_inline)) {
+        const float* const from = x + pixel * t.x_step;
         if constexpr (Where == WgradRows::fetched) {
-          __builtin_prefetch(x + t.x_ahead);
-          __builtin_prefetch(ahead, 0, 2);
-          ahead += t.ahead_step;
+          __builtin_prefetch(from + t.x_ahead);
+          __builtin_prefetch(ahead + pixel * t.ahead_step, 0, 2);
         }
         if constexpr (Where == WgradRows::apart_once) {
 #pragma GCC unroll 4
           for (int v = 0; v < Vectors; ++v) {
-            __builtin_prefetch(dy + kPixelsAhead * t.dy_step + v * V::kWidth);
+            __builtin_prefetch(dy + (pixel + kPixelsAhead) * t.dy_step + v * V::kWidth);
           }
         }
-        add_pixel(x, dy, offset);
-        x += t.x_step;
-        dy += t.dy_step;
+        add_pixel(from, dy + pixel * t.dy_step, offset);
+      };
+      unrolled<kAtOnce>(run->count, add, [&](int64_t count) {
+        x += count * t.x_step;
+        ahead += count * t.ahead_step;
         // GCC 12 vectorises scalar code here to load two pixels at once, of which the last one's
         // neighbour may be in no memory.
-        dy = hidden(dy);
-      }
+        dy = hidden(dy + count * t.dy_step);
+      });
     }
   }
 #pragma GCC unroll 16

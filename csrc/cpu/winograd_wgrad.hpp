@@ -65,17 +65,19 @@ void point_tile(const PointTile& t) {
     for (int v = 0; v < Vectors; ++v) sum[i][v] = V::zero();
   const float* x = t.x;
   const float* dy = t.dy;
-  for (int64_t j = 0; j < t.tiles; ++j, x += t.x_row, dy += Vectors * V::kWidth) {
-    typename V::Reg b[Vectors];
+  unrolled<V::kProductsAtOnce>(
+      t.tiles,
+      [&](int tile) __attribute__((always_inline)) {
+        typename V::Reg b[Vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) b[v] = V::load(dy + v * V::kWidth);
+        for (int v = 0; v < Vectors; ++v) b[v] = V::load(dy + (tile * Vectors + v) * V::kWidth);
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      const typename V::Reg a = V::broadcast(x + i);
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(a, b[v], sum[i][v]);
-    }
-  }
+        for (int i = 0; i < Rows; ++i) add_products<V, true>(x + tile * t.x_row + i, b, sum[i]);
+      },
+      [&](int64_t tiles) {
+        x += tiles * t.x_row;
+        dy += tiles * Vectors * V::kWidth;
+      });
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4

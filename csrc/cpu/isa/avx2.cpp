@@ -21,6 +21,7 @@ struct Avx2 {
   static constexpr int kGemmRows[] = {0, 12, 6, 4};  // of a register tile, by its vectors
   static constexpr int kPanelVectors = 2;            // of most panels of a filter
   static constexpr bool kFreeMasks = false;          // a masked store costs ten others
+  static constexpr int kProductsAtOnce = 4;          // in a loop of register tiles
   using Reg = __m256;
   using Int = __m256i;
   using Mask = __m256;
@@ -90,6 +91,35 @@ struct Avx2 {
   }
   static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // which do not see it read
+  // sum[v] += *a * b[v]. A register tile has 14 or 15 of the 16 registers for its sums and its filter
+  // vectors. Left to choose among FMA's forms, the compiler moves and spills some where a loop takes
+  // several products; here it has no choice.
+  static void add_products(const float* a, const Reg (&b)[2], Reg (&sum)[2]) {
+    Reg sum_0 = sum[0], sum_1 = sum[1];
+    asm("vbroadcastss %[a], %%ymm15\n\t"  // NOLINT(portability-no-assembler)
+        "vfmadd231ps %[b_0], %%ymm15, %[sum_0]\n\t"
+        "vfmadd231ps %[b_1], %%ymm15, %[sum_1]"
+        : [sum_0] "+x"(sum_0), [sum_1] "+x"(sum_1)
+        : [a] "m"(*a), [b_0] "x"(b[0]), [b_1] "x"(b[1])
+        : "xmm15");
+    sum[0] = sum_0;
+    sum[1] = sum_1;
+  }
+  static void add_products(const float* a, const Reg (&b)[3], Reg (&sum)[3]) {
+    Reg sum_0 = sum[0], sum_1 = sum[1], sum_2 = sum[2];
+    asm("vbroadcastss %[a], %%ymm15\n\t"  // NOLINT(portability-no-assembler)
+        "vfmadd231ps %[b_0], %%ymm15, %[sum_0]\n\t"
+        "vfmadd231ps %[b_1], %%ymm15, %[sum_1]\n\t"
+        "vfmadd231ps %[b_2], %%ymm15, %[sum_2]"
+        : [sum_0] "+x"(sum_0), [sum_1] "+x"(sum_1), [sum_2] "+x"(sum_2)
+        : [a] "m"(*a), [b_0] "x"(b[0]), [b_1] "x"(b[1]), [b_2] "x"(b[2])
+        : "xmm15");
+    sum[0] = sum_0;
+    sum[1] = sum_1;
+    sum[2] = sum_2;
+  }
+#endif
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static Reg set(float v) { return _mm256_set1_ps(v); }
   static Reg subtract(Reg a, Reg b) { return _mm256_sub_ps(a, b); }

@@ -21,7 +21,8 @@ struct Avx512 {
   static constexpr int kWidth = 16, kRegisters = 32, kRows = 12, kVectors = 2;
   static constexpr int kGemmRows[] = {0, 12, 12, 8, 6};  // of a register tile, by its vectors
   static constexpr int kPanelVectors = 4;                // of most panels of a filter
-  static constexpr bool kFreeMasks = true;  // masked loads and stores cost what others do
+  static constexpr bool kFreeMasks = true;   // masked loads and stores cost what others do
+  static constexpr int kProductsAtOnce = 1;  // in a loop of register tiles
   using Reg = __m512;
   using Int = __m512i;
   using Mask = __mmask16;

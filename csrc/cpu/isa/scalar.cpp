@@ -20,6 +20,7 @@ struct Scalar {
   static constexpr int kGemmRows[] = {0, 4, 4};  // of a register tile, by its vectors
   static constexpr int kPanelVectors = 2;        // of most panels of a filter
   static constexpr bool kFreeMasks = true;
+  static constexpr int kProductsAtOnce = 1;  // in a loop of register tiles
   using Reg = float;
   using Int = std::int32_t;
   using Mask = bool;
