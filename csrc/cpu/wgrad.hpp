@@ -218,12 +218,14 @@ struct WgradPlan {
     // Tasks share dy: each packs what it needs, which some tiles of work make up for.
     constexpr int64_t kRowsATask = 432;
     q_groups = ceil_div(q_tiles, kRowsATask / rows);
-    // Partial sums serve where tiles are too few for many threads, and pixels enough to make up for
-    // adding them up; 1 MiB of them at most.
-    constexpr int64_t kTilesATask = 4, kEnoughTasks = 32, kPixelsAPart = 512;
+    // Partial sums serve where tiles are too few for many threads, or where the input is read as it lies,
+    // which tasks of the same pixels would each fetch from memory; and where pixels are enough to make up
+    // for adding them up. 1 MiB of them at most.
+    constexpr int64_t kTilesATask = 4, kEnoughTasks = 32, kPixelsAPart = 512, kMostParts = 16;
     const int64_t whole_tasks = max64(ceil_div(q_tiles, kTilesATask) * panels * p.groups, 1);
-    parts = max64(1, min64(min64(ceil_div(kEnoughTasks, whole_tasks), pixels / kPixelsAPart),
-                           min64(16, (int64_t{1} << 20) / max64(floats * 4, 1))));
+    const int64_t useful = packed || copied ? ceil_div(kEnoughTasks, whole_tasks) : kMostParts;
+    parts = max64(1, min64(min64(useful, pixels / kPixelsAPart),
+                           min64(kMostParts, (int64_t{1} << 20) / max64(floats * 4, 1))));
 
     // The panels of a task share a block of the input, its tiles one of dy. How many tasks there are
     // changes no sum.
