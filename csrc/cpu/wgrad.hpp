@@ -199,10 +199,16 @@ struct WgradPlan {
     channels = {cg, tiles_a_tap};
     q_tiles = by_taps ? taps * tiles_a_tap : ceil_div(taps * cg, rows);
 
-    // Tiles that read a pixel, for packing it to pay: more where pixels lie close together, and are asked
-    // for a block ahead.
+    // Tiles that read a pixel, for packing it to pay: more where pixels lie close together and are asked
+    // for a block ahead, and most where there are many, of which a copy goes through memory, unless they
+    // lie apart by what falls into two sets of the first-level cache.
     const bool narrow = kGemmVectors<V> * V::kWidth < 64;  // panels, each of which reads all
-    const int64_t tiles_a_packing = taps == 1 && (p.c <= 128 || narrow) ? 8 : 4;
+    const bool many = narrow && pixels >= (p.c <= 64 ? 8192 : 2048);
+    const int64_t tiles_a_packing = taps > 1                      ? 4
+                                    : many && p.c <= 64           ? 32
+                                    : many && p.c % (32 * 16) > 0 ? 16
+                                    : narrow || p.c <= 128        ? 8
+                                                                  : 4;
     const bool strided = p.stride_h != 1 || p.stride_w != 1;
     const bool may_sample = taps == 1 && strided && !padded;
     const int64_t pixels_a_window = may_sample ? 1 : p.stride_h * p.stride_w;
