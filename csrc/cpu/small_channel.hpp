@@ -18,13 +18,14 @@
 namespace fastconv::cpu {
 namespace {
 
-// y[i][0 .. columns) = bias + sum over products j of x[i * step + offset(j)] * filter[j].
+// y[i][0 .. columns) = bias + sum over products j of x[i * step + offset(j)] * filter[j]. Products come
+// in groups whose offsets follow one another.
 struct StridedTile {
   int64_t tiles;  // that follow one another
   const float* x;
   int64_t step;          // floats from pixel to pixel
-  const int64_t* steps;  // floats from the offset of the product before, or from 0
-  int64_t products;
+  const int64_t* steps;  // floats from the offset of the group before, or from 0
+  int64_t groups;
   const float* filter;  // [product][vectors * width]
   const float* bias;    // null for none
   float* y;
@@ -35,7 +36,11 @@ struct StridedTile {
   float ceiling;  // with relu
 };
 
-template <class V, int Rows, int Vectors>
+// Products of a group, where an image's rows have them side by side.
+template <class V>
+constexpr int kGroup = V::kProductsAtOnce > 1 ? 3 : 1;
+
+template <class V, int Rows, int Vectors, int Group>
 [[gnu::always_inline]] inline void one_strided_tile(const StridedTile& t, const float* x,
                                                     float* first_y) {
   const auto tail = V::tail(t.columns);
@@ -54,19 +59,19 @@ template <class V, int Rows, int Vectors>
     for (int i = 0; i < Rows; ++i) sum[i][v] = first;
   }
   Spaced<Rows> a(x, t.step);
-  const int64_t *step = t.steps, *const end = step + t.products;
+  const int64_t *step = t.steps, *const end = step + t.groups;
   // One loop: those of taps and of channels would be left as often as a filter has rows.
-  for (const float* filter = t.filter; step != end; ++step, filter += Vectors * V::kWidth) {
+  for (const float* filter = t.filter; step != end; ++step) {
     a.advance(*step);
-    typename V::Reg b[Vectors];
+#pragma GCC unroll 3
+    for (int j = 0; j < Group; ++j) {
+      typename V::Reg b[Vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) b[v] = V::load(filter + v * V::kWidth);
+      for (int v = 0; v < Vectors; ++v) b[v] = V::load(filter + (j * Vectors + v) * V::kWidth);
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      const typename V::Reg value = V::broadcast(a[i]);
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) sum[i][v] = V::fma(value, b[v], sum[i][v]);
+      for (int i = 0; i < Rows; ++i) add_products<V, (Group > 1)>(a[i] + j, b, sum[i]);
     }
+    filter += Group * Vectors * V::kWidth;
   }
   const StridedTile* const last = hidden(&t);  // read anew: in the loop, registers are short
   if (last->relu) activate<V>(sum, last->ceiling);
@@ -74,12 +79,12 @@ template <class V, int Rows, int Vectors>
                 [first_y, step = last->y_step](int i) { return first_y + i * step; });
 }
 
-template <class V, int Rows, int Vectors>
+template <class V, int Rows, int Vectors, int Group>
 void strided_tile(const StridedTile& t) {
   const float* x = t.x;
   float* y = t.y;
   for (int64_t tile = t.tiles; tile > 0; --tile) {
-    one_strided_tile<V, Rows, Vectors>(t, x, y);
+    one_strided_tile<V, Rows, Vectors, Group>(t, x, y);
     x += Rows * t.step;
     y += Rows * t.y_step;
   }
@@ -91,34 +96,34 @@ using StridedTileFunction = void (*)(const StridedTile&);
 // general registers for their addresses.
 template <class V>
 constexpr int strided_rows(int vectors) {
-  const int rows = (V::kRegisters - vectors - 1) / vectors;
-  return rows < 15 ? rows : 15;
+  const int rows = (V::kRegisters - vectors - 1) / vectors, most = V::kRegisters < 32 ? 12 : 15;
+  return rows < most ? rows : most;
 }
 
 // Of `Vectors` vectors, by rows - 1.
-template <class V, int Vectors, std::size_t... I>
+template <class V, int Group, int Vectors, std::size_t... I>
 constexpr auto make_strided_tiles(std::index_sequence<I...>) {
   return std::array<StridedTileFunction, std::size_t{strided_rows<V>(1)}>{
-      strided_tile<V, I + 1, Vectors>...};
+      strided_tile<V, I + 1, Vectors, Group>...};
 }
 
 // By vectors - 1 and rows - 1.
-template <class V, std::size_t... I>
+template <class V, int Group, std::size_t... I>
 constexpr auto make_strided_tile_table(std::index_sequence<I...>) {
-  return std::array{make_strided_tiles<V, I + 1>(
+  return std::array{make_strided_tiles<V, Group, I + 1>(
       std::make_index_sequence<std::size_t{strided_rows<V>(I + 1)}>{})...};
 }
 
-template <class V>
+template <class V, int Group>
 StridedTileFunction strided_tile_function(int rows, int vectors) {
   static constexpr auto kTable =
-      make_strided_tile_table<V>(std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
+      make_strided_tile_table<V, Group>(std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
   return kTable[static_cast<std::size_t>(vectors - 1)][static_cast<std::size_t>(rows - 1)];
 }
 
 // The same with 2 x 2 max-pooling behind it: `Pixels` windows beside one another, whose pixels stay in
 // registers. y_step is from window to window; `below` floats lie between a pixel and the one below.
-template <class V, int Pixels, int Vectors>
+template <class V, int Pixels, int Vectors, int Group>
 void pooled_tile(const StridedTile& t, int64_t below, std::uint8_t* argmax) {
   const auto tail = V::tail(t.columns);
   typename V::Reg sum[2][2 * Pixels][Vectors];  // upper and lower row
@@ -131,21 +136,22 @@ void pooled_tile(const StridedTile& t, int64_t below, std::uint8_t* argmax) {
       for (int i = 0; i < 2 * Pixels; ++i) sum[row][i][v] = first;
   }
   Spaced<2 * Pixels> upper(t.x, t.step), lower(t.x + below, t.step);
-  const int64_t *step = t.steps, *const end = step + t.products;
-  for (const float* filter = t.filter; step != end; ++step, filter += Vectors * V::kWidth) {
+  const int64_t *step = t.steps, *const end = step + t.groups;
+  for (const float* filter = t.filter; step != end; ++step) {
     upper.advance(*step);
     lower.advance(*step);
-    typename V::Reg b[Vectors];
+#pragma GCC unroll 3
+    for (int j = 0; j < Group; ++j) {
+      typename V::Reg b[Vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) b[v] = V::load(filter + v * V::kWidth);
-#pragma GCC unroll 2
-    for (int row = 0; row < 2; ++row)
+      for (int v = 0; v < Vectors; ++v) b[v] = V::load(filter + (j * Vectors + v) * V::kWidth);
 #pragma GCC unroll 8
       for (int i = 0; i < 2 * Pixels; ++i) {
-        const typename V::Reg value = V::broadcast(row == 0 ? upper[i] : lower[i]);
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) sum[row][i][v] = V::fma(value, b[v], sum[row][i][v]);
+        add_products<V, (Group > 1)>(upper[i] + j, b, sum[0][i]);
+        add_products<V, (Group > 1)>(lower[i] + j, b, sum[1][i]);
       }
+    }
+    filter += Group * Vectors * V::kWidth;
   }
 #pragma GCC unroll 4
   for (int p = 0; p < Pixels; ++p)
@@ -165,15 +171,16 @@ template <class V>
 constexpr int kPooledPixels = V::kRows / 4;
 
 // By pixels - 1 and vectors - 1.
-template <class V, std::size_t... I>
+template <class V, int Group, std::size_t... I>
 constexpr auto make_pooled_tile_table(std::index_sequence<I...>) {
-  return std::array<PooledTileFunction, sizeof...(I)>{pooled_tile<V, I / 2 + 1, I % 2 + 1>...};
+  return std::array<PooledTileFunction, sizeof...(I)>{
+      pooled_tile<V, I / 2 + 1, I % 2 + 1, Group>...};
 }
 
-template <class V>
+template <class V, int Group>
 PooledTileFunction pooled_tile_function(int pixels, int vectors) {
-  static constexpr auto kTable =
-      make_pooled_tile_table<V>(std::make_index_sequence<2 * std::size_t{kPooledPixels<V>}>{});
+  static constexpr auto kTable = make_pooled_tile_table<V, Group>(
+      std::make_index_sequence<2 * std::size_t{kPooledPixels<V>}>{});
   return kTable[static_cast<std::size_t>(2 * (pixels - 1) + vectors - 1)];
 }
 
@@ -296,7 +303,7 @@ struct SmallChannel {
     int64_t source_rows, source_w, floats;  // of the copy
     int64_t products;
     int64_t packed_bytes, offsets_bytes;
-    bool copied, pooled;
+    bool copied, pooled, grouped;  // grouped: products in groups
 
     Strip(const Conv2dProblem& p, bool pooled_given) {
       pooled = pooled_given;
@@ -313,6 +320,8 @@ struct SmallChannel {
       source_rows = source_rows_of(p, rows);
       floats = copied ? ceil_div(source_rows * source_w * p.c, 16) * 16 : 0;
       products = p.r * p.s * p.c;
+      // Of a filter's row, or, with a dilation, of a pixel.
+      grouped = (p.dilation_w == 1 ? p.s * p.c : p.c) % kGroup<V> == 0;
       packed_bytes = Panels<false>(fprop_taps(p)).bytes();  // of any width
       offsets_bytes = ceil_div(products * 8, 64) * 64;
     }
@@ -363,12 +372,13 @@ struct SmallChannel {
     float* packed = workspace.floats();
     int64_t* const steps =
         reinterpret_cast<int64_t*>(workspace.floats(static_cast<std::size_t>(strip.packed_bytes)));
+    const int64_t group = strip.grouped ? kGroup<V> : 1, row_groups = p.s * p.c / group;
     for (int64_t r = 0, i = 0, before = 0; r < p.r; ++r)
-      for (int64_t s = 0; s < p.s; ++s)
-        for (int64_t c = 0; c < p.c; ++c, ++i) {
-          const int64_t offset = (r * p.dilation_h * strip.source_w + s * p.dilation_w) * p.c + c;
-          steps[i] = offset - std::exchange(before, offset);
-        }
+      for (int64_t j = 0; j < p.s * p.c; j += group, ++i) {
+        const int64_t s = j / p.c, c = j % p.c;
+        const int64_t offset = (r * p.dilation_h * strip.source_w + s * p.dilation_w) * p.c + c;
+        steps[i] = offset - std::exchange(before, offset);
+      }
     panels.pack_all(operands.filter, operands.scale, packed);
     // Panels that stay in the first-level cache take turns at a tile: whole pixels are written at once.
     const int64_t panels_a_pass =
@@ -408,11 +418,11 @@ struct SmallChannel {
           g.vertical.meeting(i + kUnit - 1, p.h, last_r, last_r_end);
           r = min64(r, last_r);
           r_end = max64(r_end, last_r_end);
-          t.products = max64(0, r_end - r) * p.s * p.c;
-          t.steps = steps + r * p.s * p.c;
-          // Where the first product is, less the step that leads to it.
+          t.groups = max64(0, r_end - r) * row_groups;
+          t.steps = steps + r * row_groups;
+          // Where the first group is, less the step that leads to it.
           t.x = source + (i - begin) * below + r * p.dilation_h * strip.source_w * p.c -
-                (t.products > 0 ? *t.steps : 0);
+                (t.groups > 0 ? *t.steps : 0);
           int64_t at = (n * p.oh + i) / kUnit * columns * p.k;
           for (int64_t tile = 0; tile < tiles.count; tile += t.tiles) {
             const int count = static_cast<int>(tiles.size(tile));
@@ -427,9 +437,11 @@ struct SmallChannel {
               if constexpr (Pooled) {
                 std::uint8_t* const argmax =
                     operands.argmax ? operands.argmax + at + column : nullptr;
-                pooled_tile_function<V>(count, vectors)(t, below, argmax);
+                (strip.grouped ? pooled_tile_function<V, kGroup<V>>(count, vectors)
+                               : pooled_tile_function<V, 1>(count, vectors))(t, below, argmax);
               } else {
-                strided_tile_function<V>(count, vectors)(t);
+                (strip.grouped ? strided_tile_function<V, kGroup<V>>(count, vectors)
+                               : strided_tile_function<V, 1>(count, vectors))(t);
               }
             }
             t.x += t.tiles * kUnit * count * t.step;
