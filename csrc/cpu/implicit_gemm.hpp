@@ -318,8 +318,11 @@ template <class V, int Rows, int Vectors, TapTileTask Task>
     const float* ahead = first_ahead;
     const float* unpacked = t.unpacked;
     float* packed = t.packed;
-    // The caller's rows are as far apart as pages: no processor reads them ahead.
-    constexpr int64_t kRowsAhead = 16;
+    // The caller's rows are as far apart as pages: no processor reads them ahead. Of narrow vectors a
+    // row is soon through, and more than eight that fall into one set of the first-level cache are asked
+    // for: into the second level.
+    constexpr bool kNarrow = V::kWidth < 16;
+    constexpr int64_t kRowsAhead = kNarrow ? 32 : 16;
     constexpr int kAtOnce = Task == TapTileTask::packing ? 1 : V::kProductsAtOnce;
     // That of the filter which comes after so many others.
     const auto add_row = [&](const auto& x, int after) __attribute__((always_inline)) {
@@ -340,7 +343,7 @@ template <class V, int Rows, int Vectors, TapTileTask Task>
           V::store(packed + (after * Vectors + v) * V::kWidth, b[v]);
           const int end = (v + 1) * V::kWidth;
           if (end % kLine == 0 || v == Vectors - 1) {
-            __builtin_prefetch(from + (kRowsAhead * t.unpacked_step + end - 1));
+            __builtin_prefetch(from + (kRowsAhead * t.unpacked_step + end - 1), 0, kNarrow ? 2 : 3);
           }
         } else {
           b[v] = V::load(filter + (after * Vectors + v) * V::kWidth);
