@@ -102,6 +102,10 @@ EDGES = both_layouts(
         Problem((1, 3, 4, 2), 3, kernel=(2, 2), dilation_rate=(30, 30), padding=((30, 0), (0, 28))),
         Problem((1, 6, 7, 300), 3),
         Problem((1, 6, 7, 3), 300),
+        # Three products side by side in the input: a pixel's, a row's; and three that are apart.
+        Problem((2, 12, 13, 3), 17, kernel=(3, 2), dilation_rate=(2, 3)),
+        Problem((2, 12, 13, 2), 9, kernel=(2, 3)),
+        Problem((2, 12, 13, 1), 33, kernel=(2, 3), dilation_rate=(1, 2)),
     ]
 )
 SMALL = WINDOWS + CHANNELS + DILATIONS + GROUPS + EDGES
@@ -124,6 +128,8 @@ LARGE = [
     # Whose filter's gradient is computed transposed, and tiles of one vector in strips.
     Problem((2, 30, 31, 144), 24, kernel=(1, 1)),
     Problem((1, 56, 57, 32), 16, kernel=(1, 1)),
+    # Of so many pixels that the filter's gradient reads the input as it lies, part by part.
+    Problem((3, 27, 31, 72), 144, kernel=(1, 1)),
     Problem((2, 29, 30, 144), 256, kernel=(1, 1), strides=(2, 3)),  # of whose input a sixth is read
     # Most rows of the filter, or all, lie in the padding.
     Problem((3, 21, 34, 2), 30, kernel=(7, 4), padding=((6, 9), (5, 2))),
