@@ -197,6 +197,17 @@ template <class V, bool Often, int Vectors>
   }
 }
 
+// The same of every row of a register tile, with the vectors that begin at `row`: sum[i] += *x_of(i) * row.
+template <class V, bool Often, int Rows, int Vectors, class XOf>
+[[gnu::always_inline]] inline void add_row_of_products(const XOf& x_of, const float* row,
+                                                       typename V::Reg (&sum)[Rows][Vectors]) {
+  typename V::Reg b[Vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v) b[v] = V::load(row + v * V::kWidth);
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) add_products<V, Often>(x_of(i), b, sum[i]);
+}
+
 // Register tiles, one or several that follow one another: pixel i's y[0 .. columns) += sum over taps, c
 // of x[tap + c] * filter.
 struct TapTile {
@@ -323,34 +334,37 @@ template <class V, int Rows, int Vectors, TapTileTask Task>
     // for: into the second level.
     constexpr bool kNarrow = V::kWidth < 16;
     constexpr int64_t kRowsAhead = kNarrow ? 32 : 16;
-    constexpr int kAtOnce = Task == TapTileTask::packing ? 1 : V::kProductsAtOnce;
+    constexpr bool kPacks = Task == TapTileTask::packing;
+    constexpr int kAtOnce = kPacks ? 1 : V::kProductsAtOnce;
     // That of the filter which comes after so many others.
     const auto add_row = [&](const auto& x, int after) __attribute__((always_inline)) {
       if constexpr (Task == TapTileTask::ahead) {
         __builtin_prefetch(ahead + after * t.ahead_step, 0, 2);
       }
-      typename V::Reg b[Vectors];
+      if constexpr (kPacks) {
+        typename V::Reg b[Vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) {
-        if constexpr (Task == TapTileTask::packing) {
-          const float* const from = unpacked + after * t.unpacked_step;
-          const auto load = [&](const float* row) {
-            return v == Vectors - 1 ? V::load(row + v * V::kWidth, tail)
-                                    : V::load(row + v * V::kWidth);
+        for (int v = 0; v < Vectors; ++v) {
+          const auto load = [&](const float* from) {
+            return v == Vectors - 1 ? V::load(from + v * V::kWidth, tail)
+                                    : V::load(from + v * V::kWidth);
           };
-          b[v] = load(from);
+          b[v] = load(unpacked);
           if (t.scales) b[v] = V::multiply(b[v], load(t.scales));
-          V::store(packed + (after * Vectors + v) * V::kWidth, b[v]);
+          V::store(packed + v * V::kWidth, b[v]);
           const int end = (v + 1) * V::kWidth;
           if (end % kLine == 0 || v == Vectors - 1) {
-            __builtin_prefetch(from + (kRowsAhead * t.unpacked_step + end - 1), 0, kNarrow ? 2 : 3);
+            __builtin_prefetch(unpacked + (kRowsAhead * t.unpacked_step + end - 1), 0,
+                               kNarrow ? 2 : 3);
           }
-        } else {
-          b[v] = V::load(filter + (after * Vectors + v) * V::kWidth);
         }
-      }
 #pragma GCC unroll 16
-      for (int i = 0; i < Rows; ++i) add_products<V, (kAtOnce > 1)>(x[i] + after, b, sum[i]);
+        for (int i = 0; i < Rows; ++i) add_products<V, false>(x[i], b, sum[i]);
+      } else {
+        add_row_of_products<V, (kAtOnce > 1)>(
+            [&](int i) __attribute__((always_inline)) { return x[i] + after; },
+            filter + after * Vectors * V::kWidth, sum);
+      }
     };
     const auto add_rows = [&](auto x) __attribute__((always_inline)) {
       unrolled<kAtOnce>(
@@ -359,7 +373,7 @@ template <class V, int Rows, int Vectors, TapTileTask Task>
             x.advance(rows);
             filter = hidden(filter + rows * Vectors * V::kWidth);
             if constexpr (Task == TapTileTask::ahead) ahead += rows * t.ahead_step;
-            if constexpr (Task == TapTileTask::packing) {
+            if constexpr (kPacks) {
               unpacked += rows * t.unpacked_step;
               packed += rows * Vectors * V::kWidth;
             }

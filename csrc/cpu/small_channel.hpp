@@ -65,11 +65,9 @@ template <class V, int Rows, int Vectors, int Group>
     a.advance(*step);
 #pragma GCC unroll 3
     for (int j = 0; j < Group; ++j) {
-      typename V::Reg b[Vectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) b[v] = V::load(filter + (j * Vectors + v) * V::kWidth);
-#pragma GCC unroll 16
-      for (int i = 0; i < Rows; ++i) add_products<V, (Group > 1)>(a[i] + j, b, sum[i]);
+      add_row_of_products<V, (Group > 1)>([&](int i)
+                                              __attribute__((always_inline)) { return a[i] + j; },
+                                          filter + j * Vectors * V::kWidth, sum);
     }
     filter += Group * Vectors * V::kWidth;
   }
@@ -93,7 +91,7 @@ void strided_tile(const StridedTile& t) {
 using StridedTileFunction = void (*)(const StridedTile&);
 
 // Pixels of a tile: as many as there are registers for beside the filter's vectors and a pixel, and
-// general registers for their addresses.
+// general registers for their addresses; of 16 registers, for a round of several products too.
 template <class V>
 constexpr int strided_rows(int vectors) {
   const int rows = (V::kRegisters - vectors - 1) / vectors, most = V::kRegisters < 32 ? 12 : 15;

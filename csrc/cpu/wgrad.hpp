@@ -77,11 +77,8 @@ void wgrad_tile(const WgradTile& t) {
     }
   constexpr int kAtOnce = Where == WgradRows::packed ? V::kProductsAtOnce : 1;
   const auto add_pixel = [&](const float* x, const float* dy, const auto& offset) {
-    typename V::Reg b[Vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) b[v] = V::load(dy + v * V::kWidth);
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) add_products<V, (kAtOnce > 1)>(x + offset(i), b, sum[i]);
+    add_row_of_products<V, (kAtOnce > 1)>(
+        [&](int i) __attribute__((always_inline)) { return x + offset(i); }, dy, sum);
   };
   constexpr bool kFollow = Where == WgradRows::packed || Where == WgradRows::fetched;
   int64_t offsets[Rows];

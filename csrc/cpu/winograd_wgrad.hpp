@@ -68,11 +68,9 @@ void point_tile(const PointTile& t) {
   unrolled<V::kProductsAtOnce>(
       t.tiles,
       [&](int tile) __attribute__((always_inline)) {
-        typename V::Reg b[Vectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) b[v] = V::load(dy + (tile * Vectors + v) * V::kWidth);
-#pragma GCC unroll 16
-        for (int i = 0; i < Rows; ++i) add_products<V, true>(x + tile * t.x_row + i, b, sum[i]);
+        add_row_of_products<V, true>(
+            [&](int i) __attribute__((always_inline)) { return x + tile * t.x_row + i; },
+            dy + tile * Vectors * V::kWidth, sum);
       },
       [&](int64_t tiles) {
         x += tiles * t.x_row;
