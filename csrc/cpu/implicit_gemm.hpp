@@ -337,7 +337,8 @@ template <class V, int Rows, int Vectors, TapTileTask Task>
     constexpr bool kPacks = Task == TapTileTask::packing;
     constexpr int kAtOnce = kPacks ? 1 : V::kProductsAtOnce;
     // That of the filter which comes after so many others.
-    const auto add_row = [&](const auto& x, int after) __attribute__((always_inline)) {
+    const auto add_row = [&](const auto& x,
+                             [[maybe_unused]] int after) __attribute__((always_inline)) {
       if constexpr (Task == TapTileTask::ahead) {
         __builtin_prefetch(ahead + after * t.ahead_step, 0, 2);
       }
