@@ -86,7 +86,7 @@ class Decisions {
 
 // What float32's algorithm takes for a problem of bfloat16, whose tensors are converted on the way.
 double cost_by_float32(const Conv2dProblem& problem, Direction direction) {
-  constexpr double kConverted = 16;  // an element, as Bf16Convolution::estimate has it
+  constexpr double kConverted = 20;  // an element
   const Conv2dProblem p = of_float32(problem);
   return choose(p, direction).estimate(p, direction).multiply_adds +
          kConverted * static_cast<double>(p.x_size() + p.y_size());
