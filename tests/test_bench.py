@@ -411,7 +411,7 @@ def test_our_own_wrong_kernel_is_refused(tmp_path, monkeypatch):
         "    return right(x, w, *args, **options)\n"
         "fastconv.conv2d = wrong\n"
     )
-    result = invoke(*QUICK, SMALL, "--impl", "fastconv")
+    result = invoke(*QUICK, SMALL, "--impl", "fastconv", "--filter", "plain")
     assert result.exit_code == 1
     assert "fastconv computes fprop" in result.output
 
@@ -496,6 +496,7 @@ def test_plots_without_matplotlib_say_what_to_install(monkeypatch):
         ("--layout", "nchw", "--threads", "1"),
         ("--isa", "scalar", "--cache", "cold"),
         ("--accuracy", "fast", "--algorithm", "direct"),
+        ("--filter", "plain", "--algorithm", "direct"),
     ],
     ids=" ".join,
 )

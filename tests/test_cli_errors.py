@@ -79,6 +79,7 @@ TABLE = {
         (["--algorithm", "fft", "mb1ic1ih5oc1kh3"], USAGE, "must be one of 'auto', "),
     ],
     ("bench", "--accuracy"): [(["--accuracy", "exact"], USAGE, "'exact' is not one of")],
+    ("bench", "--filter"): [(["--filter", "folded"], USAGE, "'folded' is not one of")],
     ("bench", "--cache"): [(["--cache", "hot"], USAGE, "'hot' is not one of")],
     ("bench", "--rounds"): [(["--rounds", "0"], USAGE, "0 is not in the range x>=1")],
     ("bench", "--seconds"): [

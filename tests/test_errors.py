@@ -27,6 +27,7 @@ W_INT8, W_SCALE = fastconv.quantize_filter(W)
 # Arguments each function accepts; a row of the table below changes some of them.
 ACCEPTED = {
     fastconv.conv2d: {"x": X, "w": W},
+    fastconv.PackedFilter: {"w": W},
     fastconv.conv2d_grad_input: {"dy": Y, "w": W, "input_shape": X.shape},
     fastconv.conv2d_grad_filter: {"x": X, "dy": Y, "filter_shape": W.shape},
     fastconv.conv2d_max_pool2d: {"x": X, "w": W},
@@ -198,7 +199,8 @@ def table():
 
     with_x = [conv2d, grad_filter, *FUSED_ONES, int8, max_pool2d, avg_pool2d]
     yield from wrong_arrays(with_x, "x", X)
-    yield from wrong_arrays([conv2d, grad_input, *FUSED_ONES, quantize], "w", W)
+    with_w = [conv2d, grad_input, *FUSED_ONES, quantize, fastconv.PackedFilter]
+    yield from wrong_arrays(with_w, "w", W)
     yield from wrong_arrays(GRADIENTS, "dy", Y)
     yield from wrong_arrays([fused_grad], "dy", FUSED)
     yield from wrong_arrays([fused_grad], "output", FUSED)
@@ -465,10 +467,14 @@ def test_the_table_starts_from_what_is_accepted(function):
         function(**ACCEPTED[function])
 
 
+def is_public(function):
+    return inspect.isfunction(function) or function is fastconv.PackedFilter
+
+
 def test_the_table_has_every_public_function():
     """And each of its parameters."""
     public = {getattr(fastconv, name) for name in fastconv.__all__ if name not in WITHOUT_ARGUMENTS}
-    assert public == {function for function in ACCEPTED if inspect.isfunction(function)}
+    assert public == {function for function in ACCEPTED if is_public(function)}
     for name in WITHOUT_ARGUMENTS - {"__version__"}:
         assert not inspect.signature(getattr(fastconv, name)).parameters
     rows = {(function, name) for function, wrong, _, _ in table() for name in wrong}
@@ -490,7 +496,7 @@ class Undecided:
 
 @pytest.mark.parametrize("function", ACCEPTED, ids=describe)
 def test_truths_are_any_object(function):
-    if not inspect.isfunction(function):
+    if not is_public(function):
         return
     for name in TRUTHS & set(inspect.signature(function).parameters):
         for value in (0, 1, "", "no", [], None):
@@ -509,7 +515,7 @@ def test_options_are_keyword_only(function):
 
 @pytest.mark.parametrize("function", ACCEPTED, ids=describe)
 def test_missing_argument(function):
-    if not inspect.isfunction(function) or function is fastconv.explain:
+    if not is_public(function) or function is fastconv.explain:
         return
     for name in ACCEPTED[function]:
         arguments = {key: value for key, value in ACCEPTED[function].items() if key != name}

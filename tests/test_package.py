@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fastconv
-from fastconv import _core, functional, selection
+from fastconv import _core, functional, packed_filter, selection
 
 PACKAGE = Path(fastconv.__file__).parent
 
@@ -35,7 +35,7 @@ def run_python(script):
 
 
 def test_exports():
-    public = set(functional.__all__) | set(selection.__all__) | {"__version__"}
+    public = {"__version__", *functional.__all__, *packed_filter.__all__, *selection.__all__}
     assert set(fastconv.__all__) == public
     assert public | {"keras"} <= set(dir(fastconv))
     for name in public:

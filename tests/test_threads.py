@@ -667,6 +667,35 @@ def test_fork_during_the_first_call():
         assert result.returncode == 0, result.stderr
 
 
+def test_fork_while_filters_are_packed():
+    """The child uses a filter that its parent keeps, and packs one."""
+    script = """
+        import os, threading
+        import numpy as np
+        import fastconv
+        x, w = np.ones((1, 6, 6, 64), np.float32), np.ones((3, 3, 64, 64), np.float32)
+        def right(filters):
+            return fastconv.conv2d(x, filters, algorithm="direct").max() == 9 * 64
+        kept, stop = fastconv.PackedFilter(w), threading.Event()
+        def pack():
+            while not stop.is_set():
+                assert right(fastconv.PackedFilter(w)) and right(kept)
+        threads = [threading.Thread(target=pack) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for _ in range(10):
+            child = os.fork()
+            if child == 0:
+                os._exit(not (right(kept) and right(fastconv.PackedFilter(w))))
+            assert os.waitpid(child, 0)[1] == 0
+        stop.set()
+        for thread in threads:
+            thread.join()
+    """
+    result = run_python(script, FASTCONV_NUM_THREADS="3")
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_multiprocessing_after_use(method, tmp_path):
     """A pool of processes of each kind, made while another thread of the parent computes."""

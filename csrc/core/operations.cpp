@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/error.hpp"
+#include "core/packed_filter.hpp"
 #include "core/thread_pool.hpp"
 #include "core/workspace.hpp"
 #include "cpu/bf16_kernels.hpp"
@@ -18,6 +19,13 @@ namespace {
 using std::int64_t;
 
 const cpu::Kernels& kernels() { return cpu::kernels(current_isa()); }
+
+std::string text_of(const std::array<int64_t, 4>& shape) {
+  std::string text = "(";
+  for (const int64_t extent : shape) text.append(std::to_string(extent)).append(", ");
+  text.replace(text.size() - 2, 2, ")");
+  return text;
+}
 
 std::size_t bytes(int64_t elements) { return static_cast<std::size_t>(elements) * sizeof(float); }
 
@@ -325,6 +333,32 @@ void conv2d_scaled_fprop(const Conv2dProblem& problem, const void* x, const void
         }
         own_y.finish();
       });
+}
+
+void conv2d_packed_fprop(const Conv2dProblem& problem, const float* x, const PackedFilter& filter,
+                         const float* bias, float* y, const char* algorithm) {
+  const Conv2dProblem p = of_float32(problem);
+  if (p.filter_shape() != filter.shape()) {
+    throw InvalidArgument("The problem's filter must be of the packed one's shape, " +
+                          text_of(filter.shape()) + ". Received: filter of shape " +
+                          text_of(p.filter_shape()));
+  }
+  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_computed(p), Direction::fprop, algorithm);
+  if (p.n == 0) return;
+  Conv2dProblem computed = as_computed(p);
+  for_each_part(p, images_a_part(p, bytes(p.filter_size())),
+                [&](const Conv2dProblem& part, int64_t n) {
+                  const Input own_x(part, x + n * p.h * p.w * p.c, p.h * p.w, p.c);
+                  const Output own_y(part, y + n * p.oh * p.ow * p.k, p.oh * p.ow, p.k);
+                  computed.n = part.n;
+                  chosen.run(computed, Direction::fprop,
+                             {.x = own_x.data(),
+                              .filter = filter.values(),
+                              .bias = bias,
+                              .packed = &filter,
+                              .out = own_y.data()});
+                  own_y.finish();
+                });
 }
 
 void conv2d_dgrad(const Conv2dProblem& problem, const void* dy, const void* filter, const void* y,

@@ -15,8 +15,7 @@ struct Direct {
 
   static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
     switch (direction) {
-      case Direction::fprop:
-        return implicit_gemm_fprop<V>(p, t.x, t.filter, t.scale, t.bias, t.residual, t.out);
+      case Direction::fprop: return implicit_gemm_fprop<V>(p, t);
       case Direction::dgrad: return implicit_gemm_dgrad<V>(p, t.dy, t.filter, t.out);
       case Direction::wgrad: return implicit_gemm_wgrad<V>(p, t);
     }

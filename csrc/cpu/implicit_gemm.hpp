@@ -24,6 +24,7 @@
 #include "core/problem.hpp"
 #include "core/thread_pool.hpp"
 #include "core/workspace.hpp"
+#include "cpu/kernels.hpp"
 
 namespace fastconv::cpu {
 namespace {  // one copy an ISA: an inline function shared between them could run on the wrong CPU
@@ -983,15 +984,17 @@ struct TapConvolutionRunner {
 
   // `scale`, `bias` and `residual` (of y's shape) may be null: y = activation(conv(x, filter * scale) +
   // bias + residual).
+  // `kept` has the whole filter packed, as pack_all does it, or is null: then it is packed here.
   void execute(const float* x, const float* filter, const float* scale, const float* bias,
-               const float* residual, float* y) const {
+               const float* residual, float* y, const float* kept = nullptr) const {
     if (pixels == 0) return;
-    const Workspace workspace(static_cast<std::size_t>(workspace_bytes));
+    const Workspace workspace(
+        static_cast<std::size_t>(kept ? workers * entries_bytes : workspace_bytes));
     const TapTiles<V> tap_tiles{g, panels, x, bias, residual, y};
     char* const entries = reinterpret_cast<char*>(workspace.floats());
     float* const packed = workspace.floats(static_cast<std::size_t>(workers * entries_bytes));
     OncePerWorker packs(workers);
-    if (!by_chunks && !own_filters) panels.pack_all(filter, scale, packed);
+    if (!by_chunks && !own_filters && !kept) panels.pack_all(filter, scale, packed);
     parallel_for(tasks, workers, [&](int64_t task, int worker) {
       int64_t* own_entries = reinterpret_cast<int64_t*>(entries + worker * entries_bytes);
       Part part{};
@@ -1007,19 +1010,22 @@ struct TapConvolutionRunner {
       part.panel = own_panels.begin;
       part.panel_end = own_panels.end;
       part.group = group / panel_groups;
-      float* const own = packed + (by_chunks || own_filters ? worker * (packed_bytes / 4) : 0);
+      part.kept = kept;
+      const bool owns = !kept && (by_chunks || own_filters);
+      float* const own = packed + (owns ? worker * (packed_bytes / 4) : 0);
       part.pixels = part_of(pixels, blocks, block);
       if (by_chunks && taps_a_chunk() == 1) {
         return work_by_taps(tap_tiles, part, filter, scale, own, own_entries);
       }
       if (by_chunks) return work_by_chunks(tap_tiles, part, filter, scale, own, own_entries);
-      if (own_filters && packs.first(worker)) panels.pack_all(filter, scale, own);
+      if (own_filters && !kept && packs.first(worker)) panels.pack_all(filter, scale, own);
+      const float* const whole = kept ? kept : own;
       TapTile t{};
       t.first = t.last = t.streams = true;
       for_each_region_of(part, [&](const TapRegion& region, int64_t tile, int64_t tile_end) {
         tap_tiles.list_taps(region, own_entries, t);
         tap_tiles.run(region, {0, region.pixels(g.images)}, part.group, part.panel, part.panel_end,
-                      tile, tile_end, own + panels.offset(part.group, part.panel), panels.reduce,
+                      tile, tile_end, whole + panels.offset(part.group, part.panel), panels.reduce,
                       t);
       });
     });
@@ -1037,11 +1043,23 @@ struct TapConvolutionRunner {
     return g.groups > 1 || own_pixels() || pixels > kFewPixels ? 1 : num_threads();
   }
 
+  // The first row of a part of the filter.
+  struct Chunk {
+    int64_t tap, c;
+  };
+
   // What a task computes.
   struct Part {
     int64_t group, panel, panel_end, tile, tile_end;
     Span pixels;
+    const float* kept;  // the filter packed as a whole, or null
   };
+
+  // Where a filter that is packed as a whole has a panel's rows of a chunk.
+  const float* kept_rows(const Part& part, int64_t panel, const Chunk& from) const {
+    return part.kept + panels.offset(part.group, panel) +
+           (from.tap * g.reduce + from.c) * panels.vectors_of(panel) * V::kWidth;
+  }
 
   int64_t tiles() const { return first_tile.back(); }
 
@@ -1097,15 +1115,21 @@ struct TapConvolutionRunner {
     }
   }
 
-  struct Chunk {
-    int64_t tap, c;
-  };
-
   // While a panel of a chunk is used, its part of the next chunk comes from memory: that of the chunk's
   // rows (or columns, whichever are contiguous) which lie under it, a line of all of them a tile.
-  void ask_for(const Chunk& next, const Part& part, int64_t panel, const float* filter,
-               TapTile& t) const {
+  void ask_for(const Chunk& now, const Chunk& next, const Part& part, int64_t panel,
+               const float* filter, TapTile& t) const {
     t.ahead_lines = 0;
+    if (part.kept) {
+      // The next panel's rows of this chunk, or the first one's of the next.
+      const bool last = panel + 1 == part.panel_end;
+      if (last && next.tap == g.vertical.count * g.horizontal.count) return;
+      const int64_t then = last ? part.panel : panel + 1;
+      t.ahead = kept_rows(part, then, last ? next : now);
+      t.ahead_step = panels.vectors_of(then) * V::kWidth;
+      t.ahead_lines = max64(1, t.ahead_step / kLine);
+      return;
+    }
     const int64_t channels = channels_a_chunk();
     const int64_t columns =
         min64(g.columns, panels.first_column(part.panel_end)) - panels.first_column(part.panel);
@@ -1162,7 +1186,8 @@ struct TapConvolutionRunner {
       for (int64_t c = 0; c < g.reduce; c += channels_a_chunk()) {
         const int64_t c_end = min64(g.reduce, c + channels_a_chunk());
         const int64_t rows_here = c_end - c;
-        if (!packs_in_tiles()) {
+        const bool packs = !part.kept && packs_in_tiles();
+        if (!packs && !part.kept) {
           panels.pack(filter, scale, part.group, part.panel, part.panel_end, tap, tap + 1, c, c_end,
                       chunk, rows_here, 0);
         }
@@ -1174,9 +1199,10 @@ struct TapConvolutionRunner {
         for (int64_t panel = part.panel; panel < part.panel_end; ++panel) {
           float* const own = chunk + (panels.first_column(panel) - first) * rows_here;
           t.streams = panel == part.panel;
-          ask_for(next, part, panel, filter, t);
-          if (packs_in_tiles()) pack_in_tile(part, panel, tap, c, filter, scale, own, t);
-          run(region, panel, panel + 1, own, rows_here);
+          ask_for({tap, c}, next, part, panel, filter, t);
+          if (packs) pack_in_tile(part, panel, tap, c, filter, scale, own, t);
+          run(region, panel, panel + 1, part.kept ? kept_rows(part, panel, {tap, c}) : own,
+              rows_here);
         }
       }
     }
@@ -1193,8 +1219,8 @@ struct TapConvolutionRunner {
       for (int64_t c = 0; c < g.reduce; c += channels_a_chunk()) {
         const int64_t c_end = min64(g.reduce, c + channels_a_chunk());
         const int64_t rows_here = (tap_end - tap) * (c_end - c);
-        const bool packs = packs_in_tiles();
-        if (!packs) {
+        const bool packs = !part.kept && packs_in_tiles();
+        if (!packs && !part.kept) {
           panels.pack(filter, scale, part.group, part.panel, part.panel_end, tap, tap_end, c, c_end,
                       chunk, rows_here, 0);
         }
@@ -1205,7 +1231,7 @@ struct TapConvolutionRunner {
         for (int64_t panel = part.panel; panel < part.panel_end; ++panel) {
           float* const own = chunk + (panels.first_column(panel) - first) * rows_here;
           t.streams = panel == part.panel;
-          ask_for(next, part, panel, filter, t);
+          ask_for({tap, c}, next, part, panel, filter, t);
           if (packs) pack_in_tile(part, panel, tap, c, filter, scale, own, t);
           for_each_region_of(part, [&](const TapRegion& region, int64_t tile, int64_t tile_end) {
             tap_tiles.list_taps(region, tap, tap_end, c, c_end, entries, t);
@@ -1218,7 +1244,8 @@ struct TapConvolutionRunner {
               t.ahead_lines = 0;
             }
             tap_tiles.run(region, {0, region.pixels(g.images)}, part.group, panel, panel + 1, tile,
-                          tile_end, own, rows_here, t);
+                          tile_end, part.kept ? kept_rows(part, panel, {tap, c}) : own, rows_here,
+                          t);
             if (t.taps == 0) {
               t.packed = packed;
               t.ahead_lines = ahead_lines;
@@ -1319,10 +1346,16 @@ void for_each_dgrad_class(const Conv2dProblem& p, const Body& body) {
 }
 
 template <class V>
-void implicit_gemm_fprop(const Conv2dProblem& p, const float* x, const float* filter,
-                         const float* scale, const float* bias, const float* residual, float* y) {
-  const TapConvolution g = fprop_taps(p);
-  TapConvolutionRunner<V>(g).execute(x, filter, scale, bias, residual, y);
+void implicit_gemm_fprop(const Conv2dProblem& p, const Conv2dOperands& t) {
+  const TapConvolutionRunner<V> runner(fprop_taps(p));
+  const auto& panels = runner.panels;
+  PackedFilter::Floats kept;
+  if (t.packed) {
+    kept = t.packed->in_layout({"direct", V::kWidth, panels.panels, p.groups},
+                               static_cast<std::size_t>(panels.bytes()),
+                               [&](float* packed) { panels.pack_all(t.filter, nullptr, packed); });
+  }
+  runner.execute(t.x, t.filter, t.scale, t.bias, t.residual, t.out, kept.get());
 }
 
 template <class V>

@@ -49,9 +49,18 @@ struct Winograd {
     if (direction == Direction::wgrad) return WinogradWgrad<V>::run(p, t);
     const Plan plan(p, direction);
     if (plan.tiles == 0) return;
-    const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes()));
+    PackedFilter::Floats kept;
+    if (t.packed) {
+      kept = t.packed->in_layout(
+          {kAlgorithm.name, V::kWidth, plan.panels, plan.groups},
+          static_cast<std::size_t>(plan.groups * plan.group_filter_floats) * 4, [&](float* u) {
+            transform_filters(plan, {t.x, nullptr, t.filter, nullptr, nullptr}, u);
+          });
+    }
+    const Workspace workspace(
+        static_cast<std::size_t>(plan.workspace_bytes() - (kept ? plan.filter_bytes_held() : 0)));
     if (direction == Direction::fprop) {
-      execute(plan, workspace, {t.x, nullptr, t.filter, t.scale, t.bias},
+      execute(plan, workspace, {t.x, nullptr, t.filter, t.scale, t.bias, kept.get()},
               {t.out, t.residual, t.argmax, t.pooled});
     } else {
       execute(plan, workspace, {t.dy, t.y, t.filter, nullptr, nullptr}, {t.out});
@@ -222,9 +231,10 @@ struct Winograd {
 
     int64_t chunk_point() const { return odd_lines(chunk_channels * kPanel); }
     int64_t workspace_bytes() const {
-      return round_up(zeros_bytes, 64) + round_up(filter_bytes, 64) + round_up(input_bytes, 64) +
+      return round_up(zeros_bytes, 64) + filter_bytes_held() + round_up(input_bytes, 64) +
              round_up(product_bytes, 64) + blanks_bytes;
     }
+    int64_t filter_bytes_held() const { return round_up(filter_bytes, 64); }
     int vectors_of(int64_t panel) const {
       return static_cast<int>(min64(V::kVectors, ceil_div(k - panel * kPanel, V::kWidth)));
     }
@@ -242,6 +252,7 @@ struct Winograd {
     const float* x;
     const float* mask;  // x counts where it is positive
     const float *filter, *scale, *bias;
+    const float* kept = nullptr;  // what transform_filters made of the filter, if that is kept
   };
 
   // Where results go: the convolution's output, or what 2 x 2 max-pooling makes of it.
@@ -261,21 +272,12 @@ struct Winograd {
       return here;
     };
     float* zeros = take(plan.zeros_bytes);
-    float* u = take(plan.filter_bytes);
+    float* u = t.kept ? nullptr : take(plan.filter_bytes);
     float* v = take(plan.input_bytes);
     float* products = take(plan.product_bytes);
     std::uint32_t* blanks = reinterpret_cast<std::uint32_t*>(take(plan.blanks_bytes));
     std::memset(zeros, 0, static_cast<std::size_t>(plan.zeros_bytes));
 
-    // Of panel task % panels of a group, the sixteen channels from task / panels on.
-    const int64_t group_tasks = plan.panels * ceil_div(plan.c, V::kWidth);
-    const auto bring_filter = [&](int64_t group, int64_t task, float* group_u) {
-      const int64_t panel = task % plan.panels, begin = task / plan.panels * V::kWidth;
-      transform_filter(
-          plan, t, group, panel, begin, min64(plan.c, begin + V::kWidth),
-          group_u + plan.panel_offset(panel) + begin * plan.vectors_of(panel) * V::kWidth,
-          plan.filter_point(panel));
-    };
     const int64_t block_floats = kPoints * plan.input_point;
     const auto bring_tile = [&](int64_t group, int64_t tile, int64_t slot) {
       const int64_t place = tile % plan.block_tiles, c = group * plan.c;
@@ -306,10 +308,14 @@ struct Winograd {
       parallel_by_floats(plan.tiles, kPoints * plan.padded_c,
                          [&](int64_t tile) { bring_tile(0, tile, 0); });
       parallel_for(plan.tasks, plan.workers, [&](int64_t panel, int worker) {
-        float* const own = u + worker * kPoints * plan.chunk_point();
+        float* const own = t.kept ? nullptr : u + worker * kPoints * plan.chunk_point();
         float* const product = products + worker * kPoints * plan.product_point;
         const int64_t width = int64_t{plan.vectors_of(panel)} * V::kWidth;
-        for (int64_t c = 0; c < plan.c; c += plan.chunk_channels) {
+        if (t.kept) {
+          multiply(plan, v, t.kept + plan.panel_offset(panel), plan.filter_point(panel), panel,
+                   {0, plan.c}, plan.tiles, product);
+        }
+        for (int64_t c = 0; c < plan.c && !t.kept; c += plan.chunk_channels) {
           const Span chunk{c, min64(plan.c, c + plan.chunk_channels)};
           for (int64_t i = c; i < chunk.end; i += V::kWidth) {
             transform_filter(plan, t, 0, panel, i, min64(chunk.end, i + V::kWidth),
@@ -327,14 +333,15 @@ struct Winograd {
     if (plan.own_filters) {
       parallel_for(plan.tasks, plan.workers, [&](int64_t set, int worker) {
         const int64_t first = plan.first_group(set), last = plan.first_group(set + 1);
-        float* own = u + worker * plan.filter_groups * plan.group_filter_floats;
+        const int64_t first_kept = t.kept ? 0 : first;
+        float* own = t.kept ? nullptr : u + worker * plan.filter_groups * plan.group_filter_floats;
+        const float* const filters = t.kept ? t.kept : own;
         const auto group_u = [&](int64_t group) {
-          return own + (group - first) * plan.group_filter_floats;
+          return filters + (group - first_kept) * plan.group_filter_floats;
         };
-        for (int64_t group = first; group < last; ++group)
-          for (int64_t task = 0; task < group_tasks; ++task) {
-            bring_filter(group, task, group_u(group));
-          }
+        for (int64_t group = first; group < last && !t.kept; ++group) {
+          transform_group(plan, t, group, own + (group - first) * plan.group_filter_floats);
+        }
         for (int64_t block = 0; block < plan.blocks; ++block)
           for (int64_t group = first; group < last; ++group) {
             compute(group, block, group_u(group), 0, worker);
@@ -342,14 +349,8 @@ struct Winograd {
       });
       return;
     }
-    const auto bring_filters = [&](float* to) {
-      parallel_for(plan.groups * group_tasks, [&](int64_t task) {
-        const int64_t group = task / group_tasks;
-        bring_filter(group, task % group_tasks, to + group * plan.group_filter_floats);
-      });
-    };
     OncePerWorker brings(plan.workers);
-    if (!plan.own_copies) bring_filters(u);
+    if (!plan.own_copies && !t.kept) transform_filters(plan, t, u);
     if (plan.two_phases) {
       parallel_by_floats(plan.groups * plan.tiles, kPoints * plan.padded_c, [&](int64_t task) {
         const int64_t group = task / plan.tiles, tile = task % plan.tiles;
@@ -359,11 +360,39 @@ struct Winograd {
     parallel_for(plan.tasks, plan.workers, [&](int64_t task, int worker) {
       const int64_t block = task % plan.blocks, part = task / plan.blocks % plan.panel_parts;
       const int64_t set = task / plan.blocks / plan.panel_parts;
-      float* own = u + (plan.own_copies ? worker * plan.groups * plan.group_filter_floats : 0);
-      if (plan.own_copies && brings.first(worker)) bring_filters(own);
+      const bool copies = plan.own_copies && !t.kept;
+      float* own = copies ? u + worker * plan.groups * plan.group_filter_floats : u;
+      if (copies && brings.first(worker)) transform_filters(plan, t, own);
+      const float* const filters = t.kept ? t.kept : own;
       for (int64_t group = plan.first_group(set); group < plan.first_group(set + 1); ++group) {
-        compute(group, block, own + group * plan.group_filter_floats, part, worker);
+        compute(group, block, filters + group * plan.group_filter_floats, part, worker);
       }
+    });
+  }
+
+  // A vector of channels of a panel is a task.
+  static int64_t tasks_of_group(const Plan& plan) {
+    return plan.panels * ceil_div(plan.c, V::kWidth);
+  }
+  static void transform_part(const Plan& plan, const Sources& t, int64_t group, int64_t task,
+                             float* group_u) {
+    const int64_t panel = task % plan.panels, begin = task / plan.panels * V::kWidth;
+    transform_filter(
+        plan, t, group, panel, begin, min64(plan.c, begin + V::kWidth),
+        group_u + plan.panel_offset(panel) + begin * plan.vectors_of(panel) * V::kWidth,
+        plan.filter_point(panel));
+  }
+  static void transform_group(const Plan& plan, const Sources& t, int64_t group, float* group_u) {
+    for (int64_t task = 0; task < tasks_of_group(plan); ++task) {
+      transform_part(plan, t, group, task, group_u);
+    }
+  }
+  // Alone, or with all threads.
+  static void transform_filters(const Plan& plan, const Sources& t, float* u) {
+    const int64_t group_tasks = tasks_of_group(plan);
+    parallel_for(plan.groups * group_tasks, [&](int64_t task) {
+      const int64_t group = task / group_tasks;
+      transform_part(plan, t, group, task % group_tasks, u + group * plan.group_filter_floats);
     });
   }
 

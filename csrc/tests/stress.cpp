@@ -40,6 +40,7 @@
 #include "core/cpu_features.hpp"
 #include "core/error.hpp"
 #include "core/operations.hpp"
+#include "core/packed_filter.hpp"
 #include "core/problem.hpp"
 #include "core/selection.hpp"
 #include "core/thread_pool.hpp"
@@ -337,6 +338,7 @@ struct ConvData {
 };
 
 void run_conv(const Conv2dProblem& p, ConvData& d, bool end, const std::string& label) {
+  const PackedFilter packed(p.filter_shape(), d.w.data());
   for (Direction direction : {Direction::fprop, Direction::dgrad, Direction::wgrad}) {
     for (const std::string& name : algorithms(p, direction)) {
       const char* algorithm = name.c_str();
@@ -347,6 +349,14 @@ void run_conv(const Conv2dProblem& p, ConvData& d, bool end, const std::string& 
         run(what,
             [&] { conv2d_fprop(p, d.x.data(), d.w.data(), d.bias.data(), y.data(), algorithm); });
         check(y, d.y, exact ? 0 : 1e-2 + 1e-4 * largest(d.y), what);
+        // The first call packs, the second finds it packed.
+        for (const char* call : {" packing", " packed"}) {
+          Tensor<float> again(p.y_size(), end);
+          run(what + call, [&] {
+            conv2d_packed_fprop(p, d.x.data(), packed, d.bias.data(), again.data(), algorithm);
+          });
+          check(again, y, 0, what + call);
+        }
         // dy serves as a residual.
         for (const float* residual : {d.dy.data(), static_cast<float*>(nullptr)}) {
           run(what, [&] {

@@ -27,6 +27,7 @@ from fastconv.functional import (
     quantize_filter,
     set_num_threads,
 )
+from fastconv.packed_filter import PackedFilter
 from fastconv.selection import explain, get_accuracy, set_accuracy
 
 if TYPE_CHECKING:  # what __getattr__ imports when it is asked for
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # what __getattr__ imports when it is asked for
     from fastconv.keras import restore as restore
 
 __all__ = [
+    "PackedFilter",
     "__version__",
     "avg_pool2d",
     "avg_pool2d_grad",

@@ -37,6 +37,7 @@ from fastconv._arguments import (
     normalize_shape,
 )
 from fastconv._core import cuda as _cuda
+from fastconv.packed_filter import PackedFilter, compiled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,7 +74,7 @@ __all__ = [
 
 def conv2d(
     x: NDArray[Real],
-    w: NDArray[Real],
+    w: NDArray[Real] | PackedFilter,
     bias: NDArray[Real] | None = None,
     *,
     strides: IntegerOrPair = 1,
@@ -95,7 +96,8 @@ def conv2d(
         Array of float32, float16 or bfloat16, of shape (batch, height, width, channels), or (batch,
         channels, height, width) with ``data_format="channels_first"``. The batch may be 0.
     w
-        Array of the dtype of ``x`` and shape (rows, columns, channels / groups, filters).
+        Array of the dtype of ``x`` and shape (rows, columns, channels / groups, filters); or, for
+        float32, a :class:`PackedFilter` of one, which many calls use faster.
     bias
         Array of that dtype and shape (filters,), or None for none.
     strides
@@ -137,7 +139,7 @@ def conv2d(
     """
     result: NDArray[Real] = _for(x).conv2d(
         x,
-        w,
+        compiled(w),
         bias,
         **conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
         algorithm=normalize_algorithm(algorithm),

@@ -12,6 +12,7 @@
 #include "core/cpu_features.hpp"
 #include "core/error.hpp"
 #include "core/operations.hpp"
+#include "core/packed_filter.hpp"
 #include "core/problem.hpp"
 #include "core/selection.hpp"
 #include "core/thread_pool.hpp"
@@ -139,6 +140,10 @@ void require_y_of_relu(const fastconv::Conv2dProblem& p, const float* y, int64_t
 
 }  // namespace
 
+struct fastconv_packed_filter : fastconv::PackedFilter {
+  using PackedFilter::PackedFilter;
+};
+
 extern "C" {
 
 FASTCONV_API const char* fastconv_last_error(void) { return t_error.data(); }
@@ -204,6 +209,32 @@ FASTCONV_API fastconv_status fastconv_conv2d_fprop(const fastconv_conv2d* proble
     require(filter, "filter");
     require(y, p.y_size(), "y");
     fastconv::conv2d_fprop(p, x, filter, bias, y);
+  });
+}
+
+FASTCONV_API fastconv_status fastconv_packed_filter_create(const fastconv_conv2d* problem,
+                                                           const float* values,
+                                                           fastconv_packed_filter** filter) {
+  return guarded([&] {
+    const fastconv::Conv2dProblem p = problem_of(problem);
+    require(values, "values");
+    require(static_cast<const void*>(filter), "filter");
+    *filter = new fastconv_packed_filter(p.filter_shape(), values);
+  });
+}
+
+FASTCONV_API void fastconv_packed_filter_destroy(fastconv_packed_filter* filter) { delete filter; }
+
+FASTCONV_API fastconv_status fastconv_conv2d_packed_fprop(const fastconv_conv2d* problem,
+                                                          const float* x,
+                                                          const fastconv_packed_filter* filter,
+                                                          const float* bias, float* y) {
+  return guarded([&] {
+    const fastconv::Conv2dProblem p = problem_of(problem);
+    require(x, p.x_size(), "x");
+    require(static_cast<const void*>(filter), "filter");
+    require(y, p.y_size(), "y");
+    fastconv::conv2d_packed_fprop(p, x, *filter, bias, y);
   });
 }
 

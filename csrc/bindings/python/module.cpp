@@ -25,6 +25,7 @@
 #include "core/cpu_limits.hpp"
 #include "core/error.hpp"
 #include "core/operations.hpp"
+#include "core/packed_filter.hpp"
 #include "core/problem.hpp"
 #include "core/selection.hpp"
 #include "core/thread_pool.hpp"
@@ -38,6 +39,7 @@ namespace {
 
 using namespace fastconv::python;
 using fastconv::DataType;
+using fastconv::PackedFilter;
 using std::int64_t;
 
 // The arrays that kernels read, copied only where strides or alignment ask for it.
@@ -63,6 +65,7 @@ struct Operations {
   decltype(&fastconv::avg_pool2d_bprop) avg_pool2d_bprop;
   decltype(&fastconv::conv2d_pool_fprop) conv2d_pool_fprop;
   decltype(&fastconv::conv2d_pool_bprop) conv2d_pool_bprop;
+  decltype(&fastconv::conv2d_packed_fprop) conv2d_packed_fprop;
 };
 
 py::array require_array(py::handle object, const char* name) {
@@ -242,7 +245,8 @@ constexpr Operations kKernels{true,
                               fastconv::avg_pool2d_fprop,
                               fastconv::avg_pool2d_bprop,
                               fastconv::conv2d_pool_fprop,
-                              fastconv::conv2d_pool_bprop};
+                              fastconv::conv2d_pool_bprop,
+                              fastconv::conv2d_packed_fprop};
 
 // The reference is one algorithm, of float32: a name that the caller gives is not looked at.
 template <class Pointer>
@@ -261,6 +265,11 @@ struct OfFloats<function> {
   }
 };
 
+void reference_of_packed(const fastconv::Conv2dProblem& problem, const float* x,
+                         const PackedFilter& filter, const float* bias, float* y, const char*) {
+  fastconv::reference::conv2d_fprop(problem, x, filter.values(), bias, y);
+}
+
 constexpr Operations kReference{false,
                                 OfFloats<fastconv::reference::conv2d_fprop>::convolve,
                                 OfFloats<fastconv::reference::conv2d_dgrad>::convolve,
@@ -270,7 +279,8 @@ constexpr Operations kReference{false,
                                 OfFloats<fastconv::reference::avg_pool2d_fprop>::call,
                                 OfFloats<fastconv::reference::avg_pool2d_bprop>::call,
                                 OfFloats<fastconv::reference::conv2d_pool_fprop>::convolve,
-                                OfFloats<fastconv::reference::conv2d_pool_bprop>::convolve};
+                                OfFloats<fastconv::reference::conv2d_pool_bprop>::convolve,
+                                reference_of_packed};
 
 // For benchmarks: one call from Python runs the kernel `calls` times and notes what each run took,
 // so that neither Python nor the checks of this file are in the time.
@@ -305,7 +315,31 @@ constexpr Operations kTimed{true,
                             Timed<fastconv::avg_pool2d_fprop>::run,
                             Timed<fastconv::avg_pool2d_bprop>::run,
                             Timed<fastconv::conv2d_pool_fprop>::run,
-                            Timed<fastconv::conv2d_pool_bprop>::run};
+                            Timed<fastconv::conv2d_pool_bprop>::run,
+                            Timed<fastconv::conv2d_packed_fprop>::run};
+
+const float* floats(const void* data) { return static_cast<const float*>(data); }
+
+// The caller has the filter as an argument, so that it outlives the call.
+template <const Operations& operations>
+py::array conv2d_packed(const py::array& x_array, const Dtype& dtype, const PackedFilter& filter,
+                        const py::object& bias_object, const Conv2dOptions& options,
+                        const py::object& out) {
+  if (dtype.type() != DataType::float32) {
+    throw py::type_error(
+        text("`x` must have dtype float32, as a PackedFilter has. Received: x.dtype=",
+             python_text(x_array.dtype())));
+  }
+  const auto problem = options.problem(shape_of(x_array, "x"), filter.shape());
+  const OptionalInput bias(dtype, bias_object, "bias", std::array{problem.k});
+  py::array y = result_array(dtype, out, problem.y_shape(), x_array, bias.array());
+  const py::array x = dense(x_array);
+  float* const y_data = static_cast<float*>(y.mutable_data());
+  const GilReleased unlocked;
+  operations.conv2d_packed_fprop(problem, floats(x.data()), filter, floats(bias.data()), y_data,
+                                 options.algorithm_name());
+  return y;
+}
 
 template <const Operations& operations>
 py::array conv2d(const py::object& x_object, const py::object& w_object,
@@ -313,6 +347,10 @@ py::array conv2d(const py::object& x_object, const py::object& w_object,
                  const py::object& out) {
   const py::array x_array = require_array(x_object, "x");
   const Dtype dtype(operations, x_array, "x");
+  if (py::isinstance<PackedFilter>(w_object)) {
+    return conv2d_packed<operations>(x_array, dtype, w_object.cast<const PackedFilter&>(),
+                                     bias_object, options, out);
+  }
   const py::array w_array = dtype.require(w_object, "w");
   const auto problem =
       dtype.set_in(options.problem(shape_of(x_array, "x"), shape_of(w_array, "w")));
@@ -601,7 +639,6 @@ py::array conv2d_int8(const py::object& x_object, const py::object& w_object,
       result_array(dtype, out, problem.y_shape(), x_array, w_array, w_scale, bias.array());
   const py::array x = dense(x_array), w = dense(w_array);
   float* const y_data = static_cast<float*>(y.mutable_data());
-  const auto floats = [](const void* data) { return static_cast<const float*>(data); };
   const GilReleased unlocked;
   fastconv::conv2d_int8(problem, floats(x.data()), static_cast<const std::int8_t*>(w.data()),
                         floats(w_scale.data()), floats(bias.data()), y_data,
@@ -646,6 +683,26 @@ std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (fastconv::Isa isa : fastconv::available_isas()) names.emplace_back(isa_name(isa));
   return names;
+}
+
+void define_packed_filter(py::module_& m) {
+  py::class_<PackedFilter>(m, "PackedFilter")
+      .def(py::init([](const py::object& w_object) {
+             const py::array w_array = require_array(w_object, "w");
+             if (data_type_of(w_array) != DataType::float32) {
+               throw py::type_error(
+                   text("`w` must have dtype float32 in native byte order. Received: "
+                        "w.dtype=",
+                        python_text(w_array.dtype())));
+             }
+             const Shape shape = shape_of(w_array, "w");
+             const py::array w = dense(w_array);
+             return std::make_unique<PackedFilter>(shape, floats(w.data()));
+           }),
+           py::arg("w"))
+      .def_property_readonly(
+          "shape", [](const PackedFilter& filter) { return py::tuple(py::cast(filter.shape())); })
+      .def_property_readonly("nbytes", [](const PackedFilter& filter) { return filter.bytes(); });
 }
 
 void set_num_threads(int64_t threads) {
@@ -714,6 +771,7 @@ py::dict explain(const Shape& input_shape, const Shape& filter_shape, const std:
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "The compiled part of fastconv; use it through fastconv's own functions.";
   m.attr("__version__") = FASTCONV_VERSION;
+  define_packed_filter(m);
   define_operations<OnHost<kKernels>>(m);
   define_int8(m);
   py::module_ reference = m.def_submodule(

@@ -101,6 +101,24 @@ FASTCONV_C_API fastconv_status fastconv_conv2d_fprop(const fastconv_conv2d* prob
                                                      const float* filter, const float* bias,
                                                      float* y);
 
+/* A filter that is kept for inference, with what the algorithms make of it, made at the first call that
+ * needs it. Several threads may use one at once. */
+typedef struct fastconv_packed_filter fastconv_packed_filter;
+
+/* Copies `values`, of r, s, c / groups and k of the problem; its other members may be those of any
+ * call to come. *filter is to be given to fastconv_packed_filter_destroy, which takes NULL too. */
+FASTCONV_C_API fastconv_status fastconv_packed_filter_create(const fastconv_conv2d* problem,
+                                                             const float* values,
+                                                             fastconv_packed_filter** filter);
+FASTCONV_C_API void fastconv_packed_filter_destroy(fastconv_packed_filter* filter);
+
+/* As fastconv_conv2d_fprop, and the same bits. The filter must be of the problem's r, s, c / groups
+ * and k. */
+FASTCONV_C_API fastconv_status fastconv_conv2d_packed_fprop(const fastconv_conv2d* problem,
+                                                            const float* x,
+                                                            const fastconv_packed_filter* filter,
+                                                            const float* bias, float* y);
+
 /* dx = the gradient by x. With FASTCONV_RELU, y is fprop's output; else it is not read. */
 FASTCONV_C_API fastconv_status fastconv_conv2d_dgrad(const fastconv_conv2d* problem,
                                                      const float* dy, const float* filter,

@@ -14,9 +14,16 @@ _Real = TypeVar("_Real", bound=np.generic)  # float32, float16 or bfloat16
 
 __version__: str
 
+class PackedFilter:
+    def __init__(self, w: NDArray[np.float32]) -> None: ...
+    @property
+    def shape(self) -> _Shape: ...
+    @property
+    def nbytes(self) -> int: ...
+
 def conv2d(
     x: NDArray[_Real],
-    w: NDArray[_Real],
+    w: NDArray[_Real] | PackedFilter,
     bias: NDArray[_Real] | None,
     strides: _Pair,
     padding: _Padding,

@@ -77,6 +77,11 @@ SUITE_NAMES = (
     "--accuracy", type=click.Choice(["strict", "default", "fast"]), help="fastconv's setting."
 )
 @click.option(
+    "--filter", type=click.Choice(["packed", "plain"]), default="packed", show_default=True,
+    help="Of fastconv's forward passes: packed beforehand, as oneDNN's, ONNX Runtime's and "
+    "OpenVINO's are, or laid out anew in each call, as in training.",
+)  # fmt: skip
+@click.option(
     "--cache", type=click.Choice(["warm", "cold"]), default="warm", show_default=True,
     help="Whether the data may be in the caches.",
 )  # fmt: skip
@@ -287,6 +292,7 @@ def _measure(cases: list[CaseOfSuite], names: list[str], options: dict[str, Any]
         isa=options["isa"],
         algorithm=options["algorithm"],
         accuracy=options["accuracy"],
+        filter=options["filter"],
         cold=options["cache"] == "cold",
         rounds=options["rounds"],
         seconds=options["seconds"],

@@ -66,6 +66,7 @@ class Conditions:
     isa: str | None = None
     algorithm: str | None = None
     accuracy: str | None = None
+    filter: str = "packed"
     cold: bool = False
     rounds: int = 7
     seconds: float = 0.1  # an implementation, a case
@@ -77,6 +78,8 @@ class Conditions:
         words = [f"--threads {self.threads}"]
         names = ("isa", "algorithm", "accuracy")
         words += [f"--{name} {value}" for name in names if (value := getattr(self, name))]
+        if self.filter != "packed":
+            words.append(f"--filter {self.filter}")
         if self.layout != "nhwc":
             words.append(f"--layout {self.layout}")
         if self.cold:

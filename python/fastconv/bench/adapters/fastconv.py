@@ -9,6 +9,7 @@ import numpy as np
 import fastconv
 from fastconv import _core
 from fastconv.bench.adapters import Case, empty, to_nchw, to_nhwc
+from fastconv.packed_filter import compiled
 
 if TYPE_CHECKING:
     from fastconv.bench._types import Arrays, Floats, Record, Shape
@@ -28,13 +29,14 @@ class Implementation:
     def __init__(self, conditions: Record) -> None:
         self._nchw = conditions["layout"] == "nchw"
         self._seconds = conditions["seconds"]
+        self._packed = conditions["filter"] == "packed"
         if conditions["accuracy"]:
             fastconv.set_accuracy(conditions["accuracy"])
         facts = fastconv.info()
         self.versions = {"fastconv": facts["version"], "isa": facts["isa"]}
 
     def prepare(self, problem: Problem, direction: str, arrays: Arrays) -> Case:
-        return _FastconvCase(problem, direction, arrays, self._nchw)
+        return _FastconvCase(problem, direction, arrays, self._nchw, self._packed)
 
     def limits(self) -> dict[str, float]:
         """Measured: operations a second in registers, bytes a second in memory."""
@@ -55,7 +57,9 @@ class Implementation:
 
 
 class _FastconvCase(Case):
-    def __init__(self, problem: Problem, direction: str, arrays: Arrays, nchw: bool) -> None:
+    def __init__(
+        self, problem: Problem, direction: str, arrays: Arrays, nchw: bool, packed: bool
+    ) -> None:
         lay = to_nchw if nchw else np.ascontiguousarray
         self._unlay = to_nhwc if nchw and direction != "wgrad" else np.asarray
         x, dy = lay(arrays["x"]), lay(arrays["dy"])
@@ -104,10 +108,14 @@ class _FastconvCase(Case):
             name, arguments, extra, like = calls[direction]
             self._result = empty(like.shape)
             self._explain(direction, x.shape, w.shape, options)
+            if direction == "fprop" and packed:
+                arguments["w"] = fastconv.PackedFilter(w)
         self._function = getattr(fastconv, name)
         self._timed = getattr(_core.timed, name)
         self._call = {**arguments, **options, "out": self._result}
         self._raw = {**arguments, **extra, **raw, "out": self._result}
+        if "w" in self._raw:
+            self._raw["w"] = compiled(self._raw["w"])
 
     def _explain(
         self, direction: str, x_shape: Shape, w_shape: Shape, options: dict[str, Any]
