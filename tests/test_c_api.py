@@ -104,13 +104,21 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize("ours, python", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_convolutions_are_those_of_python(call, draw, ours, python):
+def test_convolutions_are_those_of_python(library, call, draw, ours, python):
     problem = Conv2d(n=2, h=11, w=10, c=4, k=6, r=3, s=3, **ours)
     x = draw(2, 4, 11, 10) if problem.layout else draw(2, 11, 10, 4)
     w, bias = draw(3, 3, 4 // problem.groups, 6), draw(6)
     y = np.empty(output_shape(call, "conv2d", problem), "float32")
     call("conv2d_fprop", problem, x, w, bias, y)
     np.testing.assert_array_equal(y, fastconv.conv2d(x, w, bias, **python))
+
+    packed, again = ctypes.c_void_p(), np.empty_like(y)
+    call("packed_filter_create", problem, w, ctypes.byref(packed))
+    for _ in range(2):  # the first one packs
+        again.fill(np.nan)
+        call("conv2d_packed_fprop", problem, x, packed, bias, again)
+        np.testing.assert_array_equal(again, y)
+    library.fastconv_packed_filter_destroy(packed)
 
     dy = draw(*y.shape)
     output = {"output": y} if problem.activation else {}
@@ -226,6 +234,9 @@ def test_null_pointers(refused, draw):
         ("conv2d_fprop", (good(), None, w, None, y), "x"),
         ("conv2d_fprop", (good(), x, None, None, y), "filter"),
         ("conv2d_fprop", (good(), x, w, None, None), "y"),
+        ("packed_filter_create", (good(), None, ctypes.byref(ctypes.c_void_p())), "values"),
+        ("packed_filter_create", (good(), w, None), "filter"),
+        ("conv2d_packed_fprop", (good(), x, None, None, y), "filter"),
         ("conv2d_dgrad", (relu, y, w, None, x), "y"),
         ("conv2d_wgrad", (good(), None, y, None, w, None), "x"),
         ("max_pool2d_fprop", (pool, x, None, None), "y"),
@@ -238,6 +249,20 @@ def test_null_pointers(refused, draw):
     ]:
         assert refused(name, *values) == f"`{null}` must not be null. Received: NULL"
     assert "One of `dfilter` and `dbias`" in refused("conv2d_wgrad", good(), x, y, None, None, None)
+
+
+def test_a_packed_filter_serves_its_own_shape(library, call, refused, draw):
+    packed = ctypes.c_void_p()
+    call("packed_filter_create", good(), draw(3, 3, 2, 2), ctypes.byref(packed))
+    other = good()
+    other.k = 3
+    error = refused("conv2d_packed_fprop", other, draw(1, 4, 4, 2), packed, None, draw(1, 2, 2, 3))
+    assert error == (
+        "The problem's filter must be of the packed one's shape, (3, 3, 2, 2). "
+        "Received: filter of shape (3, 3, 2, 3)"
+    )
+    library.fastconv_packed_filter_destroy(packed)
+    library.fastconv_packed_filter_destroy(None)
 
 
 def test_an_argmax_from_outside_the_window_is_refused(refused, draw):
@@ -287,10 +312,41 @@ def run(*command):
     return done.stdout
 
 
-def test_the_example_finds_the_package(tmp_path):
+def cmake_of_the_environment():
     beside = Path(sys.executable).parent / "cmake"
     cmake = beside if beside.exists() else shutil.which("cmake")
     assert cmake, "CMake is among the test tools (the extra `test`)"
+    return cmake
+
+
+def test_a_libstdcxx_that_is_linked_in_is_not_exported(tmp_path):
+    """Else the loader binds some of its symbols to NumPy's libstdc++: streams crash."""
+    archive = subprocess.run(
+        ["c++", "-print-file-name=libstdc++.a"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(archive).is_absolute():
+        pytest.skip("the compiler has no libstdc++.a")
+    cmake = cmake_of_the_environment()
+    options = {
+        "FASTCONV_DOORS": "OFF",
+        "FASTCONV_SCALAR_ONLY": "ON",  # quick to compile
+        "CMAKE_BUILD_TYPE": "Debug",
+        "CMAKE_SHARED_LINKER_FLAGS": "-static-libstdc++",
+    }
+    run(
+        cmake, "-S", ROOT, "-B", tmp_path, *(f"-D{name}={value}" for name, value in options.items())
+    )
+    run(cmake, "--build", tmp_path, "--target", "fastconv", "--parallel", "2")
+    library = next(tmp_path.glob("libfastconv.*"))
+    assert "libstdc++" not in run("ldd", library)
+    names = run("nm", "-DC", "--defined-only", library).splitlines()
+    exported = {name.split(maxsplit=2)[2] for name in names}
+    assert "fastconv_conv2d_fprop" in exported
+    assert not {name for name in exported if re.match(r"std::(locale|ios_base|num_put)", name)}
+
+
+def test_the_example_finds_the_package(tmp_path):
+    cmake = cmake_of_the_environment()
     prefix = tmp_path / "prefix"
     installed_package(cmake, prefix, tmp_path)
     assert {path.name for path in (prefix / "include" / "fastconv").iterdir()} == {"fastconv.h"}
