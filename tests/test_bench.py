@@ -280,10 +280,11 @@ def test_compare_takes_overlapping_quartiles_for_noise():
 
 def test_compare_warns_of_other_conditions():
     new = run_of(a=100)
-    new["conditions"] = {"cpu": "b", "threads": 1, "limits": {"flops": 2e9}}
+    new["conditions"] = {"cpu": "b", "threads": 1, "filter": "plain", "limits": {"flops": 2e9}}
     warnings = " ".join(compare.compare(run_of(a=100), new).warnings)
     assert "cpu differs" in warnings
     assert "threads differs" in warnings
+    assert "filter differs" in warnings
     assert "FMA peak" in warnings
 
 

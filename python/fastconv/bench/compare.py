@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fastconv.bench._types import Record
 
 # What must agree for times to be comparable.
-_SAME = ("cpu", "threads", "layout", "cold", "dtype")
+_SAME = ("cpu", "threads", "layout", "cold", "dtype", "filter")
 
 
 @dataclasses.dataclass(frozen=True)

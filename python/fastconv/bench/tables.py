@@ -51,7 +51,9 @@ def conditions(run: Record) -> Text:
         )
     malloc = f"malloc: {facts['malloc']}" if facts["malloc"] else "malloc as it comes"
     cache = "cold caches" if facts["cold"] else "warm caches"
-    lines.append(f"{cache}, {facts['layout'].upper()}, {facts['dtype']}; {malloc}, for all alike")
+    packed = ", filters packed beforehand" if facts.get("filter") == "packed" else ""
+    data = f"{facts['layout'].upper()}, {facts['dtype']}{packed}"
+    lines.append(f"{cache}, {data}; {malloc}, for all alike")
     if facts.get("others") is not None:
         lines.append(f"other processes took {100 * facts['others']:.0f} % of the CPU time")
     for name, why in facts["absent"].items():
