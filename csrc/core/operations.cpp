@@ -20,13 +20,6 @@ using std::int64_t;
 
 const cpu::Kernels& kernels() { return cpu::kernels(current_isa()); }
 
-std::string text_of(const std::array<int64_t, 4>& shape) {
-  std::string text = "(";
-  for (const int64_t extent : shape) text.append(std::to_string(extent)).append(", ");
-  text.replace(text.size() - 2, 2, ")");
-  return text;
-}
-
 std::size_t bytes(int64_t elements) { return static_cast<std::size_t>(elements) * sizeof(float); }
 
 // `elements` of a tensor further on; null stays null.
@@ -227,6 +220,46 @@ void sum_over_parts(const Conv2dProblem& p, int64_t images, void* dfilter, void*
   own_dbias.finish();
 }
 
+// By kernels of float32. `packed` has the filter's forms where it is kept, without a scale, or is null.
+void fprop_by_float32(const Conv2dProblem& problem, const void* x, const void* filter,
+                      const PackedFilter* packed, const void* scale, const void* bias,
+                      const void* residual, void* y, const char* algorithm) {
+  const Conv2dProblem p = of_single_pixels(problem);
+  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_computed(p), Direction::fprop, algorithm);
+  if (p.n == 0) return;
+  const Input own_filter(p.dtype, filter, p.filter_size());
+  const Input own_scale(p.dtype, scale, p.k), own_bias(p.dtype, bias, p.k);
+  const bool scaled_before = scale && !chosen.scales_filter;
+  const bool added_behind = residual && !chosen.adds_residual;
+  const Workspace scaled(scaled_before ? bytes(p.filter_size()) : 0);
+  if (scaled_before) {
+    multiply_columns(own_filter.data(), own_scale.data(), p.filter_size() / p.k, p.k,
+                     scaled.floats());
+  }
+  Conv2dProblem computed = as_computed(p);
+  if (added_behind) computed.activation = Activation::linear;
+  for_each_part(
+      p, images_a_part(p, bytes(p.filter_size())), [&](const Conv2dProblem& part, int64_t n) {
+        const int64_t at_x = n * p.h * p.w * p.c, at_y = n * p.oh * p.ow * p.k;
+        const Input own_x(part, from(p.dtype, x, at_x), p.h * p.w, p.c);
+        const Input own_residual(part, from(p.dtype, residual, at_y), p.oh * p.ow, p.k);
+        const Output own_y(part, from(p.dtype, y, at_y), p.oh * p.ow, p.k);
+        computed.n = part.n;
+        chosen.run(computed, Direction::fprop,
+                   {.x = own_x.data(),
+                    .filter = scaled_before ? scaled.floats() : own_filter.data(),
+                    .bias = own_bias.data(),
+                    .packed = packed,
+                    .scale = scaled_before ? nullptr : own_scale.data(),
+                    .residual = added_behind ? nullptr : own_residual.data(),
+                    .out = own_y.data()});
+        if (added_behind) {
+          add_and_activate(own_residual.data(), part.y_size(), p.activation, own_y.data());
+        }
+        own_y.finish();
+      });
+}
+
 // --- by units of bfloat16 ---
 
 const Bfloat16* brains(const void* data, int64_t elements) {
@@ -300,65 +333,18 @@ void conv2d_scaled_fprop(const Conv2dProblem& problem, const void* x, const void
   if (const auto* const of_bf16 = cpu::choose_bf16(problem, Direction::fprop, algorithm)) {
     return fprop_of_bf16(problem, *of_bf16, x, filter, scale, bias, residual, y);
   }
-  const Conv2dProblem p = of_single_pixels(problem);
-  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_computed(p), Direction::fprop, algorithm);
-  if (p.n == 0) return;
-  const Input own_filter(p.dtype, filter, p.filter_size());
-  const Input own_scale(p.dtype, scale, p.k), own_bias(p.dtype, bias, p.k);
-  const bool scaled_before = scale && !chosen.scales_filter;
-  const bool added_behind = residual && !chosen.adds_residual;
-  const Workspace scaled(scaled_before ? bytes(p.filter_size()) : 0);
-  if (scaled_before) {
-    multiply_columns(own_filter.data(), own_scale.data(), p.filter_size() / p.k, p.k,
-                     scaled.floats());
-  }
-  Conv2dProblem computed = as_computed(p);
-  if (added_behind) computed.activation = Activation::linear;
-  for_each_part(
-      p, images_a_part(p, bytes(p.filter_size())), [&](const Conv2dProblem& part, int64_t n) {
-        const int64_t at_x = n * p.h * p.w * p.c, at_y = n * p.oh * p.ow * p.k;
-        const Input own_x(part, from(p.dtype, x, at_x), p.h * p.w, p.c);
-        const Input own_residual(part, from(p.dtype, residual, at_y), p.oh * p.ow, p.k);
-        const Output own_y(part, from(p.dtype, y, at_y), p.oh * p.ow, p.k);
-        computed.n = part.n;
-        chosen.run(computed, Direction::fprop,
-                   {.x = own_x.data(),
-                    .filter = scaled_before ? scaled.floats() : own_filter.data(),
-                    .bias = own_bias.data(),
-                    .scale = scaled_before ? nullptr : own_scale.data(),
-                    .residual = added_behind ? nullptr : own_residual.data(),
-                    .out = own_y.data()});
-        if (added_behind) {
-          add_and_activate(own_residual.data(), part.y_size(), p.activation, own_y.data());
-        }
-        own_y.finish();
-      });
+  fprop_by_float32(problem, x, filter, nullptr, scale, bias, residual, y, algorithm);
 }
 
 void conv2d_packed_fprop(const Conv2dProblem& problem, const float* x, const PackedFilter& filter,
                          const float* bias, float* y, const char* algorithm) {
-  const Conv2dProblem p = of_float32(problem);
-  if (p.filter_shape() != filter.shape()) {
+  if (problem.filter_shape() != filter.shape()) {
     throw InvalidArgument("The problem's filter must be of the packed one's shape, " +
-                          text_of(filter.shape()) + ". Received: filter of shape " +
-                          text_of(p.filter_shape()));
+                          shape_text(filter.shape()) + ". Received: filter of shape " +
+                          shape_text(problem.filter_shape()));
   }
-  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_computed(p), Direction::fprop, algorithm);
-  if (p.n == 0) return;
-  Conv2dProblem computed = as_computed(p);
-  for_each_part(p, images_a_part(p, bytes(p.filter_size())),
-                [&](const Conv2dProblem& part, int64_t n) {
-                  const Input own_x(part, x + n * p.h * p.w * p.c, p.h * p.w, p.c);
-                  const Output own_y(part, y + n * p.oh * p.ow * p.k, p.oh * p.ow, p.k);
-                  computed.n = part.n;
-                  chosen.run(computed, Direction::fprop,
-                             {.x = own_x.data(),
-                              .filter = filter.values(),
-                              .bias = bias,
-                              .packed = &filter,
-                              .out = own_y.data()});
-                  own_y.finish();
-                });
+  fprop_by_float32(of_float32(problem), x, filter.values(), &filter, nullptr, bias, nullptr, y,
+                   algorithm);
 }
 
 void conv2d_dgrad(const Conv2dProblem& problem, const void* dy, const void* filter, const void* y,

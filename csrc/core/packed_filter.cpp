@@ -8,7 +8,6 @@
 #include <limits>
 #include <mutex>
 #include <new>
-#include <string>
 
 #include "core/error.hpp"
 
@@ -33,15 +32,10 @@ std::size_t bytes_of(const std::array<std::int64_t, 4>& shape) {
   for (const std::int64_t extent : shape) {
     if (extent < 1 || bytes > static_cast<std::size_t>(std::numeric_limits<std::int64_t>::max()) /
                                   static_cast<std::size_t>(extent)) {
-      std::string received;
-      for (const std::int64_t one : shape) {
-        if (!received.empty()) received += ", ";
-        received += std::to_string(one);
-      }
       throw InvalidArgument(
           "A filter's dimensions must be positive, and its size one of an array. Received: "
-          "w.shape=(" +
-          received + ")");
+          "w.shape=" +
+          shape_text(shape));
     }
     bytes *= static_cast<std::size_t>(extent);
   }

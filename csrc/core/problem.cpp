@@ -22,15 +22,6 @@ template <class... Parts>
   throw InvalidArgument(message.str());
 }
 
-template <std::size_t Rank>
-std::string text(const std::array<int64_t, Rank>& values) {
-  std::ostringstream out;
-  out << '(';
-  for (std::size_t i = 0; i < Rank; ++i) out << (i ? ", " : "") << values[i];
-  out << ')';
-  return out.str();
-}
-
 // Byte offsets must fit a signed 64-bit integer in every product taken later.
 constexpr int64_t kMaxElements = std::numeric_limits<int64_t>::max() / 64;
 
@@ -38,12 +29,13 @@ void check_element_count(const std::string& name, const std::array<int64_t, 4>& 
   int64_t count = 1;
   for (int64_t extent : shape) {
     if (extent < 0) {
-      fail("Dimensions in `", name, "` must not be negative. Received: ", name, "=", text(shape));
+      fail("Dimensions in `", name, "` must not be negative. Received: ", name, "=",
+           shape_text(shape));
     }
     if (__builtin_mul_overflow(count, std::max<int64_t>(extent, 1), &count) ||
         count > kMaxElements) {
       fail("`", name, "` must be that of fewer than 2**57 elements. Received: ", name, "=",
-           text(shape));
+           shape_text(shape));
     }
   }
 }
@@ -53,7 +45,7 @@ void check_positive(const char* what, const std::array<int64_t, 2>& values) {
   for (int64_t value : values) {
     if (value < 1 || value > kLargest) {
       fail("`", what, "` must be positive integers below 2**31. Received: ", what, "=",
-           text(values));
+           shape_text(values));
     }
   }
 }
@@ -110,8 +102,10 @@ std::array<int64_t, 4> Pool2dProblem::y_shape() const {
 Conv2dProblem make_conv2d_problem(const Conv2dArguments& a) {
   check_element_count(a.x_shape_name, a.x_shape);
   check_element_count(a.filter_shape_name, a.filter_shape);
-  const auto x_text = [&] { return std::string(a.x_shape_name) + "=" + text(a.x_shape); };
-  const auto w_text = [&] { return std::string(a.filter_shape_name) + "=" + text(a.filter_shape); };
+  const auto x_text = [&] { return std::string(a.x_shape_name) + "=" + shape_text(a.x_shape); };
+  const auto w_text = [&] {
+    return std::string(a.filter_shape_name) + "=" + shape_text(a.filter_shape);
+  };
   check_positive("strides", a.strides);
   check_positive("dilation_rate", a.dilations);
   check_padding(a.padding);
@@ -174,7 +168,7 @@ Conv2dProblem make_conv2d_problem(const Conv2dArguments& a) {
   if (rows.out < 1 || columns.out < 1) {
     fail("The dilated filter, ", window_h, " x ", window_w,
          ", must not be larger than the padded input. Received: ", x_text(), ", ", w_text(),
-         ", dilation_rate=", text(a.dilations), ", padding=((", rows.pad_before, ", ",
+         ", dilation_rate=", shape_text(a.dilations), ", padding=((", rows.pad_before, ", ",
          rows.pad_after, "), (", columns.pad_before, ", ", columns.pad_after, "))");
   }
   p.oh = rows.out;
@@ -193,7 +187,7 @@ Conv2dProblem make_conv2d_problem(const Conv2dArguments& a) {
 
 Pool2dProblem make_pool2d_problem(const Pool2dArguments& a) {
   check_element_count(a.x_shape_name, a.x_shape);
-  const auto x_text = [&] { return std::string(a.x_shape_name) + "=" + text(a.x_shape); };
+  const auto x_text = [&] { return std::string(a.x_shape_name) + "=" + shape_text(a.x_shape); };
   check_positive("pool_size", a.pool_size);
   check_positive("strides", a.strides);
   check_padding(a.padding);
@@ -218,7 +212,7 @@ Pool2dProblem make_pool2d_problem(const Pool2dArguments& a) {
   }
   if (p.h > kLargest || p.w > kLargest || p.c > kLargest || p.r * p.s > kLargest) {
     fail("Every dimension but the batch, and the window's area, must be below 2**31. Received: ",
-         x_text(), ", pool_size=", text(a.pool_size));
+         x_text(), ", pool_size=", shape_text(a.pool_size));
   }
   const bool is_explicit = a.padding.kind == Padding::Kind::explicit_sides;
   if (is_explicit && (std::max(a.padding.top, a.padding.bottom) >= p.r ||
@@ -226,14 +220,14 @@ Pool2dProblem make_pool2d_problem(const Pool2dArguments& a) {
     // A window of padding alone has no maximum.
     fail("Explicit `padding` must be smaller than `pool_size` on every side. Received: padding=((",
          a.padding.top, ", ", a.padding.bottom, "), (", a.padding.left, ", ", a.padding.right,
-         ")), pool_size=", text(a.pool_size));
+         ")), pool_size=", shape_text(a.pool_size));
   }
   const Axis rows = resolve_axis(a.padding, a.padding.top, a.padding.bottom, p.h, p.r, p.stride_h);
   const Axis columns =
       resolve_axis(a.padding, a.padding.left, a.padding.right, p.w, p.s, p.stride_w);
   if (rows.out < 1 || columns.out < 1) {
     fail("`pool_size` must not be larger than the padded input. Received: ", x_text(),
-         ", pool_size=", text(a.pool_size));
+         ", pool_size=", shape_text(a.pool_size));
   }
   p.oh = rows.out;
   p.ow = columns.out;
