@@ -42,7 +42,8 @@ struct Direct {
         const WgradPlan<V> plan(p, true);
         out.multiply_adds = 1.1 * static_cast<double>(plan.pixels) *
                             static_cast<double>(p.r * p.s * p.c_per_group()) *
-                            lanes(p.k_per_group(), p.groups);
+                            lanes(p.k_per_group(), p.groups) *
+                            group_cost(p.c_per_group(), p.groups);
         out.workspace_bytes = plan.workspace_bytes(workers_for(plan.tasks(p)));
         if (better_turned<V>(p)) {  // where nothing is masked
           const WgradPlan<V> other(turned(p), false);
@@ -87,11 +88,18 @@ struct Direct {
     return static_cast<double>(ceil_div(channels_a_group, V::kWidth) * V::kWidth * groups);
   }
 
+  // Of few channels a group, a pixel is read a piece of a line at a time.
+  static double group_cost(int64_t channels_a_group, int64_t groups) {
+    if (groups == 1 || V::kRegisters == 32) return 1;
+    const double of_eight = static_cast<double>(channels_a_group) / 8;
+    return 1 + 1 / (of_eight * of_eight);
+  }
+
   static double tile_cost(const TapConvolution& g) {
     const double pixels = static_cast<double>(g.images * g.out_h * g.out_w);
     const double taps = static_cast<double>(g.vertical.count * g.horizontal.count);
     constexpr double kAroundATap = 5, kAroundATile = 40;  // in multiply-adds of a tile row
-    return pixels * lanes(g.columns, g.groups) *
+    return pixels * lanes(g.columns, g.groups) * group_cost(g.columns, g.groups) *
            (1.06 * taps * static_cast<double>(g.reduce) +
             (kAroundATap * taps + kAroundATile) / V::kRows);
   }

@@ -821,12 +821,17 @@ void run_lanes(const Conv2dProblem& p, Direction direction, const Conv2dOperands
 
 // What a multiply-add takes with its share of loads and permutations, on the scale of Direct's
 // estimates.
-inline double lane_cost(Lanes lanes, const AxisTaps& h) {
+template <class V>
+double lane_cost(Lanes lanes, const AxisTaps& h) {
+  constexpr bool kFewRegisters = V::kRegisters < 32;
   const bool slides = (h.count == 3 || lanes == Lanes::plain) && h.stride == 1 && h.step <= 2;
   switch (lanes) {
     case Lanes::plain:
     case Lanes::masked: return slides ? 1.2 : 1.6;
-    case Lanes::broadcast: return slides ? 1.0 : 1.5;
+    case Lanes::broadcast: return V::kWidth == 1  ? 3
+                                    : kFewRegisters ? (slides ? 1.25 : 4)
+                                    : slides        ? 1.0
+                                                    : 1.5;
     case Lanes::permute: return slides ? 1.25 : 2;
     case Lanes::permute2: return slides ? 1.6 : 3;
     case Lanes::gather: return 16;
@@ -841,7 +846,7 @@ Estimate estimate_lanes(const Conv2dProblem& p, Direction direction) {
   const auto add = [&](const TapConvolution& g, const LanePlan<V>& plan, double pixels) {
     const double lanes = static_cast<double>(plan.vectors * V::kWidth) * pixels;
     const double products = static_cast<double>(g.vertical.count * g.horizontal.count * g.reduce);
-    out.multiply_adds += lanes * (products * lane_cost(plan.lanes, g.horizontal) + 6);
+    out.multiply_adds += lanes * (products * lane_cost<V>(plan.lanes, g.horizontal) + 6);
   };
   if (direction == Direction::wgrad) {
     const LaneWgrad<V> wgrad(p, true);

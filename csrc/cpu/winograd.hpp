@@ -99,7 +99,8 @@ struct Winograd {
       cycles += filter_vectors * (to_memory + blocks * stream);
     }
     // Of few channels, each product is short of work and each load of the source short of a line.
-    const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? 1.2 + 8 / c : 1);
+    const double a_group = kSpills ? 0.9 + 3 / c : 1.2 + 8 / c;
+    const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? a_group : 1);
     return {cycles * V::kWidth * groups, Plan(p, direction).workspace_bytes(),
             M == 4 ? 5e-6 : 2e-6};
   }
@@ -482,6 +483,20 @@ struct Winograd {
         const bool inside = row_inside && left + j >= 0 && left + j < plan.w;
         pixels[i * kTile + j] = inside ? x + at : zeros;
         masks[i * kTile + j] = inside && mask ? mask + at : zeros;
+      }
+    }
+    if (plan.groups > 1) {
+      const int64_t next = tile + 1, n2 = next / (plan.tiles_h * plan.tiles_w);
+      const int64_t top2 = next / plan.tiles_w % plan.tiles_h * M - plan.pad_top;
+      const int64_t left2 = next % plan.tiles_w * M - plan.pad_left;
+      const float* row = x + (n2 * plan.h + top2) * row_floats + left2 * plan.c_stride;
+      for (int i = 0; i < kTile; ++i, row += row_floats) {
+        const float* at = row;
+#pragma GCC unroll 6
+        for (int j = 0; j < kTile; ++j, at += plan.c_stride) {
+          __builtin_prefetch(at, 0, 2);
+          if (plan.c > 16) __builtin_prefetch(at + 16, 0, 2);
+        }
       }
     }
     const int64_t whole = plan.c / V::kWidth * V::kWidth;

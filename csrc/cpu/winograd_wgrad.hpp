@@ -157,7 +157,8 @@ struct WinogradWgrad {
     const double transforms = tiles * (c_vectors * 450 + k_vectors * 400);
     const double back = parts * c * k_vectors * 300;
     // Of few channels, each product is short of work and each load of the source short of a line.
-    const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? 1 + 4 / c : 1);
+    const double a_group = V::kRegisters < 32 ? 1.15 + 8 / c : 1 + 4 / c;
+    const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? a_group : 1);
     return {(products + transforms + back + 6000 * parts) * V::kWidth * groups,
             plan.workspace_bytes(), 5e-6};
   }
