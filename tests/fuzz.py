@@ -286,6 +286,7 @@ def _draw(rng):
     elif kind == "first":
         c, groups = up_to(4), 1
     elif kind == "depthwise":
+        c = pick(c, c, c, 128, 512)  # whole lines of channels a tile
         groups = c
         k = c * pick(1, 1, 2, 3)
     elif kind == "far":  # windows in the padding alone, strides beyond the window, one column

@@ -51,6 +51,14 @@ PROBLEMS = [
         for strides in [(1, 1), (2, 2), (2, 3)]
         for rate in [(2, 2), (1, 3), (5, 1)]
     ),
+    # Pixels so far apart that AVX2 takes whole lines of channels, and neighbours for which it does not.
+    *(
+        depthwise(x, strides=strides, padding=padding)
+        for x in [(1, 5, 18, 128), (2, 6, 7, 512), (1, 4, 3, 1024), (1, 5, 18, 64), (1, 7, 7, 136)]
+        for strides in [(1, 1), (2, 2)]
+        for padding in ["same", "valid", ((2, 0), (1, 3))]
+    ),
+    depthwise((1, 3, 33, 192), strides=(2, 2), padding="same"),
     depthwise((1, 9, 1, 20), kernel=(3, 1)),  # output pixels one below the other
     depthwise((2, 7, 7, 6), strides=(6, 5), padding="same"),  # too many residue classes
     depthwise((2, 7, 9, 6), kernel=(2, 2), strides=(4, 3)),  # stride beyond the filter

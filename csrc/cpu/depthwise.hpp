@@ -3,7 +3,7 @@
 // in lanes.hpp.
 //
 // A multiply-add of a depthwise convolution has two operands of its own: what counts is how often a
-// vector is loaded, and from which cache. A tile is some rows of some columns of one or two vectors
+// vector is loaded, and from which cache. A tile is some rows of some columns of one to four vectors
 // of channels. The kernel goes along the columns of the source; the sums of the output columns that
 // a source column meets stay in registers, and move on by one as a column is done. A source vector
 // is thereby loaded once a tile for all its taps: with 4 rows of a 3 x 3 filter, 6 loads for 36
@@ -19,6 +19,7 @@
 // there are registers for.
 #pragma once
 
+#include <numeric>
 #include <string>
 #include <type_traits>
 
@@ -62,7 +63,7 @@ struct ChannelVectors {
   typename V::Tail tails[Vectors];
 
   explicit ChannelVectors(int64_t channels) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       const int64_t own = max64(0, min64(V::kWidth, channels - v * V::kWidth));
       tails[v] = V::tail(static_cast<int>(own));
@@ -84,22 +85,31 @@ struct ChannelVectors {
   }
 };
 
+enum class DepthwiseWalk { gather, scatter, wgrad };
+
 // Vectors of channels that a tile of 3 x 3 taps has, registers allowing. A source of C channels has
 // its pixels C * 4 bytes apart: of one vector, they may all lie in one bank in four of the
 // second-level cache, which then gives half of what it can.
-template <class V, int R>
-constexpr int kDepthwiseVectors = V::kRegisters >= 32 && R == 3 ? 2 : 1;
+template <class V, int R, DepthwiseWalk kWalk>
+constexpr int kDepthwiseVectors =
+    V::kRegisters >= 32 && R == 3 && kWalk != DepthwiseWalk::scatter ? 2 : 1;
+
+// The same of a tile that takes whole lines of channels: with half a line a vector, AVX2 otherwise reads
+// each line twice.
+template <class V, int R, DepthwiseWalk kWalk>
+constexpr int kDepthwiseLineVectors = V::kWidth != 8 || R != 3 ? kDepthwiseVectors<V, R, kWalk>
+                                      : kWalk == DepthwiseWalk::scatter ? 2
+                                                                        : 4;
 
 // Calls body(first channel, ChannelVectors) for all channels of a tile. The last of several vectors
-// may have none.
+// may have none, where masks are free; else all are whole.
 template <class V, int Vectors, class Body>
 inline __attribute__((always_inline)) void for_each_channel_vector(int64_t channels,
                                                                    const Body& body) {
-  static_assert(Vectors == 1 || V::kFreeMasks);
   for (int64_t c = 0; c < channels; c += Vectors * V::kWidth) {
-    if (!V::kFreeMasks && c + V::kWidth <= channels) {
+    if (!V::kFreeMasks && (Vectors > 1 || c + V::kWidth <= channels)) {
       body(c, ChannelVectors<V, Vectors, true>(channels - c));
-    } else {
+    } else if constexpr (V::kFreeMasks || Vectors == 1) {
       body(c, ChannelVectors<V, Vectors, false>(channels - c));
     }
   }
@@ -113,13 +123,13 @@ inline __attribute__((always_inline)) void copy_depthwise_taps(const DepthwiseTi
   for (int r = 0; r < R; ++r) {
     for (int s = 0; s < R; ++s) {
       const float* const from = t.filter + r * t.filter_row + s * t.filter_column + c;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < Channels::kVectors; ++v, to += V::kWidth) {
         V::store(to, channels.load(from, v));
       }
     }
   }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int v = 0; v < Channels::kVectors; ++v, to += V::kWidth) {
     V::store(to, t.bias ? channels.load(t.bias + c, v) : V::zero());
   }
@@ -128,18 +138,19 @@ inline __attribute__((always_inline)) void copy_depthwise_taps(const DepthwiseTi
 // fprop, and dgrad of stride 1: the rows of a tile, as many as there are registers for beside a
 // column of the source and a tap. None where there are not enough for one; then every
 // multiply-add reads its tap from the first-level cache.
-template <class V, int R, int Step>
+template <class V, int R, int Step, int Vectors>
 constexpr int depthwise_rows_in_registers() {
   constexpr int kLive = (R - 1) / Step + 1;
   for (int rows = 4; rows > 0; --rows) {
-    const int sums = kDepthwiseVectors<V, R> * rows * kLive;
+    const int sums = Vectors * rows * kLive;
     if (sums + (rows - 1) * Step + R + 1 < V::kRegisters) return rows;
   }
   return 0;
 }
 
-template <class V, int R, int Step>
-constexpr int kDepthwiseRows = max64(2, depthwise_rows_in_registers<V, R, Step>());
+template <class V, int R, int Step, int Vectors>
+constexpr int kDepthwiseRows = max64(Vectors > 2 ? 1 : 2,
+                                     depthwise_rows_in_registers<V, R, Step, Vectors>());
 
 // `Edge`: some source rows may be missing, above no more than R; or some rows of the tile.
 template <class V, int R, int Step, int Rows, bool Edge, bool Masked, class Channels>
@@ -147,14 +158,14 @@ inline __attribute__((always_inline)) void depthwise_vectors(const DepthwiseTile
                                                              const Channels& channels) {
   using Reg = typename V::Reg;
   constexpr int kVectors = Channels::kVectors;
-  constexpr bool kHoldsColumn = !Edge && depthwise_rows_in_registers<V, R, Step>() > 1;
+  constexpr bool kHoldsColumn = !Edge && depthwise_rows_in_registers<V, R, Step, kVectors>() > 1;
   constexpr int kSourceRows = (Rows - 1) * Step + R;
   constexpr int kLive = (R - 1) / Step + 1;  // output columns that a source column meets
   copy_depthwise_taps<V, R>(t, c, channels);
   const float* const taps = t.scratch;
   Reg sum[kLive][Rows][kVectors];
   const auto start = [&](int l) __attribute__((always_inline)) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const Reg value = V::load(taps + (R * R * kVectors + v) * V::kWidth);
 #pragma GCC unroll 8
@@ -174,7 +185,7 @@ inline __attribute__((always_inline)) void depthwise_vectors(const DepthwiseTile
     for (int d = 0; d < Step; ++d) {
       if (Checked && (m * Step + d < t.column_begin || m * Step + d >= t.column_end)) continue;
       const int64_t column = d * t.source_column;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const auto tap = [&](int r, int s) {
           return V::load(taps + ((r * R + s) * kVectors + v) * V::kWidth);
@@ -230,7 +241,7 @@ inline __attribute__((always_inline)) void depthwise_vectors(const DepthwiseTile
 #pragma GCC unroll 8
       for (int row = 0; row < Rows; ++row) {
         if (Edge && row >= rows) break;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
           channels.store(out + row * out_row, activation(sum[kLive - 1][row][v]), v);
         }
@@ -249,7 +260,7 @@ inline __attribute__((always_inline)) void depthwise_vectors(const DepthwiseTile
     for (int l = kLive - 1; l > 0; --l) {
 #pragma GCC unroll 8
       for (int row = 0; row < Rows; ++row) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) sum[l][row][v] = sum[l - 1][row][v];
       }
     }
@@ -275,9 +286,9 @@ inline __attribute__((always_inline)) void depthwise_vectors(const DepthwiseTile
   }
 }
 
-template <class V, int R, int Step, int Rows, bool Edge, bool Masked>
+template <class V, int R, int Step, int Vectors, int Rows, bool Edge, bool Masked>
 void depthwise_tile(const DepthwiseTile& t) {
-  for_each_channel_vector<V, kDepthwiseVectors<V, R>>(
+  for_each_channel_vector<V, Vectors>(
       t.channels, [&](int64_t c, const auto& channels) __attribute__((always_inline)) {
         depthwise_vectors<V, R, Step, Rows, Edge, Masked>(t, c, channels);
       });
@@ -285,66 +296,80 @@ void depthwise_tile(const DepthwiseTile& t) {
 
 // dgrad with stride: output rows and columns in cells of Step x Step. Source column m begins cell
 // column m, and adds to it and to those behind it that a filter's width reaches.
-template <class V, int R, int Step>
+template <class V, int R, int Step, int Vectors>
 constexpr int depthwise_cells_in_registers() {
   constexpr int kLive = (R - 1) / Step + 1;
-  return 2 * Step * R + 2 + kLive < V::kRegisters ? 2 : Step * R + 1 + kLive < V::kRegisters;
+  for (int cells : {2, 1}) {
+    if (Vectors * cells * Step * R + cells + kLive < V::kRegisters) return cells;
+  }
+  return 0;
 }
 
-template <class V, int R, int Step>
-constexpr int kDepthwiseCellRows = max64(1, depthwise_cells_in_registers<V, R, Step>());
+template <class V, int R, int Step, int Vectors>
+constexpr int kDepthwiseCellRows = max64(1, depthwise_cells_in_registers<V, R, Step, Vectors>());
 
 // `Rows` of cells. `Edge`: some source rows, or some output rows, may not exist.
 template <class V, int R, int Step, int Rows, bool Edge, bool Masked, class Channels>
-inline __attribute__((always_inline)) void depthwise_scatter_vector(const DepthwiseTile& t,
-                                                                    int64_t c,
-                                                                    const Channels& channels) {
+inline __attribute__((always_inline)) void depthwise_scatter_vectors(const DepthwiseTile& t,
+                                                                     int64_t c,
+                                                                     const Channels& channels) {
   using Reg = typename V::Reg;
-  constexpr bool kHoldsColumn = !Edge && depthwise_cells_in_registers<V, R, Step>() > 0;
+  constexpr int kVectors = Channels::kVectors;
+  constexpr bool kHoldsColumn = !Edge && depthwise_cells_in_registers<V, R, Step, kVectors>() > 0;
   constexpr int kLive = (R - 1) / Step + 1;  // cells that a source pixel meets in each direction
   constexpr int kSourceRows = Rows + kLive - 1, kOutRows = Rows * Step;
   copy_depthwise_taps<V, R>(t, c, channels);
   const float* const taps = t.scratch;
-  const auto tap = [&](int r, int s) { return V::load(taps + (r * R + s) * V::kWidth); };
-  Reg sum[R][kOutRows];  // of columns, from those of the source column's own cell on
+  const auto tap = [&](int r, int s, int v) {
+    return V::load(taps + ((r * R + s) * kVectors + v) * V::kWidth);
+  };
+  Reg sum[R][kOutRows][kVectors];  // of columns, from those of the source column's own cell on
 #pragma GCC unroll 8
   for (int s = 0; s < R; ++s) {
 #pragma GCC unroll 8
-    for (int row = 0; row < kOutRows; ++row) sum[s][row] = V::zero();
+    for (int row = 0; row < kOutRows; ++row) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[s][row][v] = V::zero();
+    }
   }
 
   const float* source = t.source + c;
   const float* mask = Masked ? t.mask + c : nullptr;
   const auto meet = [&]() __attribute__((always_inline)) {
-    if constexpr (kHoldsColumn) {
-      Reg a[kSourceRows];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      if constexpr (kHoldsColumn) {
+        Reg a[kSourceRows];
 #pragma GCC unroll 8
-      for (int q = 0; q < kSourceRows; ++q) a[q] = channels.load(source, mask, q * t.source_row, 0);
-#pragma GCC unroll 8
-      for (int r = R - 1; r >= 0; --r) {
-#pragma GCC unroll 8
-        for (int s = 0; s < R; ++s) {
-          const Reg b = tap(r, s);
-#pragma GCC unroll 2
-          for (int cell = 0; cell < Rows; ++cell) {
-            Reg& to = sum[s][cell * Step + r % Step];
-            to = V::fma(a[cell + kLive - 1 - r / Step], b, to);
-          }
+        for (int q = 0; q < kSourceRows; ++q) {
+          a[q] = channels.load(source, mask, q * t.source_row, v);
         }
-      }
-    } else {
-#pragma GCC unroll 8
-      for (int q = 0; q < kSourceRows; ++q) {
-        if (Edge && (q < t.row_begin || q >= t.row_end)) continue;
-        const Reg a = channels.load(source, mask, q * t.source_row, 0);
 #pragma GCC unroll 8
         for (int r = R - 1; r >= 0; --r) {
-          const int cell = q - (kLive - 1) + r / Step;
-          if (cell < 0 || cell >= Rows) continue;
 #pragma GCC unroll 8
           for (int s = 0; s < R; ++s) {
-            Reg& to = sum[s][cell * Step + r % Step];
-            to = V::fma(a, tap(r, s), to);
+            const Reg b = tap(r, s, v);
+#pragma GCC unroll 2
+            for (int cell = 0; cell < Rows; ++cell) {
+              Reg& to = sum[s][cell * Step + r % Step][v];
+              to = V::fma(a[cell + kLive - 1 - r / Step], b, to);
+            }
+          }
+        }
+      } else {
+#pragma GCC unroll 8
+        for (int q = 0; q < kSourceRows; ++q) {
+          if (Edge && (q < t.row_begin || q >= t.row_end)) continue;
+          const Reg a = channels.load(source, mask, q * t.source_row, v);
+#pragma GCC unroll 8
+          for (int r = R - 1; r >= 0; --r) {
+            const int cell = q - (kLive - 1) + r / Step;
+            if (cell < 0 || cell >= Rows) continue;
+#pragma GCC unroll 8
+            for (int s = 0; s < R; ++s) {
+              Reg& to = sum[s][cell * Step + r % Step][v];
+              to = V::fma(a, tap(r, s, v), to);
+            }
           }
         }
       }
@@ -360,7 +385,10 @@ inline __attribute__((always_inline)) void depthwise_scatter_vector(const Depthw
 #pragma GCC unroll 8
       for (int row = 0; row < kOutRows; ++row) {
         if (Edge && (row < t.out_row_begin || row >= t.out_row_end)) continue;
-        channels.store(out + row * t.out_row + b * t.out_column, sum[b][row], 0);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          channels.store(out + row * t.out_row + b * t.out_column, sum[b][row][v], v);
+        }
       }
     }
     // The columns move on by a cell.
@@ -368,7 +396,10 @@ inline __attribute__((always_inline)) void depthwise_scatter_vector(const Depthw
     for (int s = 0; s < R; ++s) {
 #pragma GCC unroll 8
       for (int row = 0; row < kOutRows; ++row) {
-        sum[s][row] = s + Step < R ? sum[s + Step][row] : V::zero();
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          sum[s][row][v] = s + Step < R ? sum[s + Step][row][v] : V::zero();
+        }
       }
     }
     source += t.source_column;
@@ -396,11 +427,11 @@ inline __attribute__((always_inline)) void depthwise_scatter_vector(const Depthw
   }
 }
 
-template <class V, int R, int Step, int Rows, bool Edge, bool Masked>
+template <class V, int R, int Step, int Vectors, int Rows, bool Edge, bool Masked>
 void depthwise_scatter_tile(const DepthwiseTile& t) {
-  for_each_channel_vector<V, 1>(
+  for_each_channel_vector<V, Vectors>(
       t.channels, [&](int64_t c, const auto& channels) __attribute__((always_inline)) {
-        depthwise_scatter_vector<V, R, Step, Rows, Edge, Masked>(t, c, channels);
+        depthwise_scatter_vectors<V, R, Step, Rows, Edge, Masked>(t, c, channels);
       });
 }
 
@@ -410,10 +441,10 @@ struct DepthwiseWgradTile {
   int rows, taps;
 };
 
-template <class V, int R, int Step>
+template <class V, int R, int Step, int Vectors>
 constexpr DepthwiseWgradTile depthwise_wgrad_tile_in_registers() {
   for (int taps : {R, (R + 1) / 2, R / 2, 1}) {
-    const int sums = kDepthwiseVectors<V, R> * taps * R;
+    const int sums = Vectors * taps * R;
     for (int rows = 4; rows > 1; --rows) {
       if (sums + (rows - 1) * Step + taps + 1 < V::kRegisters) return {rows, taps};
     }
@@ -437,7 +468,7 @@ inline __attribute__((always_inline)) void depthwise_wgrad_vectors(const Depthwi
   for (int r = 0; r < Taps; ++r) {
 #pragma GCC unroll 8
     for (int s = 0; s < R; ++s) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[r][s][v] = V::load(place(r, s, v));
     }
   }
@@ -453,7 +484,7 @@ inline __attribute__((always_inline)) void depthwise_wgrad_vectors(const Depthwi
     for (int d = 0; d < Step; ++d) {
       if (Checked && (m * Step + d < t.column_begin || m * Step + d >= t.column_end)) continue;
       const int64_t column = d * t.source_column;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         if constexpr (!Edge) {
           Reg a[kSourceRows];
@@ -514,16 +545,17 @@ inline __attribute__((always_inline)) void depthwise_wgrad_vectors(const Depthwi
   for (int r = 0; r < Taps; ++r) {
 #pragma GCC unroll 8
     for (int s = 0; s < R; ++s) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) V::store(place(r, s, v), sum[r][s][v]);
     }
   }
 }
 
-template <class V, int R, int Step, int Rows, bool Edge, bool Masked>
+template <class V, int R, int Step, int Vectors, int Rows, bool Edge, bool Masked>
 void depthwise_wgrad_tile(const DepthwiseTile& t) {
-  constexpr int kTaps = depthwise_wgrad_tile_in_registers<V, R, Step>().taps, kRest = R % kTaps;
-  for_each_channel_vector<V, kDepthwiseVectors<V, R>>(
+  constexpr int kTaps = depthwise_wgrad_tile_in_registers<V, R, Step, Vectors>().taps;
+  constexpr int kRest = R % kTaps;
+  for_each_channel_vector<V, Vectors>(
       t.channels, [&](int64_t c, const auto& channels) __attribute__((always_inline)) {
         for (int first = 0; first + kTaps <= R; first += kTaps) {
           depthwise_wgrad_vectors<V, R, Step, Rows, kTaps, Edge, Masked>(t, first, c, channels);
@@ -550,6 +582,7 @@ void depthwise_wgrad_tile(const DepthwiseTile& t) {
 struct DepthwiseKernels {
   static constexpr int kMostRows = 4;
 
+  int64_t vectors;                   // of a tile
   int64_t rows;                      // of a tile: of the output; of a scattering dgrad, cells
   int64_t source_rows, source_step;  // of such a tile; from tile row to tile row
   int64_t cell;                      // output rows of a tile row; 0 for wgrad, which has none
@@ -579,49 +612,50 @@ struct DepthwiseKernels {
   }
 };
 
-enum class DepthwiseWalk { gather, scatter, wgrad };
-
 // Whether dgrad and wgrad of filters of this size mask dy as they read it; for the others it is
 // done beforehand.
 inline bool depthwise_kernels_mask(int64_t taps) { return taps == 3; }
 
-template <class V, DepthwiseWalk kWalk, int R, int Step, bool Masked>
+template <class V, DepthwiseWalk kWalk, int R, int Step, int Vectors, bool Masked>
 DepthwiseKernels depthwise_kernels_of() {
   constexpr int64_t kAny = int64_t{1} << 60;
   if constexpr (kWalk == DepthwiseWalk::gather) {
-    constexpr int kRows = kDepthwiseRows<V, R, Step>;
-    constexpr auto kEdge = depthwise_tile<V, R, Step, kRows, true, Masked>;
-    return {.rows = kRows,
+    constexpr int kRows = kDepthwiseRows<V, R, Step, Vectors>;
+    constexpr auto kEdge = depthwise_tile<V, R, Step, Vectors, kRows, true, Masked>;
+    return {.vectors = Vectors,
+            .rows = kRows,
             .source_rows = (kRows - 1) * Step + R,
             .source_step = Step,
             .cell = 1,
             .missing = R,
-            .whole = depthwise_tile<V, R, Step, kRows, false, Masked>,
+            .whole = depthwise_tile<V, R, Step, Vectors, kRows, false, Masked>,
             .edge = {kEdge, kEdge, kEdge, kEdge}};
   } else if constexpr (kWalk == DepthwiseWalk::scatter) {
-    constexpr int kRows = kDepthwiseCellRows<V, R, Step>;
-    constexpr auto kEdge = depthwise_scatter_tile<V, R, Step, kRows, true, Masked>;
-    return {.rows = kRows,
+    constexpr int kRows = kDepthwiseCellRows<V, R, Step, Vectors>;
+    constexpr auto kEdge = depthwise_scatter_tile<V, R, Step, Vectors, kRows, true, Masked>;
+    return {.vectors = Vectors,
+            .rows = kRows,
             .source_rows = kRows + (R - 1) / Step,
             .source_step = 1,
             .cell = Step,
             .missing = kAny,
-            .whole = depthwise_scatter_tile<V, R, Step, kRows, false, Masked>,
+            .whole = depthwise_scatter_tile<V, R, Step, Vectors, kRows, false, Masked>,
             .edge = {kEdge, kEdge, kEdge, kEdge}};
   } else {
-    constexpr int kRows = depthwise_wgrad_tile_in_registers<V, R, Step>().rows;
-    DepthwiseKernels out{.rows = kRows,
+    constexpr int kRows = depthwise_wgrad_tile_in_registers<V, R, Step, Vectors>().rows;
+    DepthwiseKernels out{.vectors = Vectors,
+                         .rows = kRows,
                          .source_rows = (kRows - 1) * Step + R,
                          .source_step = Step,
                          .cell = 0,
                          .missing = kAny,
-                         .whole = depthwise_wgrad_tile<V, R, Step, kRows, false, Masked>,
+                         .whole = depthwise_wgrad_tile<V, R, Step, Vectors, kRows, false, Masked>,
                          .edge = {}};
     const auto add = [&]<int Rows>(std::integral_constant<int, Rows>) {
       // Of larger filters, fewer: they take long to compile.
       constexpr bool kWanted = Rows == 1 || Rows == kRows || (R == 3 && Rows < kRows);
       if constexpr (kWanted) {
-        out.edge[Rows - 1] = depthwise_wgrad_tile<V, R, Step, Rows, true, Masked>;
+        out.edge[Rows - 1] = depthwise_wgrad_tile<V, R, Step, Vectors, Rows, true, Masked>;
       }
     };
     add(std::integral_constant<int, 1>{});
@@ -632,20 +666,47 @@ DepthwiseKernels depthwise_kernels_of() {
   }
 }
 
-template <class V, DepthwiseWalk kWalk, int R, int Step>
-DepthwiseKernels depthwise_kernels(bool masked) {
+template <class V, DepthwiseWalk kWalk, int R, int Step, int Vectors>
+DepthwiseKernels depthwise_kernels_with(bool masked) {
   // Of a gathering walk with stride, fprop, nothing is masked.
   if constexpr (R == 3 && (kWalk != DepthwiseWalk::gather || Step == 1)) {
-    if (masked) return depthwise_kernels_of<V, kWalk, R, Step, true>();
+    if (masked) return depthwise_kernels_of<V, kWalk, R, Step, Vectors, true>();
   }
-  return depthwise_kernels_of<V, kWalk, R, Step, false>();
+  return depthwise_kernels_of<V, kWalk, R, Step, Vectors, false>();
 }
 
+// Whether what a tile of one vector reads, `rows` by `columns` pixels, is more than the first-level cache
+// keeps. Pixels that lie a power of two apart share a few of its 64 sets, of 8 lines each or somewhat more.
+inline bool crowds_cache(int64_t rows, int64_t columns, int64_t channels) {
+  constexpr int64_t kSets = 64, kWays = 8;
+  const int64_t lines_apart = channels / kLine;
+  const int64_t kept = kSets / std::gcd(lines_apart, kSets) * kWays;
+  return 5 * rows * columns > 6 * kept;
+}
+
+// Tiles of whole lines have fewer rows, which read what they share once more. With a scattering walk that
+// is never slower; else it is faster where lines would not stay until their next vector is computed.
+template <class V, DepthwiseWalk kWalk, int R, int Step>
+DepthwiseKernels depthwise_kernels(int64_t channels, int64_t columns, bool masked) {
+  constexpr int kVectors = kDepthwiseVectors<V, R, kWalk>;
+  constexpr int kLineVectors = kDepthwiseLineVectors<V, R, kWalk>;
+  if constexpr (kLineVectors != kVectors) {
+    constexpr int64_t kRows = (kDepthwiseRows<V, R, Step, kVectors> - 1) * Step + R;
+    if (channels % (kLineVectors * V::kWidth) == 0 &&
+        (kWalk == DepthwiseWalk::scatter ||
+         crowds_cache(kRows, (columns - 1) * Step + R, channels))) {
+      return depthwise_kernels_with<V, kWalk, R, Step, kLineVectors>(masked);
+    }
+  }
+  return depthwise_kernels_with<V, kWalk, R, Step, kVectors>(masked);
+}
+
+// `columns`: of a tile.
 template <class V, DepthwiseWalk kWalk, int Step>
-DepthwiseKernels depthwise_kernels(int64_t taps, bool masked) {
-  if (taps == 3) return depthwise_kernels<V, kWalk, 3, Step>(masked);
-  if (taps == 5) return depthwise_kernels<V, kWalk, 5, Step>(masked);
-  return depthwise_kernels<V, kWalk, 7, Step>(masked);
+DepthwiseKernels depthwise_kernels(int64_t taps, int64_t channels, int64_t columns, bool masked) {
+  if (taps == 3) return depthwise_kernels<V, kWalk, 3, Step>(channels, columns, masked);
+  if (taps == 5) return depthwise_kernels<V, kWalk, 5, Step>(channels, columns, masked);
+  return depthwise_kernels<V, kWalk, 7, Step>(channels, columns, masked);
 }
 
 inline bool has_depthwise_kernels(const Conv2dProblem& p) {
@@ -666,7 +727,7 @@ struct DepthwiseConvolution {
   int64_t source_h, source_w, rows, columns;
   int64_t step, first_row, first_column;  // source row = row * step + first_row + tap
   int64_t row_tiles, column_tiles;
-  int64_t neighbours, vectors;  // vectors of a tile; of all channels, a multiple of that
+  int64_t vectors;              // of all channels, a multiple of a tile's
   int64_t strip, strips;        // row tiles of a task; such strips of all images, or parts
   int64_t block, blocks;        // vectors of a task
   int64_t parts, part_floats;   // wgrad: of sums
@@ -674,14 +735,11 @@ struct DepthwiseConvolution {
   DepthwiseKernels kernels;
 
   DepthwiseConvolution(const Conv2dProblem& problem, Direction which, bool masked, bool bias)
-      : p(problem), direction(which), scatter(which == Direction::dgrad && problem.stride_h == 2),
-        neighbours(problem.r == 3 ? kDepthwiseVectors<V, 3> : kDepthwiseVectors<V, 5>),
-        vectors(round_up(ceil_div(problem.c, V::kWidth), neighbours)) {
+      : p(problem), direction(which), scatter(which == Direction::dgrad && problem.stride_h == 2) {
     source_h = direction == Direction::dgrad ? p.oh : p.h;
     source_w = direction == Direction::dgrad ? p.ow : p.w;
     if (scatter) {
       // Cells are counted in the padded image.
-      kernels = depthwise_kernels<V, DepthwiseWalk::scatter, 2>(p.r, masked);
       step = 1;
       first_row = p.pad_top / 2 - (p.r - 1) / 2;
       first_column = p.pad_left / 2;
@@ -694,17 +752,20 @@ struct DepthwiseConvolution {
       first_column = turned ? p.pad_left - (p.s - 1) : -p.pad_left;
       rows = turned ? p.h : p.oh;
       columns = turned ? p.w : p.ow;
-      constexpr auto kGather = DepthwiseWalk::gather, kWgrad = DepthwiseWalk::wgrad;
-      if (direction == Direction::wgrad) {
-        kernels = step == 1 ? depthwise_kernels<V, kWgrad, 1>(p.r, masked)
-                            : depthwise_kernels<V, kWgrad, 2>(p.r, masked);
-      } else {
-        kernels = step == 1 ? depthwise_kernels<V, kGather, 1>(p.r, masked)
-                            : depthwise_kernels<V, kGather, 2>(p.r, masked);
-      }
     }
-    row_tiles = ceil_div(rows, kernels.rows);
     column_tiles = ceil_div(columns, kColumns);
+    const auto of = [&]<DepthwiseWalk kWalk, int Step>() {
+      return depthwise_kernels<V, kWalk, Step>(
+          p.r, p.c, ceil_div(columns, max64(column_tiles, 1)), masked);
+    };
+    constexpr auto kGather = DepthwiseWalk::gather, kWgrad = DepthwiseWalk::wgrad;
+    kernels = scatter                          ? of.template operator()<DepthwiseWalk::scatter, 2>()
+              : direction == Direction::wgrad ? (step == 1 ? of.template operator()<kWgrad, 1>()
+                                                           : of.template operator()<kWgrad, 2>())
+              : step == 1                     ? of.template operator()<kGather, 1>()
+                                              : of.template operator()<kGather, 2>();
+    vectors = round_up(ceil_div(p.c, V::kWidth), kernels.vectors);
+    row_tiles = ceil_div(rows, kernels.rows);
     taps_floats = p.r * p.s * V::kWidth;
     part_floats = vectors * (taps_floats + (bias ? V::kWidth : 0));
     divide();
@@ -781,7 +842,7 @@ struct DepthwiseConvolution {
       DepthwiseTile t{};
       const int64_t first = begin_block(task % blocks, t), part = task / blocks;
       const int64_t vector = first / V::kWidth;
-      const int64_t count = round_up(ceil_div(t.channels, V::kWidth), neighbours);
+      const int64_t count = round_up(ceil_div(t.channels, V::kWidth), kernels.vectors);
       float* const own = sums + part * part_floats;
       t.sums = own + vector * taps_floats;
       clear_floats(t.sums, count * taps_floats);
@@ -840,7 +901,7 @@ struct DepthwiseConvolution {
       strips *= p.n;
     }
     blocks = max64(1, min64(most_blocks, min64(tasks, kFewTasks) / max64(1, strips)));
-    block = round_up(ceil_div(vectors, blocks), neighbours);
+    block = round_up(ceil_div(vectors, blocks), kernels.vectors);
     blocks = ceil_div(vectors, block);
   }
 
@@ -919,10 +980,9 @@ struct Depthwise {
   static std::string blocking(const Conv2dProblem& p, Direction direction) {
     if (!has_depthwise_kernels(p)) return describe_lanes<V>(p, direction);
     const DepthwiseConvolution<V> convolution(p, direction, true, true);
-    const int64_t vectors = convolution.scatter ? 1 : convolution.neighbours;
     std::string text = std::to_string(convolution.kernels.rows) + " rows x " +
                        std::to_string(min64(convolution.columns, convolution.kColumns)) + " x " +
-                       std::to_string(V::kWidth * vectors) + " tile of " +
+                       std::to_string(V::kWidth * convolution.kernels.vectors) + " tile of " +
                        (convolution.scatter ? "2 x 2 cells" : "pixels") +
                        " x channels, sums of a column in registers";
     if (direction == Direction::wgrad) {
