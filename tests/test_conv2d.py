@@ -83,6 +83,22 @@ GROUPS = both_layouts(
     ]
     for strides in [(1, 1), (2, 1)]
 )
+# Few filters of more channels: fprop's sums run along channels, wgrad takes dy for the input.
+FEW_FILTERS = [
+    *(
+        Problem((2, 9, 15, channels), filters, kernel=kernel, strides=strides, padding=padding)
+        for channels, filters in [(5, 1), (17, 2), (24, 3), (40, 4), (33, 1)]
+        for kernel in [(1, 1), (3, 3), (2, 5)]
+        for strides in [(1, 1), (2, 3)]
+        for padding in ["valid", "same", ((1, 0), (0, 1)), ((4, 5), (6, 3))]
+    ),
+    *(
+        Problem((1, 11, 30, 19), filters, padding=padding, dilation_rate=(2, 3))
+        for filters in (1, 2, 3, 4)
+        for padding in ["valid", "same"]
+    ),
+    Problem((3, 6, 7, 64), 3, padding="same", data_format="channels_first"),
+]
 EDGES = both_layouts(
     [
         Problem((0, 5, 6, 3), 4),
@@ -108,7 +124,7 @@ EDGES = both_layouts(
         Problem((2, 12, 13, 1), 33, kernel=(2, 3), dilation_rate=(1, 2)),
     ]
 )
-SMALL = WINDOWS + CHANNELS + DILATIONS + GROUPS + EDGES
+SMALL = WINDOWS + CHANNELS + DILATIONS + GROUPS + FEW_FILTERS + EDGES
 
 # Large enough for several cache blocks, channel chunks, tiles for each thread and partial sums.
 LARGE = [
@@ -253,6 +269,8 @@ VARIED = [
     Problem((2, 9, 11, 16), 33, kernel=(5, 5), padding=((1, 2), (3, 0)), dilation_rate=(2, 1)),
     Problem((2, 9, 11, 8), 16, groups=8, padding="same"),
     Problem((2, 9, 11, 20), 40, kernel=(1, 1), data_format="channels_first"),
+    Problem((2, 9, 31, 20), 2),
+    Problem((2, 9, 11, 20), 1, padding="same"),
 ]
 
 
@@ -416,6 +434,19 @@ def test_non_finite_gradient_goes_where_its_window_was(problem, value, isa):
     for name in ("dx", "dw", "dx_fused", "dw_fused", "dbias_fused"):
         assert not np.isfinite(expected[name]).all(), name
         np.testing.assert_array_equal(results[name], expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("filters", [1, 3, 32])
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_non_finite_corner_reaches_its_tap_alone(filters, value, isa):
+    data = integers(Problem((2, 9, 11, 20), filters))
+    x = data.x.copy()
+    x[0, 0, 0, 7] = value
+    dy = np.abs(data.dy) + 1
+    dw = fastconv.conv2d_grad_filter(x, dy, data.w.shape)
+    reached = np.zeros(dw.shape, bool)
+    reached[0, 0, 7] = True
+    np.testing.assert_array_equal(np.isfinite(dw), ~reached)
 
 
 @over(VARIED)

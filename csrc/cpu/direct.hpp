@@ -39,6 +39,7 @@ struct Direct {
         for_each_dgrad_class(p, [&](const TapConvolution& g, int64_t) { add(g); });
         break;
       case Direction::wgrad: {
+        if (better_reversed<V>(p)) return estimate_reversed(p);
         const WgradPlan<V> plan(p, true);
         out.multiply_adds = 1.1 * static_cast<double>(plan.pixels) *
                             static_cast<double>(p.r * p.s * p.c_per_group()) *
@@ -83,6 +84,12 @@ struct Direct {
                                               .fuses_pool = fuses_pool};
 
  private:
+  static Estimate estimate_reversed(const Conv2dProblem& p) {
+    Estimate out = estimate(reversed(p), Direction::wgrad);
+    out.workspace_bytes += (p.filter_size() + p.y_size()) * 4;  // where dy is masked
+    return out;
+  }
+
   // Vector lanes that hold no channel cost as much as those that do.
   static double lanes(int64_t channels_a_group, int64_t groups) {
     return static_cast<double>(ceil_div(channels_a_group, V::kWidth) * V::kWidth * groups);

@@ -1,4 +1,5 @@
-// Convolutions with few input channels (the first layer of a network: 1, 3 or 4), fprop and dgrad.
+// Convolutions with few input channels (the first layer of a network: 1, 3 or 4), fprop and dgrad, and
+// with few filters (the last one of a network that makes images), fprop.
 // wgrad is the direct one: its register tile runs over taps and channels together.
 //
 // fprop: so few products make a sum that a pointer a pixel costs as much as the multiplications.
@@ -8,7 +9,7 @@
 //
 // dgrad: with one to four channels to a result, vectors along channels would be empty for the most
 // part. They run along K instead, the sum's own axis, where both dy and the filter are contiguous;
-// lanes are added up at the end.
+// lanes are added up at the end. fprop with one to four filters of more channels is computed likewise.
 #pragma once
 
 #include "cpu/implicit_gemm.hpp"
@@ -182,20 +183,25 @@ PooledTileFunction pooled_tile_function(int pixels, int vectors) {
   return kTable[static_cast<std::size_t>(2 * (pixels - 1) + vectors - 1)];
 }
 
-// out[p][c] = sum over taps, k of dy[p * step + offset(tap) + k] * filter[offset(tap) + c * K + k].
+// out[p][c] = bias[c] + sum over taps, k of source[p * step + offset(tap) + k] * filter[offset(tap) + c * K + k].
 struct DotTile {
-  const float* dy;
+  int64_t tiles;  // that follow one another
+  const float* source;
   int64_t step;
   const int64_t* tap_offsets;
   const int64_t* filter_offsets;
   int64_t taps, k;
   const float* filter;
+  const float* bias;  // null for none
+  bool relu;
+  float ceiling;  // with relu
   float* out;
   int64_t out_step;
 };
 
 template <class V, int Pixels, int Channels>
-void dot_tile(const DotTile& t) {
+[[gnu::always_inline]] inline void one_dot_tile(const DotTile& t, const float* first_source,
+                                                float* out) {
   typename V::Reg sum[Pixels][Channels];
 #pragma GCC unroll 16
   for (int p = 0; p < Pixels; ++p)
@@ -204,7 +210,7 @@ void dot_tile(const DotTile& t) {
   const int64_t whole = t.k / V::kWidth * V::kWidth;
   const auto tail = V::tail(static_cast<int>(t.k - whole));
   for (int64_t tap = 0; tap < t.taps; ++tap) {
-    const float* dy = t.dy + t.tap_offsets[tap];
+    const float* source = first_source + t.tap_offsets[tap];
     const float* filter = t.filter + t.filter_offsets[tap];
     const auto add = [&](int64_t k, const auto&... mask) {
       typename V::Reg w[Channels];
@@ -212,7 +218,7 @@ void dot_tile(const DotTile& t) {
       for (int c = 0; c < Channels; ++c) w[c] = V::load(filter + c * t.k + k, mask...);
 #pragma GCC unroll 16
       for (int p = 0; p < Pixels; ++p) {
-        const typename V::Reg d = V::load(dy + p * t.step + k, mask...);
+        const typename V::Reg d = V::load(source + p * t.step + k, mask...);
 #pragma GCC unroll 4
         for (int c = 0; c < Channels; ++c) sum[p][c] = V::fma(d, w[c], sum[p][c]);
       }
@@ -223,7 +229,42 @@ void dot_tile(const DotTile& t) {
 #pragma GCC unroll 16
   for (int p = 0; p < Pixels; ++p)
 #pragma GCC unroll 4
-    for (int c = 0; c < Channels; ++c) t.out[p * t.out_step + c] = V::sum(sum[p][c]);
+    for (int c = 0; c < Channels; ++c) {
+      float value = V::sum(sum[p][c]);
+      if (t.bias) value += t.bias[c];
+      // NaN stays.
+      if (t.relu) value = value < 0 ? 0 : value > t.ceiling ? t.ceiling : value;
+      out[p * t.out_step + c] = value;
+    }
+}
+
+template <class V, int Pixels, int Channels>
+void dot_tiles(const DotTile& t) {
+  const float* source = t.source;
+  float* out = t.out;
+  for (int64_t tile = t.tiles; tile > 0; --tile) {
+    one_dot_tile<V, Pixels, Channels>(t, source, out);
+    source += Pixels * t.step;
+    out += Pixels * t.out_step;
+  }
+}
+
+using DotTileFunction = void (*)(const DotTile&);
+
+// Pixels of a tile: a quarter of the registers is left to the filter and the source.
+template <class V>
+constexpr int dot_pixels(int channels) {
+  const int pixels = (V::kRows * V::kVectors - channels + 1) / channels;
+  return pixels > 12 ? 12 : pixels;
+}
+
+// By pixels - 1.
+template <class V, int Channels>
+DotTileFunction dot_tile_function(int64_t pixels) {
+  static constexpr auto kTable = []<std::size_t... I>(std::index_sequence<I...>) {
+    return std::array<DotTileFunction, sizeof...(I)>{dot_tiles<V, I + 1, Channels>...};
+  }(std::make_index_sequence<std::size_t{dot_pixels<V>(Channels)}>{});
+  return kTable[static_cast<std::size_t>(pixels - 1)];
 }
 
 template <class V>
@@ -234,27 +275,42 @@ struct SmallChannel {
   using Panels = FilterPanels<V, Pooled ? V::kVectors : kGemmVectors<V>>;
 
   static bool serves(const Conv2dProblem& p, Direction direction) {
-    if (direction == Direction::wgrad || p.groups != 1 || p.c > kMostChannels) return false;
+    if (direction == Direction::wgrad || p.groups != 1) return false;
+    if (p.c > kMostChannels) return direction == Direction::fprop && p.k <= kMostChannels;
     return direction == Direction::dgrad || !Strip::too_wide(p);
   }
 
   static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
-    if (direction == Direction::fprop) return t.pooled ? fprop<true>(p, t) : fprop<false>(p, t);
-    switch (p.c) {
-      case 1: return dgrad<1>(p, t.dy, t.filter, t.out);
-      case 2: return dgrad<2>(p, t.dy, t.filter, t.out);
-      case 3: return dgrad<3>(p, t.dy, t.filter, t.out);
-      case 4: return dgrad<4>(p, t.dy, t.filter, t.out);
+    const bool few_filters = sums_along_channels(p, direction);
+    if (direction == Direction::fprop && !few_filters) {
+      return t.pooled ? fprop<true>(p, t) : fprop<false>(p, t);
+    }
+    const auto run_of = [&]<int Channels>() {
+      return few_filters ? fprop_by_dots<Channels>(p, t)
+                         : dgrad<Channels>(p, t.dy, t.filter, t.out);
+    };
+    switch (few_filters ? p.k : p.c) {
+      case 1: return run_of.template operator()<1>();
+      case 2: return run_of.template operator()<2>();
+      case 3: return run_of.template operator()<3>();
+      case 4: return run_of.template operator()<4>();
     }
   }
 
-  static bool fuses_pool(const Conv2dProblem&, Direction direction) {
-    return direction == Direction::fprop;
+  static bool fuses_pool(const Conv2dProblem& p, Direction direction) {
+    return direction == Direction::fprop && !sums_along_channels(p, direction);
   }
 
   static Estimate estimate(const Conv2dProblem& p, Direction direction) {
     const double pixels = static_cast<double>(p.n);
     const double taps = static_cast<double>(p.r * p.s * p.c);
+    if (sums_along_channels(p, direction)) {
+      constexpr double kASum = V::kRegisters < 32 ? 4 : 8;  // to add up lanes
+      const double lanes = static_cast<double>(ceil_div(p.c, V::kWidth) * V::kWidth);
+      return {pixels * static_cast<double>(p.oh * p.ow * p.k) *
+                  (lanes * 1.3 * static_cast<double>(p.r * p.s) + kASum * V::kWidth),
+              p.filter_size() * 4, 0};
+    }
     if (direction == Direction::fprop) {
       const Strip strip(p, false);
       const double lanes = static_cast<double>(ceil_div(p.k, V::kWidth) * V::kWidth);
@@ -274,7 +330,12 @@ struct SmallChannel {
 
   static std::string blocking(const Conv2dProblem& p, Direction direction) {
     if (direction == Direction::dgrad) {
-      return "sums along K, " + std::to_string(dot_pixels(p.c)) + " pixels at a time";
+      return "sums along K, " + std::to_string(dot_pixels<V>(static_cast<int>(p.c))) +
+             " pixels at a time";
+    }
+    if (sums_along_channels(p, direction)) {
+      return "sums along C, " + std::to_string(dot_pixels<V>(static_cast<int>(p.k))) +
+             " pixels at a time";
     }
     const Strip strip(p, false);
     const TapConvolution g = fprop_taps(p);
@@ -295,6 +356,11 @@ struct SmallChannel {
                                               .fuses_pool = fuses_pool};
 
  private:
+  // fprop with few filters of more channels: the last layer of a network that makes images.
+  static bool sums_along_channels(const Conv2dProblem& p, Direction direction) {
+    return direction == Direction::fprop && p.c > kMostChannels;
+  }
+
   // Output rows a task, and the input rows below them.
   struct Strip {
     int64_t rows, strips;                   // output rows of a strip; strips of an image
@@ -470,88 +536,114 @@ struct SmallChannel {
     }
   }
 
-  // Sums in registers: a quarter of them is left to the filter and dy.
-  static constexpr int dot_pixels(int64_t channels) {
-    const int sums = V::kRows * V::kVectors - static_cast<int>(channels) + 1;
-    const int pixels = sums / static_cast<int>(channels);
-    return pixels > 12 ? 12 : pixels;
+  // The filter with its channels side by side, [r][s][k][c].
+  template <int Filters>
+  static void fprop_by_dots(const Conv2dProblem& p, const Conv2dOperands& t) {
+    const Workspace workspace(static_cast<std::size_t>(p.filter_size()) * 4);
+    float* const turned = workspace.floats();
+    for (int64_t tap = 0; tap < p.r * p.s; ++tap)
+      for (int64_t c = 0; c < p.c; ++c)
+        for (int64_t k = 0; k < Filters; ++k) {
+          const float value = t.filter[(tap * p.c + c) * Filters + k];
+          turned[(tap * Filters + k) * p.c + c] = t.scale ? value * t.scale[k] : value;
+        }
+    TapConvolution g = fprop_taps(p);
+    g.filter_tap_row = p.s * Filters * p.c;
+    g.filter_tap_column = Filters * p.c;
+    DotTile common{};
+    common.bias = t.bias;
+    common.relu = g.relu;
+    common.ceiling = g.ceiling;
+    dot_products<Filters>(g, t.x, turned, common, t.out);
   }
 
   template <int Channels>
   static void dgrad(const Conv2dProblem& p, const float* dy, const float* filter, float* dx) {
     for_each_dgrad_class(p, [&](const TapConvolution& g, int64_t first) {
-      dgrad_class<Channels>(g, dy, filter, dx + first);
+      dot_products<Channels>(g, dy, filter, DotTile{}, dx + first);
     });
   }
 
+  // `filter`: reduced channels side by side, in rows of an output channel each.
   template <int Channels>
-  static void dgrad_class(const TapConvolution& g, const float* dy, const float* filter,
-                          float* dx) {
-    constexpr int kPixels = dot_pixels(Channels);
-    const int64_t taps = g.vertical.count * g.horizontal.count;
+  static void dot_products(const TapConvolution& g, const float* source, const float* filter,
+                           const DotTile& common, float* out) {
+    constexpr int64_t kPixels = dot_pixels<V>(Channels);
+    const AxisTaps &v = g.vertical, &h = g.horizontal;
+    const int64_t taps = v.count * h.count;
     if (g.images * g.out_h * g.out_w == 0) return;
     constexpr int64_t kPixelsATask = 1024;
     const int64_t rows = g.images * g.out_h;
     const int64_t rows_a_task = max64(1, kPixelsATask / g.out_w);
-    // Output columns that no horizontal tap takes into the padding.
-    const AxisTaps& h = g.horizontal;
-    const int64_t inner_begin = h.count == 0 ? 0 : min64(g.out_w, max64(0, -h.lowest()));
-    const int64_t inner_end =
-        h.count == 0 ? g.out_w : max64(inner_begin, min64(g.out_w, g.source_w - h.highest()));
+    // Output rows and columns that no tap takes into the padding.
+    const auto inner_of = [](const AxisTaps& axis, int64_t outputs, int64_t size) {
+      if (axis.count == 0) return Span{0, outputs};
+      const Span first = axis.met_by(0, outputs, size);
+      const Span last = axis.met_by(axis.count - 1, outputs, size);
+      const int64_t begin = max64(first.begin, last.begin);
+      return Span{begin, max64(begin, min64(first.end, last.end))};
+    };
+    const Span inner = inner_of(h, g.out_w, g.source_w);
+    const Span inner_rows = inner_of(v, g.out_h, g.source_h);
+    const int64_t row_floats = g.source_w * g.source_c;
     const int64_t tasks = ceil_div(rows, rows_a_task);
     const int workers = workers_for(tasks);
     const Workspace workspace(static_cast<std::size_t>(workers * 2 * taps * 8));
     parallel_for(tasks, workers, [&](int64_t task, int worker) {
       int64_t* tap_offsets = reinterpret_cast<int64_t*>(workspace.floats()) + worker * 2 * taps;
       int64_t* filter_offsets = tap_offsets + taps;
-      DotTile t{};
-      t.step = g.source_c;
+      DotTile t = common;
       t.tap_offsets = tap_offsets;
       t.filter_offsets = filter_offsets;
       t.k = g.reduce;
       t.filter = filter;
-      t.out_step = g.y_column;
-      for (int64_t row = task * rows_a_task; row < min64(rows, (task + 1) * rows_a_task); ++row) {
-        const int64_t n = row / g.out_h, i = row % g.out_h;
-        float* out = dx + n * g.y_image + i * g.y_row;
-        const float* source = dy + n * g.source_h * g.source_w * g.source_c;
-        // The taps of an output pixel that meet the source.
-        const auto gather = [&](int64_t j, bool inner) {
-          t.taps = 0;
-          for (int64_t r = 0; r < g.vertical.count; ++r) {
-            const int64_t source_i = i + g.vertical.offset(r);
-            if (source_i < 0 || source_i >= g.source_h) continue;
-            for (int64_t s = 0; s < h.count; ++s) {
-              const int64_t source_j = j + h.offset(s);
-              if (!inner && (source_j < 0 || source_j >= g.source_w)) continue;
-              tap_offsets[t.taps] = (source_i * g.source_w + h.offset(s)) * g.source_c;
-              filter_offsets[t.taps] =
-                  (g.vertical.filter_first + r * g.vertical.filter_stride) * g.filter_tap_row +
-                  (h.filter_first + s * h.filter_stride) * g.filter_tap_column;
-              ++t.taps;
-            }
+      // The taps of output pixel (i, j) that meet the source, from the source's pixel of the first one on.
+      const auto gather = [&](int64_t i, int64_t j) {
+        t.taps = 0;
+        int64_t r_begin = 0, r_end = 0, s_begin = 0, s_end = 0;
+        v.meeting(i, g.source_h, r_begin, r_end);
+        h.meeting(j, g.source_w, s_begin, s_end);
+        for (int64_t r = r_begin; r < r_end; ++r) {
+          for (int64_t s = s_begin; s < s_end; ++s) {
+            tap_offsets[t.taps] = v.offset(r) * row_floats + h.offset(s) * g.source_c;
+            filter_offsets[t.taps] =
+                (v.filter_first + r * v.filter_stride) * g.filter_tap_row +
+                (h.filter_first + s * h.filter_stride) * g.filter_tap_column;
+            ++t.taps;
           }
-        };
-        const auto single = [&](int64_t j) {
-          t.dy = source + j * g.source_c;
-          t.out = out + j * g.y_column;
-          dot_tile<V, 1, Channels>(t);
-        };
-        for (int64_t j = 0; j < inner_begin; ++j) {
-          gather(j, false);
-          single(j);
         }
-        gather(inner_begin, true);
-        int64_t j = inner_begin;
-        for (; j + kPixels <= inner_end; j += kPixels) {
-          t.dy = source + j * g.source_c;
-          t.out = out + j * g.y_column;
-          dot_tile<V, kPixels, Channels>(t);
+      };
+      // `count` output pixels from (i, j) of image n on, which meet the same taps.
+      const auto compute = [&](int64_t n, int64_t i, int64_t j, int64_t count, bool downwards) {
+        gather(i, j);
+        const LikeTiles tiles(count, ceil_div(count, kPixels));
+        t.step = downwards ? v.step * row_floats : h.step * g.source_c;
+        t.out_step = downwards ? g.y_row : g.y_column;
+        t.source = source + n * g.source_image + i * v.step * row_floats + j * h.step * g.source_c;
+        t.out = out + n * g.y_image + i * g.y_row + j * g.y_column;
+        for (int64_t tile = 0; tile < tiles.count; tile += t.tiles) {
+          t.tiles = tiles.alike(tile);
+          dot_tile_function<V, Channels>(tiles.size(tile))(t);
+          t.source += t.tiles * tiles.size(tile) * t.step;
+          t.out += t.tiles * tiles.size(tile) * t.out_step;
         }
-        for (; j < inner_end; ++j) single(j);
-        for (; j < g.out_w; ++j) {
-          gather(j, false);
-          single(j);
+      };
+      const int64_t task_end = min64(rows, (task + 1) * rows_a_task);
+      for (int64_t row = task * rows_a_task, rows_alike = 0; row < task_end; row += rows_alike) {
+        const int64_t n = row / g.out_h, i = row % g.out_h;
+        // Rows below one another whose outer columns meet the same taps.
+        rows_alike = inner_rows.begin <= i && i < inner_rows.end
+                         ? min64(task_end - row, inner_rows.end - i)
+                         : 1;
+        for (int64_t j = 0; j < g.out_w; ++j) {
+          if (j == inner.begin && inner.size() > 0) {
+            for (int64_t below = 0; below < rows_alike; ++below) {
+              compute(n, i + below, j, inner.size(), false);
+            }
+            j = inner.end - 1;
+          } else {
+            compute(n, i, j, rows_alike, true);
+          }
         }
       }
     });

@@ -14,6 +14,9 @@
 // depends on the problem alone and there are no atomics: the same bits for any thread count.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+
 #include "cpu/implicit_gemm.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/transpose.hpp"
@@ -295,6 +298,29 @@ inline Conv2dProblem turned(Conv2dProblem p) {
   return p;
 }
 
+// With stride 1 so is a larger filter's, where dy, with its padding, takes the input's place and the taps
+// come in reverse: for filters so few that they leave vectors empty.
+template <class V>
+bool better_reversed(const Conv2dProblem& p) {
+  constexpr int64_t kMostFilters = 4;
+  const int64_t reach_h = (p.r - 1) * p.dilation_h, reach_w = (p.s - 1) * p.dilation_w;
+  return p.k <= kMostFilters && p.groups == 1 && p.stride_h == 1 && p.stride_w == 1 &&
+         max64(p.pad_top, p.pad_bottom) <= reach_h && max64(p.pad_left, p.pad_right) <= reach_w &&
+         (reach_h > 0 || reach_w > 0) && share_of_tile<V>(p.c) > 1.1 * share_of_tile<V>(p.k);
+}
+
+inline Conv2dProblem reversed(Conv2dProblem p) {
+  const int64_t reach_h = (p.r - 1) * p.dilation_h, reach_w = (p.s - 1) * p.dilation_w;
+  std::swap(p.c, p.k);
+  std::swap(p.h, p.oh);
+  std::swap(p.w, p.ow);
+  p.pad_top = reach_h - p.pad_top;
+  p.pad_bottom = reach_h - p.pad_bottom;
+  p.pad_left = reach_w - p.pad_left;
+  p.pad_right = reach_w - p.pad_right;
+  return p;
+}
+
 // Floats from an input's first pixel to the one at the corner of an output pixel's window, which meets no
 // padding.
 inline int64_t corner_of_window(const Conv2dProblem& p, int64_t pixel) {
@@ -564,6 +590,111 @@ void add_parts(const float* from, int64_t parts, int64_t count, float* to) {
   });
 }
 
+// `Vectors` neighbouring vectors of channels through a block of pixels, every line read once.
+template <class V, int Vectors, bool Relu>
+void activation_grad_block(int64_t pixels, int64_t channels, int valid, const float* dy,
+                           const float* y, float* dz, float* sums) {
+  const auto tail = V::tail(valid);
+  typename V::Reg sum[Vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v) sum[v] = V::zero();
+  for (int64_t at = 0; at < pixels * channels; at += channels) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      const bool last = v == Vectors - 1;
+      const int64_t here = at + v * V::kWidth;
+      typename V::Reg value = last ? V::load(dy + here, tail) : V::load(dy + here);
+      if constexpr (Relu) {
+        value = V::where_positive(last ? V::load(y + here, tail) : V::load(y + here), value);
+        if (last) {
+          V::store(dz + here, value, tail);
+        } else {
+          V::store(dz + here, value);
+        }
+      }
+      sum[v] = V::add(sum[v], value);
+    }
+  }
+  if (!sums) return;
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v) {
+    if (v == Vectors - 1) {
+      V::store(sums + v * V::kWidth, sum[v], tail);
+    } else {
+      V::store(sums + v * V::kWidth, sum[v]);
+    }
+  }
+}
+
+template <class V, bool Relu>
+auto activation_grad_function(int64_t vectors) {
+  return vectors == 1   ? activation_grad_block<V, 1, Relu>
+         : vectors == 2 ? activation_grad_block<V, 2, Relu>
+         : vectors == 3 ? activation_grad_block<V, 3, Relu>
+                        : activation_grad_block<V, 4, Relu>;
+}
+
+// dz = dy where y > 0; dbias = the sum of dz over pixels, by blocks of a fixed size in order.
+template <class V>
+void activation_grad(int64_t pixels, int64_t channels, const float* dy, const float* y, float* dz,
+                     float* dbias) {
+  // Blocks grow with the problem so that their sums stay few.
+  const int64_t pixels_a_block = max64(64, ceil_div(pixels, 64));
+  const int64_t blocks = ceil_div(pixels, pixels_a_block);
+  const Workspace workspace(static_cast<std::size_t>(dbias ? blocks * channels * 4 : 0));
+  float* sums = dbias ? workspace.floats() : nullptr;
+  parallel_for(blocks, [&](int64_t block) {
+    const int64_t begin = block * pixels_a_block, end = min64(pixels, begin + pixels_a_block);
+    constexpr int64_t kChannels = 4 * V::kWidth;
+    for (int64_t c = 0; c < channels; c += kChannels) {
+      const int64_t width = min64(kChannels, channels - c);
+      const int64_t vectors = ceil_div(width, V::kWidth);
+      const auto block_of = y ? activation_grad_function<V, true>(vectors)
+                              : activation_grad_function<V, false>(vectors);
+      const int64_t at = begin * channels + c;
+      block_of(end - begin, channels, static_cast<int>(width - (vectors - 1) * V::kWidth), dy + at,
+               y ? y + at : nullptr, y ? dz + at : nullptr,
+               sums ? sums + block * channels + c : nullptr);
+    }
+  });
+  if (!dbias) return;
+  for (int64_t c = 0; c < channels; ++c) {
+    float sum = 0;
+    for (int64_t block = 0; block < blocks; ++block) sum += sums[block * channels + c];
+    dbias[c] = sum;
+  }
+}
+
+template <class V>
+void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands);
+
+// By the problem reversed, of dy that is masked and summed beforehand. Returns whether the gradient is
+// finite. If it is not, that may be of an infinite input times the zeros around dy, which it does not meet.
+template <class V>
+bool reversed_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands) {
+  const int64_t taps = p.r * p.s;
+  const Workspace workspace(
+      static_cast<std::size_t>(p.filter_size() + (operands.y ? p.y_size() : 0)) * 4);
+  float* const found = workspace.floats();
+  const float* dy = operands.dy;
+  if (operands.y || operands.dbias) {
+    float* const dz = operands.y ? found + p.filter_size() : nullptr;
+    activation_grad<V>(p.n * p.oh * p.ow, p.k, dy, operands.y, dz, operands.dbias);
+    if (dz) dy = dz;
+  }
+  implicit_gemm_wgrad<V>(reversed(p), {.x = dy, .dy = operands.x, .out = found});
+  if (!std::all_of(found, found + p.filter_size(), [](float w) { return std::isfinite(w); })) {
+    return false;
+  }
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const float* const from = found + (taps - 1 - tap) * p.k * p.c;
+    float* const to = operands.out + tap * p.c * p.k;
+    for (int64_t c = 0; c < p.c; ++c)
+      for (int64_t k = 0; k < p.k; ++k) to[c * p.k + k] = from[k * p.c + c];
+  }
+  return true;
+}
+
 template <class V>
 void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands) {
   const float* const x = operands.x;
@@ -585,6 +716,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
     transpose<V>(1, p.k, p.c, transposed.floats(), dfilter);
     return;
   }
+  if (better_reversed<V>(p) && !argmax && reversed_wgrad<V>(p, operands)) return;
   WgradPlan<V> plan(p, dbias != nullptr);
   if (argmax) plan.make_blocks_of_windows(p);
   const Conv2dProblem read = as_read(p, plan);
@@ -730,81 +862,6 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
 
   if (plan.parts > 1) add_parts<V>(sums, plan.parts, plan.floats, dfilter);
   if (dbias) add_parts<V>(bias_sums, plan.parts, p.k, dbias);
-}
-
-// `Vectors` neighbouring vectors of channels through a block of pixels, every line read once.
-template <class V, int Vectors, bool Relu>
-void activation_grad_block(int64_t pixels, int64_t channels, int valid, const float* dy,
-                           const float* y, float* dz, float* sums) {
-  const auto tail = V::tail(valid);
-  typename V::Reg sum[Vectors];
-#pragma GCC unroll 4
-  for (int v = 0; v < Vectors; ++v) sum[v] = V::zero();
-  for (int64_t at = 0; at < pixels * channels; at += channels) {
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      const bool last = v == Vectors - 1;
-      const int64_t here = at + v * V::kWidth;
-      typename V::Reg value = last ? V::load(dy + here, tail) : V::load(dy + here);
-      if constexpr (Relu) {
-        value = V::where_positive(last ? V::load(y + here, tail) : V::load(y + here), value);
-        if (last) {
-          V::store(dz + here, value, tail);
-        } else {
-          V::store(dz + here, value);
-        }
-      }
-      sum[v] = V::add(sum[v], value);
-    }
-  }
-  if (!sums) return;
-#pragma GCC unroll 4
-  for (int v = 0; v < Vectors; ++v) {
-    if (v == Vectors - 1) {
-      V::store(sums + v * V::kWidth, sum[v], tail);
-    } else {
-      V::store(sums + v * V::kWidth, sum[v]);
-    }
-  }
-}
-
-template <class V, bool Relu>
-auto activation_grad_function(int64_t vectors) {
-  return vectors == 1   ? activation_grad_block<V, 1, Relu>
-         : vectors == 2 ? activation_grad_block<V, 2, Relu>
-         : vectors == 3 ? activation_grad_block<V, 3, Relu>
-                        : activation_grad_block<V, 4, Relu>;
-}
-
-// dz = dy where y > 0; dbias = the sum of dz over pixels, by blocks of a fixed size in order.
-template <class V>
-void activation_grad(int64_t pixels, int64_t channels, const float* dy, const float* y, float* dz,
-                     float* dbias) {
-  // Blocks grow with the problem so that their sums stay few.
-  const int64_t pixels_a_block = max64(64, ceil_div(pixels, 64));
-  const int64_t blocks = ceil_div(pixels, pixels_a_block);
-  const Workspace workspace(static_cast<std::size_t>(dbias ? blocks * channels * 4 : 0));
-  float* sums = dbias ? workspace.floats() : nullptr;
-  parallel_for(blocks, [&](int64_t block) {
-    const int64_t begin = block * pixels_a_block, end = min64(pixels, begin + pixels_a_block);
-    constexpr int64_t kChannels = 4 * V::kWidth;
-    for (int64_t c = 0; c < channels; c += kChannels) {
-      const int64_t width = min64(kChannels, channels - c);
-      const int64_t vectors = ceil_div(width, V::kWidth);
-      const auto block_of = y ? activation_grad_function<V, true>(vectors)
-                              : activation_grad_function<V, false>(vectors);
-      const int64_t at = begin * channels + c;
-      block_of(end - begin, channels, static_cast<int>(width - (vectors - 1) * V::kWidth), dy + at,
-               y ? y + at : nullptr, y ? dz + at : nullptr,
-               sums ? sums + block * channels + c : nullptr);
-    }
-  });
-  if (!dbias) return;
-  for (int64_t c = 0; c < channels; ++c) {
-    float sum = 0;
-    for (int64_t block = 0; block < blocks; ++block) sum += sums[block * channels + c];
-    dbias[c] = sum;
-  }
 }
 
 }  // namespace
