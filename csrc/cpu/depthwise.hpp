@@ -149,8 +149,8 @@ constexpr int depthwise_rows_in_registers() {
 }
 
 template <class V, int R, int Step, int Vectors>
-constexpr int kDepthwiseRows = max64(Vectors > 2 ? 1 : 2,
-                                     depthwise_rows_in_registers<V, R, Step, Vectors>());
+constexpr int kDepthwiseRows =
+    max64(Vectors > 2 ? 1 : 2, depthwise_rows_in_registers<V, R, Step, Vectors>());
 
 // `Edge`: some source rows may be missing, above no more than R; or some rows of the tile.
 template <class V, int R, int Step, int Rows, bool Edge, bool Masked, class Channels>
@@ -727,11 +727,11 @@ struct DepthwiseConvolution {
   int64_t source_h, source_w, rows, columns;
   int64_t step, first_row, first_column;  // source row = row * step + first_row + tap
   int64_t row_tiles, column_tiles;
-  int64_t vectors;              // of all channels, a multiple of a tile's
-  int64_t strip, strips;        // row tiles of a task; such strips of all images, or parts
-  int64_t block, blocks;        // vectors of a task
-  int64_t parts, part_floats;   // wgrad: of sums
-  int64_t taps_floats;          // wgrad: of one vector
+  int64_t vectors;             // of all channels, a multiple of a tile's
+  int64_t strip, strips;       // row tiles of a task; such strips of all images, or parts
+  int64_t block, blocks;       // vectors of a task
+  int64_t parts, part_floats;  // wgrad: of sums
+  int64_t taps_floats;         // wgrad: of one vector
   DepthwiseKernels kernels;
 
   DepthwiseConvolution(const Conv2dProblem& problem, Direction which, bool masked, bool bias)
@@ -755,11 +755,11 @@ struct DepthwiseConvolution {
     }
     column_tiles = ceil_div(columns, kColumns);
     const auto of = [&]<DepthwiseWalk kWalk, int Step>() {
-      return depthwise_kernels<V, kWalk, Step>(
-          p.r, p.c, ceil_div(columns, max64(column_tiles, 1)), masked);
+      return depthwise_kernels<V, kWalk, Step>(p.r, p.c, ceil_div(columns, max64(column_tiles, 1)),
+                                               masked);
     };
     constexpr auto kGather = DepthwiseWalk::gather, kWgrad = DepthwiseWalk::wgrad;
-    kernels = scatter                          ? of.template operator()<DepthwiseWalk::scatter, 2>()
+    kernels = scatter                         ? of.template operator()<DepthwiseWalk::scatter, 2>()
               : direction == Direction::wgrad ? (step == 1 ? of.template operator()<kWgrad, 1>()
                                                            : of.template operator()<kWgrad, 2>())
               : step == 1                     ? of.template operator()<kGather, 1>()

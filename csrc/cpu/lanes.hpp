@@ -828,10 +828,8 @@ double lane_cost(Lanes lanes, const AxisTaps& h) {
   switch (lanes) {
     case Lanes::plain:
     case Lanes::masked: return slides ? 1.2 : 1.6;
-    case Lanes::broadcast: return V::kWidth == 1  ? 3
-                                    : kFewRegisters ? (slides ? 1.25 : 4)
-                                    : slides        ? 1.0
-                                                    : 1.5;
+    case Lanes::broadcast:
+      return V::kWidth == 1 ? 3 : kFewRegisters ? (slides ? 1.25 : 4) : slides ? 1.0 : 1.5;
     case Lanes::permute: return slides ? 1.25 : 2;
     case Lanes::permute2: return slides ? 1.6 : 3;
     case Lanes::gather: return 16;

@@ -27,11 +27,13 @@ struct StridedTile {
   int64_t step;          // floats from pixel to pixel
   const int64_t* steps;  // floats from the offset of the group before, or from 0
   int64_t groups;
-  const float* filter;  // [product][vectors * width]
-  const float* bias;    // null for none
+  int64_t panels;        // of like widths, that take turns at a tile
+  int64_t panel_floats;  // from one to the next
+  const float* filter;   // [panel][product][vectors * width]
+  const float* bias;     // null for none
   float* y;
   int64_t y_step;
-  int columns;  // of the last vector
+  int columns;  // of the last vector of the last panel
   bool ahead;   // the lines of y behind this tile's will be written soon, and are in no cache
   bool relu;
   float ceiling;  // with relu
@@ -41,10 +43,12 @@ struct StridedTile {
 template <class V>
 constexpr int kGroup = V::kProductsAtOnce > 1 ? 3 : 1;
 
+// Of the panel that begins at these channels, of `columns` in its last vector.
 template <class V, int Rows, int Vectors, int Group>
 [[gnu::always_inline]] inline void one_strided_tile(const StridedTile& t, const float* x,
-                                                    float* first_y) {
-  const auto tail = V::tail(t.columns);
+                                                    const float* filter, const float* bias,
+                                                    float* first_y, int columns) {
+  const auto tail = V::tail(columns);
   if (t.ahead) {
 #pragma GCC unroll 1
     for (int i = Rows; i < 2 * Rows; ++i)
@@ -55,14 +59,14 @@ template <class V, int Rows, int Vectors, int Group>
   typename V::Reg sum[Rows][Vectors];
 #pragma GCC unroll 4
   for (int v = 0; v < Vectors; ++v) {
-    const typename V::Reg first = start_of_sum<V, Vectors>(t.bias, v, tail);
+    const typename V::Reg first = start_of_sum<V, Vectors>(bias, v, tail);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) sum[i][v] = first;
   }
   Spaced<Rows> a(x, t.step);
   const int64_t *step = t.steps, *const end = step + t.groups;
   // One loop: those of taps and of channels would be left as often as a filter has rows.
-  for (const float* filter = t.filter; step != end; ++step) {
+  for (; step != end; ++step) {
     a.advance(*step);
 #pragma GCC unroll 3
     for (int j = 0; j < Group; ++j) {
@@ -74,16 +78,28 @@ template <class V, int Rows, int Vectors, int Group>
   }
   const StridedTile* const last = hidden(&t);  // read anew: in the loop, registers are short
   if (last->relu) activate<V>(sum, last->ceiling);
-  store_tile<V>(sum, last->columns,
-                [first_y, step = last->y_step](int i) { return first_y + i * step; });
+  store_tile<V>(sum, columns, [first_y, step = last->y_step](int i) { return first_y + i * step; });
 }
 
-template <class V, int Rows, int Vectors, int Group>
+// `Turns`: more than one panel. A function of its own: of short sums, the loop around the panels shows.
+template <class V, int Rows, int Vectors, int Group, bool Turns>
 void strided_tile(const StridedTile& t) {
   const float* x = t.x;
   float* y = t.y;
   for (int64_t tile = t.tiles; tile > 0; --tile) {
-    one_strided_tile<V, Rows, Vectors, Group>(t, x, y);
+    if constexpr (!Turns) {
+      one_strided_tile<V, Rows, Vectors, Group>(t, x, t.filter, t.bias, y, t.columns);
+    } else {
+      const float *filter = t.filter, *bias = t.bias;
+      float* panel_y = y;
+      for (int64_t panel = t.panels; panel > 0; --panel) {
+        one_strided_tile<V, Rows, Vectors, Group>(t, x, filter, bias, panel_y,
+                                                  panel == 1 ? t.columns : V::kWidth);
+        filter += t.panel_floats;
+        panel_y += Vectors * V::kWidth;
+        if (bias) bias += Vectors * V::kWidth;
+      }
+    }
     x += Rows * t.step;
     y += Rows * t.y_step;
   }
@@ -100,24 +116,26 @@ constexpr int strided_rows(int vectors) {
 }
 
 // Of `Vectors` vectors, by rows - 1.
-template <class V, int Group, int Vectors, std::size_t... I>
+template <class V, int Group, bool Turns, int Vectors, std::size_t... I>
 constexpr auto make_strided_tiles(std::index_sequence<I...>) {
   return std::array<StridedTileFunction, std::size_t{strided_rows<V>(1)}>{
-      strided_tile<V, I + 1, Vectors, Group>...};
+      strided_tile<V, I + 1, Vectors, Group, Turns>...};
 }
 
 // By vectors - 1 and rows - 1.
-template <class V, int Group, std::size_t... I>
+template <class V, int Group, bool Turns, std::size_t... I>
 constexpr auto make_strided_tile_table(std::index_sequence<I...>) {
-  return std::array{make_strided_tiles<V, Group, I + 1>(
+  return std::array{make_strided_tiles<V, Group, Turns, I + 1>(
       std::make_index_sequence<std::size_t{strided_rows<V>(I + 1)}>{})...};
 }
 
 template <class V, int Group>
-StridedTileFunction strided_tile_function(int rows, int vectors) {
-  static constexpr auto kTable =
-      make_strided_tile_table<V, Group>(std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
-  return kTable[static_cast<std::size_t>(vectors - 1)][static_cast<std::size_t>(rows - 1)];
+StridedTileFunction strided_tile_function(int rows, int vectors, bool turns) {
+  constexpr auto kVectors = std::make_index_sequence<std::size_t{kGemmVectors<V>}>{};
+  static constexpr std::array kTables = {make_strided_tile_table<V, Group, false>(kVectors),
+                                         make_strided_tile_table<V, Group, true>(kVectors)};
+  return kTables[turns ? 1 : 0][static_cast<std::size_t>(vectors - 1)]
+                [static_cast<std::size_t>(rows - 1)];
 }
 
 // The same with 2 x 2 max-pooling behind it: `Pixels` windows beside one another, whose pixels stay in
@@ -490,13 +508,20 @@ struct SmallChannel {
           int64_t at = (n * p.oh + i) / kUnit * columns * p.k;
           for (int64_t tile = 0; tile < tiles.count; tile += t.tiles) {
             const int count = static_cast<int>(tiles.size(tile));
-            t.tiles = Pooled || last - first > 1 ? 1 : tiles.alike(tile);
-            for (int64_t panel = first; panel < last; ++panel) {
+            // Panels of one width, which mostly are all, take turns within a call.
+            for (int64_t panel = first; panel < last; panel += t.panels) {
               const int64_t column = panels.first_column(panel);
               const int vectors = panels.vectors_of(panel);
+              t.panels = 1;
+              while (!Pooled && panel + t.panels < last &&
+                     panels.vectors_of(panel + t.panels) == vectors) {
+                ++t.panels;
+              }
+              t.tiles = Pooled || t.panels < last - first ? 1 : tiles.alike(tile);
+              t.panel_floats = panels.reduce * vectors * V::kWidth;
               t.filter = packed + panels.offset(0, panel) + r * p.s * p.c * vectors * V::kWidth;
               t.bias = bias ? bias + column : nullptr;
-              t.columns = panels.last_columns(panel);
+              t.columns = panels.last_columns(panel + t.panels - 1);
               t.y = operands.out + at + column;
               if constexpr (Pooled) {
                 std::uint8_t* const argmax =
@@ -504,8 +529,9 @@ struct SmallChannel {
                 (strip.grouped ? pooled_tile_function<V, kGroup<V>>(count, vectors)
                                : pooled_tile_function<V, 1>(count, vectors))(t, below, argmax);
               } else {
-                (strip.grouped ? strided_tile_function<V, kGroup<V>>(count, vectors)
-                               : strided_tile_function<V, 1>(count, vectors))(t);
+                const bool turns = t.panels > 1;
+                (strip.grouped ? strided_tile_function<V, kGroup<V>>(count, vectors, turns)
+                               : strided_tile_function<V, 1>(count, vectors, turns))(t);
               }
             }
             t.x += t.tiles * kUnit * count * t.step;
@@ -606,9 +632,8 @@ struct SmallChannel {
         for (int64_t r = r_begin; r < r_end; ++r) {
           for (int64_t s = s_begin; s < s_end; ++s) {
             tap_offsets[t.taps] = v.offset(r) * row_floats + h.offset(s) * g.source_c;
-            filter_offsets[t.taps] =
-                (v.filter_first + r * v.filter_stride) * g.filter_tap_row +
-                (h.filter_first + s * h.filter_stride) * g.filter_tap_column;
+            filter_offsets[t.taps] = (v.filter_first + r * v.filter_stride) * g.filter_tap_row +
+                                     (h.filter_first + s * h.filter_stride) * g.filter_tap_column;
             ++t.taps;
           }
         }

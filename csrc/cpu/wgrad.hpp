@@ -306,7 +306,7 @@ bool better_reversed(const Conv2dProblem& p) {
   const int64_t reach_h = (p.r - 1) * p.dilation_h, reach_w = (p.s - 1) * p.dilation_w;
   return p.k <= kMostFilters && p.groups == 1 && p.stride_h == 1 && p.stride_w == 1 &&
          max64(p.pad_top, p.pad_bottom) <= reach_h && max64(p.pad_left, p.pad_right) <= reach_w &&
-         (reach_h > 0 || reach_w > 0) && share_of_tile<V>(p.c) > 1.1 * share_of_tile<V>(p.k);
+         share_of_tile<V>(p.c) > 1.1 * share_of_tile<V>(p.k);
 }
 
 inline Conv2dProblem reversed(Conv2dProblem p) {

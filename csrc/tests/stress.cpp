@@ -188,7 +188,8 @@ Conv2dProblem draw_conv(Random& random) {
       a.groups = 1;
       a.strides = a.dilations = {1, 1};
     } else if (kind == 1) {  // depthwise
-      if (random() % 4 == 0) c = int64_t{128} << random() % 3;  // whole lines of channels a tile
+      // Of some, a tile has whole lines of channels.
+      if (random() % 4 == 0) c = int64_t{128} << random() % 3;
       a.groups = c;
       k = c * up_to(random, 3);
     } else if (kind == 2) {  // pointwise
