@@ -600,7 +600,8 @@ struct SmallChannel {
     if (g.images * g.out_h * g.out_w == 0) return;
     constexpr int64_t kPixelsATask = 1024;
     const int64_t rows = g.images * g.out_h;
-    const int64_t rows_a_task = max64(1, kPixelsATask / g.out_w);
+    const int64_t enough_tasks = tasks_for(rows * g.out_w * taps * g.reduce * Channels);
+    const int64_t rows_a_task = max64(1, min64(kPixelsATask / g.out_w, rows / enough_tasks));
     // Output rows and columns that no tap takes into the padding.
     const auto inner_of = [](const AxisTaps& axis, int64_t outputs, int64_t size) {
       if (axis.count == 0) return Span{0, outputs};
