@@ -17,9 +17,11 @@
 // dy adds to the columns of dx that it meets, in registers likewise, so that dy is read once for
 // all residue classes. wgrad holds the sums of the taps in registers, of as many filter rows as
 // there are registers for.
+//
+// Of a dilated filter, the pixels that meet the same of the source lie as far apart as the taps: a tile
+// takes these.
 #pragma once
 
-#include <numeric>
 #include <string>
 #include <type_traits>
 
@@ -675,26 +677,18 @@ DepthwiseKernels depthwise_kernels_with(bool masked) {
   return depthwise_kernels_of<V, kWalk, R, Step, Vectors, false>();
 }
 
-// Whether what a tile of one vector reads, `rows` by `columns` pixels, is more than the first-level cache
-// keeps. Pixels that lie a power of two apart share a few of its 64 sets, of 8 lines each or somewhat more.
-inline bool crowds_cache(int64_t rows, int64_t columns, int64_t channels) {
-  constexpr int64_t kSets = 64, kWays = 8;
-  const int64_t lines_apart = channels / kLine;
-  const int64_t kept = kSets / std::gcd(lines_apart, kSets) * kWays;
-  return 5 * rows * columns > 6 * kept;
-}
-
 // Tiles of whole lines have fewer rows, which read what they share once more. With a scattering walk that
 // is never slower; else it is faster where lines would not stay until their next vector is computed.
+// `apart`: floats from a tile's column to its next.
 template <class V, DepthwiseWalk kWalk, int R, int Step>
-DepthwiseKernels depthwise_kernels(int64_t channels, int64_t columns, bool masked) {
+DepthwiseKernels depthwise_kernels(int64_t channels, int64_t columns, int64_t apart, bool masked) {
   constexpr int kVectors = kDepthwiseVectors<V, R, kWalk>;
   constexpr int kLineVectors = kDepthwiseLineVectors<V, R, kWalk>;
   if constexpr (kLineVectors != kVectors) {
     constexpr int64_t kRows = (kDepthwiseRows<V, R, Step, kVectors> - 1) * Step + R;
     if (channels % (kLineVectors * V::kWidth) == 0 &&
         (kWalk == DepthwiseWalk::scatter ||
-         crowds_cache(kRows, (columns - 1) * Step + R, channels))) {
+         crowds_cache(kRows * ((columns - 1) * Step + R), apart))) {
       return depthwise_kernels_with<V, kWalk, R, Step, kLineVectors>(masked);
     }
   }
@@ -703,16 +697,18 @@ DepthwiseKernels depthwise_kernels(int64_t channels, int64_t columns, bool maske
 
 // `columns`: of a tile.
 template <class V, DepthwiseWalk kWalk, int Step>
-DepthwiseKernels depthwise_kernels(int64_t taps, int64_t channels, int64_t columns, bool masked) {
-  if (taps == 3) return depthwise_kernels<V, kWalk, 3, Step>(channels, columns, masked);
-  if (taps == 5) return depthwise_kernels<V, kWalk, 5, Step>(channels, columns, masked);
-  return depthwise_kernels<V, kWalk, 7, Step>(channels, columns, masked);
+DepthwiseKernels depthwise_kernels(const Conv2dProblem& p, int64_t columns, int64_t apart,
+                                   bool masked) {
+  if (p.r == 3) return depthwise_kernels<V, kWalk, 3, Step>(p.c, columns, apart, masked);
+  if (p.r == 5) return depthwise_kernels<V, kWalk, 5, Step>(p.c, columns, apart, masked);
+  return depthwise_kernels<V, kWalk, 7, Step>(p.c, columns, apart, masked);
 }
 
 inline bool has_depthwise_kernels(const Conv2dProblem& p) {
+  const bool dilated = p.dilation_h > 1 || p.dilation_w > 1;
   return p.c_per_group() == 1 && p.k_per_group() == 1 && p.r == p.s &&
-         (p.r == 3 || p.r == 5 || p.r == 7) && p.stride_h == p.stride_w && p.stride_h <= 2 &&
-         p.dilation_h == 1 && p.dilation_w == 1;
+         (p.r == 3 || p.r == 5 || p.r == 7) && p.stride_h == p.stride_w &&
+         p.stride_h <= (dilated ? 1 : 2);
 }
 
 template <class V>
@@ -725,17 +721,22 @@ struct DepthwiseConvolution {
   bool scatter;
   // Of the source and of what is walked over: the output, or its cells.
   int64_t source_h, source_w, rows, columns;
-  int64_t step, first_row, first_column;  // source row = row * step + first_row + tap
-  int64_t row_tiles, column_tiles;
-  int64_t vectors;             // of all channels, a multiple of a tile's
-  int64_t strip, strips;       // row tiles of a task; such strips of all images, or parts
-  int64_t block, blocks;       // vectors of a task
-  int64_t parts, part_floats;  // wgrad: of sums
-  int64_t taps_floats;         // wgrad: of one vector
+  // Source row = row * step + first_row + tap * apart_h. A tile's rows lie as far apart as the taps do,
+  // and so do its columns: then they meet the same of the source.
+  int64_t step, first_row, first_column, apart_h, apart_w;
+  int64_t residues_h, residues_w;   // of rows and columns, by what lies between a tile's
+  int64_t row_tiles, column_tiles;  // of one residue
+  int64_t tiles;                    // of an image
+  int64_t vectors;                  // of all channels, a multiple of a tile's
+  int64_t strip, strips;            // tiles of a task; such strips of all images, or parts
+  int64_t block, blocks;            // vectors of a task
+  int64_t parts, part_floats;       // wgrad: of sums
+  int64_t taps_floats;              // wgrad: of one vector
   DepthwiseKernels kernels;
 
   DepthwiseConvolution(const Conv2dProblem& problem, Direction which, bool masked, bool bias)
-      : p(problem), direction(which), scatter(which == Direction::dgrad && problem.stride_h == 2) {
+      : p(problem), direction(which), scatter(which == Direction::dgrad && problem.stride_h == 2),
+        apart_h(problem.dilation_h), apart_w(problem.dilation_w) {
     source_h = direction == Direction::dgrad ? p.oh : p.h;
     source_w = direction == Direction::dgrad ? p.ow : p.w;
     if (scatter) {
@@ -748,15 +749,18 @@ struct DepthwiseConvolution {
     } else {
       const bool turned = direction == Direction::dgrad;
       step = turned ? 1 : p.stride_h;
-      first_row = turned ? p.pad_top - (p.r - 1) : -p.pad_top;
-      first_column = turned ? p.pad_left - (p.s - 1) : -p.pad_left;
+      first_row = turned ? p.pad_top - (p.r - 1) * apart_h : -p.pad_top;
+      first_column = turned ? p.pad_left - (p.s - 1) * apart_w : -p.pad_left;
       rows = turned ? p.h : p.oh;
       columns = turned ? p.w : p.ow;
     }
-    column_tiles = ceil_div(columns, kColumns);
+    residues_h = min64(apart_h, rows);
+    residues_w = min64(apart_w, columns);
+    const int64_t own_columns = ceil_div(columns, residues_w);
+    column_tiles = ceil_div(own_columns, kColumns);
     const auto of = [&]<DepthwiseWalk kWalk, int Step>() {
-      return depthwise_kernels<V, kWalk, Step>(p.r, p.c, ceil_div(columns, max64(column_tiles, 1)),
-                                               masked);
+      return depthwise_kernels<V, kWalk, Step>(p, ceil_div(own_columns, column_tiles),
+                                               apart_w * p.c, masked);
     };
     constexpr auto kGather = DepthwiseWalk::gather, kWgrad = DepthwiseWalk::wgrad;
     kernels = scatter                         ? of.template operator()<DepthwiseWalk::scatter, 2>()
@@ -765,7 +769,8 @@ struct DepthwiseConvolution {
               : step == 1                     ? of.template operator()<kGather, 1>()
                                               : of.template operator()<kGather, 2>();
     vectors = round_up(ceil_div(p.c, V::kWidth), kernels.vectors);
-    row_tiles = ceil_div(rows, kernels.rows);
+    row_tiles = ceil_div(ceil_div(rows, residues_h), kernels.rows);
+    tiles = residues_h * row_tiles * residues_w * column_tiles;
     taps_floats = p.r * p.s * V::kWidth;
     part_floats = vectors * (taps_floats + (bias ? V::kWidth : 0));
     divide();
@@ -790,17 +795,19 @@ struct DepthwiseConvolution {
     common.ceiling = ceiling_of(p.activation);
     const int64_t out_h = direction == Direction::fprop ? p.oh : p.h;
     const int64_t out_w = direction == Direction::fprop ? p.ow : p.w;
+    common.out_row = out_w * p.c * apart_h;
+    common.out_column = p.c * apart_w;
     parallel_for(strips * blocks, [&](int64_t task) {
       alignas(64) float scratch[(7 * 7 + 1) * V::kWidth];
       DepthwiseTile t = common;
       t.scratch = scratch;
       const int64_t first = begin_block(task % blocks, t);
-      const int64_t strips_of_one = ceil_div(row_tiles, strip);
+      const int64_t strips_of_one = ceil_div(tiles, strip);
       const int64_t n = task / blocks / strips_of_one;
       const int64_t tile = task / blocks % strips_of_one * strip;
       t.filter = filter + first;
       t.bias = bias ? bias + first : nullptr;
-      for_each_tile(n, tile, min64(row_tiles, tile + strip), source, mask, first, t,
+      for_each_tile(n, tile, min64(tiles, tile + strip), source, mask, first, t,
                     [&](int64_t row, int64_t column) {
                       // Of the output; a cell's first pixel may lie in padding.
                       const int64_t cell = kernels.cell;
@@ -810,9 +817,7 @@ struct DepthwiseConvolution {
                       t.out_row_end = out_h - i;
                       t.out_column_begin = max64(0, -j);
                       t.out_column_end = out_w - j;
-                      t.out_row = out_w * p.c;
-                      t.out_column = p.c;
-                      t.out = out + (n * out_h + i) * t.out_row + j * p.c + first;
+                      t.out = out + ((n * out_h + i) * out_w + j) * p.c + first;
                       kernels.run(t);
                     });
     });
@@ -850,11 +855,11 @@ struct DepthwiseConvolution {
         t.bias_sums = own + vectors * taps_floats + first;
         clear_floats(t.bias_sums, count * V::kWidth);
       }
-      t.out_row = p.ow * p.c;
-      t.out_column = p.c;
-      const Span lines = part_of(p.n * row_tiles, parts, part);
-      for (int64_t line = lines.begin; line < lines.end; ++line) {
-        const int64_t n = line / row_tiles, tile = line % row_tiles;
+      t.out_row = p.ow * p.c * apart_h;
+      t.out_column = p.c * apart_w;
+      const Span own_tiles = part_of(p.n * tiles, parts, part);
+      for (int64_t i = own_tiles.begin; i < own_tiles.end; ++i) {
+        const int64_t n = i / tiles, tile = i % tiles;
         for_each_tile(n, tile, tile + 1, x, nullptr, first, t, [&](int64_t row, int64_t column) {
           const int64_t at = ((n * p.oh + row) * p.ow + column) * p.c + first;
           t.out = const_cast<float*>(dy) + at;
@@ -878,8 +883,8 @@ struct DepthwiseConvolution {
   void divide() {
     // Tasks of some 10 us, yet enough of them for many threads as long as they take a few.
     constexpr int64_t kMultiplyAdds = int64_t{1} << 19, kLeast = int64_t{1} << 16, kFewTasks = 32;
-    const int64_t tile = max64(1, p.oh * p.ow * p.r * p.s * vectors * V::kWidth / row_tiles);
-    const int64_t work = p.n * row_tiles * tile;
+    const int64_t tile = max64(1, p.oh * p.ow * p.r * p.s * vectors * V::kWidth / tiles);
+    const int64_t work = p.n * tiles * tile;
     const int64_t tasks = max64(work / kMultiplyAdds, min64(work / kLeast, kFewTasks));
     // Of neighbouring vectors: pixels are read in runs.
     constexpr int64_t kLeastVectors = 64 / V::kWidth;
@@ -889,15 +894,15 @@ struct DepthwiseConvolution {
       // clear and to add up.
       constexpr int64_t kTilesAPart = 2, kMostParts = 64, kWorkAPart = int64_t{1} << 18;
       const int64_t by_bytes = (int64_t{4} << 20) / (part_floats * 4);
-      const int64_t by_tiles = p.n * row_tiles / kTilesAPart;
+      const int64_t by_tiles = p.n * tiles / kTilesAPart;
       // Blocks of channels have nothing to add up.
       const int64_t by_work = ceil_div(min64(work / kWorkAPart, kMostParts), most_blocks);
       parts = max64(1, min64(by_work, min64(by_bytes, by_tiles)));
       strips = parts;
     } else {
-      const int64_t strips_wanted = min64(row_tiles, max64(1, tasks / max64(1, p.n)));
-      strip = row_tiles / strips_wanted;
-      strips = ceil_div(row_tiles, strip);
+      const int64_t strips_wanted = min64(tiles, max64(1, tasks / max64(1, p.n)));
+      strip = tiles / strips_wanted;
+      strips = ceil_div(tiles, strip);
       strips *= p.n;
     }
     blocks = max64(1, min64(most_blocks, min64(tasks, kFewTasks) / max64(1, strips)));
@@ -911,30 +916,37 @@ struct DepthwiseConvolution {
     return first;
   }
 
-  // Calls body(row, column) for row tiles tile .. tile_end - 1 of image n, with what t
-  // says of the source.
+  // Of what is not negative, for a division takes long.
+  static int64_t steps(int64_t distance, int64_t apart) {
+    return apart == 1 ? max64(0, distance) : ceil_div(max64(0, distance), apart);
+  }
+
+  // Calls body(row, column) for tiles tile .. tile_end - 1 of image n, with what t says of the source.
   template <class Body>
   void for_each_tile(int64_t n, int64_t tile, int64_t tile_end, const float* source,
                      const float* mask, int64_t channel, DepthwiseTile& t, const Body& body) const {
-    t.source_column = p.c;
-    t.source_row = source_w * p.c;
+    t.source_column = p.c * apart_w;
+    t.source_row = source_w * p.c * apart_h;
+    const int64_t tiles_of_row = residues_w * column_tiles;
     for (; tile < tile_end; ++tile) {
-      const int64_t row = tile * kernels.rows;
-      const int64_t source_i = row * step + first_row;
-      for (int64_t part = 0; part < column_tiles; ++part) {
-        const Span own = part_of(columns, column_tiles, part);
-        t.rows = min64(kernels.rows, rows - row);
-        t.row_begin = max64(0, -source_i);
-        t.row_end = source_h - source_i;
-        const int64_t source_j = own.begin * step + first_column;
-        t.columns = own.size();
-        t.column_begin = scatter ? -source_j : max64(0, -source_j);
-        t.column_end = source_w - source_j;
-        const int64_t at = ((n * source_h + source_i) * source_w + source_j) * p.c + channel;
-        t.source = source + at;
-        if (mask) t.mask = mask + at;
-        body(row, own.begin);
-      }
+      const int64_t i = tile / tiles_of_row, j = tile % tiles_of_row;
+      const int64_t row = i / row_tiles + i % row_tiles * kernels.rows * apart_h;
+      const int64_t residue = j % residues_w;
+      const Span own = part_of(steps(columns - residue, apart_w), column_tiles, j / residues_w);
+      const int64_t column = residue + own.begin * apart_w;
+      // A residue may have a tile less than the first.
+      t.rows = min64(kernels.rows, steps(rows - row, apart_h));
+      t.columns = own.size();
+      if (row >= rows || t.columns == 0) continue;
+      const int64_t source_i = row * step + first_row, source_j = column * step + first_column;
+      t.row_begin = steps(-source_i, apart_h);
+      t.row_end = steps(source_h - source_i, apart_h);
+      t.column_begin = scatter ? -source_j : steps(-source_j, apart_w);
+      t.column_end = steps(source_w - source_j, apart_w);
+      const int64_t at = ((n * source_h + source_i) * source_w + source_j) * p.c + channel;
+      t.source = source + at;
+      if (mask) t.mask = mask + at;
+      body(row, column);
     }
   }
 };

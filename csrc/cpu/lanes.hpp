@@ -9,8 +9,10 @@
 // Padding is left out, not multiplied by zero.
 #pragma once
 
+#include <numeric>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "cpu/implicit_gemm.hpp"
 #include "cpu/kernels.hpp"
@@ -116,21 +118,23 @@ using LaneSourcePixels =
     std::conditional_t<kLanes == Lanes::broadcast,
                        Spaced<(Taps > 0 ? (Cols - 1) * Step + Taps : 1)>, SpacedOnce>;
 
+template <int Taps, int Step, int Cols>
+constexpr int kLaneSourceColumns = (Cols - 1) * Step + Taps;
+
 // Calls body(channel, tap, pixel, source vector) for all that meet, `Taps` of a row and `Cols` pixels,
-// with every source vector loaded once; of several channels where they are broadcast. Only the
-// outermost Taps - 1 columns may lie in padding: a test of every column would cost as much as the
-// multiplications.
+// with every source vector loaded once; of several channels where they are broadcast. `inside`: the
+// columns that are in the source; only the outermost Taps - 1 may be outside: a test of every column
+// would cost as much as the multiplications.
 template <class V, int Taps, int Step, int Cols, int Channels, class Source, class Pixels,
           class Body>
-inline __attribute__((always_inline)) void slide(const LaneTile& t, const Source& source,
-                                                 const Pixels& x, const Pixels& mask,
-                                                 const Body& body) {
-  constexpr int kColumns = (Cols - 1) * Step + Taps, kMargin = Taps - 1;
+inline __attribute__((always_inline)) void slide(Span inside, const Source& source, const Pixels& x,
+                                                 const Pixels& mask, const Body& body) {
+  constexpr int kColumns = kLaneSourceColumns<Taps, Step, Cols>, kMargin = Taps - 1;
 #pragma GCC unroll 64
   for (int column = 0; column < kColumns; ++column) {
-    if (column < kMargin && column < t.column_begin) [[unlikely]]
+    if (column < kMargin && column < inside.begin) [[unlikely]]
       continue;
-    if (column >= kColumns - kMargin && column >= t.column_end) [[unlikely]]
+    if (column >= kColumns - kMargin && column >= inside.end) [[unlikely]]
       continue;
 #pragma GCC unroll 2
     for (int channel = 0; channel < Channels; ++channel) {
@@ -157,6 +161,55 @@ inline __attribute__((always_inline)) void stroll(const LaneTile& t, const Sourc
     if (static_cast<std::uint64_t>(column - t.column_begin) >= inside) continue;
     const int64_t at = column * t.x_column;
     body(pixel, source.load(x + at, mask + at));
+  }
+}
+
+// A tile is compiled for rows of `Taps` taps: of any number where it is 0; where it is negative, of any
+// number, in pieces of -Taps.
+template <int Taps>
+constexpr bool kInPieces = Taps < 0;
+template <int Taps>
+constexpr int kPiece = Taps < 0 ? -Taps : max64(Taps, 1);
+
+// The taps of a row.
+template <int Taps>
+int64_t taps_of_row(const LaneTile& t) {
+  return Taps > 0 ? Taps : t.taps;
+}
+
+// Calls dense(tap, columns inside the source) for pieces of a row, or the whole of it, from `tap` on, and
+// sparse(tap, end) for the taps of others: what is left of a row, and pieces that meet more padding than
+// `slide` takes.
+template <int Taps, int Step, int Cols, class Dense, class Sparse>
+inline __attribute__((always_inline)) void for_each_piece(const LaneTile& t, const Dense& dense,
+                                                          const Sparse& sparse) {
+  if constexpr (Taps == 0) {
+    sparse(0, t.taps);
+  } else if constexpr (Taps > 0) {
+    dense(0, Span{t.column_begin, t.column_end});
+  } else {
+    constexpr int kTaps = kPiece<Taps>, kMargin = kTaps - 1;
+    constexpr int kColumns = kLaneSourceColumns<kTaps, Step, Cols>;
+    int64_t tap = 0;
+    for (; tap + kTaps <= t.taps; tap += kTaps) {
+      const Span inside{t.column_begin - tap, t.column_end - tap};
+      if (inside.begin <= kMargin && inside.end >= kColumns - kMargin) {
+        dense(tap, inside);
+      } else if (inside.begin < kColumns && inside.end > 0) {
+        sparse(tap, tap + kTaps);
+      }
+    }
+    if (tap < t.taps) sparse(tap, t.taps);
+  }
+}
+
+// The source pixels of the piece that begins with `tap`.
+template <int Taps, class Pixels>
+decltype(auto) pixels_of_piece(const Pixels& pixels, int64_t tap) {
+  if constexpr (kInPieces<Taps>) {
+    return Pixels{pixels.first + tap * pixels.step, pixels.step};
+  } else {
+    return (pixels);
   }
 }
 
@@ -187,33 +240,39 @@ inline __attribute__((always_inline)) void lane_vectors(const LaneTile& t, int64
     const int64_t reduce = kLanes == Lanes::plain || kLanes == Lanes::masked ? 1 : t.reduce;
     LaneSourcePixels<kLanes, Taps, Step, Cols> pixels{x, t.x_column}, masks{mask, t.x_column};
     for (int64_t c = 0; c < reduce; ++c) {
-      if constexpr (Taps > 0) {
-        Reg taps[Vectors][Taps];
+      const auto dense = [&](int64_t first, Span inside) __attribute__((always_inline)) {
+        constexpr int kTaps = kPiece<Taps>;
+        Reg taps[Vectors][kTaps];
 #pragma GCC unroll 2
         for (int i = 0; i < Vectors; ++i)
 #pragma GCC unroll 8
-          for (int tap = 0; tap < Taps; ++tap) {
-            taps[i][tap] = V::load(filter + i * t.filter_vector + tap * V::kWidth);
+          for (int tap = 0; tap < kTaps; ++tap) {
+            taps[i][tap] = V::load(filter + i * t.filter_vector + (first + tap) * V::kWidth);
           }
-        filter += Taps * V::kWidth;
-        slide<V, Taps, Step, Cols, 1>(t, source, pixels, masks,
-                                      [&](int, int tap, int pixel, Reg a) {
+        slide<V, kTaps, Step, Cols, 1>(inside, source, pixels_of_piece<Taps>(pixels, first),
+                                       pixels_of_piece<Taps>(masks, first),
+                                       [&](int, int tap, int pixel, Reg a) {
 #pragma GCC unroll 2
-                                        for (int i = 0; i < Vectors; ++i) {
-                                          sum[i][pixel] = V::fma(a, taps[i][tap], sum[i][pixel]);
-                                        }
-                                      });
-      } else {
-        for (int64_t tap = 0; tap < t.taps; ++tap, filter += V::kWidth) {
+                                         for (int i = 0; i < Vectors; ++i) {
+                                           sum[i][pixel] = V::fma(a, taps[i][tap], sum[i][pixel]);
+                                         }
+                                       });
+      };
+      const auto sparse = [&](int64_t tap, int64_t end) __attribute__((always_inline)) {
+        for (; tap < end; ++tap) {
           Reg b[Vectors];
 #pragma GCC unroll 2
-          for (int i = 0; i < Vectors; ++i) b[i] = V::load(filter + i * t.filter_vector);
+          for (int i = 0; i < Vectors; ++i) {
+            b[i] = V::load(filter + i * t.filter_vector + tap * V::kWidth);
+          }
           stroll<V, Cols>(t, source, pixels[0], masks[0], tap, [&](int pixel, Reg a) {
 #pragma GCC unroll 2
             for (int i = 0; i < Vectors; ++i) sum[i][pixel] = V::fma(a, b[i], sum[i][pixel]);
           });
         }
-      }
+      };
+      for_each_piece<Taps, Step, Cols>(t, dense, sparse);
+      filter += taps_of_row<Taps>(t) * V::kWidth;
       if constexpr (kLanes == Lanes::broadcast) pixels.advance(1);
       if constexpr (kLanes != Lanes::plain) source.next_channel();
     }
@@ -270,62 +329,74 @@ inline __attribute__((always_inline)) void lane_wgrad_vectors(const LaneTile& t,
     float* sums = row;
     const int64_t reduce = kLanes == Lanes::plain ? 1 : t.reduce;
     LaneSourcePixels<kLanes, Taps, Step, Cols> pixels{x, t.x_column};
-    // The next `Channels` source channels. A sum is one chain of multiply-adds as long as the tile:
+    // Of the next `Channels` source channels. A sum is one chain of multiply-adds as long as the tile:
     // those of two channels hide each other's latency.
-    const auto dense =
-        [&]<int Channels>(std::integral_constant<int, Channels>) __attribute__((always_inline)) {
-          constexpr int kSums = Vectors * Channels;
-          Reg sum[kSums][Taps > 0 ? Taps : 1];
-          const auto each = [&](const auto& body) __attribute__((always_inline)) {
+    const auto dense = [&]<int Channels>(std::integral_constant<int, Channels>, int64_t first,
+                                         Span inside) __attribute__((always_inline)) {
+      constexpr int kSums = Vectors * Channels, kTaps = kPiece<Taps>;
+      Reg sum[kSums][kTaps];
+      const auto each = [&](const auto& body) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-            for (int i = 0; i < kSums; ++i)
+        for (int i = 0; i < kSums; ++i)
 #pragma GCC unroll 8
-              for (int tap = 0; tap < Taps; ++tap) {
-                const int64_t at = i / Channels * t.filter_vector;
-                body(sums + at + (i % Channels * Taps + tap) * V::kWidth, sum[i][tap]);
-              }
-          };
-          each([](const float* at, Reg& value) { value = V::load(at); });
-          slide<V, Taps, Step, Cols, Channels>(t, source, pixels, pixels,
-                                               [&](int channel, int tap, int pixel, Reg a) {
+          for (int tap = 0; tap < kTaps; ++tap) {
+            const int64_t at = i / Channels * t.filter_vector + first * V::kWidth;
+            body(sums + at + (i % Channels * kTaps + tap) * V::kWidth, sum[i][tap]);
+          }
+      };
+      each([](const float* at, Reg& value) { value = V::load(at); });
+      const auto& from = pixels_of_piece<Taps>(pixels, first);
+      slide<V, kTaps, Step, Cols, Channels>(inside, source, from, from,
+                                            [&](int channel, int tap, int pixel, Reg a) {
 #pragma GCC unroll 2
-                                                 for (int i = 0; i < Vectors; ++i) {
-                                                   Reg& to = sum[i * Channels + channel][tap];
-                                                   to = V::fma(a, dy[i][pixel], to);
-                                                 }
-                                               });
-          each([](float* at, Reg& value) { V::store(at, value); });
-          sums += Channels * Taps * V::kWidth;
-          if constexpr (kLanes == Lanes::broadcast) pixels.advance(Channels);
-        };
+                                              for (int i = 0; i < Vectors; ++i) {
+                                                Reg& to = sum[i * Channels + channel][tap];
+                                                to = V::fma(a, dy[i][pixel], to);
+                                              }
+                                            });
+      each([](float* at, Reg& value) { V::store(at, value); });
+    };
+    const auto sparse = [&](int64_t tap, int64_t end) __attribute__((always_inline)) {
+      for (; tap < end; ++tap) {
+        float* const at = sums + tap * V::kWidth;
+        Reg sum[Vectors];
+#pragma GCC unroll 2
+        for (int i = 0; i < Vectors; ++i) sum[i] = V::load(at + i * t.filter_vector);
+        stroll<V, Cols>(t, source, pixels[0], pixels[0], tap, [&](int pixel, Reg a) {
+#pragma GCC unroll 2
+          for (int i = 0; i < Vectors; ++i) sum[i] = V::fma(a, dy[i][pixel], sum[i]);
+        });
+#pragma GCC unroll 2
+        for (int i = 0; i < Vectors; ++i) V::store(at + i * t.filter_vector, sum[i]);
+      }
+    };
     int64_t c = 0;
     if constexpr (Taps > 0 && kLanes == Lanes::broadcast && Vectors == 1 && kLanePairs<V>) {
-      for (; c + 2 <= reduce; c += 2) dense(std::integral_constant<int, 2>{});
+      for (; c + 2 <= reduce; c += 2) {
+        dense(std::integral_constant<int, 2>{}, 0, Span{t.column_begin, t.column_end});
+        sums += 2 * Taps * V::kWidth;
+        pixels.advance(2);
+      }
     }
     for (; c < reduce; ++c) {
-      if constexpr (Taps > 0) {
-        dense(std::integral_constant<int, 1>{});
-      } else {
-        for (int64_t tap = 0; tap < t.taps; ++tap, sums += V::kWidth) {
-          Reg sum[Vectors];
-#pragma GCC unroll 2
-          for (int i = 0; i < Vectors; ++i) sum[i] = V::load(sums + i * t.filter_vector);
-          stroll<V, Cols>(t, source, pixels[0], pixels[0], tap, [&](int pixel, Reg a) {
-#pragma GCC unroll 2
-            for (int i = 0; i < Vectors; ++i) sum[i] = V::fma(a, dy[i][pixel], sum[i]);
-          });
-#pragma GCC unroll 2
-          for (int i = 0; i < Vectors; ++i) V::store(sums + i * t.filter_vector, sum[i]);
-        }
-        if constexpr (kLanes == Lanes::broadcast) pixels.advance(1);
-      }
+      for_each_piece<Taps, Step, Cols>(
+          t,
+          [&](int64_t first, Span inside) __attribute__((always_inline)) {
+            dense(std::integral_constant<int, 1>{}, first, inside);
+          },
+          sparse);
+      sums += taps_of_row<Taps>(t) * V::kWidth;
+      if constexpr (kLanes == Lanes::broadcast) pixels.advance(1);
       if constexpr (kLanes != Lanes::plain) source.next_channel();
     }
   }
 }
 
 template <class V, bool Wgrad, Lanes kLanes, int Taps, int Step, int Cols>
-void lane_tile(const LaneTile& t) {
+void lane_tile(const LaneTile& tile) {
+  // Of a copy the compiler knows that no store changes it.
+  constexpr bool kCopies = !Wgrad || kLanes == Lanes::plain;
+  const std::conditional_t<kCopies, const LaneTile, const LaneTile&> t = tile;
   constexpr bool kPairs = kLanePairs<V> && kLanes == Lanes::broadcast && Cols <= kLaneColumns<V>;
   const auto some = [&]<int Vectors, bool Whole>(int64_t v) __attribute__((always_inline)) {
     if constexpr (Wgrad) {
@@ -377,9 +448,13 @@ const LaneTileFunction* lane_tiles(int64_t taps, int64_t step) {
       if (step == 1 && taps == 2) return lane_tiles<V, Wgrad, kLanes, 2, 1>();
     }
     if constexpr (kLanes == Lanes::plain) {
-      // Square filters of so many taps have kernels of their own (depthwise.hpp).
       if (step == 1 && taps == 5) return lane_tiles<V, Wgrad, kLanes, 5, 1>();
       if (step == 1 && taps == 7) return lane_tiles<V, Wgrad, kLanes, 7, 1>();
+      // Longer rows: with as few taps left as can be.
+      if (step == 1 && taps > 5 && taps % 5 <= taps % 7) {
+        return lane_tiles<V, Wgrad, kLanes, -5, 1>();
+      }
+      if (step == 1 && taps > 7) return lane_tiles<V, Wgrad, kLanes, -7, 1>();
     }
     if constexpr (kLanes != Lanes::gather) {
       if (step == 1 && taps == 3) return lane_tiles<V, Wgrad, kLanes, 3, 1>();
@@ -496,22 +571,68 @@ struct LanePlan {
   }
 };
 
+// Whether `pixels`, the same channels of pixels that lie `apart` floats from each other, are more than the
+// first-level cache keeps. Where these lie a power of two apart they share a few of its 64 sets, of 8 lines
+// each or somewhat more.
+inline bool crowds_cache(int64_t pixels, int64_t apart) {
+  constexpr int64_t kSets = 64, kWays = 8;
+  const int64_t kept = kSets / std::gcd(apart / kLine, kSets) * kWays;
+  return 5 * pixels > 6 * kept;
+}
+
+// The pixels of an output row, dealt to tiles of neighbours. Under a dilated filter with stride 1
+// neighbours are those that lie `apart`, as the taps do: they meet the same source pixels.
+struct LaneRow {
+  AxisTaps taps{};  // counted in source pixels that lie apart so
+  int64_t pixels = 0, apart = 1, residues = 1, parts = 0;
+
+  LaneRow() = default;
+  // `columns`: of a tile, of vectors of `width` lanes.
+  LaneRow(const TapConvolution& g, int64_t columns, int64_t width)
+      : taps(g.horizontal), pixels(g.out_w) {
+    if (taps.count > 1 && taps.stride > 1 && taps.step == 1) {
+      // A line that is read by halves should stay until the second.
+      const int64_t source = g.vertical.count * (columns + taps.count - 1);
+      const bool stays =
+          width >= kLine || !crowds_cache(source + columns, taps.stride * g.source_c);
+      if (stays) apart = std::exchange(taps.stride, 1);
+    }
+    residues = max64(1, min64(apart, pixels));
+    parts = ceil_div(ceil_div(pixels, residues), columns);
+  }
+
+  int64_t tiles() const { return residues * parts; }
+  // Its first pixel, and how many it has.
+  int64_t tile(int64_t index, int64_t& first) const {
+    const int64_t residue = index % residues;
+    const Span own = part_of(ceil_div(pixels - residue, residues), parts, index / residues);
+    first = residue + own.begin * residues;
+    return own.size();
+  }
+};
+
 // Where tile (output row i, output pixels from j on) of image n begins in the source, in floats,
 // and what of it t says: the taps that meet the source. Returns the first tap row.
-inline int64_t locate_lane_tile(const TapConvolution& g, int64_t n, int64_t i, int64_t j,
-                                LaneTile& t, int64_t& source) {
+inline int64_t locate_lane_tile(const TapConvolution& g, const LaneRow& pixels, int64_t n,
+                                int64_t i, int64_t j, LaneTile& t, int64_t& source) {
   int64_t row, row_end;
   g.vertical.meeting(i, g.source_h, row, row_end);
   if (row >= row_end) row = row_end = 0;
   const int64_t column = j * g.horizontal.step + g.horizontal.first;
   t.rows = row_end - row;
   t.x_row = g.vertical.stride * g.source_w * g.source_c;
-  t.x_column = g.source_c;
+  t.x_column = pixels.apart * g.source_c;
+  t.y_column = pixels.apart * g.y_column;
   t.column_begin = max64(0, -column);
-  t.column_end = max64(t.column_begin, g.source_w - column);
-  t.taps = g.horizontal.count;
-  t.tap_step = g.horizontal.stride;
-  t.step = g.horizontal.step;
+  t.column_end = max64(0, g.source_w - column);
+  if (pixels.apart > 1) {
+    t.column_begin = ceil_div(t.column_begin, pixels.apart);
+    t.column_end = ceil_div(t.column_end, pixels.apart);
+  }
+  t.column_end = max64(t.column_begin, t.column_end);
+  t.taps = pixels.taps.count;
+  t.tap_step = pixels.taps.stride;
+  t.step = pixels.taps.step;
   source = n * g.source_image +
            ((i * g.vertical.step + g.vertical.offset(row)) * g.source_w + column) * g.source_c;
   return row;
@@ -520,10 +641,9 @@ inline int64_t locate_lane_tile(const TapConvolution& g, int64_t n, int64_t i, i
 // The tiles for the taps of one axis.
 struct LaneTiles {
   const LaneTileFunction *quick, *any;  // those for tiles that hardly meet padding, and for all
-  AxisTaps taps;
 
   void run(const LaneTile& t, int64_t pixels) const {
-    const int64_t margin = taps.count - 1, columns = (pixels - 1) * taps.step + taps.count;
+    const int64_t margin = t.taps - 1, columns = (pixels - 1) * t.step + t.taps;
     const bool hardly = t.column_begin <= margin && t.column_end >= columns - margin;
     (hardly ? quick : any)[pixels - 1](t);
   }
@@ -532,8 +652,8 @@ struct LaneTiles {
 template <class V, bool Wgrad>
 LaneTiles lane_tiles_for(Lanes lanes, const AxisTaps& h) {
   const bool dense = h.count <= 1 || h.stride == 1;
-  return {lane_tiles<V, Wgrad>(lanes, dense ? h.count : 0, h.step),
-          lane_tiles<V, Wgrad>(lanes, 0, 1), h};
+  const LaneTileFunction* const quick = lane_tiles<V, Wgrad>(lanes, dense ? h.count : 0, h.step);
+  return {quick, lane_tiles<V, Wgrad>(lanes, 0, 1)};
 }
 
 // fprop, or dgrad: as many convolutions as there are residue classes, row by row together.
@@ -543,6 +663,7 @@ struct LaneConvolution {
 
   struct Class {
     TapConvolution g;
+    LaneRow row;
     int64_t first;                              // float of its outputs
     int64_t packed, filter_vector, filter_row;  // floats
     LaneTiles tiles;
@@ -559,15 +680,18 @@ struct LaneConvolution {
       for_each_dgrad_class(p, [&](const TapConvolution& g, int64_t first) { add(g, first); });
     }
     const TapConvolution& g = classes[0].g;  // the largest
-    tiles = ceil_div(g.out_w, plan.columns);
     // Tasks of some 10 us, yet enough of them for many threads.
-    constexpr int64_t kMultiplyAdds = int64_t{1} << 19, kFewTasks = 32;
+    constexpr int64_t kMultiplyAdds = int64_t{1} << 19, kLeast = int64_t{1} << 16, kFewTasks = 32;
     const int64_t row = g.out_w * plan.block * V::kWidth * plan.reduce * max64(1, taps);
     strips = ceil_div(g.out_h, max64(1, kMultiplyAdds / row));
     if (g.images * strips * plan.blocks < kFewTasks) {
       strips = max64(strips, min64(ceil_div(g.out_h, 2),
                                    ceil_div(kFewTasks, max64(1, g.images * plan.blocks))));
     }
+    // Of few rows, those of one-dimensional data, parts of a row.
+    const int64_t own_tasks = max64(1, g.images * strips * plan.blocks);
+    const int64_t by_work = row * g.out_h / strips / kLeast;
+    spans = max64(1, min64(min64(tiles, by_work), kFewTasks / own_tasks));
   }
 
   int64_t workspace_bytes() const { return round_up(packed_floats * 4, 64) + plan.table_bytes(); }
@@ -580,7 +704,7 @@ struct LaneConvolution {
     plan.make_tables(classes[0].g, packed + round_up(packed_floats, 16), common);
     const Lanes lanes = mask ? Lanes::masked : plan.lanes;
     for (int64_t k = 0; k < count; ++k) {
-      classes[k].tiles = lane_tiles_for<V, false>(lanes, classes[k].g.horizontal);
+      classes[k].tiles = lane_tiles_for<V, false>(lanes, classes[k].row.taps);
     }
     parallel_for(plan.blocks, [&](int64_t block) {
       for (int64_t k = 0; k < count; ++k) {
@@ -592,32 +716,32 @@ struct LaneConvolution {
     common.bias = bias;
     common.relu = classes[0].g.relu;
     common.ceiling = classes[0].g.ceiling;
-    parallel_for(classes[0].g.images * strips * plan.blocks, [&](int64_t task) {
+    parallel_for(classes[0].g.images * strips * spans * plan.blocks, [&](int64_t task) {
       LaneTile t = common;
-      const int64_t block = task % plan.blocks;
-      const int64_t strip = task / plan.blocks % strips, n = task / plan.blocks / strips;
+      const int64_t block = task % plan.blocks, part = task / plan.blocks;
+      const int64_t span = part % spans, strip = part / spans % strips, n = part / spans / strips;
       t.begin = block * plan.block;
       t.end = min64(plan.vectors, t.begin + plan.block);
       const Span rows = part_of(classes[0].g.out_h, strips, strip);
+      const Span own_tiles = part_of(tiles, spans, span);
       for (int64_t begin = rows.begin; begin < rows.end; begin += plan.rows) {
         const int64_t end = min64(rows.end, begin + plan.rows);
-        for (int64_t tile = 0; tile < tiles; ++tile)
+        for (int64_t tile = own_tiles.begin; tile < own_tiles.end; ++tile)
           for (int64_t i = begin; i < end; ++i)
             for (int64_t k = 0; k < count; ++k) {
               const Class& own = classes[k];
               const TapConvolution& g = own.g;
-              const Span columns = part_of(g.out_w, tiles, tile);
-              if (i >= g.out_h || columns.size() == 0) continue;
-              int64_t source;
-              const int64_t row = locate_lane_tile(g, n, i, columns.begin, t, source);
+              if (i >= g.out_h || tile >= own.row.tiles()) continue;
+              int64_t column, source;
+              const int64_t pixels = own.row.tile(tile, column);
+              const int64_t row = locate_lane_tile(g, own.row, n, i, column, t, source);
               t.x = x + source;
               t.mask = mask ? mask + source : nullptr;
               t.filter = packed + own.packed + row * own.filter_row;
               t.filter_vector = own.filter_vector;
               t.filter_row_step = own.filter_row;
-              t.y = y + own.first + n * g.y_image + i * g.y_row + columns.begin * g.y_column;
-              t.y_column = g.y_column;
-              own.tiles.run(t, columns.size());
+              t.y = y + own.first + n * g.y_image + i * g.y_row + column * g.y_column;
+              own.tiles.run(t, pixels);
             }
       }
     });
@@ -626,7 +750,8 @@ struct LaneConvolution {
   Class classes[kMostClasses];
   int64_t count = 0;
   LanePlan<V> plan;
-  int64_t packed_floats = 0, taps = 0, strips = 0, tiles = 0;
+  int64_t packed_floats = 0, taps = 0, strips = 0, spans = 0;
+  int64_t tiles = 0;  // of a row: the most of a class
 
  private:
   static LanePlan<V> make_plan(const Conv2dProblem& p, Direction direction) {
@@ -643,6 +768,8 @@ struct LaneConvolution {
   void add(const TapConvolution& g, int64_t first) {
     Class& out = classes[count++];
     out.g = g;
+    out.row = LaneRow(g, plan.columns, V::kWidth);
+    tiles = max64(tiles, out.row.tiles());
     out.first = first;
     out.packed = packed_floats;
     out.filter_row = g.reduce * g.horizontal.count * V::kWidth;
@@ -699,27 +826,31 @@ struct LaneConvolution {
 };
 
 // wgrad: output rows are dealt to parts whose number depends on the problem alone; a part has sums
-// of its own, which are added up in order.
+// of its own, which are added up in order. Where rows are few, a part has tiles of some.
 template <class V>
 struct LaneWgrad {
   TapConvolution g;
   LanePlan<V> plan;
-  int64_t lines, parts, row_floats, vector_floats, part_floats, tiles;
+  LaneRow row;
+  int64_t lines, spans, parts, row_floats, vector_floats, part_floats;
   bool bias;
 
   LaneWgrad(const Conv2dProblem& p, bool bias)
-      : g(fprop_taps(p)), plan(g, p.r, p.s), lines(p.n * p.oh), bias(bias) {
+      : g(fprop_taps(p)), plan(g, p.r, p.s), row(g, plan.columns, V::kWidth), lines(p.n * p.oh),
+        bias(bias) {
     row_floats = g.reduce * p.s * V::kWidth;
     vector_floats = p.r * row_floats;
     part_floats = plan.vectors * (vector_floats + (bias ? V::kWidth : 0));
-    tiles = ceil_div(p.ow, plan.columns);
     // Some 20 us a task at least; 4 MiB of sums at most, and fewer than the lines they are made of.
     constexpr int64_t kMultiplyAdds = int64_t{1} << 20, kMostTasks = 64;
     const int64_t line = p.ow * p.r * p.s * g.reduce * plan.block * V::kWidth;
     const int64_t by_work = lines * line / kMultiplyAdds;
     const int64_t by_bytes = (int64_t{4} << 20) / (part_floats * 4);
-    parts = max64(1, min64(min64(by_work, by_bytes),
-                           min64(ceil_div(lines, 4), ceil_div(kMostTasks, plan.blocks))));
+    const int64_t most = min64(min64(by_work, by_bytes), ceil_div(kMostTasks, plan.blocks));
+    const int64_t line_parts = max64(1, min64(most, ceil_div(lines, 4)));
+    // Of few lines, those of one-dimensional data, parts of a line.
+    spans = max64(1, min64(most / line_parts, row.tiles() / 4));
+    parts = line_parts * spans;
   }
 
   int64_t workspace_bytes() const {
@@ -735,8 +866,7 @@ struct LaneWgrad {
     common.reduce = g.reduce;
     common.filter_vector = vector_floats;
     common.filter_row_step = row_floats;
-    common.y_column = g.y_column;
-    const LaneTiles functions = lane_tiles_for<V, true>(plan.lanes, g.horizontal);
+    const LaneTiles functions = lane_tiles_for<V, true>(plan.lanes, row.taps);
     parallel_for(parts * plan.blocks, [&](int64_t task) {
       const int64_t block = task % plan.blocks, part = task / plan.blocks;
       LaneTile t = common;
@@ -753,21 +883,23 @@ struct LaneWgrad {
       }
       // A few rows at a time under each column of tiles: their source rows meet again in the
       // first-level cache, the neighbouring column of tiles in the second.
-      const Span own_lines = part_of(lines, parts, part);
+      const Span own_lines = part_of(lines, parts / spans, part / spans);
+      const Span own_tiles = part_of(row.tiles(), spans, part % spans);
       for (int64_t begin = own_lines.begin; begin < own_lines.end; begin += plan.rows) {
         const int64_t end = min64(own_lines.end, begin + plan.rows);
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          const Span columns = part_of(g.out_w, tiles, tile);
+        for (int64_t tile = own_tiles.begin; tile < own_tiles.end; ++tile) {
+          int64_t column;
+          const int64_t pixels = row.tile(tile, column);
           for (int64_t line = begin; line < end; ++line) {
             int64_t source;
-            const int64_t row =
-                locate_lane_tile(g, line / g.out_h, line % g.out_h, columns.begin, t, source);
-            const int64_t at = line * g.y_row + columns.begin * g.y_column;
+            const int64_t tap_row =
+                locate_lane_tile(g, row, line / g.out_h, line % g.out_h, column, t, source);
+            const int64_t at = line * g.y_row + column * g.y_column;
             t.x = x + source;
-            t.filter = own + row * row_floats;
+            t.filter = own + tap_row * row_floats;
             t.y = const_cast<float*>(dy) + at;
             t.y_mask = y ? y + at : nullptr;
-            functions.run(t, columns.size());
+            functions.run(t, pixels);
           }
         }
       }
@@ -822,14 +954,16 @@ void run_lanes(const Conv2dProblem& p, Direction direction, const Conv2dOperands
 // What a multiply-add takes with its share of loads and permutations, on the scale of Direct's
 // estimates.
 template <class V>
-double lane_cost(Lanes lanes, const AxisTaps& h) {
+double lane_cost(Lanes lanes, const LaneRow& row) {
   constexpr bool kFewRegisters = V::kRegisters < 32;
+  const AxisTaps& h = row.taps;
   const bool slides = (h.count == 3 || lanes == Lanes::plain) && h.stride == 1 && h.step <= 2;
   switch (lanes) {
     case Lanes::plain:
     case Lanes::masked: return slides ? 1.2 : 1.6;
     case Lanes::broadcast:
-      return V::kWidth == 1 ? 3 : kFewRegisters ? (slides ? 1.25 : 4) : slides ? 1.0 : 1.5;
+      if (V::kWidth > 1 && kFewRegisters) return !slides ? 4 : row.apart > 1 ? 1.4 : 1.25;
+      return V::kWidth == 1 ? 3 : slides ? 1.0 : 1.5;
     case Lanes::permute: return slides ? 1.25 : 2;
     case Lanes::permute2: return slides ? 1.6 : 3;
     case Lanes::gather: return 16;
@@ -841,14 +975,15 @@ template <class V>
 Estimate estimate_lanes(const Conv2dProblem& p, Direction direction) {
   constexpr double kAroundAFilterFloat = 8;  // to bring it into the order of lanes, and back
   Estimate out;
-  const auto add = [&](const TapConvolution& g, const LanePlan<V>& plan, double pixels) {
+  const auto add = [&](const TapConvolution& g, const LaneRow& row, const LanePlan<V>& plan,
+                       double pixels) {
     const double lanes = static_cast<double>(plan.vectors * V::kWidth) * pixels;
     const double products = static_cast<double>(g.vertical.count * g.horizontal.count * g.reduce);
-    out.multiply_adds += lanes * (products * lane_cost<V>(plan.lanes, g.horizontal) + 6);
+    out.multiply_adds += lanes * (products * lane_cost<V>(plan.lanes, row) + 6);
   };
   if (direction == Direction::wgrad) {
     const LaneWgrad<V> wgrad(p, true);
-    add(wgrad.g, wgrad.plan, static_cast<double>(p.n * p.oh * p.ow));
+    add(wgrad.g, wgrad.row, wgrad.plan, static_cast<double>(p.n * p.oh * p.ow));
     out.multiply_adds += kAroundAFilterFloat * static_cast<double>(wgrad.part_floats);
     out.workspace_bytes = wgrad.workspace_bytes();
     return out;
@@ -856,7 +991,8 @@ Estimate estimate_lanes(const Conv2dProblem& p, Direction direction) {
   const LaneConvolution<V> convolution(p, direction);
   for (int64_t k = 0; k < convolution.count; ++k) {
     const TapConvolution& g = convolution.classes[k].g;
-    add(g, convolution.plan, static_cast<double>(g.images * g.out_h * g.out_w));
+    add(g, convolution.classes[k].row, convolution.plan,
+        static_cast<double>(g.images * g.out_h * g.out_w));
   }
   out.multiply_adds += kAroundAFilterFloat * static_cast<double>(convolution.packed_floats);
   out.workspace_bytes = convolution.workspace_bytes();

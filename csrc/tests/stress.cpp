@@ -179,7 +179,7 @@ Conv2dProblem draw_conv(Random& random) {
     static constexpr int64_t kChannels[] = {1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 48, 65};
     int64_t c = kChannels[random() % 14], k = kChannels[random() % 14];
     const int kind = static_cast<int>(random() % 5);
-    int64_t r = up_to(random, 5), s = up_to(random, 5);
+    int64_t r = up_to(random, 5), s = up_to(random, 5), most_w = 18;
     a.groups = up_to(random, 3);
     a.strides = {up_to(random, 4), up_to(random, 4)};
     a.dilations = {up_to(random, 3), up_to(random, 3)};
@@ -192,6 +192,13 @@ Conv2dProblem draw_conv(Random& random) {
       if (random() % 4 == 0) c = int64_t{128} << random() % 3;
       a.groups = c;
       k = c * up_to(random, 3);
+      if (random() % 3 == 0) {  // of rows that are cut into pieces
+        r = up_to(random, 2), s = up_to(random, 19);
+        most_w = 70;
+      } else if (random() % 2 == 0) {
+        r = s = 3 + 2 * up_to(random, 2, 0);
+      }
+      if (random() % 2 == 0) a.strides = {1, 1};
     } else if (kind == 2) {  // pointwise
       r = s = 1;
     } else if (kind == 3) {
@@ -199,7 +206,7 @@ Conv2dProblem draw_conv(Random& random) {
       c = up_to(random, 4);
     }
     if (kind != 1) c *= a.groups, k *= a.groups;
-    const int64_t n = up_to(random, 4, 0), h = up_to(random, 12), w = up_to(random, 18);
+    const int64_t n = up_to(random, 4, 0), h = up_to(random, 12), w = up_to(random, most_w);
     a.layout = random() % 2 ? Layout::nhwc : Layout::nchw;
     a.x_shape = a.layout == Layout::nhwc ? std::array{n, h, w, c} : std::array{n, c, h, w};
     a.filter_shape = {r, s, c / a.groups, k};
