@@ -716,6 +716,10 @@ struct DepthwiseConvolution {
   static constexpr int64_t kColumns =
       32;  // of a tile; what it reads stays in the first-level cache
 
+  // Source pixels of a tile of 7 x 7 taps and stride 2.
+  static constexpr int64_t kStagedPixels =
+      ((DepthwiseKernels::kMostRows - 1) * 2 + 7) * ((kColumns - 1) * 2 + 7);
+
   const Conv2dProblem& p;
   Direction direction;
   bool scatter;
@@ -733,6 +737,7 @@ struct DepthwiseConvolution {
   int64_t parts, part_floats;       // wgrad: of sums
   int64_t taps_floats;              // wgrad: of one vector
   DepthwiseKernels kernels;
+  bool staged;  // wgrad: see run_staged
 
   DepthwiseConvolution(const Conv2dProblem& problem, Direction which, bool masked, bool bias)
       : p(problem), direction(which), scatter(which == Direction::dgrad && problem.stride_h == 2),
@@ -769,6 +774,11 @@ struct DepthwiseConvolution {
               : step == 1                     ? of.template operator()<kGather, 1>()
                                               : of.template operator()<kGather, 2>();
     vectors = round_up(ceil_div(p.c, V::kWidth), kernels.vectors);
+    // wgrad of a larger filter reads a tile again for each vector of a line and for some of its rows. A copy
+    // pays where a set of the first-level cache would have to hold five times its lines.
+    const int64_t columns_met = (ceil_div(own_columns, column_tiles) - 1) * step + p.s;
+    staged = V::kWidth == kLine / 2 && p.r > 3 && direction == Direction::wgrad &&
+             crowds_cache(kernels.source_rows * columns_met / 4, apart_w * p.c);
     row_tiles = ceil_div(ceil_div(rows, residues_h), kernels.rows);
     tiles = residues_h * row_tiles * residues_w * column_tiles;
     taps_floats = p.r * p.s * V::kWidth;
@@ -864,7 +874,11 @@ struct DepthwiseConvolution {
           const int64_t at = ((n * p.oh + row) * p.ow + column) * p.c + first;
           t.out = const_cast<float*>(dy) + at;
           t.mask = y ? y + at : nullptr;
-          kernels.run(t);
+          if (staged) {
+            run_staged(t);
+          } else {
+            kernels.run(t);
+          }
         });
       }
       for (int64_t v = vector; parts == 1 && v < vector + ceil_div(t.channels, V::kWidth); ++v) {
@@ -876,6 +890,48 @@ struct DepthwiseConvolution {
   }
 
  private:
+  // The tile of wgrad by lines of channels, each copied to where its pixels are neighbours: a power of two
+  // apart, they would not stay in the first-level cache until they are read again.
+  void run_staged(const DepthwiseTile& t) const {
+    alignas(64) float source[kStagedPixels * kLine];
+    alignas(64) float dy[DepthwiseKernels::kMostRows * kColumns * kLine];
+    const int64_t columns_met = (t.columns - 1) * step + p.s;
+    const Span rows_met{t.row_begin, min64(t.row_end, kernels.source_rows)};
+    const Span own_columns{t.column_begin, min64(t.column_end, columns_met)};
+    for (int64_t c = 0; c < t.channels; c += kLine) {
+      DepthwiseTile line = t;
+      line.channels = min64(kLine, t.channels - c);
+      line.source = source;
+      line.source_column = kLine;
+      line.source_row = columns_met * kLine;
+      copy_line(t.source + c, t.source_row, t.source_column, rows_met, own_columns, line.channels,
+                source, line.source_row);
+      line.out = dy;
+      line.out_column = kLine;
+      line.out_row = t.columns * kLine;
+      copy_line(t.out + c, t.out_row, t.out_column, {0, t.rows}, {0, t.columns}, line.channels, dy,
+                line.out_row);
+      line.sums = t.sums + c / V::kWidth * taps_floats;
+      if (t.bias_sums) line.bias_sums = t.bias_sums + c;
+      kernels.run(line);
+    }
+  }
+
+  // Up to kLine channels of pixels that lie `row` and `column` floats apart.
+  static void copy_line(const float* from, int64_t row, int64_t column, Span rows, Span columns,
+                        int64_t channels, float* to, int64_t to_row) {
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      const float* in = from + i * row + columns.begin * column;
+      float* out = to + i * to_row + columns.begin * kLine;
+      for (int64_t j = columns.begin; j < columns.end; ++j, in += column, out += kLine) {
+        int64_t c = 0;
+        for (; c + V::kWidth <= channels; c += V::kWidth) V::store(out + c, V::load(in + c));
+        const auto tail = V::tail(static_cast<int>(channels - c));
+        if (c < channels) V::store(out + c, V::load(in + c, tail), tail);
+      }
+    }
+  }
+
   static void clear_floats(float* at, int64_t count) {
     std::memset(at, 0, static_cast<std::size_t>(count) * 4);
   }
