@@ -59,6 +59,34 @@ PROBLEMS = [
         for padding in ["same", "valid", ((2, 0), (1, 3))]
     ),
     depthwise((1, 3, 33, 192), strides=(2, 2), padding="same"),
+    # Dilated: tiles take every second pixel and so on, of images with fewer pixels than that, too.
+    *(
+        depthwise((1, 9, 14, 19), kernel=kernel, padding=padding, dilation_rate=rate)
+        for kernel in [(3, 3), (5, 5), (7, 7), (1, 5)]
+        for rate, padding in [
+            ((2, 2), "same"),
+            ((1, 4), "same"),
+            ((11, 20), "same"),
+            ((2, 3), ((9, 4), (11, 16))),
+        ]
+    ),
+    depthwise((1, 3, 40, 128), kernel=(1, 3), padding="same", dilation_rate=(1, 8)),
+    # Long rows of taps go in pieces; long rows of pixels are dealt to tasks.
+    *(
+        depthwise((2, 2, 45, 11), kernel=(1, taps), padding=padding)
+        for taps in (4, 6, 8, 9, 10, 11, 15, 17, 31)
+        for padding in ["same", ((0, 1), (20, 33))]
+    ),
+    depthwise((1, 3, 12, 20), kernel=(2, 31), padding="same"),
+    depthwise((1, 3, 70, 20), 2, kernel=(1, 9), padding="same", dilation_rate=(1, 2)),
+    depthwise((1, 1, 1500, 70), kernel=(1, 31), padding="same"),
+    # Pixels so far apart that wgrad copies its tiles, the last of them with less than a line.
+    *(
+        depthwise((1, 9, width, channels), kernel=kernel, strides=strides, padding="same")
+        for width, channels in [(12, 512), (7, 1028)]
+        for kernel in [(5, 5), (7, 7)]
+        for strides in [(1, 1), (2, 2)]
+    ),
     depthwise((1, 9, 1, 20), kernel=(3, 1)),  # output pixels one below the other
     depthwise((2, 7, 7, 6), strides=(6, 5), padding="same"),  # too many residue classes
     depthwise((2, 7, 9, 6), kernel=(2, 2), strides=(4, 3)),  # stride beyond the filter
@@ -136,11 +164,40 @@ def test_padding_is_no_multiplication(multiplier, isa):
 
 
 @pytest.mark.parametrize(
+    "geometry",
+    [
+        {"kernel": (3, 3), "dilation_rate": (2, 2)},
+        {"kernel": (1, 9)},
+        {"kernel": (1, 31)},
+    ],
+    ids=str,
+)
+def test_padding_of_far_taps_is_no_multiplication(geometry, isa):
+    problem = depthwise((1, 6, 40, 18), padding="same", **geometry)
+    data = normals(problem)
+    data.w[0, 0] = np.inf
+    rate = geometry.get("dilation_rate", (1, 1))
+    before = [rate[axis] * ((geometry["kernel"][axis] - 1) // 2) for axis in (0, 1)]
+    with running_on(algorithm="depthwise"):
+        y = fastconv.conv2d(data.x, data.w, **problem.geometry)
+        dx = fastconv.conv2d_grad_input(data.dy, data.w, problem.x_shape, **problem.geometry)
+    meets = np.zeros(y.shape, bool)  # those under whose first tap there is a pixel
+    meets[:, before[0] :, before[1] :] = True
+    np.testing.assert_array_equal(np.isfinite(y), ~meets)
+    met = np.zeros(dx.shape, bool)
+    met[:, : dx.shape[1] - before[0], : dx.shape[2] - before[1]] = True
+    np.testing.assert_array_equal(np.isfinite(dx), ~met)
+
+
+@pytest.mark.parametrize(
     "problem",
     [
         depthwise((1, 30, 31, 70), padding="same"),
         depthwise((5, 14, 13, 24), 2, strides=(2, 2), padding="same"),
         depthwise((3, 28, 28, 96), kernel=(5, 5), padding="same"),
+        depthwise((1, 33, 34, 70), padding="same", dilation_rate=(2, 3)),
+        depthwise((1, 1, 2000, 64), kernel=(1, 31), padding="same"),
+        depthwise((2, 14, 14, 512), kernel=(7, 7), padding="same"),
     ],
     ids=str,
 )

@@ -576,7 +576,7 @@ struct LanePlan {
 // each or somewhat more.
 inline bool crowds_cache(int64_t pixels, int64_t apart) {
   constexpr int64_t kSets = 64, kWays = 8;
-  const int64_t kept = kSets / std::gcd(apart / kLine, kSets) * kWays;
+  const int64_t kept = kSets / std::gcd(max64(1, apart / kLine), kSets) * kWays;
   return 5 * pixels > 6 * kept;
 }
 
