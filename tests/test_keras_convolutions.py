@@ -14,8 +14,10 @@ from fastconv.keras import (
     FastConv1D,
     FastConv2D,
     FastConv2DTranspose,
+    FastDepthwiseConv1D,
     FastDepthwiseConv2D,
     FastMaxPooling2D,
+    FastSeparableConv1D,
     FastSeparableConv2D,
 )
 from keras_support import equal_layers, two_orders
@@ -83,6 +85,35 @@ CASES = [  # fast, stock, options, shape of the input, ops of a forward pass
         {"filters": 4, "padding": "same", "strides": 3},
         (2, 10, 3),
         FORWARD,
+    ),
+    (FastDepthwiseConv1D, L.DepthwiseConv1D, {"activation": "relu"}, (2, 9, 3), FORWARD),
+    (
+        FastDepthwiseConv1D,
+        L.DepthwiseConv1D,
+        {"depth_multiplier": 2, "strides": 2, "padding": "same", "activation": "gelu"},
+        (2, 10, 3),
+        FORWARD,
+    ),
+    (
+        FastDepthwiseConv1D,
+        L.DepthwiseConv1D,
+        {"dilation_rate": 2, "padding": "same", "use_bias": False},
+        (2, 9, 3),
+        FORWARD,
+    ),
+    (
+        FastSeparableConv1D,
+        L.SeparableConv1D,
+        {"filters": 4, "activation": "relu"},
+        (2, 9, 3),
+        {"FastconvConv2D": 2},
+    ),
+    (
+        FastSeparableConv1D,
+        L.SeparableConv1D,
+        {"filters": 4, "depth_multiplier": 2, "strides": 2, "padding": "same", "use_bias": False},
+        (2, 10, 3),
+        {"FastconvConv2D": 2},
     ),
     (FastConv2DTranspose, L.Conv2DTranspose, {"filters": 4}, (2, 5, 6, 3), TRANSPOSE),
     (
@@ -288,6 +319,8 @@ KINDS = [
     (FastDepthwiseConv2D, L.DepthwiseConv2D, {"kernel_size": 3}, (2, 6, 6, 3)),
     (FastSeparableConv2D, L.SeparableConv2D, {"filters": 4, "kernel_size": 3}, (2, 6, 6, 3)),
     (FastConv1D, L.Conv1D, {"filters": 4, "kernel_size": 3}, (2, 6, 3)),
+    (FastDepthwiseConv1D, L.DepthwiseConv1D, {"kernel_size": 3}, (2, 6, 3)),
+    (FastSeparableConv1D, L.SeparableConv1D, {"filters": 4, "kernel_size": 3}, (2, 6, 3)),
     (FastConv2DTranspose, L.Conv2DTranspose, {"filters": 4, "kernel_size": 3}, (2, 6, 6, 3)),
 ]
 KIND_IDS = [kind[0].__qualname__ for kind in KINDS]

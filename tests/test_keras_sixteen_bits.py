@@ -14,10 +14,12 @@ from fastconv.keras import (
     FastConv2D,
     FastConv2DTranspose,
     FastConvPool2D,
+    FastDepthwiseConv1D,
     FastDepthwiseConv2D,
     FastGlobalAveragePooling2D,
     FastGlobalMaxPooling2D,
     FastMaxPooling2D,
+    FastSeparableConv1D,
     FastSeparableConv2D,
     explain_layer,
 )
@@ -43,7 +45,9 @@ KINDS = [  # fast, stock, options, shape of the input
         (2, 4, 9, 10),
     ),
     (FastConv1D, L.Conv1D, {"filters": 8, "kernel_size": 3, "padding": "causal"}, (2, 9, 4)),
+    (FastDepthwiseConv1D, L.DepthwiseConv1D, {"kernel_size": 3}, (2, 9, 4)),
     (FastDepthwiseConv2D, L.DepthwiseConv2D, {"kernel_size": 3}, IMAGES),
+    (FastSeparableConv1D, L.SeparableConv1D, {"filters": 8, "kernel_size": 3}, (2, 9, 4)),
     (FastSeparableConv2D, L.SeparableConv2D, {"filters": 8, "kernel_size": 3}, IMAGES),
     (
         FastConv2DTranspose,

@@ -18,10 +18,12 @@ from fastconv.keras.conv1d import FastConv1D
 from fastconv.keras.conv2d import FastConv2D
 from fastconv.keras.conv2d_transpose import FastConv2DTranspose
 from fastconv.keras.conv_pool2d import FastConvPool2D
+from fastconv.keras.depthwise_conv1d import FastDepthwiseConv1D
 from fastconv.keras.depthwise_conv2d import FastDepthwiseConv2D
 from fastconv.keras.global_average_pooling2d import FastGlobalAveragePooling2D
 from fastconv.keras.global_max_pooling2d import FastGlobalMaxPooling2D
 from fastconv.keras.max_pooling2d import FastMaxPooling2D
+from fastconv.keras.separable_conv1d import FastSeparableConv1D
 from fastconv.keras.separable_conv2d import FastSeparableConv2D
 
 __all__ = [
@@ -34,11 +36,13 @@ __all__ = [
     "FastConv2D",
     "FastConv2DTranspose",
     "FastConvPool2D",
+    "FastDepthwiseConv1D",
     "FastDepthwiseConv2D",
     "FastGlobalAveragePooling2D",
     "FastGlobalMaxPooling2D",
     "FastMaxPooling2D",
     "FastReLU",
+    "FastSeparableConv1D",
     "FastSeparableConv2D",
     "accelerate",
     "explain_layer",

@@ -17,7 +17,9 @@ from fastconv.keras._stand_in import (
 _CONVOLUTIONS_WITH_EPILOGUE = (
     keras.layers.Conv1D,
     keras.layers.Conv2D,
+    keras.layers.DepthwiseConv1D,
     keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv1D,
     keras.layers.SeparableConv2D,
 )
 

@@ -1,0 +1,43 @@
+"""``keras.layers.SeparableConv1D`` on fastconv's kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import keras
+
+from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
+from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
+from fastconv.keras.depthwise_conv1d import depthwise_convolution_of_rows, height_axis_of
+
+if TYPE_CHECKING:
+    from fastconv.keras._stand_in import Tensor
+
+
+@stand_in_for(keras.layers.SeparableConv1D)
+class FastSeparableConv1D(JitWhereXlaServes, keras.layers.SeparableConv1D):
+    """A separable 1-D convolution layer: ``keras.layers.SeparableConv1D`` on fastconv's kernels.
+
+    A sequence is an image of height 1 to them. They run twice, as for ``FastSeparableConv2D``.
+    Arguments, defaults, names, weights, errors and files are those of
+    ``keras.layers.SeparableConv1D``, and so is the code for inputs that the kernels do not serve:
+    see ``FastConv2D``.
+
+    Input shape: float32 of (batch, steps, channels), or (batch, channels, steps) with
+    ``data_format="channels_first"``.
+
+    Output shape: (batch, new_steps, filters), or (batch, filters, new_steps).
+    """
+
+    def call(self, inputs: Tensor) -> Tensor:
+        if leaves_to_stock(self, inputs):
+            return super().call(inputs)
+        height_axis = height_axis_of(self)
+        images = keras.ops.expand_dims(inputs, height_axis)
+        outputs = adapter.conv2d(
+            depthwise_convolution_of_rows(self, images, self.depthwise_kernel),
+            keras.ops.expand_dims(self.pointwise_kernel, 0),
+            data_format=self.data_format,
+            **epilogue(self),
+        )
+        return activated(self, keras.ops.squeeze(outputs, height_axis))
