@@ -54,6 +54,15 @@ def epilogue(layer: keras.layers.Layer) -> dict[str, Any]:
     }
 
 
+def of_sequences(
+    layer: keras.layers.Layer, inputs: Tensor, convolve: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What ``convolve`` makes of images of height 1, of sequences and to sequences."""
+    height_axis = 2 if layer.data_format == "channels_first" else 1
+    outputs = convolve(keras.ops.expand_dims(inputs, height_axis))
+    return keras.ops.squeeze(outputs, height_axis)
+
+
 def activated(layer: keras.layers.Layer, outputs: Tensor) -> Tensor:
     """``outputs`` of an op with the layer's epilogue, with an activation that it left to Keras."""
     return outputs if fused_activation(layer.activation) else layer.activation(outputs)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import keras
 
-from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
+from fastconv.keras._convolution import activated, epilogue, leaves_to_stock, of_sequences
 from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
 
 if TYPE_CHECKING:
@@ -33,14 +33,16 @@ class FastConv1D(JitWhereXlaServes, keras.layers.Conv1D):
         padding = self.padding
         if padding == "causal":
             padding = ((0, 0), (self.dilation_rate[0] * (self.kernel_size[0] - 1), 0))
-        height_axis = 2 if self.data_format == "channels_first" else 1
-        outputs = adapter.conv2d(
-            keras.ops.expand_dims(inputs, height_axis),
-            keras.ops.expand_dims(self.kernel, 0),
-            strides=(1, *self.strides),
-            padding=padding,
-            dilation_rate=(1, *self.dilation_rate),
-            data_format=self.data_format,
-            **epilogue(self),
-        )
-        return activated(self, keras.ops.squeeze(outputs, height_axis))
+
+        def convolve(images: Tensor) -> Tensor:
+            return adapter.conv2d(
+                images,
+                keras.ops.expand_dims(self.kernel, 0),
+                strides=(1, *self.strides),
+                padding=padding,
+                dilation_rate=(1, *self.dilation_rate),
+                data_format=self.data_format,
+                **epilogue(self),
+            )
+
+        return activated(self, of_sequences(self, inputs, convolve))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
+from fastconv.keras._convolution import activated, epilogue, leaves_to_stock, of_sequences
 from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
 
 if TYPE_CHECKING:
@@ -31,15 +31,11 @@ class FastDepthwiseConv1D(JitWhereXlaServes, keras.layers.DepthwiseConv1D):
     def call(self, inputs: Tensor) -> Tensor:
         if leaves_to_stock(self, inputs):
             return super().call(inputs)
-        height_axis = height_axis_of(self)
-        images = keras.ops.expand_dims(inputs, height_axis)
-        outputs = depthwise_convolution_of_rows(self, images, self.kernel, **epilogue(self))
-        return activated(self, keras.ops.squeeze(outputs, height_axis))
 
+        def convolve(images: Tensor) -> Tensor:
+            return depthwise_convolution_of_rows(self, images, self.kernel, **epilogue(self))
 
-def height_axis_of(layer: keras.layers.Layer) -> int:
-    """Where a sequence's height, 1, is inserted to make it an image."""
-    return 2 if layer.data_format == "channels_first" else 1
+        return activated(self, of_sequences(self, inputs, convolve))
 
 
 def depthwise_convolution_of_rows(

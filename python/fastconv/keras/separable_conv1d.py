@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import keras
 
-from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
+from fastconv.keras._convolution import activated, epilogue, leaves_to_stock, of_sequences
 from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
-from fastconv.keras.depthwise_conv1d import depthwise_convolution_of_rows, height_axis_of
+from fastconv.keras.depthwise_conv1d import depthwise_convolution_of_rows
 
 if TYPE_CHECKING:
     from fastconv.keras._stand_in import Tensor
@@ -32,12 +32,13 @@ class FastSeparableConv1D(JitWhereXlaServes, keras.layers.SeparableConv1D):
     def call(self, inputs: Tensor) -> Tensor:
         if leaves_to_stock(self, inputs):
             return super().call(inputs)
-        height_axis = height_axis_of(self)
-        images = keras.ops.expand_dims(inputs, height_axis)
-        outputs = adapter.conv2d(
-            depthwise_convolution_of_rows(self, images, self.depthwise_kernel),
-            keras.ops.expand_dims(self.pointwise_kernel, 0),
-            data_format=self.data_format,
-            **epilogue(self),
-        )
-        return activated(self, keras.ops.squeeze(outputs, height_axis))
+
+        def convolve(images: Tensor) -> Tensor:
+            return adapter.conv2d(
+                depthwise_convolution_of_rows(self, images, self.depthwise_kernel),
+                keras.ops.expand_dims(self.pointwise_kernel, 0),
+                data_format=self.data_format,
+                **epilogue(self),
+            )
+
+        return activated(self, of_sequences(self, inputs, convolve))
