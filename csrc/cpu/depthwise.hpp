@@ -618,6 +618,12 @@ struct DepthwiseKernels {
 // done beforehand.
 inline bool depthwise_kernels_mask(int64_t taps) { return taps == 3; }
 
+// Of wgrad's tiles of `most` rows, which have one of their own at an edge. Of larger filters, fewer: they
+// take long to compile.
+constexpr bool has_edge_kernel(int taps, int rows, int most) {
+  return rows == 1 || rows == most || (taps == 3 && rows < most);
+}
+
 template <class V, DepthwiseWalk kWalk, int R, int Step, int Vectors, bool Masked>
 DepthwiseKernels depthwise_kernels_of() {
   constexpr int64_t kAny = int64_t{1} << 60;
@@ -654,9 +660,7 @@ DepthwiseKernels depthwise_kernels_of() {
                          .whole = depthwise_wgrad_tile<V, R, Step, Vectors, kRows, false, Masked>,
                          .edge = {}};
     const auto add = [&]<int Rows>(std::integral_constant<int, Rows>) {
-      // Of larger filters, fewer: they take long to compile.
-      constexpr bool kWanted = Rows == 1 || Rows == kRows || (R == 3 && Rows < kRows);
-      if constexpr (kWanted) {
+      if constexpr (has_edge_kernel(R, Rows, kRows)) {
         out.edge[Rows - 1] = depthwise_wgrad_tile<V, R, Step, Vectors, Rows, true, Masked>;
       }
     };
