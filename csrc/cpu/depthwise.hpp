@@ -720,10 +720,6 @@ struct DepthwiseConvolution {
   static constexpr int64_t kColumns =
       32;  // of a tile; what it reads stays in the first-level cache
 
-  // Source pixels of a tile of 7 x 7 taps and stride 2.
-  static constexpr int64_t kStagedPixels =
-      ((DepthwiseKernels::kMostRows - 1) * 2 + 7) * ((kColumns - 1) * 2 + 7);
-
   const Conv2dProblem& p;
   Direction direction;
   bool scatter;
@@ -741,7 +737,8 @@ struct DepthwiseConvolution {
   int64_t parts, part_floats;       // wgrad: of sums
   int64_t taps_floats;              // wgrad: of one vector
   DepthwiseKernels kernels;
-  bool staged;  // wgrad: see run_staged
+  int64_t staged_source, staged_dy;  // floats of a worker that run_staged copies to, or none
+  int workers;
 
   DepthwiseConvolution(const Conv2dProblem& problem, Direction which, bool masked, bool bias)
       : p(problem), direction(which), scatter(which == Direction::dgrad && problem.stride_h == 2),
@@ -781,17 +778,21 @@ struct DepthwiseConvolution {
     // wgrad of a larger filter reads a tile again for each vector of a line and for some of its rows. A copy
     // pays where a set of the first-level cache would have to hold five times its lines.
     const int64_t columns_met = (ceil_div(own_columns, column_tiles) - 1) * step + p.s;
-    staged = V::kWidth == kLine / 2 && p.r > 3 && direction == Direction::wgrad &&
-             crowds_cache(kernels.source_rows * columns_met / 4, apart_w * p.c);
+    const bool staged = V::kWidth == kLine / 2 && p.r > 3 && direction == Direction::wgrad &&
+                        crowds_cache(kernels.source_rows * columns_met / 4, apart_w * p.c);
+    staged_source = staged ? kernels.source_rows * columns_met * kLine : 0;
+    staged_dy = staged ? kernels.rows * ceil_div(own_columns, column_tiles) * kLine : 0;
     row_tiles = ceil_div(ceil_div(rows, residues_h), kernels.rows);
     tiles = residues_h * row_tiles * residues_w * column_tiles;
     taps_floats = p.r * p.s * V::kWidth;
     part_floats = vectors * (taps_floats + (bias ? V::kWidth : 0));
     divide();
+    workers = direction == Direction::wgrad ? workers_for(parts * blocks) : 0;
   }
 
   int64_t workspace_bytes() const {
-    return direction == Direction::wgrad ? parts * part_floats * 4 : 0;
+    if (direction != Direction::wgrad) return 0;
+    return (round_up(parts * part_floats, kLine) + workers * (staged_source + staged_dy)) * 4;
   }
 
   // fprop and dgrad.
@@ -857,7 +858,8 @@ struct DepthwiseConvolution {
       }
       if (dbias) add_up(vectors * taps_floats + v * V::kWidth, dbias);
     };
-    parallel_for(parts * blocks, [&](int64_t task) {
+    float* const staged = sums + round_up(parts * part_floats, kLine);
+    parallel_for(parts * blocks, workers, [&](int64_t task, int worker) {
       DepthwiseTile t{};
       const int64_t first = begin_block(task % blocks, t), part = task / blocks;
       const int64_t vector = first / V::kWidth;
@@ -878,8 +880,8 @@ struct DepthwiseConvolution {
           const int64_t at = ((n * p.oh + row) * p.ow + column) * p.c + first;
           t.out = const_cast<float*>(dy) + at;
           t.mask = y ? y + at : nullptr;
-          if (staged) {
-            run_staged(t);
+          if (staged_source > 0) {
+            run_staged(t, staged + worker * (staged_source + staged_dy));
           } else {
             kernels.run(t);
           }
@@ -896,9 +898,8 @@ struct DepthwiseConvolution {
  private:
   // The tile of wgrad by lines of channels, each copied to where its pixels are neighbours: a power of two
   // apart, they would not stay in the first-level cache until they are read again.
-  void run_staged(const DepthwiseTile& t) const {
-    alignas(64) float source[kStagedPixels * kLine];
-    alignas(64) float dy[DepthwiseKernels::kMostRows * kColumns * kLine];
+  void run_staged(const DepthwiseTile& t, float* source) const {
+    float* const dy = source + staged_source;
     const int64_t columns_met = (t.columns - 1) * step + p.s;
     const Span rows_met{t.row_begin, min64(t.row_end, kernels.source_rows)};
     const Span own_columns{t.column_begin, min64(t.column_end, columns_met)};
