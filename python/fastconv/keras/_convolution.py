@@ -39,9 +39,9 @@ def fused_activation(activation: Callable[..., Any] | None) -> str | None:
 def geometry(layer: keras.layers.Layer) -> dict[str, Any]:
     """Where the op's windows lie: its arguments but the tensors and the epilogue."""
     return {
-        "strides": layer.strides,
+        "strides": (*height_of_sequences(layer), *layer.strides),
         "padding": layer.padding,
-        "dilation_rate": layer.dilation_rate,
+        "dilation_rate": (*height_of_sequences(layer), *layer.dilation_rate),
         "data_format": layer.data_format,
     }
 
@@ -52,6 +52,11 @@ def epilogue(layer: keras.layers.Layer) -> dict[str, Any]:
         "bias": layer.bias if layer.use_bias else None,
         "activation": fused_activation(layer.activation),
     }
+
+
+def height_of_sequences(layer: keras.layers.Layer) -> tuple[int, ...]:
+    """What stands before a 1-D layer's sizes to make them an image's; nothing for a 2-D layer."""
+    return (1,) if layer.rank == 1 else ()
 
 
 def of_sequences(

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING
 
 import keras
 
-from fastconv.keras._convolution import activated, epilogue, leaves_to_stock, of_sequences
+from fastconv.keras._convolution import (
+    activated,
+    epilogue,
+    geometry,
+    leaves_to_stock,
+    of_sequences,
+)
 from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
 
 if TYPE_CHECKING:
@@ -38,10 +44,7 @@ class FastConv1D(JitWhereXlaServes, keras.layers.Conv1D):
             return adapter.conv2d(
                 images,
                 keras.ops.expand_dims(self.kernel, 0),
-                strides=(1, *self.strides),
-                padding=padding,
-                dilation_rate=(1, *self.dilation_rate),
-                data_format=self.data_format,
+                **geometry(self) | {"padding": padding},
                 **epilogue(self),
             )
 

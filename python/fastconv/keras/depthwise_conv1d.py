@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import keras
 
 from fastconv.keras._convolution import activated, epilogue, leaves_to_stock, of_sequences
-from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
+from fastconv.keras._stand_in import JitWhereXlaServes, stand_in_for
+from fastconv.keras.depthwise_conv2d import depthwise_convolution
 
 if TYPE_CHECKING:
     from fastconv.keras._stand_in import Tensor
@@ -33,24 +34,6 @@ class FastDepthwiseConv1D(JitWhereXlaServes, keras.layers.DepthwiseConv1D):
             return super().call(inputs)
 
         def convolve(images: Tensor) -> Tensor:
-            return depthwise_convolution_of_rows(self, images, self.kernel, **epilogue(self))
+            return depthwise_convolution(self, images, self.kernel, **epilogue(self))
 
         return activated(self, of_sequences(self, inputs, convolve))
-
-
-def depthwise_convolution_of_rows(
-    layer: keras.layers.Layer, images: Tensor, kernel: Tensor, **options: Any
-) -> Tensor:
-    """The convolution of each channel of images of height 1 with ``kernel`` (taps, channels,
-    multiplier)."""
-    taps, channels, multiplier = kernel.shape
-    return adapter.conv2d(
-        images,
-        # Channel c's filters come c-th, which is where those of the c-th group are.
-        keras.ops.reshape(kernel, (1, taps, 1, channels * multiplier)),
-        strides=(1, *layer.strides),
-        padding=layer.padding,
-        dilation_rate=(1, *layer.dilation_rate),
-        data_format=layer.data_format,
-        **options,
-    )

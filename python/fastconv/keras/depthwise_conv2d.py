@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
+from fastconv.keras._convolution import (
+    activated,
+    epilogue,
+    geometry,
+    height_of_sequences,
+    leaves_to_stock,
+)
 from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
 
 if TYPE_CHECKING:
@@ -38,15 +44,12 @@ class FastDepthwiseConv2D(JitWhereXlaServes, keras.layers.DepthwiseConv2D):
 def depthwise_convolution(
     layer: keras.layers.Layer, inputs: Tensor, kernel: Tensor, **options: Any
 ) -> Tensor:
-    """The convolution of each channel with ``kernel`` (rows, columns, channels, multiplier)."""
-    rows, columns, channels, multiplier = kernel.shape
+    """The convolution of each channel of images with ``kernel`` (taps..., channels, multiplier)."""
+    *taps, channels, multiplier = kernel.shape
     return adapter.conv2d(
         inputs,
         # Channel c's filters come c-th, which is where those of the c-th group are.
-        keras.ops.reshape(kernel, (rows, columns, 1, channels * multiplier)),
-        strides=layer.strides,
-        padding=layer.padding,
-        dilation_rate=layer.dilation_rate,
-        data_format=layer.data_format,
+        keras.ops.reshape(kernel, (*height_of_sequences(layer), *taps, 1, channels * multiplier)),
+        **geometry(layer),
         **options,
     )

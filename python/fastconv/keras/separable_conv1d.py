@@ -8,7 +8,7 @@ import keras
 
 from fastconv.keras._convolution import activated, epilogue, leaves_to_stock, of_sequences
 from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
-from fastconv.keras.depthwise_conv1d import depthwise_convolution_of_rows
+from fastconv.keras.depthwise_conv2d import depthwise_convolution
 
 if TYPE_CHECKING:
     from fastconv.keras._stand_in import Tensor
@@ -35,7 +35,7 @@ class FastSeparableConv1D(JitWhereXlaServes, keras.layers.SeparableConv1D):
 
         def convolve(images: Tensor) -> Tensor:
             return adapter.conv2d(
-                depthwise_convolution_of_rows(self, images, self.depthwise_kernel),
+                depthwise_convolution(self, images, self.depthwise_kernel),
                 keras.ops.expand_dims(self.pointwise_kernel, 0),
                 data_format=self.data_format,
                 **epilogue(self),
