@@ -20,7 +20,7 @@ SHAPES = [(2, 5, 7, 1), (1, 1, 1, 5), (3, 9, 8, 16), (2, 40, 33, 70), (1, 6, 5, 
 
 
 def arrays(shape, seed=0):
-    """x, gamma, beta and a residual, so that ReLU6 has values of all three kinds."""
+    """x, gamma, beta and a residual, so that each activation has values of all its kinds."""
     rng = np.random.default_rng(seed)
     x = rng.normal(0.7, 2, shape)
     gamma, beta = rng.uniform(-2, 2, (2, shape[-1]))
@@ -43,12 +43,27 @@ def by_tensorflow(x, gamma, beta, *residual, activation=None):
     y = tf.nn.batch_normalization(x, mean, variance, beta, gamma, EPSILON)
     if residual:
         y += residual[0]
-    return {None: tf.identity, "relu": tf.nn.relu, "relu6": tf.nn.relu6}[activation](y)
+    return ACTIVATIONS[activation](y)
+
+
+ACTIVATIONS = {
+    None: tf.identity,
+    "relu": tf.nn.relu,
+    "relu6": tf.nn.relu6,
+    "silu": tf.nn.silu,
+    "hard_silu": lambda y: y * tf.clip_by_value(y / 6 + 0.5, 0, 1),
+}
+# An output tells no gated activation's derivative: of a sum, they are left to an operation of their own.
+KINDS = [
+    (activation, adds)
+    for activation in ACTIVATIONS
+    for adds in (False, True)
+    if not (adds and activation in ("silu", "hard_silu"))
+]
 
 
 @pytest.mark.parametrize("isa", _core.available_isas())
-@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
-@pytest.mark.parametrize("adds", [False, True], ids=["alone", "with a sum"])
+@pytest.mark.parametrize("activation, adds", KINDS)
 def test_against_float64(isa, activation, adds):
     for shape in SHAPES:
         x, gamma, beta, residual = arrays(shape)
@@ -128,8 +143,78 @@ def test_the_same_bits_for_any_number_of_threads():
     assert_same_arrays(results[2], results[0])
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
+@pytest.mark.parametrize("activation", ["silu", "hard_silu"])
+def test_a_sum_is_not_gated(activation):
+    @tf.function(autograph=False)
+    def run(x, gamma, beta, residual):
+        y, _, _ = adapter.batch_norm(x, gamma, beta, epsilon=EPSILON)
+        assert adapter.activated_in_one(y, activation) is not None
+        assert adapter.activated_in_one(adapter.added_in_one(y, residual), activation) is None
+        return y
+
+    run(*(tf.constant(a) for a in arrays((2, 3, 3, 4))))
+    inputs = [tf.ones((2, 4, 4, 8)), *(tf.ones(8) for _ in range(4))]
+    inputs += [tf.ones((2, 4, 4, 8))] * 2
+    attributes = {"epsilon": EPSILON, "activation": activation.upper(), "num_output": 1}
+    with pytest.raises(tf.errors.InvalidArgumentError, match="must be 'RELU' or 'RELU6'"):
+        adapter._framework.run("FastconvBatchNormGrad", inputs, attributes)
+
+
+@pytest.mark.parametrize("isa", _core.available_isas())
+def test_gates_of_all_sizes(isa):
+    """To 4 units in the last place of the value, or what float32's least normal number is to it."""
+    rng = np.random.default_rng(4)
+    x = np.concatenate([
+        *(rng.standard_normal(1001) * size for size in (1e-30, 1e-3, 1, 3, 30)),
+        np.linspace(-120, 120, 4803), [0.0, -0.0, 3.0, -3.0, 1e30, -1e30, 3e38, np.inf],
+    ]).astype("float32")  # fmt: skip
+    images = x.reshape(1, 1, -1, 1)
+    ones, zeros = tf.ones(1), tf.zeros(1)
+
+    @tf.function(autograph=False)
+    def run(x):
+        # Variance and epsilon of 1 in all: the value is x.
+        y = adapter.batch_norm_inference(x, zeros, ones * 0.5, None, None, epsilon=0.5)
+        return [adapter.activated_in_one(y, name) for name in ("silu", "hard_silu")]
+
+    with running_on(isa):
+        silu, hard = (found.numpy().ravel() for found in run(tf.constant(images)))
+        nan = run(tf.constant(np.full((1, 1, 5, 1), np.nan, "float32")))
+    wide = x.astype("float64")
+    with np.errstate(over="ignore"):
+        wanted = wide / (1 + np.exp(-wide))
+    np.testing.assert_allclose(silu, wanted, rtol=5e-7, atol=1e-35)
+    # Where the gate is all but shut, float32 rounds what opens it.
+    opening = np.clip(wide / 6 + 0.5, 0, 1)
+    bound = 1e-6 * np.abs(wide * opening) + 2e-7 * np.abs(np.clip(wide, -4, 4))
+    assert (np.abs(hard[:-1] - (wide * opening)[:-1]) <= bound[:-1]).all()
+    assert hard[-1] == np.inf
+    assert all(np.isnan(y).all() for y in nan)
+
+
 @pytest.mark.parametrize("adds", [False, True], ids=["alone", "with a sum"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_inference(activation, adds):
+    """By moments that are not x's own: the value, and gradients of two orders by every input."""
+    x, gamma, beta, residual = arrays((2, 6, 7, 5))
+    mean, variance = arrays((1, 1, 1, 5), seed=3)[0].ravel(), np.full(5, 1.7, "float32")
+
+    def fast(x, mean, variance, gamma, beta, *residual):
+        y = adapter.batch_norm_inference(x, mean, variance, gamma, beta, epsilon=EPSILON)
+        y = adapter.added_in_one(y, *residual) if residual else y
+        return y if activation is None else adapter.activated_in_one(y, activation)
+
+    def stock(x, mean, variance, gamma, beta, *residual):
+        y = tf.nn.batch_normalization(x, mean, variance, beta, gamma, EPSILON)
+        return ACTIVATIONS[activation](y + residual[0] if residual else y)
+
+    inputs = [x, mean, variance, gamma, beta, *([residual] if adds else [])]
+    inputs = [tf.constant(array) for array in inputs]
+    found = tf.function(two_orders(fast), autograph=False)(*inputs)
+    assert_all_close(found, two_orders(stock)(*inputs), tolerance=3e-5)
+
+
+@pytest.mark.parametrize("activation, adds", KINDS)
 def test_two_orders(activation, adds):
     inputs = [tf.constant(array) for array in arrays((2, 6, 7, 5))[: 4 if adds else 3]]
     found = tf.function(

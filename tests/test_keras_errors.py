@@ -73,6 +73,7 @@ PAIRS = {
         (fastconv.keras.FastBatchNormalization, L.BatchNormalization, {}, (2, 9, 8, 4)),
         (fastconv.keras.FastActivation, L.Activation, {"activation": "relu"}, (2, 9, 8, 4)),
         (fastconv.keras.FastReLU, L.ReLU, {}, (2, 9, 8, 4)),
+        (fastconv.keras.FastZeroPadding2D, L.ZeroPadding2D, {}, (2, 9, 8, 4)),
     ]
 }
 

@@ -1,4 +1,4 @@
-"""Batch normalisations, sums and ReLUs that become part of the convolution before them."""
+"""Layers that become part of a convolution: batch normalisations, sums, activations, paddings."""
 
 import itertools
 
@@ -15,6 +15,7 @@ from fastconv.keras import (
     FastAdd,
     FastBatchNormalization,
     FastReLU,
+    FastZeroPadding2D,
     accelerate,
     explain_layer,
     restore,
@@ -25,6 +26,7 @@ from tensorflow_oracle import assert_all_close
 
 L = keras.layers
 SCALED = "FastconvConv2DScaled"
+NORMALIZED = "FastconvBatchNormInference"
 
 
 @pytest.fixture
@@ -82,6 +84,7 @@ CONVOLUTIONS = {
     "dilated": lambda **o: L.Conv2D(16, 3, dilation_rate=2, **o),
     "groups": lambda **o: L.Conv2D(12, 3, groups=4, **o),
     "depthwise": lambda **o: L.DepthwiseConv2D(3, depth_multiplier=2, padding="same", **o),
+    "separable": lambda **o: L.SeparableConv2D(11, 3, padding="same", **o),
 }
 
 
@@ -100,14 +103,18 @@ def test_normalization_and_relu(kind, channels, executed):
     wanted = stock.predict(x, verbose=0)
     executed()
     assert_close(fast.predict(x, verbose=0), wanted)
-    assert executed() == {SCALED: 1}
+    depthwise = {"FastconvConv2D": 1} if kind == "separable" else {}
+    assert executed() == {SCALED: 1, **depthwise}
 
 
 @pytest.mark.parametrize("center, scale", list(itertools.product([False, True], repeat=2)))
 @pytest.mark.parametrize(
     "relu",
-    [L.ReLU, lambda: L.Activation("relu"), lambda: L.ReLU(6), lambda: L.Activation("relu6"), None],
-)
+    [
+        L.ReLU, lambda: L.Activation("relu"), lambda: L.ReLU(6), lambda: L.Activation("relu6"), None,
+        lambda: L.Activation("swish"), lambda: L.Activation("hard_swish"),
+    ],
+)  # fmt: skip
 def test_parts_of_a_normalization(center, scale, relu, executed):
     def make():
         inputs = keras.Input((8, 8, 6))
@@ -199,8 +206,11 @@ def test_every_algorithm(isa, shape, filters, kernel):
     scale, offset = (rng.standard_normal(filters).astype("float32") for _ in range(2))
     direct = fastconv.conv2d(x, w, padding="same").astype("float64") * scale + offset
     residual = rng.standard_normal(direct.shape).astype("float32")
-    wanted = {"relu": np.maximum(direct + residual, 0)}
+    total = direct + residual
+    wanted = {"relu": np.maximum(total, 0)}
     wanted["relu6"] = np.minimum(wanted["relu"], 6)
+    wanted["silu"] = total / (1 + np.exp(-total))
+    wanted["hard_silu"] = total * np.clip(total / 6 + 0.5, 0, 1)
     tolerance = 2e-5 * np.abs(direct).max()
 
     @tf.function
@@ -247,7 +257,7 @@ def test_bfloat16(algorithm):
         np.testing.assert_array_equal(found[name], tf.cast(right, tf.bfloat16), err_msg=name)
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "silu", "hard_silu"])
 def test_gradients_of_two_orders(activation):
     """In graphs, through the joined op, as through the stock layers' three."""
     rng = np.random.default_rng(9)
@@ -260,12 +270,106 @@ def test_gradients_of_two_orders(activation):
         return adapter.activated_in_one(adapter.added_in_one(y, residual), activation)
 
     def stock(x, w, scale, offset, residual):
-        activate = {"relu": tf.nn.relu, "relu6": tf.nn.relu6}[activation]
+        activate = getattr(keras.activations, activation)
         return activate(tf.nn.conv2d(x, w, 1, "VALID") * scale + offset + residual)
 
     inputs = [tf.constant(a) for a in (x, w, scale, offset, residual)]
     found = tf.function(two_orders(joined))(*inputs)
     assert_all_close(found, tf.function(two_orders(stock))(*inputs), tolerance=2e-4)
+
+
+def swish_block():
+    """As EfficientNet's: expansion, a depthwise convolution of padded images, projection, a sum."""
+    inputs = keras.Input((11, 9, 12))
+    x = L.Activation("swish")(normalized(inputs, L.Conv2D(24, 1, use_bias=False)))
+    x = L.ZeroPadding2D(((0, 1), (1, 1)))(x)
+    x = normalized(x, L.DepthwiseConv2D(3, use_bias=False))
+    x = L.Activation("hard_swish")(x)
+    gate = L.Conv2D(24, 1, activation="sigmoid")(L.GlobalAveragePooling2D(keepdims=True)(x))
+    x = normalized(L.Multiply()([x, gate]), L.Conv2D(16, 1, use_bias=False))
+    x = L.Activation("swish")(L.BatchNormalization()(L.Concatenate()([x, x])))
+    return keras.Model(inputs, x)
+
+
+def test_a_block_of_swish(executed):
+    stock, fast = pair(swish_block)
+    x = images((11, 9, 12))
+    executed()
+    assert_close(fast.predict(x, verbose=0), stock.predict(x, verbose=0))
+    ran = executed()
+    assert (ran[SCALED], ran[NORMALIZED]) == (3, 1)
+    operations = operations_of(fast, x)
+    # The gate's, and none of a swish.
+    assert operations.count("Sigmoid") == 1
+    assert "Pad" not in operations
+
+
+def test_training_a_block_of_swish(executed):
+    """Against stock, whose float32 differs from ours by rounding."""
+    stock, fast = pair(swish_block)
+    x, y = images((11, 9, 12), 8), images(fast.output_shape[1:], 8)
+    losses = []
+    for model in (stock, fast):
+        model.compile(keras.optimizers.SGD(1e-2), "mse")
+        executed()
+        history = model.fit(x, y, batch_size=4, epochs=3, verbose=0, shuffle=False).history
+        losses.append(history["loss"])
+    assert executed()["FastconvBatchNormGrad"] == 4 * 2 * 3
+    assert_close(losses[1], losses[0], tolerance=1e-4)
+
+
+@pytest.mark.parametrize("layer", [
+    lambda: L.Conv2D(6, 3, strides=2), lambda: L.DepthwiseConv2D(3, strides=2),
+    lambda: L.SeparableConv2D(5, 3), lambda: L.Conv2D(7, 2, activation="relu"),
+])  # fmt: skip
+@pytest.mark.parametrize("padding", [1, (2, 0), ((0, 1), (3, 2))])
+def test_padding(layer, padding, executed):
+    """Read by the convolution, in training too: there is no padded image."""
+
+    def make():
+        inputs = keras.Input((8, 7, 4))
+        return keras.Model(inputs, layer()(L.ZeroPadding2D(padding)(inputs)))
+
+    stock, fast = pair(make)
+    assert type(fast.layers[1]) is FastZeroPadding2D
+    assert "convolution behind" in explain_layer(fast.layers[1]).reason
+    x = images((8, 7, 4))
+    assert_close(fast.predict(x, verbose=0), stock.predict(x, verbose=0))
+    assert "Pad" not in operations_of(fast, x)
+    assert_close(fast(x), stock(x))  # eager
+
+    def gradients(model):
+        @tf.function
+        def run(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                loss = tf.reduce_sum(model(x, training=True) ** 2)
+            return tape.gradient(loss, [x, *model.trainable_weights])
+
+        return run(tf.constant(x))
+
+    assert_all_close(gradients(fast), gradients(stock), tolerance=1e-4)
+    assert type(restore(fast).layers[1]) is L.ZeroPadding2D
+
+
+def test_paddings_of_other_readers():
+    """Of a pooling, of a convolution with padding of its own, and of two."""
+    inputs = keras.Input((8, 8, 4))
+    x = L.MaxPooling2D(3)(L.ZeroPadding2D(1)(inputs))
+    x = L.Conv2D(4, 3, padding="same")(L.ZeroPadding2D(1)(x))
+    x = L.ZeroPadding2D(2)(x)
+    model = keras.Model(inputs, L.Add()([L.Conv2D(4, 3)(x), L.Conv2D(4, 3)(x)]))
+    assert FastZeroPadding2D not in classes(accelerate(model))
+
+
+def test_a_padding_that_is_an_output_too():
+    inputs = keras.Input((8, 8, 4))
+    padded = L.ZeroPadding2D(1)(inputs)
+    model = accelerate(keras.Model(inputs, [L.Conv2D(4, 3)(padded), padded]))
+    x = images((8, 8, 4))
+    y, found = model.predict(x, verbose=0)
+    assert_close(found, np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
+    assert_close(y, model(x)[0])
 
 
 def test_training_is_the_stock_layers(executed):
@@ -372,7 +476,7 @@ def nothing_before():
     [read_twice, activated_before, other_axis, other_activation, other_maximum, nothing_before],
 )
 def test_left_alone(make, executed):
-    """At inference. In training, normalisations of all kinds but `other_axis` have a kernel."""
+    """By no convolution. Normalisations of all kinds but `other_axis` have a kernel."""
     stock, fast = pair(make)
     if make in (other_axis, other_activation):
         own = (FastBatchNormalization, FastAdd, FastActivation, FastReLU)
@@ -380,7 +484,10 @@ def test_left_alone(make, executed):
     x = images((8, 8, 4))
     executed()
     fast.predict(x, verbose=0)
-    assert executed().get(SCALED, 0) == (make is other_maximum)
+    ran = executed()
+    assert ran.get(SCALED, 0) == (make is other_maximum)
+    own_kernel = (read_twice, activated_before, nothing_before)
+    assert ran.get(NORMALIZED, 0) == (make in own_kernel)
     assert_close(fast.predict(x, verbose=0), stock.predict(x, verbose=0))
 
 

@@ -66,10 +66,13 @@ Activation activation_attribute(const auto& attributes) {
   return attributes.text("activation") == "RELU" ? Activation::relu : Activation::linear;
 }
 
-// Of an op that knows ReLU6 as well.
+// Of an op that knows all of them.
 Activation wide_activation_attribute(const auto& attributes) {
-  return attributes.text("activation") == "RELU6" ? Activation::relu6
-                                                  : activation_attribute(attributes);
+  const std::string name = attributes.text("activation");
+  return name == "RELU6"       ? Activation::relu6
+         : name == "SILU"      ? Activation::silu
+         : name == "HARD_SILU" ? Activation::hard_silu
+                               : activation_attribute(attributes);
 }
 
 // Attributes of every convolution and pooling, in the notation of TensorFlow's op definitions.
@@ -80,7 +83,8 @@ inline constexpr std::array kGeometryAttributes{
     "data_format: {'NHWC', 'NCHW'} = 'NHWC'",
 };
 
-inline constexpr const char* kWideActivation = "activation: {'LINEAR', 'RELU', 'RELU6'} = 'LINEAR'";
+inline constexpr const char* kWideActivation =
+    "activation: {'LINEAR', 'RELU', 'RELU6', 'SILU', 'HARD_SILU'} = 'LINEAR'";
 
 // --- checks -----------------------------------------------------------------------------------
 
@@ -739,10 +743,10 @@ class Conv2dMaxPool2dGrad : public Conv2dKernel {
   std::array<int64_t, 2> wanted_;
 };
 
-// --- batch normalisation in training ----------------------------------------------------------
+// --- batch normalisation ----------------------------------------------------------------------
 //
-// NHWC. Two ops forward, so that the moments, which moving averages read as well, are computed once
-// where the second is replaced by one that adds and activates too.
+// NHWC. In training two ops forward, so that the moments, which moving averages read as well, are
+// computed once where the second is replaced by one that adds and activates too.
 
 class BatchNormKernel {
  public:
@@ -829,6 +833,13 @@ class BatchNorm : public ActivatedBatchNormKernel {
   }
 };
 
+// By moments that are not x's own, which makes the gradient another.
+class BatchNormInference : public BatchNorm {
+ public:
+  using BatchNorm::BatchNorm;
+  static constexpr const char* kName = "FastconvBatchNormInference";
+};
+
 // `output`, what BatchNorm gave, is for where a residual was added before an activation, and so is
 // dresidual; there are as many of one as of the other.
 class BatchNormGrad : public ActivatedBatchNormKernel {
@@ -853,6 +864,12 @@ class BatchNormGrad : public ActivatedBatchNormKernel {
     if (output) {
       if (p.activation == Activation::linear) {
         throw InvalidArgument("Without an activation there must be no `output`. Received: one");
+      }
+      if (is_gated(p.activation)) {
+        throw InvalidArgument(
+            "With a residual, `activation` must be 'RELU' or 'RELU6', whose derivative `output` "
+            "tells. "
+            "Received: a gated one");
       }
       check_shape(*output, "output", shape);
     }
@@ -894,6 +911,7 @@ using Ops = OpList<Conv2d, Conv2dGradInput, Conv2dGradFilter, Conv2dTranspose, M
                    AveragePool2dGrad, Conv2dMaxPool2d, Conv2dMaxPool2dGrad, Conv2dInt8>;
 
 // XLA makes loops of its own of what stands behind a convolution.
-using OpsOutsideXla = Ops::With<Conv2dScaled, BatchNormMoments, BatchNorm, BatchNormGrad>;
+using OpsOutsideXla =
+    Ops::With<Conv2dScaled, BatchNormMoments, BatchNorm, BatchNormInference, BatchNormGrad>;
 
 }  // namespace fastconv::framework

@@ -181,19 +181,6 @@ void multiply_columns(const float* in, const float* scale, int64_t rows, int64_t
   });
 }
 
-// y = activation(y + from).
-void add_and_activate(const float* from, int64_t count, Activation activation, float* y) {
-  constexpr int64_t kATask = 16384;
-  const bool relu = activation != Activation::linear;
-  const float most = activation == Activation::relu6 ? 6 : std::numeric_limits<float>::infinity();
-  parallel_for((count + kATask - 1) / kATask, [&](int64_t task) {
-    for (int64_t i = task * kATask; i < std::min(count, (task + 1) * kATask); ++i) {
-      const float sum = y[i] + from[i];
-      y[i] = relu && sum < 0 ? 0 : relu && sum > most ? most : sum;  // NaN stays
-    }
-  });
-}
-
 void add(const float* from, int64_t count, float* to) {
   constexpr int64_t kATask = 16384;
   parallel_for((count + kATask - 1) / kATask, [&](int64_t task) {
@@ -225,7 +212,9 @@ void fprop_by_float32(const Conv2dProblem& problem, const void* x, const void* f
                       const PackedFilter* packed, const void* scale, const void* bias,
                       const void* residual, void* y, const char* algorithm) {
   const Conv2dProblem p = of_single_pixels(problem);
-  const cpu::Conv2dAlgorithm& chosen = cpu::choose(as_computed(p), Direction::fprop, algorithm);
+  Conv2dProblem computed = as_computed(p);
+  if (is_gated(p.activation)) computed.activation = Activation::linear;
+  const cpu::Conv2dAlgorithm& chosen = cpu::choose(computed, Direction::fprop, algorithm);
   if (p.n == 0) return;
   const Input own_filter(p.dtype, filter, p.filter_size());
   const Input own_scale(p.dtype, scale, p.k), own_bias(p.dtype, bias, p.k);
@@ -236,7 +225,6 @@ void fprop_by_float32(const Conv2dProblem& problem, const void* x, const void* f
     multiply_columns(own_filter.data(), own_scale.data(), p.filter_size() / p.k, p.k,
                      scaled.floats());
   }
-  Conv2dProblem computed = as_computed(p);
   if (added_behind) computed.activation = Activation::linear;
   for_each_part(
       p, images_a_part(p, bytes(p.filter_size())), [&](const Conv2dProblem& part, int64_t n) {
@@ -253,8 +241,9 @@ void fprop_by_float32(const Conv2dProblem& problem, const void* x, const void* f
                     .scale = scaled_before ? nullptr : own_scale.data(),
                     .residual = added_behind ? nullptr : own_residual.data(),
                     .out = own_y.data()});
-        if (added_behind) {
-          add_and_activate(own_residual.data(), part.y_size(), p.activation, own_y.data());
+        if (added_behind || is_gated(p.activation)) {
+          kernels().add_and_activate(p.activation, part.y_size(),
+                                     added_behind ? own_residual.data() : nullptr, own_y.data());
         }
         own_y.finish();
       });
@@ -330,9 +319,11 @@ void conv2d_fprop(const Conv2dProblem& p, const void* x, const void* filter, con
 void conv2d_scaled_fprop(const Conv2dProblem& problem, const void* x, const void* filter,
                          const void* scale, const void* bias, const void* residual, void* y,
                          const char* algorithm) {
-  if (const auto* const of_bf16 = cpu::choose_bf16(problem, Direction::fprop, algorithm)) {
-    return fprop_of_bf16(problem, *of_bf16, x, filter, scale, bias, residual, y);
-  }
+  // Which round what they store: a gated activation would be of a rounded value.
+  const auto* const of_bf16 = is_gated(problem.activation)
+                                  ? nullptr
+                                  : cpu::choose_bf16(problem, Direction::fprop, algorithm);
+  if (of_bf16) return fprop_of_bf16(problem, *of_bf16, x, filter, scale, bias, residual, y);
   fprop_by_float32(problem, x, filter, nullptr, scale, bias, residual, y, algorithm);
 }
 

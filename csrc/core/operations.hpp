@@ -83,7 +83,8 @@ FASTCONV_API void batch_norm_fprop(const BatchNormProblem& problem, const float*
 
 // Its gradients by x, gamma and beta, of which that by x counts that mean and variance are x's own.
 // Where a residual was added before an activation, `y` is batch_norm_fprop's output and `dresidual`
-// gets the residual's gradient; else both are null (without an activation that gradient is dy).
+// gets the residual's gradient; else both are null (without an activation that gradient is dy). A gated
+// activation of a sum has no gradient here: y does not tell it.
 FASTCONV_API void batch_norm_bprop(const BatchNormProblem& problem, const float* x,
                                    const float* mean, const float* variance, const float* gamma,
                                    const float* beta, const float* dy, const float* y, float* dx,

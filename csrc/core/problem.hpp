@@ -14,8 +14,13 @@
 namespace fastconv {
 
 enum class Layout : std::uint8_t { nhwc, nchw };
-// relu6, min(max(x, 0), 6), is known to conv2d_scaled_fprop and batch_norm alone.
-enum class Activation : std::uint8_t { linear, relu, relu6 };
+// Those behind relu are known to conv2d_scaled_fprop and batch_norm alone: relu6, min(max(x, 0), 6), and
+// the gated silu, x / (1 + exp(-x)), and hard_silu, x * clip(x / 6 + 1/2, 0, 1).
+enum class Activation : std::uint8_t { linear, relu, relu6, silu, hard_silu };
+// Whether the value before it must be known for its derivative: the output does not tell it.
+constexpr bool is_gated(Activation activation) {
+  return activation == Activation::silu || activation == Activation::hard_silu;
+}
 
 struct Padding {
   enum class Kind : std::uint8_t { valid, same, explicit_sides };

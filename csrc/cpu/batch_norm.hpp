@@ -11,7 +11,7 @@
 #include "core/problem.hpp"
 #include "core/thread_pool.hpp"
 #include "core/workspace.hpp"
-#include "cpu/implicit_gemm.hpp"
+#include "cpu/activation.hpp"
 #include "cpu/kernels.hpp"
 
 namespace fastconv::cpu {
@@ -153,13 +153,10 @@ void batch_norm_fprop(const BatchNormProblem& p, const float* x, const float* me
   const Workspace workspace(static_cast<std::size_t>(p.channels) * sizeof(float));
   float* const scales = workspace.floats();
   norm_scales<V>(p, variance, gamma, scales);
-  const bool activates = p.activation != Activation::linear;
-  const float most = ceiling_of(p.activation);
-  const auto run = [&]<bool Activates, bool Adds>() {
+  const auto run = [&]<Activation Kind, bool Adds>() {
     parts.for_each([&](int64_t, int64_t rows, int64_t at, int64_t first, int64_t channels) {
       for_each_column<V>(channels, [&]<int Vectors>(int64_t c, typename V::Tail tail) {
         typename V::Reg middle[Vectors], scale[Vectors], offset[Vectors];
-        const typename V::Reg ceiling = V::set(most);
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) {
           middle[v] = load_column<V, Vectors>(mean + first + c, v, tail);
@@ -175,18 +172,15 @@ void batch_norm_fprop(const BatchNormProblem& p, const float* x, const float* me
             if constexpr (Adds) {
               value = V::add(value, load_column<V, Vectors>(residual + here, v, tail));
             }
-            if constexpr (Activates) value = V::min(ceiling, V::relu(value));
-            store_column<V, Vectors>(y + here, v, value, tail);
+            store_column<V, Vectors>(y + here, v, activated<V, Kind>(value), tail);
           }
         }
       });
     });
   };
-  if (activates) {
-    residual ? run.template operator()<true, true>() : run.template operator()<true, false>();
-  } else {
-    residual ? run.template operator()<false, true>() : run.template operator()<false, false>();
-  }
+  of_activation(p.activation, [&]<Activation Kind>() {
+    residual ? run.template operator()<Kind, true>() : run.template operator()<Kind, false>();
+  });
 }
 
 // What tells where the activation let a value through: nothing, the value, which x gives again with
@@ -200,8 +194,8 @@ struct BatchNormBprop {
   const NormBlocks parts;
   const float* scales;
 
-  // dy where the activation let it through, and x - mean.
-  template <int Vectors, NormMask Mask, bool Capped>
+  // What the activation let through of dy, and x - mean.
+  template <int Vectors, NormMask Mask, Activation Kind>
   struct Column {
     const BatchNormBprop& of;
     typename V::Tail tail;
@@ -224,15 +218,16 @@ struct BatchNormBprop {
       const typename V::Reg value = Mask == NormMask::by_y
                                         ? load_column<V, Vectors>(of.t.y + here, v, tail)
                                         : V::fma(apart, scale[v], offset[v]);
+      if constexpr (is_gated(Kind)) return V::multiply(dz, slope_of<V, Kind>(value));
       dz = V::where_positive(value, dz);
-      if constexpr (Capped) {
-        dz = V::where_positive(V::subtract(V::set(ceiling_of(Activation::relu6)), value), dz);
+      if constexpr (Kind == Activation::relu6) {
+        dz = V::where_positive(V::subtract(V::set(ceiling_of(Kind)), value), dz);
       }
       return dz;
     }
   };
 
-  template <NormMask Mask, bool Capped>
+  template <NormMask Mask, Activation Kind>
   void run() const {
     const int64_t floats = parts.blocks * p.channels;
     const Workspace workspace(static_cast<std::size_t>(2 * floats + 2 * p.channels) *
@@ -245,7 +240,7 @@ struct BatchNormBprop {
     parts.for_each([&](int64_t block, int64_t rows, int64_t at, int64_t first, int64_t channels) {
       const int64_t to = block * p.channels + first;
       for_each_column<V>(channels, [&]<int Vectors>(int64_t c, typename V::Tail tail) {
-        const Column<Vectors, Mask, Capped> column(*this, first + c, tail);
+        const Column<Vectors, Mask, Kind> column(*this, first + c, tail);
         typename V::Reg sum[Vectors], product[Vectors];
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) sum[v] = product[v] = V::zero();
@@ -285,7 +280,7 @@ struct BatchNormBprop {
     });
     parts.for_each([&](int64_t, int64_t rows, int64_t at, int64_t first, int64_t channels) {
       for_each_column<V>(channels, [&]<int Vectors>(int64_t c, typename V::Tail tail) {
-        const Column<Vectors, Mask, Capped> column(*this, first + c, tail);
+        const Column<Vectors, Mask, Kind> column(*this, first + c, tail);
         typename V::Reg slope[Vectors], shift[Vectors];
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) {
@@ -314,14 +309,15 @@ void batch_norm_bprop(const BatchNormProblem& p, const BatchNormGradOperands& t)
   const Workspace workspace(static_cast<std::size_t>(p.channels) * sizeof(float));
   norm_scales<V>(p, t.variance, t.gamma, workspace.floats());
   const BatchNormBprop<V> bprop{p, t, NormBlocks(p), workspace.floats()};
-  const bool capped = p.activation == Activation::relu6;
-  if (p.activation == Activation::linear) return bprop.template run<NormMask::none, false>();
-  if (t.y) {
-    return capped ? bprop.template run<NormMask::by_y, true>()
-                  : bprop.template run<NormMask::by_y, false>();
-  }
-  return capped ? bprop.template run<NormMask::by_x, true>()
-                : bprop.template run<NormMask::by_x, false>();
+  of_activation(p.activation, [&]<Activation Kind>() {
+    if constexpr (Kind == Activation::linear) {
+      bprop.template run<NormMask::none, Kind>();
+    } else if constexpr (is_gated(Kind)) {
+      bprop.template run<NormMask::by_x, Kind>();
+    } else {
+      t.y ? bprop.template run<NormMask::by_y, Kind>() : bprop.template run<NormMask::by_x, Kind>();
+    }
+  });
 }
 
 }  // namespace

@@ -98,6 +98,8 @@ struct Kernels {
   // summed over pixels in a fixed order (dbias may be null).
   void (*activation_grad)(std::int64_t pixels, std::int64_t channels, const float* dy,
                           const float* y, float* dz, float* dbias);
+  // y = activation(y + from); `from` may be null.
+  void (*add_and_activate)(Activation, std::int64_t count, const float* from, float* y);
   // From and to a data type of 16 bits: see convert.hpp.
   void (*widen)(DataType, std::int64_t count, const void* in, float* out);
   void (*narrow)(DataType, std::int64_t count, const float* in, void* out);

@@ -42,7 +42,12 @@ void for_each_product(const Conv2dProblem& p, const Body& body) {
 }
 
 // What the activation makes of a sum, and where it let it through.
+double gate_of(Activation activation, double sum) {
+  if (activation == Activation::silu) return 1 / (1 + std::exp(-sum));
+  return std::clamp(sum / 6 + 0.5, 0.0, 1.0);
+}
 double activated(Activation activation, double sum) {
+  if (is_gated(activation)) return sum * gate_of(activation, sum);
   if (activation != Activation::linear && sum < 0) return 0;
   return activation == Activation::relu6 && sum > 6 ? 6 : sum;
 }
@@ -220,6 +225,12 @@ void conv2d_pool_bprop(const Conv2dProblem& p, const float* x, const float* filt
 
 namespace {
 
+double slope_of_gated(Activation activation, double value) {
+  const double gate = gate_of(activation, value);
+  if (activation == Activation::silu) return gate * (1 + value * (1 - gate));
+  return gate + (std::fabs(value) <= 3 ? value / 6 : 0);
+}
+
 double normalized(const BatchNormProblem& p, double x, double mean, double variance) {
   return (x - mean) / std::sqrt(variance + p.epsilon);
 }
@@ -259,6 +270,7 @@ void batch_norm_bprop(const BatchNormProblem& p, const float* x, const float* me
     const auto x_at = [&](int64_t at) { return normalized(p, x[at], mean[c], variance[c]); };
     const auto dz_at = [&](int64_t at) {
       const double value = y ? y[at] : x_at(at) * gamma[c] + beta[c];
+      if (is_gated(p.activation)) return slope_of_gated(p.activation, value) * dy[at];
       return lets_through(p.activation, value) ? dy[at] : 0.0;
     };
     double sum = 0, product = 0;

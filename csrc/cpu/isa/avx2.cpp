@@ -2,6 +2,7 @@
 // 1 broadcast of the 16 registers.
 #include <immintrin.h>
 
+#include "cpu/activation.hpp"
 #include "cpu/batch_norm.hpp"
 #include "cpu/convert.hpp"
 #include "cpu/depthwise.hpp"
@@ -171,6 +172,10 @@ struct Avx2 {
   static Mask mask_or(Mask a, Mask b) { return _mm256_or_ps(a, b); }
   static Reg select(Mask m, Reg a, Reg b) { return _mm256_blendv_ps(b, a, m); }
   static Int int_add(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  // 2^n, n from -126 to 128 (infinity), where v is 1.5 * 2^23 + n.
+  static Reg power_of_two(Reg v) {
+    return bits(_mm256_slli_epi32(int_add(int_bits(v), int_broadcast(127)), 23));
+  }
   // Lane i of the result is lane index[i] of v, or of lo and hi one after the other.
   static Reg permute(Reg v, Int index) { return _mm256_permutevar8x32_ps(v, index); }
   static Reg permute(Reg lo, Reg hi, Int index) {
@@ -221,6 +226,7 @@ const Kernels kAvx2Kernels = {
     .conv2d = kConv2dAlgorithms,
     .pool_gradient = PoolGradient<Avx2>::kKernel,
     .activation_grad = activation_grad<Avx2>,
+    .add_and_activate = add_and_activate<Avx2>,
     .widen = widen<Avx2>,
     .narrow = narrow<Avx2>,
     .transpose_in = transpose_in<Avx2>,

@@ -3,6 +3,7 @@
 // channels, 14 loads, and more pointers than there are general registers for.
 #include <immintrin.h>
 
+#include "cpu/activation.hpp"
 #include "cpu/batch_norm.hpp"
 #include "cpu/convert.hpp"
 #include "cpu/depthwise.hpp"
@@ -131,6 +132,10 @@ struct Avx512 {
   static Mask mask_or(Mask a, Mask b) { return static_cast<Mask>(a | b); }
   static Reg select(Mask m, Reg a, Reg b) { return _mm512_mask_mov_ps(b, m, a); }
   static Int int_add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  // 2^n, n from -126 to 128 (infinity), where v is 1.5 * 2^23 + n.
+  static Reg power_of_two(Reg v) {
+    return bits(_mm512_slli_epi32(int_add(int_bits(v), int_broadcast(127)), 23));
+  }
   // Lane i of the result is lane index[i] of v, or of lo and hi one after the other.
   static Reg permute(Reg v, Int index) { return _mm512_permutexvar_ps(index, v); }
   static Reg permute(Reg lo, Reg hi, Int index) { return _mm512_permutex2var_ps(lo, index, hi); }
@@ -170,6 +175,7 @@ const Kernels kAvx512Kernels = {
     .conv2d = kConv2dAlgorithms,
     .pool_gradient = PoolGradient<Avx512>::kKernel,
     .activation_grad = activation_grad<Avx512>,
+    .add_and_activate = add_and_activate<Avx512>,
     .widen = widen<Avx512>,
     .narrow = narrow<Avx512>,
     .transpose_in = transpose_in<Avx512>,

@@ -1,6 +1,7 @@
 // The scalar instances: one float a vector. Runs everywhere; what the compiler makes of it.
 #include <bit>
 
+#include "cpu/activation.hpp"
 #include "cpu/batch_norm.hpp"
 #include "cpu/convert.hpp"
 #include "cpu/depthwise.hpp"
@@ -104,6 +105,10 @@ struct Scalar {
   static Mask greater_or_first_nan(Reg a, Reg best) { return a > best || (a != a && best == best); }
   static Reg select(Mask m, Reg a, Reg b) { return m ? a : b; }
   static Int int_add(Int a, Int b) { return a + b; }
+  // 2^n, n from -126 to 128 (infinity), where v is 1.5 * 2^23 + n.
+  static Reg power_of_two(Reg v) {
+    return std::bit_cast<Reg>((std::bit_cast<std::uint32_t>(v) + 127) << 23);
+  }
   static Reg bits(Int v) { return std::bit_cast<Reg>(v); }
   static Int int_bits(Reg v) { return std::bit_cast<Int>(v); }
   static Int int_broadcast(int v) { return v; }
@@ -139,6 +144,7 @@ const Kernels kScalarKernels = {
     .conv2d = kConv2dAlgorithms,
     .pool_gradient = PoolGradient<Scalar>::kKernel,
     .activation_grad = activation_grad<Scalar>,
+    .add_and_activate = add_and_activate<Scalar>,
     .widen = widen<Scalar>,
     .narrow = narrow<Scalar>,
     .transpose_in = transpose_in<Scalar>,

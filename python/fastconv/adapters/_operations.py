@@ -45,6 +45,7 @@ CONV2D_INT8 = "FastconvConv2DInt8"  # TensorFlow's alone so far: x, w, scale, bi
 # TensorFlow's alone, NHWC; the inputs of a value a channel are mean, variance, gamma, beta.
 BATCH_NORM_MOMENTS = "FastconvBatchNormMoments"
 BATCH_NORM = "FastconvBatchNorm"  # x, those, residual
+BATCH_NORM_INFERENCE = "FastconvBatchNormInference"  # the same, by moments that are not x's own
 BATCH_NORM_GRAD = "FastconvBatchNormGrad"  # x, those, dy, output
 
 WHOLE_IMAGE = (0, 0)  # the window of global pooling
@@ -277,7 +278,7 @@ def outputs(
     channels: Any = (dtype, [Extent(0, 3)])
     if name == BATCH_NORM_MOMENTS:
         return [channels, channels]
-    if name == BATCH_NORM:
+    if name in (BATCH_NORM, BATCH_NORM_INFERENCE):
         return [(dtype, like(0))]
     if name == BATCH_NORM_GRAD:
         residuals: list[Any] = [(dtype, like(0))] * attributes["num_output"]
@@ -298,7 +299,7 @@ def attribute_names(name: str) -> tuple[str, ...]:
     """The attributes of the operation ``name``."""
     if name == BATCH_NORM_MOMENTS:
         return ()
-    if name in (BATCH_NORM, BATCH_NORM_GRAD):
+    if name in (BATCH_NORM, BATCH_NORM_INFERENCE, BATCH_NORM_GRAD):
         return ("epsilon", "activation")
     kind = ("dilations", "activation") if "Conv2D" in name else ("pool_size",)
     return (*_GEOMETRY, *kind, *_OWN_ATTRIBUTES.get(name, ()))

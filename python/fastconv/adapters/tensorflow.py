@@ -31,7 +31,7 @@ from fastconv.adapters import _operations, xla
 from fastconv.adapters._extents import static_extents
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from fastconv._arguments import IntegerOrPair, Padding
     from fastconv.adapters._extents import Attributes, Outputs
@@ -41,6 +41,7 @@ __all__ = [
     "added_in_one",
     "avg_pool2d",
     "batch_norm",
+    "batch_norm_inference",
     "conv2d",
     "conv2d_int8",
     "conv2d_max_pool2d",
@@ -48,6 +49,7 @@ __all__ = [
     "global_avg_pool2d",
     "global_max_pool2d",
     "inside_xla",
+    "mark_padded",
     "max_pool2d",
     "normalized_in_one",
     "ops_executed",
@@ -341,7 +343,8 @@ def added_in_one(y: tf.Tensor, residual: tf.Tensor) -> tf.Tensor | None:
     """``y + residual`` by the op that made ``y``, where that can take its place.
 
     Args:
-        y: a tensor. Only a result of ``scaled_in_one`` or ``batch_norm`` can be replaced.
+        y: a tensor. Only a result of ``scaled_in_one``, ``batch_norm`` or ``batch_norm_inference``
+            can be replaced.
         residual: a float32 tensor of ``y``'s shape.
 
     Returns:
@@ -354,18 +357,18 @@ def added_in_one(y: tf.Tensor, residual: tf.Tensor) -> tf.Tensor | None:
 
 
 def activated_in_one(y: tf.Tensor, activation: str = "relu") -> tf.Tensor | None:
-    """``relu(y)`` or ``relu6(y)`` by the op that made ``y``, where that can take its place.
+    """An activation of ``y`` by the op that made ``y``, where that can take its place.
 
     Args:
-        y: a tensor. Only a result of ``scaled_in_one``, ``batch_norm`` or ``added_in_one`` can be
-            replaced.
-        activation: ``"relu"`` or ``"relu6"``.
+        y: a tensor. Only a result of ``scaled_in_one``, ``batch_norm``, ``batch_norm_inference`` or
+            ``added_in_one`` can be replaced; of a sum with ``batch_norm``'s, by a ReLU alone.
+        activation: ``"relu"``, ``"relu6"``, ``"silu"`` or ``"hard_silu"``.
 
     Returns:
         A tensor of ``y``'s shape, or None.
     """
     call = _extensible(y)
-    if call is None:
+    if call is None or not call.can_be_activated(activation.upper()):
         return None
     return call.replaced(attributes={**call.attributes, "activation": activation.upper()})
 
@@ -393,14 +396,74 @@ def batch_norm(
     """
     (x,) = _tensors(x)
     mean, variance = _framework.run(_operations.BATCH_NORM_MOMENTS, [x], {})
+    y = _batch_norm(_operations.BATCH_NORM, x, mean, variance, gamma, beta, epsilon)
+    return y, mean, variance
+
+
+def batch_norm_inference(
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    *,
+    epsilon: float,
+) -> tf.Tensor:
+    """Batch normalisation by given moments, in one pass, differentiable to any order; not inside XLA.
+
+    In a graph under construction the result can still be replaced, as that of ``batch_norm``.
+
+    Args:
+        x: float32 tensor of shape (batch, height, width, channels).
+        mean, variance: float32 tensors of shape (channels,), or variables.
+        gamma, beta: likewise; None for 1 and 0.
+        epsilon: a number above 0.
+
+    Returns:
+        ``(x - mean) / sqrt(variance + epsilon) * gamma + beta``.
+
+    Raises:
+        tf.errors.InvalidArgumentError: where the shapes do not fit each other. In a graph it is
+            raised when the graph runs.
+    """
+    return _batch_norm(_operations.BATCH_NORM_INFERENCE, x, mean, variance, gamma, beta, epsilon)
+
+
+def _batch_norm(
+    name: str,
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    epsilon: float,
+) -> tf.Tensor:
     gamma = tf.ones_like(mean) if gamma is None else gamma
     beta = tf.zeros_like(mean) if beta is None else beta
-    call = _BatchNormCall(
+    return _BatchNormCall(
         graph=None if tf.executing_eagerly() else tf.compat.v1.get_default_graph(),
         inputs=_tensors(x, mean, variance, gamma, beta),
         attributes={"epsilon": epsilon, "activation": "LINEAR"},
-    )
-    return call.run(), mean, variance
+        name=name,
+    ).run()
+
+
+def mark_padded(
+    y: tf.Tensor, x: tf.Tensor, padding: Sequence[Sequence[int]], data_format: str
+) -> None:
+    """Notes that ``y`` is ``x`` with zeros around: a convolution of ``y`` may read ``x`` instead.
+
+    ``conv2d`` without padding of its own does so, in a graph under construction; the padding is left out
+    of the graph's execution if nothing else reads it.
+
+    Args:
+        y, x: tensors of a graph.
+        padding: ``((top, bottom), (left, right))``.
+        data_format: ``"channels_last"`` or ``"channels_first"``.
+    """
+    if not tf.executing_eagerly():
+        attributes = _operations.conv2d_attributes(1, padding, 1, None, data_format)
+        setattr(y, _PADDED, _Padded(tf.compat.v1.get_default_graph(), x, attributes))
 
 
 def max_pool2d(
@@ -598,6 +661,7 @@ _INPUTS_BEFORE_THE_LIST = {
     _operations.CONV2D_GRAD_FILTER: 3,
     _operations.CONV2D_MAX_POOL2D: 2,
     _operations.BATCH_NORM: 5,
+    _operations.BATCH_NORM_INFERENCE: 5,
     _operations.BATCH_NORM_GRAD: 6,
 }
 
@@ -673,7 +737,9 @@ for _name, _rule in _operations.RULES.items():
 # --- convolution, which may still become one op with the pooling behind it ------------------------
 
 
-_CALL = "_fastconv_call"  # attribute of a tensor in a graph: the _Call that made it
+# Attributes of a tensor in a graph: the _Call that made it, and the _Padded that it is.
+_CALL, _PADDED = "_fastconv_call", "_fastconv_padded"
+_GATED = ("SILU", "HARD_SILU")  # activations whose output does not tell their derivative
 
 
 @dataclass(frozen=True)
@@ -688,6 +754,11 @@ class _Call(abc.ABC):
     @property
     def is_activated(self) -> bool:
         return bool(self.attributes["activation"] != "LINEAR")
+
+    def can_be_activated(self, activation: str) -> bool:
+        """Whether ``activation`` can be part of the op."""
+        del activation
+        return True
 
     @abc.abstractmethod
     def run(self) -> tf.Tensor:
@@ -719,12 +790,28 @@ class _Conv2dCall(_Call):
 
 @dataclass(frozen=True)
 class _BatchNormCall(_Call):
-    """Of a batch normalisation by the moments of its input: x, mean, variance, gamma, beta."""
+    """Of a batch normalisation: x, mean, variance, gamma, beta."""
+
+    name: str = _operations.BATCH_NORM
+
+    def can_be_activated(self, activation: str) -> bool:
+        # The gradient by x's own moments, with a residual, knows the output alone.
+        own = self.name == _operations.BATCH_NORM
+        return not (own and self.residual is not None and activation in _GATED)
 
     def run(self) -> tf.Tensor:
         residual = [] if self.residual is None else [self.residual]
         inputs = [*self.inputs, *residual]
-        return self.marked(_framework.run_one(_operations.BATCH_NORM, inputs, self.attributes))
+        return self.marked(_framework.run_one(self.name, inputs, self.attributes))
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """What a tensor of a graph is: ``x`` with zeros around, as the attributes of a convolution say."""
+
+    graph: Any
+    x: tf.Tensor
+    attributes: Attributes
 
 
 def _made_by(y: tf.Tensor) -> _Call | None:
@@ -750,8 +837,38 @@ def _extensible(y: tf.Tensor) -> _Call | None:
 
 
 def _conv2d(inputs: list[tf.Tensor], attributes: Attributes) -> tf.Tensor:
-    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    if tf.executing_eagerly():
+        return _Conv2dCall(None, inputs, attributes).run()
+    graph = tf.compat.v1.get_default_graph()
+    padded: _Padded | None = getattr(inputs[0], _PADDED, None)
+    if (
+        padded is not None
+        and padded.graph is graph
+        and padded.attributes["data_format"] == attributes["data_format"]
+        and attributes["padding"] == "VALID"
+    ):
+        inputs = [padded.x, *inputs[1:]]
+        sides = {key: padded.attributes[key] for key in ("padding", "explicit_paddings")}
+        attributes = {**attributes, **sides}
     return _Conv2dCall(graph, inputs, attributes).run()
+
+
+def _through_activation(
+    activation: str, dy: tf.Tensor, y: tf.Tensor, value: Callable[[], tf.Tensor]
+) -> tf.Tensor:
+    """The gradient before an activation that gave ``y``; ``value()`` is what it was given."""
+    if activation == "LINEAR":
+        return dy
+    if activation == "RELU":
+        return tf.raw_ops.ReluGrad(gradients=dy, features=y)
+    if activation == "RELU6":
+        return tf.raw_ops.Relu6Grad(gradients=dy, features=y)
+    z = value()
+    if activation == "SILU":
+        gate = tf.sigmoid(z)
+        return dy * gate * (1 + z * (1 - gate))
+    gate = tf.clip_by_value(z / 6 + 0.5, 0, 1)
+    return dy * (gate + tf.where(tf.abs(z) <= 3, z / 6, tf.zeros_like(z)))
 
 
 def _conv2d_scaled_rule(
@@ -759,11 +876,17 @@ def _conv2d_scaled_rule(
 ) -> list[tf.Tensor | None]:
     x, w, scale, _, *residual = call.inputs
     (y,) = call.outputs
-    attributes = dict(call.attributes)
-    if attributes["activation"] == "RELU6":
-        dy = tf.raw_ops.Relu6Grad(gradients=dy, features=y)
-        attributes["activation"] = "LINEAR"
+    attributes = call.attributes
     is_relu = attributes["activation"] == "RELU"
+    if not is_relu:  # which the kernels of the gradients know
+        linear = {**attributes, "activation": "LINEAR"}
+        dy = _through_activation(
+            attributes["activation"],
+            dy,
+            y,
+            lambda: framework.run_one(_operations.CONV2D_SCALED, call.inputs, linear),
+        )
+        attributes = linear
     mask = [y] if is_relu else []
     dx = framework.run_one(_operations.CONV2D_GRAD_INPUT, [x, w * scale, dy, *mask], attributes)
     # Of the filter its gradient takes the shape alone.
@@ -827,32 +950,51 @@ def _batch_norm_rule(
     return [dx, None, None, dgamma, dbeta, *(dresidual or [dy for _ in residual])]
 
 
+def _batch_norm_inference_rule(
+    framework: _operations.Framework, call: _operations.Call, dy: tf.Tensor
+) -> list[tf.Tensor | None]:
+    """By stock ops, of which a graph runs those alone that something reads."""
+    x, mean, variance, gamma, _, *residual = call.inputs
+    linear = {**call.attributes, "activation": "LINEAR"}
+    dz = _through_activation(
+        call.attributes["activation"],
+        dy,
+        call.outputs[0],
+        lambda: framework.run_one(_operations.BATCH_NORM_INFERENCE, call.inputs, linear),
+    )
+    factor = tf.math.rsqrt(variance + call.attributes["epsilon"])
+    dbeta, product = (tf.reduce_sum(each, [0, 1, 2]) for each in (dz, dz * (x - mean)))
+    slope = gamma * factor
+    dvariance = -0.5 * product * slope * factor**2
+    return [dz * slope, -dbeta * slope, dvariance, product * factor, dbeta, *[dz for _ in residual]]
+
+
 def _batch_norm_grad_rule(
     framework: _operations.Framework, call: _operations.Call, *upstream: tf.Tensor
 ) -> list[tf.Tensor | None]:
     """By stock ops, for which speed does not matter."""
     del framework
     x, _, _, gamma, beta, dy, *output = call.inputs
-    is_relu6 = call.attributes["activation"] == "RELU6"
-    masks = is_relu6 or call.attributes["activation"] == "RELU"
-    mask_of = tf.raw_ops.Relu6Grad if is_relu6 else tf.raw_ops.ReluGrad
     with tf.GradientTape() as tape:
-        tape.watch([x, gamma, dy])
+        tape.watch([x, gamma, beta, dy])
         mean, variance = tf.nn.moments(x, [0, 1, 2])
         factor = tf.math.rsqrt(variance + call.attributes["epsilon"])
         normalized = (x - mean) * factor
         value = output[0] if output else normalized * gamma + beta
-        dz = mask_of(gradients=dy, features=tf.stop_gradient(value)) if masks else dy
+        dz = _through_activation(
+            call.attributes["activation"], dy, tf.stop_gradient(value), lambda: value
+        )
         dbeta, dgamma = (tf.reduce_sum(each, [0, 1, 2]) for each in (dz, dz * normalized))
         rows = tf.cast(tf.reduce_prod(tf.shape(x)[:3]), x.dtype)
         dx = gamma * factor * (dz - (dbeta + normalized * dgamma) / rows)
         gradients = [dx, dgamma, dbeta, *([dz] if output else [])]
-    ddx, ddgamma, ddy = tape.gradient(gradients, [x, gamma, dy], list(upstream))
-    return [ddx, None, None, ddgamma, None, ddy, *[None for _ in output]]
+    ddx, ddgamma, ddbeta, ddy = tape.gradient(gradients, [x, gamma, beta, dy], list(upstream))
+    return [ddx, None, None, ddgamma, ddbeta, ddy, *[None for _ in output]]
 
 
 _register_gradient(_operations.BATCH_NORM_MOMENTS, _batch_norm_moments_rule)
 _register_gradient(_operations.BATCH_NORM, _batch_norm_rule)
+_register_gradient(_operations.BATCH_NORM_INFERENCE, _batch_norm_inference_rule)
 _register_gradient(_operations.BATCH_NORM_GRAD, _batch_norm_grad_rule)
 
 

@@ -12,7 +12,13 @@ and ``explain_layer()`` tell who computes what, and why; ``patch()`` is for code
 
 from fastconv.keras._accelerate import accelerate, patch, restore, summary
 from fastconv.keras._explain import Explanation, explain_layer
-from fastconv.keras._joining import FastActivation, FastAdd, FastBatchNormalization, FastReLU
+from fastconv.keras._joining import (
+    FastActivation,
+    FastAdd,
+    FastBatchNormalization,
+    FastReLU,
+    FastZeroPadding2D,
+)
 from fastconv.keras.average_pooling2d import FastAveragePooling2D
 from fastconv.keras.conv1d import FastConv1D
 from fastconv.keras.conv2d import FastConv2D
@@ -44,6 +50,7 @@ __all__ = [
     "FastReLU",
     "FastSeparableConv1D",
     "FastSeparableConv2D",
+    "FastZeroPadding2D",
     "accelerate",
     "explain_layer",
     "patch",

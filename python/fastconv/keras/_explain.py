@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import keras
 
+from fastconv.keras._joining import FastZeroPadding2D
 from fastconv.keras._stand_in import (
     JOINING,
     STAND_INS,
@@ -68,6 +69,8 @@ def _explain(layer: keras.layers.Layer) -> tuple[str, str]:
         if reason is not None:
             return "stock", reason
         return "fastconv", _how(layer)
+    if isinstance(layer, FastZeroPadding2D):
+        return "fastconv", "part of the convolution behind it, in graphs where that is fastconv's"
     if isinstance(layer, tuple(JOINING.values())):
         reason = reason_for_stock_always(layer)
         if reason is not None:
@@ -77,7 +80,7 @@ def _explain(layer: keras.layers.Layer) -> tuple[str, str]:
         if isinstance(layer, keras.layers.BatchNormalization):
             return (
                 "fastconv",
-                "part of a convolution before it, in graphs at inference; a kernel in training",
+                "part of a convolution before it, in graphs at inference; else a kernel",
             )
         return "fastconv", "part of the layer before it, in graphs; else stock"
     kind = type(layer)

@@ -1,10 +1,10 @@
-"""Layers that become part of the one before them: batch normalisation, a sum of two, ReLU.
+"""Layers that become part of one beside them: batch normalisation, a sum of two, activations, padding.
 
-Each of those behind a convolution reads and writes its whole output again, which for many networks
-takes longer than the convolution. In graphs at inference they become part of a ``FastConv2D`` whose
-output nothing else reads. In training, batch normalisation is an operation of its own, of which the sum
-and the ReLU become part. ``accelerate()`` makes such layers the classes below. They compute what the
-stock layers do, whose code serves elsewhere.
+Each of those beside a convolution reads and writes its whole output again, which for many networks
+takes longer than the convolution. In graphs at inference they become part of a convolution whose
+output nothing else reads. In training, and where no such convolution is before it, batch normalisation
+is an operation of its own, of which the sum and the activation become part. ``accelerate()`` makes such
+layers the classes below. They compute what the stock layers do, whose code serves elsewhere.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ from fastconv.keras._stand_in import (
 )
 from fastconv.keras.conv2d import FastConv2D
 from fastconv.keras.depthwise_conv2d import FastDepthwiseConv2D
+from fastconv.keras.separable_conv2d import FastSeparableConv2D
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _JOINS = keras.backend.backend() == "tensorflow"  # whose graphs can still be changed
+_CONVOLUTIONS = (FastConv2D, FastDepthwiseConv2D, FastSeparableConv2D)
 
 __all__ = [
     "FastActivation",
     "FastAdd",
     "FastBatchNormalization",
     "FastReLU",
+    "FastZeroPadding2D",
     "joins",
 ]
 
@@ -44,9 +47,9 @@ class FastBatchNormalization(keras.layers.BatchNormalization):
 
     In graphs (``predict()``, ``evaluate()``, ``tf.function``) where it uses its moving statistics, it
     becomes part of the convolution before it: the filters are scaled as the kernel packs them. In
-    training it is fastconv's own kernel, to which the sum and the ReLU behind it are joined. Results
-    differ from the stock layer's by rounding. Else its code is the stock layer's, as are arguments,
-    weights and files.
+    training, and where there is no such convolution, it is fastconv's own kernel, to which the sum and
+    the activation behind it are joined. Results differ from the stock layer's by rounding. Else its code
+    is the stock layer's, as are arguments, weights and files.
     """
 
     def call(
@@ -54,13 +57,10 @@ class FastBatchNormalization(keras.layers.BatchNormalization):
     ) -> Tensor:
         # `training` may be a tensor, whose value is not known yet.
         moving = training is None or training is False or not self.trainable
+        gamma = self.gamma if self.scale else None
+        beta = self.beta if self.center else None
         if training is True and not moving and mask is None and self._has_kernel(inputs):
-            y, mean, variance = adapter.batch_norm(
-                inputs,
-                self.gamma if self.scale else None,
-                self.beta if self.center else None,
-                epsilon=self.epsilon,
-            )
+            y, mean, variance = adapter.batch_norm(inputs, gamma, beta, epsilon=self.epsilon)
             for moment, average in ((mean, self.moving_mean), (variance, self.moving_variance)):
                 average.assign(average * self.momentum + moment * (1.0 - self.momentum))
             return y
@@ -69,16 +69,21 @@ class FastBatchNormalization(keras.layers.BatchNormalization):
                 inputs,
                 self.moving_mean,
                 self.moving_variance,
-                scale=self.gamma if self.scale else None,
-                offset=self.beta if self.center else None,
+                scale=gamma,
+                offset=beta,
                 epsilon=self.epsilon,
             )
             if joined is not None:
                 return joined
+        if moving and mask is None and self._has_kernel(inputs):
+            moments = self.moving_mean, self.moving_variance
+            return adapter.batch_norm_inference(
+                inputs, *moments, gamma, beta, epsilon=self.epsilon
+            )
         return super().call(inputs, training=training, mask=mask)
 
     def _has_kernel(self, inputs: Tensor) -> bool:
-        """Whether fastconv's kernel can normalise ``inputs`` by their own moments."""
+        """Whether fastconv's kernel can normalise ``inputs``."""
         return (
             _JOINS
             and _is_plain(self)
@@ -111,11 +116,12 @@ class FastAdd(keras.layers.Add):
 class FastActivation(keras.layers.Activation):
     """``keras.layers.Activation`` that becomes part of what is before it.
 
-    See ``FastBatchNormalization``. The activation is ``keras.activations.relu`` or ``relu6``.
+    See ``FastBatchNormalization``. The activation is ``relu``, ``relu6``, ``silu`` or ``hard_silu``
+    of ``keras.activations``.
     """
 
     def call(self, inputs: Tensor) -> Tensor:
-        joined = _joined_relu(self, inputs)
+        joined = _joined_activation(self, inputs)
         return super().call(inputs) if joined is None else joined
 
 
@@ -127,8 +133,25 @@ class FastReLU(keras.layers.ReLU):
     """
 
     def call(self, inputs: Tensor) -> Tensor:
-        joined = _joined_relu(self, inputs)
+        joined = _joined_activation(self, inputs)
         return super().call(inputs) if joined is None else joined
+
+
+@stand_in_for(keras.layers.ZeroPadding2D, JOINING)
+class FastZeroPadding2D(keras.layers.ZeroPadding2D):
+    """``keras.layers.ZeroPadding2D`` that becomes the padding of the convolution behind it.
+
+    In graphs, in training too, the convolution reads what was to be padded, if it has no padding of its
+    own.
+    """
+
+    def call(self, inputs: Tensor) -> Tensor:
+        outputs = super().call(inputs)
+        # What Keras takes for an integer, an operation may refuse.
+        plain = all(type(side) is int for sides in self.padding for side in sides)
+        if _JOINS and plain and keras.ops.is_tensor(outputs):
+            adapter.mark_padded(outputs, inputs, self.padding, self.data_format)
+        return outputs
 
 
 def joins(layer: keras.layers.Layer, model: keras.Model) -> bool:
@@ -148,9 +171,17 @@ def joins(layer: keras.layers.Layer, model: keras.Model) -> bool:
         return single and len(before) == 2 and any(_is_joined_normalization(b) for b in before)
     if kind in (keras.layers.Activation, keras.layers.ReLU):
         return (
-            _relu_of(layer) is not None
+            _activation_of(layer) is not None
             and len(before) == 1
             and (_is_joined_normalization(before[0]) or _is_alone(before[0], FastAdd))
+        )
+    if kind is keras.layers.ZeroPadding2D:
+        behind = [node.operation for node in layer._outbound_nodes]
+        return (
+            _is_alone(layer, kind)
+            and isinstance(behind[0], _CONVOLUTIONS)
+            and behind[0].padding == "valid"
+            and behind[0].data_format == layer.data_format
         )
     return False
 
@@ -181,7 +212,7 @@ def _is_plain(layer: Any) -> bool:
 def _scales(layer: keras.layers.Layer) -> bool:
     """Whether a batch normalisation scales what a convolution gives to it alone."""
     befores = _layers_before(layer)
-    if len(befores) != 1 or not _is_alone(befores[0], (FastConv2D, FastDepthwiseConv2D)):
+    if len(befores) != 1 or not _is_alone(befores[0], _CONVOLUTIONS):
         return False
     before = befores[0]
     axis = {"channels_last": (-1, 3), "channels_first": (1, -3)}[before.data_format]
@@ -197,23 +228,23 @@ def _is_joined_normalization(layer: Any) -> bool:
     return _is_alone(layer, FastBatchNormalization)
 
 
-def _joined_relu(layer: keras.layers.Layer, inputs: Tensor) -> Tensor | None:
+def _joined_activation(layer: keras.layers.Layer, inputs: Tensor) -> Tensor | None:
     """The layer's output by what is before it; None where that cannot give it."""
-    activation = _relu_of(layer)
+    activation = _activation_of(layer)
     if activation is None or not _may_join(inputs):
         return None
     return adapter.activated_in_one(inputs, activation)
 
 
-def _relu_of(layer: keras.layers.Layer) -> str | None:
-    """Which ReLU an operation may compute ``layer`` is; None if none."""
+def _activation_of(layer: keras.layers.Layer) -> str | None:
+    """Which activation that an operation may compute ``layer`` is; None if none."""
     if isinstance(layer, keras.layers.ReLU):
         if layer.negative_slope != 0 or layer.threshold != 0:
             return None
         return {None: "relu", 6: "relu6"}.get(layer.max_value)
-    if layer.activation is keras.activations.relu6:
-        return "relu6"
-    return "relu" if layer.activation is keras.activations.relu else None
+    known = ("relu", "relu6", "silu", "hard_silu")
+    names = (name for name in known if layer.activation is getattr(keras.activations, name))
+    return next(names, None)
 
 
 def _may_join(*tensors: Tensor) -> bool:
