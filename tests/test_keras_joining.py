@@ -142,6 +142,32 @@ def residual_block(first="second", kernel=3, data_format="channels_last", broadc
     return keras.Model(inputs, L.ReLU()(x))
 
 
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("layer", [L.Conv2D, L.SeparableConv2D])
+def test_shortcut_of_a_plain_convolution(layer, use_bias, executed):
+    """As in ResNet50V2, which normalises before the convolution."""
+
+    def make():
+        inputs = keras.Input((10, 12, 16))
+        x = L.Activation("relu")(L.BatchNormalization()(inputs))
+        x = L.Add()([inputs, layer(16, 3, padding="same", use_bias=use_bias)(x)])
+        return keras.Model(inputs, L.ReLU(6)(x))
+
+    stock, fast = pair(make)
+    x = images((10, 12, 16))
+    executed()
+    assert_close(fast.predict(x, verbose=0), stock.predict(x, verbose=0))
+    ran = executed()
+    assert (ran[SCALED], ran[NORMALIZED]) == (1, 1)
+    assert not {"Relu", "Relu6", "AddV2"} & set(operations_of(fast, x)) or use_bias
+    y = images((10, 12, 16), 4)[::-1]
+    for model in (stock, fast):
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        for _ in range(3):
+            model.train_on_batch(images((10, 12, 16), 4), y)
+    assert_all_close(fast.get_weights(), stock.get_weights(), tolerance=1e-4)
+
+
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("first", ["first", "second"])
 def test_shortcut(first, kernel, executed):
@@ -332,7 +358,7 @@ def test_padding(layer, padding, executed):
 
     stock, fast = pair(make)
     assert type(fast.layers[1]) is FastZeroPadding2D
-    assert "convolution behind" in explain_layer(fast.layers[1]).reason
+    assert "layer behind" in explain_layer(fast.layers[1]).reason
     x = images((8, 7, 4))
     assert_close(fast.predict(x, verbose=0), stock.predict(x, verbose=0))
     assert "Pad" not in operations_of(fast, x)
@@ -352,10 +378,44 @@ def test_padding(layer, padding, executed):
     assert type(restore(fast).layers[1]) is L.ZeroPadding2D
 
 
+@pytest.mark.parametrize("kind, joins", [
+    ("relu", True), ("relu6", True), ("normalized relu", True), ("silu", False), ("none", False),
+    ("wide", False),
+])  # fmt: skip
+def test_padding_of_a_max_pooling(kind, joins):
+    """Behind a ReLU zeros are no larger maximum; elsewhere they may be, and are kept."""
+
+    def make():
+        inputs = keras.Input((8, 7, 4))
+        x = (
+            inputs
+            if kind == "none"
+            else L.Conv2D(6, 3, activation="relu" if kind == "relu" else None)(inputs)
+        )
+        if kind not in ("relu", "none"):
+            activation = kind if kind in ("relu6", "silu") else "relu"
+            x = L.Activation(activation)(L.BatchNormalization()(x))
+        x = L.MaxPooling2D(3, strides=2)(
+            L.ZeroPadding2D(3 if kind == "wide" else ((1, 2), (2, 1)))(x)
+        )
+        return keras.Model(inputs, L.Conv2D(3, 1)(x))
+
+    stock, fast = pair(make)
+    x = images((8, 7, 4))
+    assert_close(fast.predict(x, verbose=0), stock.predict(x, verbose=0))
+    assert operations_of(fast, x).count("Pad") == (not joins)
+    y = images(fast.output_shape[1:])
+    for model in (stock, fast):
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        for _ in range(3):
+            model.train_on_batch(x, y)
+    assert_all_close(fast.get_weights(), stock.get_weights(), tolerance=1e-4)
+
+
 def test_paddings_of_other_readers():
-    """Of a pooling, of a convolution with padding of its own, and of two."""
+    """Of an average-pooling, of a convolution with padding of its own, and of two."""
     inputs = keras.Input((8, 8, 4))
-    x = L.MaxPooling2D(3)(L.ZeroPadding2D(1)(inputs))
+    x = L.AveragePooling2D(3)(L.ZeroPadding2D(1)(inputs))
     x = L.Conv2D(4, 3, padding="same")(L.ZeroPadding2D(1)(x))
     x = L.ZeroPadding2D(2)(x)
     model = keras.Model(inputs, L.Add()([L.Conv2D(4, 3)(x), L.Conv2D(4, 3)(x)]))

@@ -343,14 +343,18 @@ def added_in_one(y: tf.Tensor, residual: tf.Tensor) -> tf.Tensor | None:
     """``y + residual`` by the op that made ``y``, where that can take its place.
 
     Args:
-        y: a tensor. Only a result of ``scaled_in_one``, ``batch_norm`` or ``batch_norm_inference``
-            can be replaced.
+        y: a tensor. Only a result of ``conv2d`` without an activation, outside XLA, of
+            ``scaled_in_one``, ``batch_norm`` or ``batch_norm_inference`` can be replaced.
         residual: a float32 tensor of ``y``'s shape.
 
     Returns:
         A tensor of ``y``'s shape, or None.
     """
     call = _extensible(y)
+    if call is None and (plain := _replaceable(y)) is not None:
+        filters = tf.shape(plain.inputs[1])[3]
+        scaled = scaled_in_one(y, tf.ones(filters), tf.zeros(filters))
+        call = None if scaled is None else _made_by(scaled)
     if call is None or call.residual is not None:
         return None
     return call.replaced(residual=residual)
@@ -453,8 +457,9 @@ def mark_padded(
 ) -> None:
     """Notes that ``y`` is ``x`` with zeros around: a convolution of ``y`` may read ``x`` instead.
 
-    ``conv2d`` without padding of its own does so, in a graph under construction; the padding is left out
-    of the graph's execution if nothing else reads it.
+    ``conv2d`` without padding of its own does so, in a graph under construction, and so does
+    ``max_pool2d`` where ``x`` comes of a ReLU: no maximum is below zero then. The padding is left out of
+    the graph's execution if nothing else reads it.
 
     Args:
         y, x: tensors of a graph.
@@ -499,7 +504,10 @@ def max_pool2d(
     """
     attributes = _operations.pool2d_attributes(pool_size, strides, padding, data_format)
     name = _operations.MAX_POOL2D_WITH_ARGMAX if keep_argmax else _operations.MAX_POOL2D
-    return _framework.run(name, _tensors(x), attributes)[0]
+    (x,) = _tensors(x)
+    if (padded := _padded(x, attributes)) is not None and padded.serves_max_pool(attributes):
+        x, attributes = padded.x, padded.joined(attributes)
+    return _framework.run(name, [x], attributes)[0]
 
 
 def avg_pool2d(
@@ -813,6 +821,32 @@ class _Padded:
     x: tf.Tensor
     attributes: Attributes
 
+    def joined(self, attributes: Attributes) -> Attributes:
+        """``attributes``, without padding, of an operation that reads ``x`` instead."""
+        sides = {key: self.attributes[key] for key in ("padding", "explicit_paddings")}
+        return {**attributes, **sides}
+
+    def serves_max_pool(self, attributes: Attributes) -> bool:
+        """Whether the zeros are no maximum that ``x`` has not, and no window sees them alone."""
+        call = _made_by(self.x)
+        rows, columns = attributes["pool_size"]
+        top, bottom, left, right = self.attributes["explicit_paddings"]
+        return (
+            call is not None
+            and call.attributes["activation"] in ("RELU", "RELU6")
+            and max(top, bottom) < rows
+            and max(left, right) < columns
+        )
+
+
+def _padded(x: tf.Tensor, attributes: Attributes) -> _Padded | None:
+    """What ``x`` was padded from, if an operation of these attributes may read that instead."""
+    padded: _Padded | None = None if tf.executing_eagerly() else getattr(x, _PADDED, None)
+    if padded is None or padded.graph is not tf.compat.v1.get_default_graph():
+        return None
+    alike = padded.attributes["data_format"] == attributes["data_format"]
+    return padded if alike and attributes["padding"] == "VALID" else None
+
 
 def _made_by(y: tf.Tensor) -> _Call | None:
     """The call that made ``y``, if the graph that it is part of is still under construction."""
@@ -837,19 +871,9 @@ def _extensible(y: tf.Tensor) -> _Call | None:
 
 
 def _conv2d(inputs: list[tf.Tensor], attributes: Attributes) -> tf.Tensor:
-    if tf.executing_eagerly():
-        return _Conv2dCall(None, inputs, attributes).run()
-    graph = tf.compat.v1.get_default_graph()
-    padded: _Padded | None = getattr(inputs[0], _PADDED, None)
-    if (
-        padded is not None
-        and padded.graph is graph
-        and padded.attributes["data_format"] == attributes["data_format"]
-        and attributes["padding"] == "VALID"
-    ):
-        inputs = [padded.x, *inputs[1:]]
-        sides = {key: padded.attributes[key] for key in ("padding", "explicit_paddings")}
-        attributes = {**attributes, **sides}
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    if (padded := _padded(inputs[0], attributes)) is not None:
+        inputs, attributes = [padded.x, *inputs[1:]], padded.joined(attributes)
     return _Conv2dCall(graph, inputs, attributes).run()
 
 

@@ -70,7 +70,7 @@ def _explain(layer: keras.layers.Layer) -> tuple[str, str]:
             return "stock", reason
         return "fastconv", _how(layer)
     if isinstance(layer, FastZeroPadding2D):
-        return "fastconv", "part of the convolution behind it, in graphs where that is fastconv's"
+        return "fastconv", "part of the layer behind it, in graphs, where that is fastconv's"
     if isinstance(layer, tuple(JOINING.values())):
         reason = reason_for_stock_always(layer)
         if reason is not None:

@@ -23,6 +23,7 @@ from fastconv.keras._stand_in import (
 )
 from fastconv.keras.conv2d import FastConv2D
 from fastconv.keras.depthwise_conv2d import FastDepthwiseConv2D
+from fastconv.keras.max_pooling2d import FastMaxPooling2D
 from fastconv.keras.separable_conv2d import FastSeparableConv2D
 
 if TYPE_CHECKING:
@@ -77,9 +78,7 @@ class FastBatchNormalization(keras.layers.BatchNormalization):
                 return joined
         if moving and mask is None and self._has_kernel(inputs):
             moments = self.moving_mean, self.moving_variance
-            return adapter.batch_norm_inference(
-                inputs, *moments, gamma, beta, epsilon=self.epsilon
-            )
+            return adapter.batch_norm_inference(inputs, *moments, gamma, beta, epsilon=self.epsilon)
         return super().call(inputs, training=training, mask=mask)
 
     def _has_kernel(self, inputs: Tensor) -> bool:
@@ -97,14 +96,14 @@ class FastBatchNormalization(keras.layers.BatchNormalization):
 class FastAdd(keras.layers.Add):
     """``keras.layers.Add`` that becomes part of a convolution, or batch normalisation, before it.
 
-    See ``FastBatchNormalization``, which stands between the two.
+    See ``FastBatchNormalization``, which may stand between the two.
     """
 
     def call(self, inputs: Sequence[Tensor]) -> Tensor:
         before = _layers_before(self)
         if isinstance(inputs, (list, tuple)) and len(inputs) == len(before) == 2 and _like(*inputs):
             for index in (1, 0):
-                if not _is_joined_normalization(before[index]):
+                if not _takes_sum(before[index]):
                     continue
                 joined = adapter.added_in_one(inputs[index], inputs[1 - index])
                 if joined is not None:
@@ -142,7 +141,7 @@ class FastZeroPadding2D(keras.layers.ZeroPadding2D):
     """``keras.layers.ZeroPadding2D`` that becomes the padding of the convolution behind it.
 
     In graphs, in training too, the convolution reads what was to be padded, if it has no padding of its
-    own.
+    own. So does a max-pooling where that comes of a ReLU, below which there is no zero to find.
     """
 
     def call(self, inputs: Tensor) -> Tensor:
@@ -168,7 +167,7 @@ def joins(layer: keras.layers.Layer, model: keras.Model) -> bool:
     if kind is keras.layers.Add:
         # Inputs of a model may have batches of different sizes.
         single = len(getattr(model, "inputs", None) or ()) == 1
-        return single and len(before) == 2 and any(_is_joined_normalization(b) for b in before)
+        return single and len(before) == 2 and any(_takes_sum(b) for b in before)
     if kind in (keras.layers.Activation, keras.layers.ReLU):
         return (
             _activation_of(layer) is not None
@@ -179,7 +178,7 @@ def joins(layer: keras.layers.Layer, model: keras.Model) -> bool:
         behind = [node.operation for node in layer._outbound_nodes]
         return (
             _is_alone(layer, kind)
-            and isinstance(behind[0], _CONVOLUTIONS)
+            and isinstance(behind[0], (*_CONVOLUTIONS, FastMaxPooling2D))
             and behind[0].padding == "valid"
             and behind[0].data_format == layer.data_format
         )
@@ -212,20 +211,27 @@ def _is_plain(layer: Any) -> bool:
 def _scales(layer: keras.layers.Layer) -> bool:
     """Whether a batch normalisation scales what a convolution gives to it alone."""
     befores = _layers_before(layer)
-    if len(befores) != 1 or not _is_alone(befores[0], _CONVOLUTIONS):
+    if len(befores) != 1 or not _is_linear_convolution(befores[0]):
         return False
-    before = befores[0]
-    axis = {"channels_last": (-1, 3), "channels_first": (1, -3)}[before.data_format]
+    axis = {"channels_last": (-1, 3), "channels_first": (1, -3)}[befores[0].data_format]
+    return layer.axis in axis and layer.compute_dtype == "float32"
+
+
+def _is_linear_convolution(layer: Any) -> bool:
+    """Whether it is a convolution without an activation whose output is read once."""
     return (
-        before.activation in (None, keras.activations.linear)
-        and before.activity_regularizer is None
-        and layer.axis in axis
-        and layer.compute_dtype == "float32"
+        _is_alone(layer, _CONVOLUTIONS)
+        and layer.activation in (None, keras.activations.linear)
+        and layer.activity_regularizer is None
     )
 
 
 def _is_joined_normalization(layer: Any) -> bool:
     return _is_alone(layer, FastBatchNormalization)
+
+
+def _takes_sum(layer: Any) -> bool:
+    return _is_joined_normalization(layer) or _is_linear_convolution(layer)
 
 
 def _joined_activation(layer: keras.layers.Layer, inputs: Tensor) -> Tensor | None:
