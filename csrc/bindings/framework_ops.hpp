@@ -6,7 +6,8 @@
 //   Tensor       type(), rank(), dim(axis), data(); values(type), the data of a
 //                tensor of the op's type T, which is `type`
 //   Context      num_inputs(), num_outputs(), output_type(i), input(i), output(i, shape);
-//                operations(), unless they are those of the host
+//                operations(), unless they are those of the host;
+//                kHeldTensorsStay, if kept_filter.hpp may hold a filter
 //
 // The gradient ops take the forward op's input itself rather than its shape: a shape tensor would
 // cost one or two more ops a step, and the input lives until then anyway (the filter's gradient, or
@@ -21,6 +22,7 @@
 #include <span>
 #include <string>
 
+#include "bindings/kept_filter.hpp"
 #include "core/error.hpp"
 #include "core/operations.hpp"
 #include "core/problem.hpp"
@@ -164,9 +166,9 @@ struct HostOperations {
     fastconv::conv2d_fprop(p, x, filter, bias, y);
   }
   void conv2d_scaled_fprop(const Conv2dProblem& p, const void* x, const void* filter,
-                           const void* scale, const void* bias, const void* residual,
-                           void* y) const {
-    fastconv::conv2d_scaled_fprop(p, x, filter, scale, bias, residual, y);
+                           const void* scale, const void* bias, const void* residual, void* y,
+                           const FilterForms* forms) const {
+    fastconv::conv2d_scaled_fprop(p, x, filter, scale, bias, residual, y, nullptr, forms);
   }
   void conv2d_dgrad(const Conv2dProblem& p, const void* dy, const void* filter, const void* y,
                     void* dx) const {
@@ -220,6 +222,11 @@ struct HostOperations {
   void conv2d_pool_fprop(const Conv2dProblem& p, const void* x, const void* filter,
                          const void* bias, void* y, std::uint8_t* argmax) const {
     fastconv::conv2d_pool_fprop(p, x, filter, bias, y, argmax);
+  }
+  void conv2d_kept_pool_fprop(const Conv2dProblem& p, const void* x, const void* filter,
+                              const void* bias, void* y, std::uint8_t* argmax,
+                              const FilterForms* forms) const {
+    fastconv::conv2d_kept_pool_fprop(p, x, filter, bias, y, argmax, forms);
   }
   void conv2d_pool_bprop(const Conv2dProblem& p, const void* x, const void* filter, const void* dy,
                          const void* y, const std::uint8_t* argmax, void* dx, void* dfilter,
@@ -316,10 +323,20 @@ class Conv2d : public Conv2dKernel {
     const std::optional bias = optional_input(context, 2);
     const Conv2dProblem p = problem(rank4_shape(x, "x"), filter);
     if (bias) check_shape(*bias, "bias", std::array{p.k});
+    const auto forms = kept_.forms(context, 1, p, nullptr);
     const auto y = context.output(0, p.y_shape());
-    operations_of(context).conv2d_fprop(p, x.values(p.dtype), filter.values(p.dtype),
-                                        bias ? bias->values(p.dtype) : nullptr, y.values(p.dtype));
+    const void* const bias_data = bias ? bias->values(p.dtype) : nullptr;
+    if (forms) {
+      return HostOperations{}.conv2d_scaled_fprop(p, x.values(p.dtype), filter.values(p.dtype),
+                                                  nullptr, bias_data, nullptr, y.values(p.dtype),
+                                                  forms.get());
+    }
+    operations_of(context).conv2d_fprop(p, x.values(p.dtype), filter.values(p.dtype), bias_data,
+                                        y.values(p.dtype));
   }
+
+ private:
+  mutable KeptFilter kept_;
 };
 
 // With what stands behind a convolution at inference: y = activation(conv(x, filter * scale) + bias +
@@ -346,11 +363,15 @@ class Conv2dScaled : public Conv2dKernel {
     check_shape(scale, "scale", std::array{p.k});
     check_shape(bias, "bias", std::array{p.k});
     if (residual) check_shape(*residual, "residual", p.y_shape());
+    const auto forms = kept_.forms(context, 1, p, scale.values(p.dtype));
     const auto y = context.output(0, p.y_shape());
     operations_of(context).conv2d_scaled_fprop(
         p, x.values(p.dtype), filter.values(p.dtype), scale.values(p.dtype), bias.values(p.dtype),
-        residual ? residual->values(p.dtype) : nullptr, y.values(p.dtype));
+        residual ? residual->values(p.dtype) : nullptr, y.values(p.dtype), forms.get());
   }
+
+ private:
+  mutable KeptFilter kept_;
 };
 
 class Conv2dGradInput : public Conv2dKernel {
@@ -680,9 +701,16 @@ class Conv2dMaxPool2d : public Conv2dKernel {
       throw InvalidArgument("`num_argmax` must be 0 or 1. Received: num_argmax=" +
                             std::to_string(context.num_outputs() - 1));
     }
+    const bool is_inference = context.num_outputs() == 1;
+    const auto forms = is_inference ? kept_.forms(context, 1, p, nullptr) : nullptr;
     const auto y = context.output(0, pool.y_shape());
     const void* const bias_data = bias ? bias->values(p.dtype) : nullptr;
-    if (context.num_outputs() == 1) {
+    if (forms) {
+      return HostOperations{}.conv2d_kept_pool_fprop(p, x.values(p.dtype), filter.values(p.dtype),
+                                                     bias_data, y.values(p.dtype), nullptr,
+                                                     forms.get());
+    }
+    if (is_inference) {
       operations_of(context).conv2d_pool_fprop(p, x.values(p.dtype), filter.values(p.dtype),
                                                bias_data, y.values(p.dtype), nullptr);
       return;
@@ -692,6 +720,9 @@ class Conv2dMaxPool2d : public Conv2dKernel {
                                              bias_data, y.values(p.dtype),
                                              static_cast<std::uint8_t*>(argmax.data()));
   }
+
+ private:
+  mutable KeptFilter kept_;
 };
 
 class Conv2dMaxPool2dGrad : public Conv2dKernel {

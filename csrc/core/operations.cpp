@@ -207,9 +207,9 @@ void sum_over_parts(const Conv2dProblem& p, int64_t images, void* dfilter, void*
   own_dbias.finish();
 }
 
-// By kernels of float32. `packed` has the filter's forms where it is kept, without a scale, or is null.
+// By kernels of float32. `packed` has the forms of the filter, times the scale, where they are kept, or is null.
 void fprop_by_float32(const Conv2dProblem& problem, const void* x, const void* filter,
-                      const PackedFilter* packed, const void* scale, const void* bias,
+                      const FilterForms* packed, const void* scale, const void* bias,
                       const void* residual, void* y, const char* algorithm) {
   const Conv2dProblem p = of_single_pixels(problem);
   Conv2dProblem computed = as_computed(p);
@@ -318,13 +318,13 @@ void conv2d_fprop(const Conv2dProblem& p, const void* x, const void* filter, con
 
 void conv2d_scaled_fprop(const Conv2dProblem& problem, const void* x, const void* filter,
                          const void* scale, const void* bias, const void* residual, void* y,
-                         const char* algorithm) {
+                         const char* algorithm, const FilterForms* forms) {
   // Which round what they store: a gated activation would be of a rounded value.
   const auto* const of_bf16 = is_gated(problem.activation)
                                   ? nullptr
                                   : cpu::choose_bf16(problem, Direction::fprop, algorithm);
   if (of_bf16) return fprop_of_bf16(problem, *of_bf16, x, filter, scale, bias, residual, y);
-  fprop_by_float32(problem, x, filter, nullptr, scale, bias, residual, y, algorithm);
+  fprop_by_float32(problem, x, filter, forms, scale, bias, residual, y, algorithm);
 }
 
 void conv2d_packed_fprop(const Conv2dProblem& problem, const float* x, const PackedFilter& filter,
@@ -483,7 +483,8 @@ Conv2dProblem rows_of(const Conv2dProblem& p, int64_t images, int64_t begin, int
 
 // NHWC, of which the output's height and width are even.
 void pool_by_strips(const Conv2dProblem& p, const cpu::Conv2dAlgorithm& chosen, const float* x,
-                    const float* filter, const float* bias, float* y, std::uint8_t* argmax) {
+                    const float* filter, const FilterForms* forms, const float* bias, float* y,
+                    std::uint8_t* argmax) {
   const PoolStrips strips(p);
   const Workspace scratch(bytes(strips.images * strips.rows * p.ow * p.k));
   for (int64_t n = 0; n < p.n; n += strips.images) {
@@ -496,6 +497,7 @@ void pool_by_strips(const Conv2dProblem& p, const cpu::Conv2dAlgorithm& chosen, 
                  {.x = x + (n * p.h + first_row) * p.w * p.c,
                   .filter = filter,
                   .bias = bias,
+                  .packed = forms,
                   .out = scratch.floats()});
       const int64_t at = (n * p.oh + row) / 2 * (p.ow / 2) * p.k;
       kernels().max_pool2d_fprop(pool_behind(part), scratch.floats(), y + at,
@@ -516,6 +518,12 @@ Conv2dProblem seen_by_windows(const Conv2dProblem& p) {
 
 void conv2d_pool_fprop(const Conv2dProblem& p, const void* x, const void* filter, const void* bias,
                        void* y, std::uint8_t* argmax, const char* algorithm) {
+  conv2d_kept_pool_fprop(p, x, filter, bias, y, argmax, nullptr, algorithm);
+}
+
+void conv2d_kept_pool_fprop(const Conv2dProblem& p, const void* x, const void* filter,
+                            const void* bias, void* y, std::uint8_t* argmax,
+                            const FilterForms* forms, const char* algorithm) {
   const Pool2dProblem pool = pool_behind(p);
   const Conv2dProblem seen = seen_by_windows(p);
   // That of the convolution alone, so that both have the same bits.
@@ -541,11 +549,12 @@ void conv2d_pool_fprop(const Conv2dProblem& p, const void* x, const void* filter
                      {.x = own_x.data(),
                       .filter = own_filter.data(),
                       .bias = own_bias.data(),
+                      .packed = forms,
                       .out = own_y.data(),
                       .pooled = true,
                       .argmax = taps});
         } else {
-          pool_by_strips(seen_part, chosen, own_x.data(), own_filter.data(), own_bias.data(),
+          pool_by_strips(seen_part, chosen, own_x.data(), own_filter.data(), forms, own_bias.data(),
                          own_y.data(), taps);
         }
         own_y.finish();

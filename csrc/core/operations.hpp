@@ -8,6 +8,7 @@
 #pragma once
 
 #include "core/export.hpp"
+#include "core/packed_filter.hpp"
 #include "core/problem.hpp"
 
 namespace fastconv {
@@ -18,11 +19,13 @@ FASTCONV_API void conv2d_fprop(const Conv2dProblem& problem, const void* x, cons
 
 // y = activation(conv(x, filter * scale) + bias + residual): a convolution with what stands behind it in
 // a network at inference, batch normalisation (scale, bias), a shortcut and an activation. `scale` and
-// `bias` hold K values, `residual` has y's shape; each may be null.
+// `bias` hold K values, `residual` has y's shape; each may be null. `forms`, where they are not null, are
+// those of this very filter times this very scale, of float32: they are used, and made where there are none.
 FASTCONV_API void conv2d_scaled_fprop(const Conv2dProblem& problem, const void* x,
                                       const void* filter, const void* scale, const void* bias,
                                       const void* residual, void* y,
-                                      const char* algorithm = nullptr);
+                                      const char* algorithm = nullptr,
+                                      const FilterForms* forms = nullptr);
 
 // dx = the gradient of fprop by x. With activation relu, `y` is fprop's output and dy counts only
 // where y > 0; with linear, `y` is not read and may be null.
@@ -57,6 +60,12 @@ FASTCONV_API void avg_pool2d_bprop(const Pool2dProblem& problem, const void* dy,
 FASTCONV_API void conv2d_pool_fprop(const Conv2dProblem& problem, const void* x, const void* filter,
                                     const void* bias, void* y, std::uint8_t* argmax,
                                     const char* algorithm = nullptr);
+
+// The same, with `forms` as of conv2d_scaled_fprop.
+FASTCONV_API void conv2d_kept_pool_fprop(const Conv2dProblem& problem, const void* x,
+                                         const void* filter, const void* bias, void* y,
+                                         std::uint8_t* argmax, const FilterForms* forms,
+                                         const char* algorithm = nullptr);
 
 // Its gradients by x, the filter and the bias; dx and dbias may be null. With activation relu, `y`
 // is conv2d_pool_fprop's output; with linear, it is not read.

@@ -51,8 +51,8 @@ PackedFilter::PackedFilter(const std::array<std::int64_t, 4>& shape, const float
   values_ = copy;
 }
 
-PackedFilter::Floats PackedFilter::in_layout(const Layout& layout, std::size_t bytes,
-                                             const std::function<void(float*)>& fill) const {
+FilterForms::Floats FilterForms::in_layout(const Layout& layout, std::size_t bytes,
+                                           const std::function<void(float*)>& fill) const {
   // The one that is kept, which is the latest used from now on; null if there is none.
   const auto kept = [&]() -> Floats {
     const auto found = std::ranges::find(forms_, layout, &Form::layout);
@@ -74,9 +74,9 @@ PackedFilter::Floats PackedFilter::in_layout(const Layout& layout, std::size_t b
   return made;
 }
 
-std::size_t PackedFilter::bytes() const {
+std::size_t FilterForms::bytes() const {
   const std::lock_guard lock(g_mutex);
-  std::size_t sum = bytes_;
+  std::size_t sum = 0;
   for (const Form& form : forms_) sum += form.bytes;
   return sum;
 }

@@ -16,16 +16,12 @@
 
 namespace fastconv {
 
-class FASTCONV_API PackedFilter {
+// What algorithms make of one filter, times a scale where it has one; the filter itself is elsewhere.
+class FASTCONV_API FilterForms {
  public:
-  // Copies the values, of R x S x C/groups x K. Throws InvalidArgument where they are too many or none,
-  // std::bad_alloc.
-  PackedFilter(const std::array<std::int64_t, 4>& shape, const float* values);
-  PackedFilter(const PackedFilter&) = delete;
-  PackedFilter& operator=(const PackedFilter&) = delete;
-
-  const std::array<std::int64_t, 4>& shape() const { return shape_; }
-  const float* values() const { return values_.get(); }
+  FilterForms() = default;
+  FilterForms(const FilterForms&) = delete;
+  FilterForms& operator=(const FilterForms&) = delete;
 
   using Floats = std::shared_ptr<const float>;  // at a multiple of 64 bytes
 
@@ -42,7 +38,7 @@ class FASTCONV_API PackedFilter {
   Floats in_layout(const Layout& layout, std::size_t bytes,
                    const std::function<void(float*)>& fill) const;
 
-  // Of the values and all forms kept.
+  // Of all forms kept.
   std::size_t bytes() const;
 
   static constexpr std::size_t kMostForms = 4;
@@ -53,10 +49,26 @@ class FASTCONV_API PackedFilter {
     std::size_t bytes;
     Floats floats;
   };
+  mutable std::vector<Form> forms_;  // the one used last at the end
+};
+
+// A filter with its forms.
+class FASTCONV_API PackedFilter : public FilterForms {
+ public:
+  // Copies the values, of R x S x C/groups x K. Throws InvalidArgument where they are too many or none,
+  // std::bad_alloc.
+  PackedFilter(const std::array<std::int64_t, 4>& shape, const float* values);
+
+  const std::array<std::int64_t, 4>& shape() const { return shape_; }
+  const float* values() const { return values_.get(); }
+
+  // Of the values and all forms kept.
+  std::size_t bytes() const { return bytes_ + FilterForms::bytes(); }
+
+ private:
   std::array<std::int64_t, 4> shape_;
   std::size_t bytes_;
   Floats values_;
-  mutable std::vector<Form> forms_;  // the one used last at the end
 };
 
 // y = activation(conv(x, filter) + bias), the same bits as of conv2d_fprop. `problem.dtype` is

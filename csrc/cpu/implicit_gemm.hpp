@@ -1349,11 +1349,11 @@ template <class V>
 void implicit_gemm_fprop(const Conv2dProblem& p, const Conv2dOperands& t) {
   const TapConvolutionRunner<V> runner(fprop_taps(p));
   const auto& panels = runner.panels;
-  PackedFilter::Floats kept;
+  FilterForms::Floats kept;
   if (t.packed) {
     kept = t.packed->in_layout({"direct", V::kWidth, panels.panels, p.groups},
                                static_cast<std::size_t>(panels.bytes()),
-                               [&](float* packed) { panels.pack_all(t.filter, nullptr, packed); });
+                               [&](float* packed) { panels.pack_all(t.filter, t.scale, packed); });
   }
   runner.execute(t.x, t.filter, t.scale, t.bias, t.residual, t.out, kept.get());
 }

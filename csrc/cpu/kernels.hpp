@@ -20,8 +20,8 @@ struct Conv2dOperands {
   const float* x = nullptr;       // fprop, wgrad
   const float* filter = nullptr;  // fprop, dgrad
   const float* bias = nullptr;    // fprop; may be null
-  // fprop without a scale: where forms of the filter are kept between calls; may be null.
-  const PackedFilter* packed = nullptr;
+  // fprop: where forms of the filter, times its scale, are kept between calls; may be null.
+  const FilterForms* packed = nullptr;
   // fprop, of an algorithm that takes them: y = activation(conv(x, filter * scale) + bias + residual).
   const float* scale = nullptr;     // K values; may be null
   const float* residual = nullptr;  // of y's shape; may be null

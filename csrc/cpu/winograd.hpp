@@ -49,12 +49,12 @@ struct Winograd {
     if (direction == Direction::wgrad) return WinogradWgrad<V>::run(p, t);
     const Plan plan(p, direction);
     if (plan.tiles == 0) return;
-    PackedFilter::Floats kept;
+    FilterForms::Floats kept;
     if (t.packed) {
       kept = t.packed->in_layout(
           {kAlgorithm.name, V::kWidth, plan.panels, plan.groups},
           static_cast<std::size_t>(plan.groups * plan.group_filter_floats) * 4, [&](float* u) {
-            transform_filters(plan, {t.x, nullptr, t.filter, nullptr, nullptr}, u);
+            transform_filters(plan, {t.x, nullptr, t.filter, t.scale, nullptr}, u);
           });
     }
     const Workspace workspace(

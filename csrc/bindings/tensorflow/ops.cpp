@@ -80,6 +80,8 @@ class Tensor {
 class Context {
  public:
   using Tensor = tensorflow::Tensor;
+  // TensorFlow shares a tensor's memory with the one that we hold, and counts who does.
+  static constexpr bool kHeldTensorsStay = true;
 
   explicit Context(TF_OpKernelContext* context) : context_(context) {}
 
@@ -279,6 +281,11 @@ FASTCONV_API const char* fastconv_tensorflow_op_name(std::size_t index) {
 FASTCONV_API std::uint64_t fastconv_tensorflow_op_executions(std::size_t index) {
   using Ops = fastconv::framework::OpsOutsideXla;
   return index < Ops::kNames.size() ? Ops::executions(index) : 0;
+}
+
+// How many of these runs found the filter laid out by an earlier one.
+FASTCONV_API std::uint64_t fastconv_tensorflow_kept_filters() {
+  return fastconv::framework::g_kept_filters.load(std::memory_order_relaxed);
 }
 
 }  // extern "C"

@@ -49,6 +49,7 @@ __all__ = [
     "global_avg_pool2d",
     "global_max_pool2d",
     "inside_xla",
+    "kept_filters",
     "mark_padded",
     "max_pool2d",
     "normalized_in_one",
@@ -70,6 +71,7 @@ def _load_ops() -> tuple[Any, ctypes.CDLL]:
     symbols.fastconv_tensorflow_op_name.argtypes = [ctypes.c_size_t]
     symbols.fastconv_tensorflow_op_executions.restype = ctypes.c_uint64
     symbols.fastconv_tensorflow_op_executions.argtypes = [ctypes.c_size_t]
+    symbols.fastconv_tensorflow_kept_filters.restype = ctypes.c_uint64
     error = symbols.fastconv_tensorflow_load_error()
     if error is not None:
         raise ImportError(
@@ -94,6 +96,11 @@ def ops_executed() -> dict[str, int]:
     while (name := _symbols.fastconv_tensorflow_op_name(len(counts))) is not None:
         counts[name.decode()] = _symbols.fastconv_tensorflow_op_executions(len(counts))
     return counts
+
+
+def kept_filters() -> int:
+    """How many runs of convolutions so far found their filter as an earlier run had laid it out."""
+    return int(_symbols.fastconv_tensorflow_kept_filters())
 
 
 def inside_xla() -> bool:

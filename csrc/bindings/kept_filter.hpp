@@ -1,0 +1,95 @@
+// An op's filter, for as long as its calls are given the same: what algorithms make of it before they can
+// use it is made once, which is a good part of the work where a call has few pixels.
+//
+// A framework that lets an op hold on to a tensor, and writes to no tensor that somebody holds, says so by
+// Context::kHeldTensorsStay: TensorFlow, whose variables make a new tensor of what they are assigned to or
+// by wherever the old one is shared. So a filter at the address of the one that is held is that one.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "core/packed_filter.hpp"
+#include "core/problem.hpp"
+
+namespace fastconv::framework {
+
+// Calls that found their filter's forms kept.
+inline std::atomic<std::uint64_t> g_kept_filters{0};
+
+class KeptFilter {
+ public:
+  // The forms of an op's input `index` times `scale` (null, or K values), or null where none are to be kept.
+  template <class Context>
+  std::shared_ptr<const FilterForms> forms(const Context& context, int index,
+                                           const Conv2dProblem& p, const void* scale) {
+    if constexpr (requires { Context::kHeldTensorsStay; }) {
+      if (!is_worth_it(p) || !is_allowed()) return nullptr;
+      auto filter = context.input(index);
+      const void* const address = filter.values(p.dtype);
+      const std::size_t scale_bytes = scale ? static_cast<std::size_t>(p.k) * sizeof(float) : 0;
+      const std::string scales(static_cast<const char*>(scale), scale_bytes);
+      const std::lock_guard lock(mutex_);
+      if (held_ && address == address_ && scales == scales_ && p.filter_shape() == shape_) {
+        g_kept_filters.fetch_add(1, std::memory_order_relaxed);
+        return forms_;
+      }
+      if (held_) {
+        // It changes, as in training, or the memory is copied: what is held costs an assignment a copy.
+        held_ = nullptr;
+        forms_ = nullptr;
+        pause_ = std::min(2 * pause_ + 1, kLongestPause);
+        waiting_ = pause_;
+      }
+      const bool seen_before = std::exchange(address_, address) == address;
+      if (waiting_ > 0) {
+        --waiting_;
+      } else if (seen_before) {
+        held_ = std::make_shared<decltype(filter)>(std::move(filter));
+        forms_ = std::make_shared<FilterForms>();
+        scales_ = scales;
+        shape_ = p.filter_shape();
+      }
+      return forms_;
+    } else {
+      return nullptr;
+    }
+  }
+
+ private:
+  static constexpr int kLongestPause = 1000;  // calls
+
+  // Against the convolution itself, what is made of the filter counts for less the more pixels there are.
+  // The algorithms of few channels, and of channels by themselves, make next to nothing.
+  static bool is_worth_it(const Conv2dProblem& p) {
+    constexpr std::int64_t kMostPixels = 4096, kLeastFloats = 4096, kMostOfFew = 4;
+    return p.dtype == DataType::float32 && p.n * p.oh * p.ow <= kMostPixels &&
+           p.filter_size() >= kLeastFloats && p.c_per_group() > kMostOfFew &&
+           p.k_per_group() > kMostOfFew;
+  }
+  static bool is_allowed() {
+    static const bool allowed = [] {
+      const char* const value = std::getenv("FASTCONV_KEEP_FILTERS");
+      return !value || *value != '0';
+    }();
+    return allowed;
+  }
+
+  std::mutex mutex_;
+  const void* address_ = nullptr;  // of the last call's filter
+  std::shared_ptr<void> held_;     // the tensor at that address
+  std::string scales_;             // their bytes
+  std::array<std::int64_t, 4> shape_{};
+  std::shared_ptr<const FilterForms> forms_;  // of what is held
+  int pause_ = 0, waiting_ = 0;               // calls without holding
+};
+
+}  // namespace fastconv::framework
