@@ -68,6 +68,8 @@ PAIRS = {
         ),
         (fastconv.keras.FastMaxPooling2D, L.MaxPooling2D, {}, (2, 9, 8, 4)),
         (fastconv.keras.FastAveragePooling2D, L.AveragePooling2D, {"pool_size": 2}, (2, 9, 8, 4)),
+        (fastconv.keras.FastMaxPooling1D, L.MaxPooling1D, {}, (2, 9, 4)),
+        (fastconv.keras.FastAveragePooling1D, L.AveragePooling1D, {"pool_size": 2}, (2, 9, 4)),
         (fastconv.keras.FastGlobalMaxPooling2D, L.GlobalMaxPooling2D, {}, (2, 9, 8, 4)),
         (fastconv.keras.FastGlobalAveragePooling2D, L.GlobalAveragePooling2D, {}, (2, 9, 8, 4)),
         (fastconv.keras.FastBatchNormalization, L.BatchNormalization, {}, (2, 9, 8, 4)),
@@ -244,6 +246,9 @@ def test_arguments_that_do_not_fit_one_another():
         ("FastSeparableConv2D", {"strides": 2, "dilation_rate": 2}),
         ("FastMaxPooling2D", {"pool_size": 10}),
         ("FastMaxPooling2D", {"pool_size": 2, "strides": (0, 2)}),
+        ("FastMaxPooling1D", {"pool_size": 10}),
+        ("FastMaxPooling1D", {"pool_size": 2, "strides": 0}),
+        ("FastAveragePooling1D", {"pool_size": 10}),
         ("FastAveragePooling2D", {"pool_size": 10}),
         ("FastAveragePooling2D", {"pool_size": 2, "strides": (0, 2)}),
     ]:

@@ -142,6 +142,70 @@ def residual_block(first="second", kernel=3, data_format="channels_last", broadc
     return keras.Model(inputs, L.ReLU()(x))
 
 
+SEQUENCE_LAYERS = {
+    "causal": lambda **o: L.Conv1D(16, 3, padding="causal", dilation_rate=2, **o),
+    "depthwise": lambda **o: L.DepthwiseConv1D(3, padding="same", **o),
+    "separable": lambda **o: L.SeparableConv1D(16, 5, padding="same", **o),
+}
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("activation", ["relu", "swish"])
+@pytest.mark.parametrize("kind", SEQUENCE_LAYERS)
+def test_sequences(kind, activation, data_format, executed):
+    """As images of height 1: convolution, normalisation, sum and activation are one operation."""
+    channels_first = data_format == "channels_first"
+    axis = 1 if channels_first else -1
+
+    def make(data_format=data_format, axis=axis):
+        inputs = keras.Input((16, 20) if data_format == "channels_first" else (20, 16))
+        options = {"data_format": data_format}
+        x = normalized(inputs, SEQUENCE_LAYERS[kind](use_bias=False, **options), axis=axis)
+        x = L.Activation(activation)(L.Add()([inputs, x]))
+        x = normalized(x, L.Conv1D(8, 1, **options), axis=axis)
+        return keras.Model(inputs, L.Activation("relu6")(x))
+
+    # Stock TensorFlow may have no kernel of the other layout.
+    stock = with_varied_weights(make("channels_last", -1))
+    fast = accelerate(make())
+    fast.set_weights(stock.get_weights())
+    x = images((20, 16))
+    wanted = stock.predict(x, verbose=0)
+    executed()
+    found = fast.predict(x.transpose(0, 2, 1) if channels_first else x, verbose=0)
+    assert_close(found.transpose(0, 2, 1) if channels_first else found, wanted)
+    assert executed()[SCALED] == 2
+    operations = operations_of(fast, x.transpose(0, 2, 1) if channels_first else x)
+    assert not {"Relu", "Relu6", "Sigmoid"} & set(operations)
+
+
+def test_training_of_sequences(executed):
+    """As Keras's example of time series: normalisations, and what is behind them, are kernels."""
+
+    def make():
+        x = inputs = keras.Input((24, 3))
+        for filters in (16, 24):
+            x = L.Conv1D(filters, 3, padding="same")(x)
+            x = L.ReLU()(L.BatchNormalization()(x))
+        x = L.BatchNormalization()(L.MaxPooling1D(2)(x))
+        return keras.Model(inputs, L.Dense(2)(L.GlobalAveragePooling1D()(x)))
+
+    stock, fast = pair(make)
+    x, y = images((24, 3), 8), images((2,), 8)
+    for model in (stock, fast):
+        model.compile(keras.optimizers.SGD(0.05), "mse")
+        executed()
+        model.fit(x, y, batch_size=4, epochs=3, verbose=0, shuffle=False)
+    ran = executed()
+    assert ran["FastconvBatchNormGrad"] == 3 * 2 * 3
+    assert ran["FastconvMaxPool2DGrad"] == 2 * 3
+    assert_all_close(fast.get_weights(), stock.get_weights(), tolerance=2e-4)
+    executed()
+    assert_close(fast.predict(x, verbose=0), stock.predict(x, verbose=0), tolerance=2e-4)
+    ran = executed()
+    assert (ran[SCALED], ran[NORMALIZED]) == (2, 1)
+
+
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize("layer", [L.Conv2D, L.SeparableConv2D])
 def test_shortcut_of_a_plain_convolution(layer, use_bias, executed):

@@ -7,9 +7,11 @@ import tensorflow as tf
 from keras import layers as L
 
 from fastconv.keras import (
+    FastAveragePooling1D,
     FastAveragePooling2D,
     FastGlobalAveragePooling2D,
     FastGlobalMaxPooling2D,
+    FastMaxPooling1D,
     FastMaxPooling2D,
     accelerate,
 )
@@ -23,7 +25,14 @@ WINDOWS = [
     {"pool_size": (1, 4), "padding": "valid"},
     {"pool_size": 2, "strides": 3},
 ]
+SEQUENCES = [
+    {"pool_size": 2},
+    {"pool_size": 3, "strides": 1, "padding": "same"},
+    {"pool_size": 2, "strides": 3, "padding": "valid"},
+]
 CASES = [
+    *[(FastAveragePooling1D, L.AveragePooling1D, options) for options in SEQUENCES],
+    *[(FastMaxPooling1D, L.MaxPooling1D, options) for options in SEQUENCES],
     *[(FastAveragePooling2D, L.AveragePooling2D, options) for options in WINDOWS],
     (FastGlobalAveragePooling2D, L.GlobalAveragePooling2D, {}),
     (FastGlobalAveragePooling2D, L.GlobalAveragePooling2D, {"keepdims": True}),
@@ -31,6 +40,11 @@ CASES = [
     (FastGlobalMaxPooling2D, L.GlobalMaxPooling2D, {"keepdims": True}),
 ]
 OPS = {  # forward, gradient
+    FastAveragePooling1D: {"FastconvAveragePool2D", "FastconvAveragePool2DGrad"},
+    FastMaxPooling1D: {
+        *("FastconvMaxPool2D", "FastconvMaxPool2DWithArgmax"),
+        *("FastconvMaxPool2DGrad", "FastconvMaxPool2DGradGrad"),
+    },
     FastAveragePooling2D: {"FastconvAveragePool2D", "FastconvAveragePool2DGrad"},
     FastGlobalAveragePooling2D: {"FastconvAveragePool2D", "FastconvAveragePool2DGrad"},
     FastGlobalMaxPooling2D: {"FastconvMaxPool2D"},
@@ -43,8 +57,11 @@ over = pytest.mark.parametrize(
 )
 
 
-def image(draw, data_format):
-    return tf.constant(draw(2, 3, 9, 10) if data_format == "channels_first" else draw(2, 9, 10, 3))
+def image(draw, data_format, layer):
+    sizes = (10,) if "1D" in layer.__qualname__ else (9, 10)
+    return tf.constant(
+        draw(2, 3, *sizes) if data_format == "channels_first" else draw(2, *sizes, 3)
+    )
 
 
 @over
@@ -52,7 +69,7 @@ def image(draw, data_format):
 def test_beside_stock(fast_class, stock_class, options, data_format, draw, executed):
     fast = fast_class(data_format=data_format, **options)
     stock = stock_class(data_format=data_format, **options)
-    x = image(draw, data_format)
+    x = image(draw, data_format, fast_class)
     actual = two_orders(fast)(x)
     assert set(executed()) == OPS[fast_class]
     assert actual[0].shape == fast.compute_output_shape(x.shape)
@@ -65,9 +82,9 @@ def test_beside_stock(fast_class, stock_class, options, data_format, draw, execu
 def test_unknown_shapes(
     fast_class, stock_class, options, data_format, jit_compile, draw, executed_in_xla
 ):
-    x = image(draw, data_format)
-    channel_axis = 1 if data_format == "channels_first" else 3
-    unknown = [x.shape[axis] if axis == channel_axis else None for axis in range(4)]
+    x = image(draw, data_format, fast_class)
+    channel_axis = 1 if data_format == "channels_first" else x.shape.rank - 1
+    unknown = [x.shape[axis] if axis == channel_axis else None for axis in range(x.shape.rank)]
     function = tf.function(
         two_orders(fast_class(data_format=data_format, **options)),
         input_signature=[tf.TensorSpec(unknown)],
@@ -77,6 +94,13 @@ def test_unknown_shapes(
     assert bool(executed_in_xla()) == jit_compile
     stock = stock_class(data_format=data_format, **options)
     assert_all_close(actual, two_orders(stock)(x), 2e-6)
+
+
+def test_training_notes_the_maxima(draw, executed):
+    """One byte each, where the layer is told that a gradient will be taken."""
+    x = tf.constant(draw(2, 10, 3))
+    FastMaxPooling1D()(x, training=True)
+    assert executed() == {"FastconvMaxPool2DWithArgmax": 1}
 
 
 @pytest.mark.parametrize("fast_class", [FastGlobalAveragePooling2D, FastGlobalMaxPooling2D])

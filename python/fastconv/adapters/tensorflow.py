@@ -56,6 +56,7 @@ __all__ = [
     "ops_executed",
     "pooled_in_one",
     "scaled_in_one",
+    "squeezed",
 ]
 
 _LIBRARY = Path(__file__).parent.parent / (
@@ -286,7 +287,7 @@ def pooled_in_one(y: tf.Tensor, *, keep_argmax: bool = False) -> tf.Tensor | Non
         A tensor as ``conv2d_max_pool2d`` returns it, or None.
     """
     call = _replaceable(y)
-    if call is None or call.scale is not None:
+    if call is None or call.scale is not None or call.squeezed is not None:
         return None
     return _conv2d_max_pool2d(call.inputs, call.attributes, keep_argmax)
 
@@ -364,6 +365,8 @@ def added_in_one(y: tf.Tensor, residual: tf.Tensor) -> tf.Tensor | None:
         call = None if scaled is None else _made_by(scaled)
     if call is None or call.residual is not None:
         return None
+    if call.squeezed is not None:
+        residual = tf.expand_dims(residual, call.squeezed)
     return call.replaced(residual=residual)
 
 
@@ -382,6 +385,12 @@ def activated_in_one(y: tf.Tensor, activation: str = "relu") -> tf.Tensor | None
     if call is None or not call.can_be_activated(activation.upper()):
         return None
     return call.replaced(attributes={**call.attributes, "activation": activation.upper()})
+
+
+def squeezed(y: tf.Tensor, axis: int) -> tf.Tensor:
+    """``y`` without its axis ``axis``, of extent 1, which can be replaced as ``y`` could."""
+    call = _made_by(y)
+    return tf.squeeze(y, [axis]) if call is None else call.without(axis).marked(y)
 
 
 def batch_norm(
@@ -765,6 +774,7 @@ class _Call(abc.ABC):
     inputs: list[tf.Tensor]
     attributes: Attributes
     residual: tf.Tensor | None = None
+    squeezed: int | None = None  # the axis, of extent 1, that the tensor lacks of the op's output
 
     @property
     def is_activated(self) -> bool:
@@ -779,10 +789,16 @@ class _Call(abc.ABC):
     def run(self) -> tf.Tensor:
         """The tensor that the call makes, which remembers the call where a graph is made."""
 
+    def without(self, axis: int) -> _Call:
+        return dataclasses.replace(self, squeezed=axis)
+
     def replaced(self, **changes: Any) -> tf.Tensor:
         return dataclasses.replace(self, **changes).run()
 
     def marked(self, y: tf.Tensor) -> tf.Tensor:
+        """The call's tensor, of its op's output."""
+        if self.squeezed is not None:
+            y = tf.squeeze(y, [self.squeezed])
         if not tf.executing_eagerly():
             setattr(y, _CALL, self)
         return y

@@ -19,6 +19,7 @@ from fastconv.keras._joining import (
     FastReLU,
     FastZeroPadding2D,
 )
+from fastconv.keras.average_pooling1d import FastAveragePooling1D
 from fastconv.keras.average_pooling2d import FastAveragePooling2D
 from fastconv.keras.conv1d import FastConv1D
 from fastconv.keras.conv2d import FastConv2D
@@ -28,6 +29,7 @@ from fastconv.keras.depthwise_conv1d import FastDepthwiseConv1D
 from fastconv.keras.depthwise_conv2d import FastDepthwiseConv2D
 from fastconv.keras.global_average_pooling2d import FastGlobalAveragePooling2D
 from fastconv.keras.global_max_pooling2d import FastGlobalMaxPooling2D
+from fastconv.keras.max_pooling1d import FastMaxPooling1D
 from fastconv.keras.max_pooling2d import FastMaxPooling2D
 from fastconv.keras.separable_conv1d import FastSeparableConv1D
 from fastconv.keras.separable_conv2d import FastSeparableConv2D
@@ -36,6 +38,7 @@ __all__ = [
     "Explanation",
     "FastActivation",
     "FastAdd",
+    "FastAveragePooling1D",
     "FastAveragePooling2D",
     "FastBatchNormalization",
     "FastConv1D",
@@ -46,6 +49,7 @@ __all__ = [
     "FastDepthwiseConv2D",
     "FastGlobalAveragePooling2D",
     "FastGlobalMaxPooling2D",
+    "FastMaxPooling1D",
     "FastMaxPooling2D",
     "FastReLU",
     "FastSeparableConv1D",

@@ -59,15 +59,6 @@ def height_of_sequences(layer: keras.layers.Layer) -> tuple[int, ...]:
     return (1,) if layer.rank == 1 else ()
 
 
-def of_sequences(
-    layer: keras.layers.Layer, inputs: Tensor, convolve: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """What ``convolve`` makes of images of height 1, of sequences and to sequences."""
-    height_axis = 2 if layer.data_format == "channels_first" else 1
-    outputs = convolve(keras.ops.expand_dims(inputs, height_axis))
-    return keras.ops.squeeze(outputs, height_axis)
-
-
 def activated(layer: keras.layers.Layer, outputs: Tensor) -> Tensor:
     """``outputs`` of an op with the layer's epilogue, with an activation that it left to Keras."""
     return outputs if fused_activation(layer.activation) else layer.activation(outputs)

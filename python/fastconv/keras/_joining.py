@@ -13,24 +13,29 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from fastconv.keras._sequences import of_sequences
 from fastconv.keras._stand_in import (
     JOINING,
+    JOINS,
     Tensor,
     adapter,
     reason_for_stock,
     stand_in_for,
     static_shape,
 )
+from fastconv.keras.conv1d import FastConv1D
 from fastconv.keras.conv2d import FastConv2D
+from fastconv.keras.depthwise_conv1d import FastDepthwiseConv1D
 from fastconv.keras.depthwise_conv2d import FastDepthwiseConv2D
 from fastconv.keras.max_pooling2d import FastMaxPooling2D
+from fastconv.keras.separable_conv1d import FastSeparableConv1D
 from fastconv.keras.separable_conv2d import FastSeparableConv2D
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-_JOINS = keras.backend.backend() == "tensorflow"  # whose graphs can still be changed
-_CONVOLUTIONS = (FastConv2D, FastDepthwiseConv2D, FastSeparableConv2D)
+_CONVOLUTIONS_2D = (FastConv2D, FastDepthwiseConv2D, FastSeparableConv2D)
+_CONVOLUTIONS = (*_CONVOLUTIONS_2D, FastConv1D, FastDepthwiseConv1D, FastSeparableConv1D)
 
 __all__ = [
     "FastActivation",
@@ -61,10 +66,7 @@ class FastBatchNormalization(keras.layers.BatchNormalization):
         gamma = self.gamma if self.scale else None
         beta = self.beta if self.center else None
         if training is True and not moving and mask is None and self._has_kernel(inputs):
-            y, mean, variance = adapter.batch_norm(inputs, gamma, beta, epsilon=self.epsilon)
-            for moment, average in ((mean, self.moving_mean), (variance, self.moving_variance)):
-                average.assign(average * self.momentum + moment * (1.0 - self.momentum))
-            return y
+            return self._by_own_moments(inputs, gamma, beta)
         if moving and mask is None and _may_join(inputs) and _scales(self):
             joined = adapter.normalized_in_one(
                 inputs,
@@ -78,18 +80,43 @@ class FastBatchNormalization(keras.layers.BatchNormalization):
                 return joined
         if moving and mask is None and self._has_kernel(inputs):
             moments = self.moving_mean, self.moving_variance
-            return adapter.batch_norm_inference(inputs, *moments, gamma, beta, epsilon=self.epsilon)
+            return _of_images(
+                inputs,
+                lambda images: adapter.batch_norm_inference(
+                    images, *moments, gamma, beta, epsilon=self.epsilon
+                ),
+            )
         return super().call(inputs, training=training, mask=mask)
+
+    def _by_own_moments(self, inputs: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+        """The normalised inputs; the moving moments move."""
+
+        def normalize(images: Tensor) -> Tensor:
+            y, mean, variance = adapter.batch_norm(images, gamma, beta, epsilon=self.epsilon)
+            for moment, average in ((mean, self.moving_mean), (variance, self.moving_variance)):
+                average.assign(average * self.momentum + moment * (1.0 - self.momentum))
+            return y
+
+        return _of_images(inputs, normalize)
 
     def _has_kernel(self, inputs: Tensor) -> bool:
         """Whether fastconv's kernel can normalise ``inputs``."""
+        if not (JOINS and _is_plain(self) and keras.ops.is_tensor(inputs)):
+            return False
+        rank = len(static_shape(inputs))
         return (
-            _JOINS
-            and _is_plain(self)
-            and keras.ops.is_tensor(inputs)
-            and reason_for_stock(inputs, self.compute_dtype) is None
+            rank in (3, 4)
+            and self.axis in (-1, rank - 1)
+            and reason_for_stock(inputs, self.compute_dtype, rank) is None
             and not adapter.inside_xla()
         )
+
+
+def _of_images(inputs: Tensor, normalize: Callable[[Tensor], Tensor]) -> Tensor:
+    """What ``normalize`` makes of images, of those or of sequences, channels last."""
+    if len(static_shape(inputs)) == 4:
+        return normalize(inputs)
+    return of_sequences(inputs, "channels_last", normalize)
 
 
 @stand_in_for(keras.layers.Add, JOINING)
@@ -148,7 +175,7 @@ class FastZeroPadding2D(keras.layers.ZeroPadding2D):
         outputs = super().call(inputs)
         # What Keras takes for an integer, an operation may refuse.
         plain = all(type(side) is int for sides in self.padding for side in sides)
-        if _JOINS and plain and keras.ops.is_tensor(outputs):
+        if JOINS and plain and keras.ops.is_tensor(outputs):
             adapter.mark_padded(outputs, inputs, self.padding, self.data_format)
         return outputs
 
@@ -158,7 +185,7 @@ def joins(layer: keras.layers.Layer, model: keras.Model) -> bool:
 
     Nothing else may read the output of the layer it joins: that output does not exist then.
     """
-    if not _JOINS:
+    if not JOINS:
         return False
     before = _layers_before(layer)
     kind = type(layer)
@@ -178,7 +205,7 @@ def joins(layer: keras.layers.Layer, model: keras.Model) -> bool:
         behind = [node.operation for node in layer._outbound_nodes]
         return (
             _is_alone(layer, kind)
-            and isinstance(behind[0], (*_CONVOLUTIONS, FastMaxPooling2D))
+            and isinstance(behind[0], (*_CONVOLUTIONS_2D, FastMaxPooling2D))
             and behind[0].padding == "valid"
             and behind[0].data_format == layer.data_format
         )
@@ -197,11 +224,14 @@ def _is_alone(layer: Any, kind: type[Any] | tuple[type[Any], ...]) -> bool:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether a batch normalisation is one that the kernel can compute, of images, channels last."""
-    spec = layer.input_spec
+    """Whether a batch normalisation is one that the kernel can compute, channels last.
+
+    It is of images or sequences, as far as is known.
+    """
+    ndim = getattr(layer.input_spec, "ndim", None)
+    ranks = (3, 4) if ndim is None else (ndim,)
     return (
-        layer.axis in (-1, 3)
-        and (spec is None or spec.ndim in (None, 4))
+        any(rank in (3, 4) and layer.axis in (-1, rank - 1) for rank in ranks)
         and not getattr(layer, "synchronized", False)
         and not getattr(layer, "renorm", False)
         and layer.compute_dtype == "float32"
@@ -213,7 +243,8 @@ def _scales(layer: keras.layers.Layer) -> bool:
     befores = _layers_before(layer)
     if len(befores) != 1 or not _is_linear_convolution(befores[0]):
         return False
-    axis = {"channels_last": (-1, 3), "channels_first": (1, -3)}[befores[0].data_format]
+    last = befores[0].rank + 1
+    axis = {"channels_last": (-1, last), "channels_first": (1, -last)}[befores[0].data_format]
     return layer.axis in axis and layer.compute_dtype == "float32"
 
 
@@ -255,7 +286,7 @@ def _activation_of(layer: keras.layers.Layer) -> str | None:
 
 def _may_join(*tensors: Tensor) -> bool:
     """Whether they are float32, on a backend that can join."""
-    return _JOINS and all(
+    return JOINS and all(
         keras.ops.is_tensor(x) and keras.backend.standardize_dtype(x.dtype) == "float32"
         for x in tensors
     )
@@ -266,4 +297,4 @@ def _like(one: Tensor, other: Tensor) -> bool:
     if not _may_join(one, other):
         return False
     shape = static_shape(one)
-    return len(shape) == 4 and shape == static_shape(other) and None not in shape[1:]
+    return len(shape) in (3, 4) and shape == static_shape(other) and None not in shape[1:]

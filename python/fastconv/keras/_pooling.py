@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 def reason_against_window(layer: keras.layers.Layer, inputs: Tensor) -> str | None:
     """Why the stock code must take ``inputs`` of a layer with a window; None if it need not."""
-    reason = reason_for_stock(inputs, layer.compute_dtype) or reason_against_arguments(layer)
+    rank = len(layer.pool_size) + 2
+    reason = reason_for_stock(inputs, layer.compute_dtype, rank) or reason_against_arguments(layer)
     if reason is not None:
         return reason
     if not all(layer.strides):
@@ -36,10 +37,11 @@ def reason_against_window(layer: keras.layers.Layer, inputs: Tensor) -> str | No
 
 
 def window(layer: keras.layers.Layer) -> dict[str, Any]:
-    """The adapter's arguments of a layer with a window."""
+    """The adapter's arguments of a layer with a window; a sequence's is that of an image of height 1."""
+    height = (1,) if len(layer.pool_size) == 1 else ()
     return {
-        "pool_size": layer.pool_size,
-        "strides": layer.strides,
+        "pool_size": (*height, *layer.pool_size),
+        "strides": (*height, *layer.strides),
         "padding": layer.padding.lower(),
         "data_format": layer.data_format,
     }

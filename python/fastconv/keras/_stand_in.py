@@ -33,6 +33,7 @@ def _load_adapter(backend: str) -> tuple[Any, str | None]:
 
 
 adapter, _reason_without_adapter = _load_adapter(keras.backend.backend())
+JOINS = keras.backend.backend() == "tensorflow"  # whose graphs can still be changed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ else:
 
 __all__ = [
     "JOINING",
+    "JOINS",
     "STAND_INS",
     "JitWhereXlaServes",
     "Tensor",

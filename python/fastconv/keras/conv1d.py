@@ -6,13 +6,8 @@ from typing import TYPE_CHECKING
 
 import keras
 
-from fastconv.keras._convolution import (
-    activated,
-    epilogue,
-    geometry,
-    leaves_to_stock,
-    of_sequences,
-)
+from fastconv.keras._convolution import activated, epilogue, geometry, leaves_to_stock
+from fastconv.keras._sequences import of_sequences
 from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
 
 if TYPE_CHECKING:
@@ -48,4 +43,4 @@ class FastConv1D(JitWhereXlaServes, keras.layers.Conv1D):
                 **epilogue(self),
             )
 
-        return activated(self, of_sequences(self, inputs, convolve))
+        return activated(self, of_sequences(inputs, self.data_format, convolve))

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import keras
 
-from fastconv.keras._convolution import activated, epilogue, leaves_to_stock, of_sequences
+from fastconv.keras._convolution import activated, epilogue, leaves_to_stock
+from fastconv.keras._sequences import of_sequences
 from fastconv.keras._stand_in import JitWhereXlaServes, stand_in_for
 from fastconv.keras.depthwise_conv2d import depthwise_convolution
 
@@ -36,4 +37,4 @@ class FastDepthwiseConv1D(JitWhereXlaServes, keras.layers.DepthwiseConv1D):
         def convolve(images: Tensor) -> Tensor:
             return depthwise_convolution(self, images, self.kernel, **epilogue(self))
 
-        return activated(self, of_sequences(self, inputs, convolve))
+        return activated(self, of_sequences(inputs, self.data_format, convolve))
