@@ -114,14 +114,17 @@ def test_values_that_are_no_numbers():
     np.testing.assert_array_equal(y[..., ~spoilt], 0)
 
 
-def test_no_rows():
-    x = tf.zeros((0, 4, 4, 6))
+@pytest.mark.parametrize("shape", [(0, 4, 4, 6), (2, 4, 4, 0), (0, 4, 4, 0)])
+def test_no_rows_or_channels(shape):
+    x = tf.zeros(shape)
+    ones, zeros = tf.ones(shape[3]), tf.zeros(shape[3])
     with tf.GradientTape() as tape:
         tape.watch(x)
-        y, mean, _ = adapter.batch_norm(x, tf.ones(6), tf.zeros(6), epsilon=EPSILON)
-    assert y.shape == (0, 4, 4, 6)
+        y, mean, _ = adapter.batch_norm(x, ones, zeros, epsilon=EPSILON)
+    assert y.shape == shape
     assert np.isnan(mean).all()
-    assert tape.gradient(y, x).shape == (0, 4, 4, 6)
+    assert tape.gradient(y, x).shape == shape
+    assert adapter.batch_norm_inference(x, zeros, ones, None, None, epsilon=1e-3).shape == shape
 
 
 def test_the_same_bits_for_any_number_of_threads():

@@ -643,7 +643,7 @@ void from_float32(DataType type, int64_t count, const float* values, void* out) 
 }
 
 void batch_norm_moments(const BatchNormProblem& p, const float* x, float* mean, float* variance) {
-  if (p.rows > 0) return kernels().batch_norm_moments(p, x, mean, variance);
+  if (p.rows > 0 && p.channels > 0) return kernels().batch_norm_moments(p, x, mean, variance);
   std::fill_n(mean, p.channels, std::numeric_limits<float>::quiet_NaN());
   std::fill_n(variance, p.channels, std::numeric_limits<float>::quiet_NaN());
 }
@@ -651,14 +651,14 @@ void batch_norm_moments(const BatchNormProblem& p, const float* x, float* mean, 
 void batch_norm_fprop(const BatchNormProblem& p, const float* x, const float* mean,
                       const float* variance, const float* gamma, const float* beta,
                       const float* residual, float* y) {
-  if (p.rows == 0) return;
+  if (p.rows == 0 || p.channels == 0) return;
   kernels().batch_norm_fprop(p, x, mean, variance, gamma, beta, residual, y);
 }
 
 void batch_norm_bprop(const BatchNormProblem& p, const float* x, const float* mean,
                       const float* variance, const float* gamma, const float* beta, const float* dy,
                       const float* y, float* dx, float* dgamma, float* dbeta, float* dresidual) {
-  if (p.rows == 0) {
+  if (p.rows == 0 || p.channels == 0) {
     std::fill_n(dgamma, p.channels, 0.0f);
     std::fill_n(dbeta, p.channels, 0.0f);
     return;

@@ -9,6 +9,7 @@ layers the classes below. They compute what the stock layers do, whose code serv
 
 from __future__ import annotations
 
+import numbers
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -106,6 +107,9 @@ class FastBatchNormalization(keras.layers.BatchNormalization):
         rank = len(static_shape(inputs))
         return (
             rank in (3, 4)
+            # Without it, what is not finite comes out otherwise.
+            and isinstance(self.epsilon, numbers.Real)
+            and self.epsilon > 0
             and self.axis in (-1, rank - 1)
             and reason_for_stock(inputs, self.compute_dtype, rank) is None
             and not adapter.inside_xla()
