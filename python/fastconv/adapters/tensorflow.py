@@ -317,9 +317,8 @@ def normalized_in_one(
     factor = tf.math.rsqrt(tf.convert_to_tensor(variance) + epsilon)
     if scale is not None:
         factor *= tf.convert_to_tensor(scale)
-    shift = -tf.convert_to_tensor(mean) * factor
-    if offset is not None:
-        shift += tf.convert_to_tensor(offset)
+    moved = tf.convert_to_tensor(mean) * factor
+    shift = -moved if offset is None else tf.convert_to_tensor(offset) - moved
     return scaled_in_one(y, factor, shift)
 
 
