@@ -117,6 +117,19 @@ def test_changes_at_each_call_give_it_up():
     np.testing.assert_array_equal(y, by_numpy(x, w))
 
 
+def test_an_evaluation_each_epoch():
+    """A filter that served some calls before it changed is kept anew, however often that goes on."""
+    x, w = arrays(SHAPE, FILTER)
+    w = tf.Variable(w)
+    run = convolution(w)
+    for epoch in range(12):
+        w.assign_add(tf.ones(FILTER) * 0.1)
+        kept = Kept()
+        for _ in range(8):
+            np.testing.assert_array_equal(run(x), by_numpy(x, w))
+        assert kept() >= 5, epoch
+
+
 def test_other_shapes_of_one_filter():
     """One tensor's memory as another filter, and images of other sizes by one op."""
     x, w = arrays((2, 9, 10, 24), FILTER)

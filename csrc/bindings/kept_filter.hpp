@@ -40,14 +40,16 @@ class KeptFilter {
       const std::lock_guard lock(mutex_);
       if (held_ && address == address_ && scales == scales_ && p.filter_shape() == shape_) {
         g_kept_filters.fetch_add(1, std::memory_order_relaxed);
+        ++uses_;
         return forms_;
       }
       if (held_) {
-        // It changes, as in training, or the memory is copied: what is held costs an assignment a copy.
+        // What is held costs the next assignment a copy: in training, that is each step's.
         held_ = nullptr;
         forms_ = nullptr;
-        pause_ = std::min(2 * pause_ + 1, kLongestPause);
+        pause_ = uses_ >= kUsesEnough ? 0 : std::min(2 * pause_ + 1, kLongestPause);
         waiting_ = pause_;
+        uses_ = 0;
       }
       const bool seen_before = std::exchange(address_, address) == address;
       if (waiting_ > 0) {
@@ -65,7 +67,7 @@ class KeptFilter {
   }
 
  private:
-  static constexpr int kLongestPause = 1000;  // calls
+  static constexpr int kLongestPause = 1000, kUsesEnough = 4;  // calls
 
   // Against the convolution itself, what is made of the filter counts for less the more pixels there are.
   // The algorithms of few channels, and of channels by themselves, make next to nothing.
@@ -89,6 +91,7 @@ class KeptFilter {
   std::string scales_;             // their bytes
   std::array<std::int64_t, 4> shape_{};
   std::shared_ptr<const FilterForms> forms_;  // of what is held
+  std::int64_t uses_ = 0;                     // calls that found it
   int pause_ = 0, waiting_ = 0;               // calls without holding
 };
 
