@@ -95,13 +95,15 @@ void add_and_activate(Activation activation, int64_t count, const float* from, f
   constexpr int64_t kATask = 16384;
   of_activation(activation, [&]<Activation Kind>() {
     parallel_for(ceil_div(count, kATask), [&](int64_t task) {
+      const auto one = [&](int64_t i, auto... tail) {
+        typename V::Reg value = V::load(y + i, tail...);
+        if (from) value = V::add(value, V::load(from + i, tail...));
+        V::store(y + i, activated<V, Kind>(value), tail...);
+      };
       const int64_t end = min64(count, (task + 1) * kATask);
-      for (int64_t i = task * kATask; i < end; i += V::kWidth) {
-        const typename V::Tail tail = V::tail(static_cast<int>(min64(V::kWidth, end - i)));
-        typename V::Reg value = V::load(y + i, tail);
-        if (from) value = V::add(value, V::load(from + i, tail));
-        V::store(y + i, activated<V, Kind>(value), tail);
-      }
+      int64_t i = task * kATask;
+      for (; i + V::kWidth <= end; i += V::kWidth) one(i);
+      if (i < end) one(i, V::tail(static_cast<int>(end - i)));
     });
   });
 }

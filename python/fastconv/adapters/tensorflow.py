@@ -843,7 +843,7 @@ class _Padded:
     x: tf.Tensor
     attributes: Attributes
 
-    def joined(self, attributes: Attributes) -> Attributes:
+    def joined(self, attributes: Attributes) -> dict[str, Any]:
         """``attributes``, without padding, of an operation that reads ``x`` instead."""
         sides = {key: self.attributes[key] for key in ("padding", "explicit_paddings")}
         return {**attributes, **sides}

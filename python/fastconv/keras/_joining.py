@@ -9,7 +9,6 @@ layers the classes below. They compute what the stock layers do, whose code serv
 
 from __future__ import annotations
 
-import numbers
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -108,7 +107,7 @@ class FastBatchNormalization(keras.layers.BatchNormalization):
         return (
             rank in (3, 4)
             # Without it, what is not finite comes out otherwise.
-            and isinstance(self.epsilon, numbers.Real)
+            and isinstance(self.epsilon, (int, float))
             and self.epsilon > 0
             and self.axis in (-1, rank - 1)
             and reason_for_stock(inputs, self.compute_dtype, rank) is None
