@@ -898,9 +898,8 @@ class BatchNormGrad : public ActivatedBatchNormKernel {
       }
       if (is_gated(p.activation)) {
         throw InvalidArgument(
-            "With a residual, `activation` must be 'RELU' or 'RELU6', whose derivative `output` "
-            "tells. "
-            "Received: a gated one");
+            "With an `output`, which must tell the derivative, `activation` must be 'RELU' or "
+            "'RELU6'. Received: a gated one");
       }
       check_shape(*output, "output", shape);
     }

@@ -1,5 +1,5 @@
-// Batch normalisation in training, of rows x channels (NHWC), with the sum and the activation behind
-// it: statistics and normalisation read x once each, the gradient reads what it needs twice.
+// Batch normalisation of rows x channels (NHWC), with the sum and the activation behind it: statistics
+// and normalisation, which at inference is all, read x once each, the gradient reads what it needs twice.
 //
 // All are passes over memory that is in a cache at best, so the aim is few passes: a stock graph makes
 // some ten of them forward and more backward. Algorithm: Ioffe and Szegedy, Batch Normalization (2015);
