@@ -74,7 +74,7 @@ FilterForms::Floats FilterForms::in_layout(const Layout& layout, std::size_t byt
   return made;
 }
 
-std::size_t FilterForms::bytes() const {
+std::size_t FilterForms::form_bytes() const {
   const std::lock_guard lock(g_mutex);
   std::size_t sum = 0;
   for (const Form& form : forms_) sum += form.bytes;

@@ -39,7 +39,7 @@ class FASTCONV_API FilterForms {
                    const std::function<void(float*)>& fill) const;
 
   // Of all forms kept.
-  std::size_t bytes() const;
+  std::size_t form_bytes() const;
 
   static constexpr std::size_t kMostForms = 4;
 
@@ -63,7 +63,7 @@ class FASTCONV_API PackedFilter : public FilterForms {
   const float* values() const { return values_.get(); }
 
   // Of the values and all forms kept.
-  std::size_t bytes() const { return bytes_ + FilterForms::bytes(); }
+  std::size_t bytes() const { return bytes_ + form_bytes(); }
 
  private:
   std::array<std::int64_t, 4> shape_;
