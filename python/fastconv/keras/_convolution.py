@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from fastconv.keras._sequences import height_of_sequences
 from fastconv.keras._stand_in import (
     has_empty_output,
     reason_against_arguments,
@@ -39,9 +40,9 @@ def fused_activation(activation: Callable[..., Any] | None) -> str | None:
 def geometry(layer: keras.layers.Layer) -> dict[str, Any]:
     """Where the op's windows lie: its arguments but the tensors and the epilogue."""
     return {
-        "strides": (*height_of_sequences(layer), *layer.strides),
+        "strides": (*height_of_sequences(layer.rank), *layer.strides),
         "padding": layer.padding,
-        "dilation_rate": (*height_of_sequences(layer), *layer.dilation_rate),
+        "dilation_rate": (*height_of_sequences(layer.rank), *layer.dilation_rate),
         "data_format": layer.data_format,
     }
 
@@ -52,11 +53,6 @@ def epilogue(layer: keras.layers.Layer) -> dict[str, Any]:
         "bias": layer.bias if layer.use_bias else None,
         "activation": fused_activation(layer.activation),
     }
-
-
-def height_of_sequences(layer: keras.layers.Layer) -> tuple[int, ...]:
-    """What stands before a 1-D layer's sizes to make them an image's; nothing for a 2-D layer."""
-    return (1,) if layer.rank == 1 else ()
 
 
 def activated(layer: keras.layers.Layer, outputs: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from fastconv.keras._sequences import height_of_sequences
 from fastconv.keras._stand_in import (
     JitWhereXlaServes,
     has_empty_output,
@@ -38,7 +39,7 @@ def reason_against_window(layer: keras.layers.Layer, inputs: Tensor) -> str | No
 
 def window(layer: keras.layers.Layer) -> dict[str, Any]:
     """The adapter's arguments of a layer with a window; a sequence's is that of an image of height 1."""
-    height = (1,) if len(layer.pool_size) == 1 else ()
+    height = height_of_sequences(len(layer.pool_size))
     return {
         "pool_size": (*height, *layer.pool_size),
         "strides": (*height, *layer.strides),

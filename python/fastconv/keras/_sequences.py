@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from fastconv.keras._stand_in import Tensor
 
 
+def height_of_sequences(rank: int) -> tuple[int, ...]:
+    """What stands before a 1-D layer's sizes to make them an image's; nothing for a 2-D layer."""
+    return (1,) if rank == 1 else ()
+
+
 def of_sequences(inputs: Tensor, data_format: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
     """What ``compute`` makes of images of height 1, of sequences and to sequences."""
     height_axis = 2 if data_format == "channels_first" else 1

@@ -6,13 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from fastconv.keras._convolution import (
-    activated,
-    epilogue,
-    geometry,
-    height_of_sequences,
-    leaves_to_stock,
-)
+from fastconv.keras._convolution import activated, epilogue, geometry, leaves_to_stock
+from fastconv.keras._sequences import height_of_sequences
 from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for
 
 if TYPE_CHECKING:
@@ -49,7 +44,9 @@ def depthwise_convolution(
     return adapter.conv2d(
         inputs,
         # Channel c's filters come c-th, which is where those of the c-th group are.
-        keras.ops.reshape(kernel, (*height_of_sequences(layer), *taps, 1, channels * multiplier)),
+        keras.ops.reshape(
+            kernel, (*height_of_sequences(layer.rank), *taps, 1, channels * multiplier)
+        ),
         **geometry(layer),
         **options,
     )
