@@ -47,6 +47,7 @@ VALUES = ("integers", "normals", "mixed", "huge", "tiny", "denormals", "sparse",
           "dy_not_finite", "w_not_finite", "bias_not_finite")  # fmt: skip
 SMALL = ("denormals", "tiny", "mixed")  # values of which some are, or give, denormals
 ALGORITHMS = ("direct", "small_channel", "depthwise", "grouped", "winograd2", "winograd4")
+WINOGRAD_TAPS = ((3, 3), (1, 3), (3, 1), (5, 5), (1, 5), (5, 1))
 
 
 class Wrong(Exception):
@@ -123,9 +124,9 @@ class Case:
 
     @property
     def may_be_winograd(self):
-        """Whether Winograd's algorithms serve it."""
-        ones = (1, 1)
-        return (self.r, self.s, self.strides, self.dilations, self.groups) == (3, 3, ones, ones, 1)
+        """Whether one of Winograd's algorithms serves it."""
+        has_taps = (self.r, self.s) in WINOGRAD_TAPS
+        return has_taps and self.strides == (1, 1) and self.groups == 1
 
     @property
     def data_format(self):
@@ -280,7 +281,9 @@ def _draw(rng):
     most = pick(0, 1, 2, 4)
     pads = pick(None, (0, 0, 0, 0), tuple(up_to(most, 0) for _ in range(4)))
     if kind == "winograd":
-        r, s, strides, dilations, groups = 3, 3, (1, 1), (1, 1), 1
+        r, s = pick((3, 3), *WINOGRAD_TAPS)
+        strides, groups = (1, 1), 1
+        dilations = pick((1, 1), (up_to(4), up_to(4)))
     elif kind == "pointwise":
         r = s = 1
     elif kind == "first":

@@ -28,9 +28,10 @@ struct Direct {
 
   static Estimate estimate(const Conv2dProblem& p, Direction direction) {
     Estimate out;
+    const double share = share_of_taps(p, direction);
     const auto add = [&](const TapConvolution& g) {
       const TapConvolutionRunner<V> runner(g);
-      out.multiply_adds += tile_cost(g);
+      out.multiply_adds += tile_cost(g, share);
       out.workspace_bytes = max64(out.workspace_bytes, runner.workspace_bytes);
     };
     switch (direction) {
@@ -41,7 +42,7 @@ struct Direct {
       case Direction::wgrad: {
         if (better_reversed<V>(p)) return estimate_reversed(p);
         const WgradPlan<V> plan(p, true);
-        out.multiply_adds = 1.1 * static_cast<double>(plan.pixels) *
+        out.multiply_adds = 1.1 * share * static_cast<double>(plan.pixels) *
                             static_cast<double>(p.r * p.s * p.c_per_group()) *
                             lanes(p.k_per_group(), p.groups) *
                             group_cost(p.c_per_group(), p.groups);
@@ -102,9 +103,31 @@ struct Direct {
     return 1 + 1 / (of_eight * of_eight);
   }
 
-  static double tile_cost(const TapConvolution& g) {
+  // How many of the taps meet the image, of all pixels'. Taps of a filter that is not dilated leave it in
+  // regions so narrow that their short tiles cost what the taps save.
+  static double share_of_taps(const Conv2dProblem& p, Direction direction) {
+    const auto of_axis = [&](int64_t in, int64_t out, int64_t taps, int64_t stride, int64_t dilation,
+                             int64_t pad) {
+      if (dilation == 1 || in * out == 0) return 1.0;
+      int64_t pairs = 0;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t last = in - 1 + pad - tap * dilation;
+        const int64_t begin = max64(0, ceil_div(pad - tap * dilation, stride));
+        const int64_t end = last < 0 ? 0 : min64(out, last / stride + 1);
+        pairs += max64(0, end - begin);
+      }
+      const double pixels = direction == Direction::dgrad
+                                ? static_cast<double>(in) / static_cast<double>(stride)
+                                : static_cast<double>(out);
+      return std::min(1.0, static_cast<double>(pairs) / (pixels * static_cast<double>(taps)));
+    };
+    return of_axis(p.h, p.oh, p.r, p.stride_h, p.dilation_h, p.pad_top) *
+           of_axis(p.w, p.ow, p.s, p.stride_w, p.dilation_w, p.pad_left);
+  }
+
+  static double tile_cost(const TapConvolution& g, double share) {
     const double pixels = static_cast<double>(g.images * g.out_h * g.out_w);
-    const double taps = static_cast<double>(g.vertical.count * g.horizontal.count);
+    const double taps = share * static_cast<double>(g.vertical.count * g.horizontal.count);
     constexpr double kAroundATap = 5, kAroundATile = 40;  // in multiply-adds of a tile row
     return pixels * lanes(g.columns, g.groups) * group_cost(g.columns, g.groups) *
            (1.06 * taps * static_cast<double>(g.reduce) +

@@ -1,14 +1,17 @@
-// Winograd's minimal filtering, F(2x2, 3x3) and F(4x4, 3x3), for fprop and dgrad of 3 x 3 filters of
-// stride 1: an M x M tile of the output from an (M + 2) x (M + 2) tile of the source by (M + 2)^2
-// multiplications a channel instead of 9 M^2.
+// Winograd's minimal filtering for fprop and dgrad of stride 1: F(2x2, 3x3), F(4x4, 3x3), F(2x2, 5x5), and
+// in one dimension F(4, 3) and F(2, 5). An M x M tile of the output under R x R taps from an
+// (M + R - 1)^2 tile of the source by (M + R - 1)^2 multiplications a channel instead of M^2 R^2.
 //
 //   Y = A^T [ sum over channels (G g G^T) * (B^T d B) ] A, elementwise in the brackets
 //
-// (A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2016.) F(4x4) evaluates at
+// (A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2016.) Tiles of six evaluate at
 // 0, +-sqrt(1/2), +-sqrt(2) and infinity: a quarter of the rounding error of the textbook's 0, +-1,
 // +-2, and the constants a^2 b^2 = 1 and a^2 + b^2 = 5/2 are exact.
 //
-// The sums over channels are (M + 2)^2 small matrix products. A task takes a block of tiles that
+// A dilated filter is d x d filters that are not, each on every d-th row and column: tiles are cut from
+// these, and the rest is the same.
+//
+// The sums over channels are (M + R - 1)^2 small matrix products. A task takes a block of tiles that
 // stays in the second-level cache: it transforms their input, then for one panel of output channels
 // after the other multiplies, transforms back and adds bias and ReLU. Where tiles are few, all
 // inputs are transformed first and tasks are blocks times groups of panels, or, if the filter is
@@ -31,28 +34,28 @@
 namespace fastconv::cpu {
 namespace {
 
-template <class V, int M>
-struct Winograd {
-  static constexpr int kTile = M + 2, kPoints = kTile * kTile;
+// M x M outputs under R x S taps; or one row or column of them, where there is one tap.
+template <class V, int M, int R, int S>
+struct WinogradOfTaps {
+  using Vertical = WinogradTransform<V, R == 1 ? 1 : M, R>;
+  using Horizontal = WinogradTransform<V, S == 1 ? 1 : M, S>;
+  static constexpr int kOutH = Vertical::kOutputs, kOutW = Horizontal::kOutputs;
+  static constexpr int kTileH = Vertical::kPoints, kTileW = Horizontal::kPoints;
+  static constexpr int kPoints = kTileH * kTileW, kTaps = R * S;
+  static constexpr bool kHasWgrad = M == 4;
   static constexpr int64_t kPanel = V::kVectors * V::kWidth;
   using Reg = typename V::Reg;
-  using Transform = WinogradTransform<V, M>;
-
-  static bool serves(const Conv2dProblem& p, Direction direction) {
-    constexpr int64_t kLeastOfGroup = 8;  // channels
-    return (direction != Direction::wgrad || M == 4) && p.r == 3 && p.s == 3 && p.stride_h == 1 &&
-           p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 &&
-           (p.groups == 1 || min64(p.c_per_group(), p.k_per_group()) >= kLeastOfGroup);
-  }
 
   static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
-    if (direction == Direction::wgrad) return WinogradWgrad<V>::run(p, t);
+    if constexpr (kHasWgrad) {
+      if (direction == Direction::wgrad) return WinogradWgrad<V, Vertical, Horizontal>::run(p, t);
+    }
     const Plan plan(p, direction);
     if (plan.tiles == 0) return;
     FilterForms::Floats kept;
     if (t.packed) {
       kept = t.packed->in_layout(
-          {kAlgorithm.name, V::kWidth, plan.panels, plan.groups},
+          {kName, V::kWidth, plan.panels, plan.groups},
           static_cast<std::size_t>(plan.groups * plan.group_filter_floats) * 4, [&](float* u) {
             transform_filters(plan, {t.x, nullptr, t.filter, t.scale, nullptr}, u);
           });
@@ -67,12 +70,15 @@ struct Winograd {
     }
   }
 
-  static bool fuses_pool(const Conv2dProblem&, Direction direction) {
-    return direction == Direction::fprop;
+  // Pooling takes two by two outputs of a tile.
+  static bool fuses_pool(const Conv2dProblem& p) {
+    return kOutH > 1 && kOutW > 1 && p.dilation_h == 1 && p.dilation_w == 1;
   }
 
   static Estimate estimate(const Conv2dProblem& p, Direction direction) {
-    if (direction == Direction::wgrad) return WinogradWgrad<V>::estimate(p);
+    if constexpr (kHasWgrad) {
+      if (direction == Direction::wgrad) return WinogradWgrad<V, Vertical, Horizontal>::estimate(p);
+    }
     const Plan plan(p, direction, 1);  // the choice must not depend on the number of threads
     // In cycles of a core that does one vector multiply-add each; constants by measurement.
     const double tiles = static_cast<double>(plan.tiles), c = static_cast<double>(plan.c);
@@ -80,15 +86,19 @@ struct Winograd {
     const double k_vectors = static_cast<double>(ceil_div(plan.k, V::kWidth));
     // 16 registers do not hold what the larger tile's transforms have at hand.
     constexpr bool kSpills = V::kRegisters < 32;
-    constexpr double kTimes = kSpills && M == 4 ? 2 : 1;
-    constexpr double kInput = kTimes * (M == 4 ? 330 : 150),
-                     kOutput = kTimes * (M == 4 ? 250 : 110);
+    constexpr double kTimes = kSpills && kPoints == 36 ? 2 : 1;
+    constexpr double kInput = kTimes * (kPoints == 36 ? 330 : kPoints == 16 ? 150 : 85);
+    constexpr double kOutput = kTimes * (kOutH * kOutW == 16 ? 250
+                                         : kPoints == 36     ? 150
+                                         : kPoints == 16     ? 110
+                                                             : 70);
+    constexpr double kTile = kPoints < 16 ? 50 : 0;  // where that is little beside it
     const double products = tiles * kPoints * (c * 1.08 + 6) * k_vectors;
-    const double transforms = tiles * (c_vectors * kInput + k_vectors * kOutput);
+    const double transforms = tiles * (c_vectors * kInput + k_vectors * kOutput + kTile);
     const double filter_vectors = c * k_vectors * kPoints;
     double cycles = products + transforms + 8000;
     if (plan.by_panels) {  // sums of a chunk come and go
-      cycles += 0.25 * products + 13 * filter_vectors;
+      cycles += 0.25 * products + (kPoints < 16 ? 8 : 13) * filter_vectors;
     } else {
       // The transformed filter is written once and read once a block: from beyond the caches if large.
       const double filter_bytes = filter_vectors * V::kWidth * 4;
@@ -102,40 +112,34 @@ struct Winograd {
     const double a_group = kSpills ? 0.9 + 3 / c : 1.2 + 8 / c;
     const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? a_group : 1);
     return {cycles * V::kWidth * groups, Plan(p, direction).workspace_bytes(),
-            M == 4 ? 5e-6 : 2e-6};
+            kPoints == 36 ? 5e-6 : 2e-6};
   }
 
   static std::string blocking(const Conv2dProblem& p, Direction direction) {
-    if (direction == Direction::wgrad) return WinogradWgrad<V>::blocking(p);
+    if constexpr (kHasWgrad) {
+      if (direction == Direction::wgrad) return WinogradWgrad<V, Vertical, Horizontal>::blocking(p);
+    }
     const Plan plan(p, direction);
-    return std::to_string(plan.tiles) + " tiles of " + std::to_string(M) + " x " +
-           std::to_string(M) + ", " + std::to_string(plan.block_tiles) + " a block" +
+    return std::to_string(plan.tiles) + " tiles of " + std::to_string(kOutH) + " x " +
+           std::to_string(kOutW) + ", " + std::to_string(plan.block_tiles) + " a block" +
            (plan.by_panels    ? ", filters transformed by panels"
             : plan.two_phases ? ", inputs transformed first"
                               : "");
   }
 
-  static constexpr Conv2dAlgorithm kAlgorithm{.name = M == 2 ? "winograd2" : "winograd4",
-                                              .masks_dgrad = true,
-                                              .masks_wgrad = M == 4,
-                                              .serves = serves,
-                                              .estimate = estimate,
-                                              .blocking = blocking,
-                                              .run = run,
-                                              .scales_filter = true,
-                                              .adds_residual = true,
-                                              .fuses_pool = fuses_pool};
+  static constexpr const char* kName = M == 2 ? "winograd2" : "winograd4";
 
  private:
   // The convolution that is computed (dgrad's has the roles of C and K changed) and its blocking;
   // channels, tiles and panels are those of one group. Strides are from pixel to pixel, and from row
   // to row of the filter.
   struct Plan {
-    int64_t groups, images, h, w, c, out_h, out_w, k, pad_top, pad_left;
+    int64_t groups, images, h, w, c, k, pad_top, pad_left, dilation_h, dilation_w;
+    WinogradTiles down, across;
     int64_t c_stride, k_stride, filter_stride;
     bool turned, relu;
     float ceiling;  // with relu
-    int64_t tiles_h, tiles_w, tiles, block_tiles, blocks;
+    int64_t tiles, block_tiles, blocks;
     int64_t padded_c, panels, panel_parts;
     int64_t sets, tasks;  // sets of groups
     bool own_filters;     // a task has a set's
@@ -149,27 +153,27 @@ struct Winograd {
     int64_t zeros_bytes, group_filter_floats, filter_bytes, input_bytes, product_bytes,
         blanks_bytes;
 
-    Plan(const Conv2dProblem& p, Direction direction, int64_t threads = num_threads()) {
-      turned = direction == Direction::dgrad;
+    Plan(const Conv2dProblem& p, Direction direction, int64_t threads = num_threads())
+        : down(direction == Direction::dgrad ? p.h : p.oh, p.dilation_h, kOutH),
+          across(direction == Direction::dgrad ? p.w : p.ow, p.dilation_w, kOutW),
+          turned(direction == Direction::dgrad) {
       groups = p.groups;
       images = p.n;
       h = turned ? p.oh : p.h;
       w = turned ? p.ow : p.w;
       c = turned ? p.k_per_group() : p.c_per_group();
-      out_h = turned ? p.h : p.oh;
-      out_w = turned ? p.w : p.ow;
       k = turned ? p.c_per_group() : p.k_per_group();
       c_stride = turned ? p.k : p.c;
       k_stride = turned ? p.c : p.k;
       filter_stride = p.k;
-      pad_top = turned ? 2 - p.pad_top : p.pad_top;
-      pad_left = turned ? 2 - p.pad_left : p.pad_left;
+      dilation_h = p.dilation_h;
+      dilation_w = p.dilation_w;
+      pad_top = turned ? (R - 1) * dilation_h - p.pad_top : p.pad_top;
+      pad_left = turned ? (S - 1) * dilation_w - p.pad_left : p.pad_left;
       relu = !turned && p.activation != Activation::linear;
       ceiling = ceiling_of(p.activation);
 
-      tiles_h = ceil_div(out_h, M);
-      tiles_w = ceil_div(out_w, M);
-      tiles = images * tiles_h * tiles_w;
+      tiles = images * down.count * across.count;
       padded_c = round_up(c, V::kWidth);
       panels = ceil_div(k, kPanel);
       // Transformed inputs of a block in half of a 1 MiB second-level cache, but tiles enough that
@@ -177,7 +181,8 @@ struct Winograd {
       // should have some blocks. (Their number changes no result.)
       const int64_t fitting = (int64_t{400} << 10) / max64(kPoints * padded_c * 4, 1);
       const int64_t least = 2 * V::kRows;
-      const int64_t most = max64(least, min64(fitting, 4 * V::kRows));
+      constexpr int64_t kMost = (kPoints < 16 ? 16 : 4) * V::kRows;
+      const int64_t most = max64(least, min64(fitting, kMost));
       blocks = max64(1, max64(ceil_div(tiles, most), min64(4 * threads, tiles / least)));
       block_tiles = max64(1, ceil_div(tiles, blocks));
       blocks = max64(1, ceil_div(tiles, block_tiles));
@@ -244,6 +249,14 @@ struct Winograd {
       return odd_lines(c * vectors_of(panel) * V::kWidth);
     }
     int64_t panel_offset(int64_t panel) const { return panel * kPoints * odd_lines(c * kPanel); }
+    // The first output of a tile: its image, row and column.
+    struct Corner {
+      int64_t n, row, column;
+    };
+    Corner corner(int64_t tile) const {
+      return {tile / across.count / down.count, down.first(tile / across.count % down.count),
+              across.first(tile % across.count)};
+    }
     int64_t first_group(int64_t set) const { return groups * set / sets; }
     int64_t set_groups() const { return ceil_div(groups, sets); }  // at most
   };
@@ -410,18 +423,16 @@ struct Winograd {
     for (int v = 0; v < vectors; ++v) {
       const int64_t k = panel * kPanel + int64_t{v} * V::kWidth;
       const int valid = static_cast<int>(min64(V::kWidth, plan.k - k));
-      // dgrad: filter[2 - r][2 - s][k][c], whose rows are made columns here.
-      alignas(64) float square[9][V::kWidth * V::kWidth];
+      // dgrad: filter[R - 1 - r][S - 1 - s][k][c], whose rows are made columns here.
+      alignas(64) float square[kTaps][V::kWidth * V::kWidth];
       if (plan.turned) {
         const auto tail = V::tail(static_cast<int>(depth));
-        for (int tap = 0; tap < 9; ++tap) {
+        for (int tap = 0; tap < kTaps; ++tap) {
           Reg rows[V::kWidth];
 #pragma GCC unroll 16
           for (int j = 0; j < V::kWidth; ++j) {
-            rows[j] =
-                j < valid
-                    ? V::load(filter + ((8 - tap) * plan.k + k + j) * plan.filter_stride + c, tail)
-                    : V::zero();
+            const int64_t row = (kTaps - 1 - tap) * plan.k + k + j;
+            rows[j] = j < valid ? V::load(filter + row * plan.filter_stride + c, tail) : V::zero();
           }
           V::transpose(rows);
 #pragma GCC unroll 16
@@ -431,69 +442,63 @@ struct Winograd {
       const auto tail = V::tail(valid);
       const Reg factor = scale ? V::load(scale + k, tail) : V::zero();
       for (int64_t i = 0; i < depth; ++i) {
-        Reg columns[3][kTile];  // of G g
-#pragma GCC unroll 3
-        for (int s = 0; s < 3; ++s) {
-          Reg g[3];
-#pragma GCC unroll 3
-          for (int r = 0; r < 3; ++r) {
-            const float* const row =
-                filter + ((3 * r + s) * plan.c + c + i) * plan.filter_stride + k;
-            // Row after row, of which a panel has a line or two: no processor foresees them.
-            constexpr int64_t kRowsAhead = 4;
-            if (plan.by_panels && !plan.turned) {
-              __builtin_prefetch(row + kRowsAhead * plan.filter_stride);
-            }
-            g[r] = plan.turned ? V::load(square[3 * r + s] + i * V::kWidth) : V::load(row, tail);
-            if (scale) g[r] = V::multiply(g[r], factor);
-          }
-          Transform::filter(g, columns[s]);
-        }
-#pragma GCC unroll 6
-        for (int row = 0; row < kTile; ++row) {
-          const Reg g[3] = {columns[0][row], columns[1][row], columns[2][row]};
-          Reg points[kTile];
-          Transform::filter(g, points);
-#pragma GCC unroll 6
-          for (int column = 0; column < kTile; ++column) {
-            V::store(out + (row * kTile + column) * point_floats + i * width + v * V::kWidth,
-                     points[column]);
-          }
-        }
+        transform_2d<V, R, S, kTileH, kTileW>(
+            Vertical::filter, Horizontal::filter,
+            [&](int r, int s) {
+              if (plan.turned) return V::load(square[S * r + s] + i * V::kWidth);
+              const float* const row =
+                  filter + ((S * r + s) * plan.c + c + i) * plan.filter_stride + k;
+              // Row after row, of which a panel has a line or two: no processor foresees them.
+              constexpr int64_t kRowsAhead = 4;
+              if (plan.by_panels) __builtin_prefetch(row + kRowsAhead * plan.filter_stride);
+              const Reg g = V::load(row, tail);
+              return scale ? V::multiply(g, factor) : g;
+            },
+            [&](int row, int column, Reg point) {
+              V::store(out + (row * kTileW + column) * point_floats + i * width + v * V::kWidth,
+                       point);
+            });
       }
     }
   }
 
   // B^T d B of one tile, all channels; the points lie plan.input_point floats apart. Returns a
-  // bit for each output, M * row + column, whose source is zero throughout.
+  // bit for each output, kOutW * row + column, whose source is zero throughout.
   static std::uint32_t transform_input(const Plan& plan, const float* x, const float* mask,
                                        const float* zeros, int64_t tile, float* out) {
-    const int64_t n = tile / (plan.tiles_h * plan.tiles_w);
-    const int64_t top = tile / plan.tiles_w % plan.tiles_h * M - plan.pad_top;
-    const int64_t left = tile % plan.tiles_w * M - plan.pad_left;
+    const int64_t row_floats = plan.w * plan.c_stride;
+    const int64_t next_row = plan.dilation_h * row_floats;
+    const int64_t next_pixel = plan.dilation_w * plan.c_stride;
+    const auto source = [&](int64_t of_tile) {
+      typename Plan::Corner corner = plan.corner(of_tile);
+      corner.row -= plan.pad_top;
+      corner.column -= plan.pad_left;
+      return corner;
+    };
+    const auto place = [&](const typename Plan::Corner& at) {
+      return (at.n * plan.h + at.row) * row_floats + at.column * plan.c_stride;
+    };
+    const typename Plan::Corner corner = source(tile);
     const float* pixels[kPoints];
     const float* masks[kPoints];
-    const int64_t row_floats = plan.w * plan.c_stride;
-    int64_t row_at = (n * plan.h + top) * row_floats + left * plan.c_stride;
-    for (int i = 0; i < kTile; ++i, row_at += row_floats) {
-      const bool row_inside = top + i >= 0 && top + i < plan.h;
-      int64_t at = row_at;
+    int64_t row_at = place(corner);
+    for (int i = 0; i < kTileH; ++i, row_at += next_row) {
+      const int64_t row = corner.row + i * plan.dilation_h;
+      const bool row_inside = row >= 0 && row < plan.h;
+      int64_t column = corner.column, at = row_at;
 #pragma GCC unroll 6
-      for (int j = 0; j < kTile; ++j, at += plan.c_stride) {
-        const bool inside = row_inside && left + j >= 0 && left + j < plan.w;
-        pixels[i * kTile + j] = inside ? x + at : zeros;
-        masks[i * kTile + j] = inside && mask ? mask + at : zeros;
+      for (int j = 0; j < kTileW; ++j, column += plan.dilation_w, at += next_pixel) {
+        const bool inside = row_inside && column >= 0 && column < plan.w;
+        pixels[i * kTileW + j] = inside ? x + at : zeros;
+        masks[i * kTileW + j] = inside && mask ? mask + at : zeros;
       }
     }
     if (plan.groups > 1) {
-      const int64_t next = tile + 1, n2 = next / (plan.tiles_h * plan.tiles_w);
-      const int64_t top2 = next / plan.tiles_w % plan.tiles_h * M - plan.pad_top;
-      const int64_t left2 = next % plan.tiles_w * M - plan.pad_left;
-      const float* row = x + (n2 * plan.h + top2) * row_floats + left2 * plan.c_stride;
-      for (int i = 0; i < kTile; ++i, row += row_floats) {
+      const float* row = x + place(source(tile + 1));
+      for (int i = 0; i < kTileH; ++i, row += next_row) {
         const float* at = row;
 #pragma GCC unroll 6
-        for (int j = 0; j < kTile; ++j, at += plan.c_stride) {
+        for (int j = 0; j < kTileW; ++j, at += next_pixel) {
           __builtin_prefetch(at, 0, 2);
           if (plan.c > 16) __builtin_prefetch(at + 16, 0, 2);
         }
@@ -501,53 +506,40 @@ struct Winograd {
     }
     const int64_t whole = plan.c / V::kWidth * V::kWidth;
     const auto transform = [&](int64_t c, const auto&... tail) {
-      Reg rows[kTile][kTile];
-#pragma GCC unroll 6
-      for (int j = 0; j < kTile; ++j) {
-        Reg d[kTile], column[kTile];
-#pragma GCC unroll 6
-        for (int i = 0; i < kTile; ++i) {
-          d[i] = V::load(pixels[i * kTile + j] + c, tail...);
-          if (mask) {
-            d[i] = V::where_positive(V::load(masks[i * kTile + j] + c, tail...), d[i]);
-          }
-        }
-        Transform::input(d, column);
-#pragma GCC unroll 6
-        for (int i = 0; i < kTile; ++i) rows[i][j] = column[i];
-      }
-#pragma GCC unroll 6
-      for (int i = 0; i < kTile; ++i) {
-        Reg points[kTile];
-        Transform::input(rows[i], points);
-#pragma GCC unroll 6
-        for (int j = 0; j < kTile; ++j) {
-          V::store(out + (i * kTile + j) * plan.input_point + c, points[j]);
-        }
-      }
+      transform_2d<V, kTileH, kTileW, kTileH, kTileW>(
+          Vertical::input, Horizontal::input,
+          [&](int i, int j) {
+            const Reg d = V::load(pixels[i * kTileW + j] + c, tail...);
+            if (!mask) return d;
+            return V::where_positive(V::load(masks[i * kTileW + j] + c, tail...), d);
+          },
+          [&](int i, int j, Reg point) {
+            V::store(out + (i * kTileW + j) * plan.input_point + c, point);
+          });
     };
     for (int64_t c = 0; c < whole; c += V::kWidth) transform(c);
     if (whole < plan.c) transform(whole, V::tail(static_cast<int>(plan.c - whole)));
 
-    // Every window of three by three holds one of the pixels in the middle.
     const auto is_live = [&](int i, int j) {
-      const int at = i * kTile + j;
+      const int at = i * kTileW + j;
       return pixels[at] != zeros && !is_zero(plan, pixels[at], mask ? masks[at] : nullptr);
     };
+    // Every window of the filter holds one of these pixels.
     bool middle = true;
-    for (int i = 2; i <= kTile / 2; ++i)
-      for (int j = 2; j <= kTile / 2; ++j) middle = middle && is_live(i, j);
+    for (int i = R - 1; i < std::max(R, kOutH); ++i)
+      for (int j = S - 1; j < std::max(S, kOutW); ++j) middle = middle && is_live(i, j);
     if (middle) return 0;
     std::uint64_t live = 0;  // a bit a pixel
-    for (int i = 0; i < kTile; ++i)
-      for (int j = 0; j < kTile; ++j) {
-        if (is_live(i, j)) live |= std::uint64_t{1} << (i * kTile + j);
+    for (int i = 0; i < kTileH; ++i)
+      for (int j = 0; j < kTileW; ++j) {
+        if (is_live(i, j)) live |= std::uint64_t{1} << (i * kTileW + j);
       }
-    constexpr std::uint64_t kWindow = 7 | 7 << kTile | 7 << 2 * kTile;
+    std::uint64_t window = 0;
+    for (int r = 0; r < R; ++r) window |= ((std::uint64_t{1} << S) - 1) << (r * kTileW);
     std::uint32_t blank = 0;
-    for (int i = 0; i < M; ++i)
-      for (int j = 0; j < M; ++j) {
-        if ((live >> (i * kTile + j) & kWindow) == 0) blank |= 1u << (i * M + j);
+    for (int i = 0; i < kOutH; ++i)
+      for (int j = 0; j < kOutW; ++j) {
+        if ((live >> (i * kTileW + j) & window) == 0) blank |= 1u << (i * kOutW + j);
       }
     return blank;
   }
@@ -597,80 +589,129 @@ struct Winograd {
   static void transform_output(const Plan& plan, const float* product, int64_t group, int64_t panel,
                                const float* bias, std::uint32_t blank, int64_t tile,
                                const Results& results) {
-    const int64_t n = tile / (plan.tiles_h * plan.tiles_w);
-    const int64_t top = tile / plan.tiles_w % plan.tiles_h * M, left = tile % plan.tiles_w * M;
-    const int64_t height = min64(M, plan.out_h - top), width = min64(M, plan.out_w - left);
+    const typename Plan::Corner corner = plan.corner(tile);
+    const int64_t height = plan.down.outputs_from(corner.row);
+    const int64_t width = plan.across.outputs_from(corner.column);
     const int64_t column = group * plan.k + panel * kPanel;
     // Of the output, or of the pooled one, a pixel of which is two by two of these.
     const int64_t shift = results.pooled ? 1 : 0;
-    const int64_t row_floats = (plan.out_w >> shift) * plan.k_stride;
-    const int64_t corner = (n * (plan.out_h >> shift) + (top >> shift)) * row_floats +
-                           (left >> shift) * plan.k_stride + column;
+    const int64_t row_floats = (plan.across.size >> shift) * plan.k_stride;
+    const int64_t first = (corner.n * (plan.down.size >> shift) + (corner.row >> shift)) * row_floats +
+                          (corner.column >> shift) * plan.k_stride + column;
     for (int v = 0; v < plan.vectors_of(panel); ++v) {
       const int64_t at = int64_t{v} * V::kWidth;
       const int valid = static_cast<int>(min64(V::kWidth, plan.k - panel * kPanel - at));
       const auto tail = V::tail(valid);
       const Reg start = bias ? V::load(bias + column + at, tail) : V::zero();
-      Reg rows[M][kTile];
+      Reg rows[kOutH][kTileW];
 #pragma GCC unroll 6
-      for (int j = 0; j < kTile; ++j) {
-        Reg m[kTile], out[M];
+      for (int j = 0; j < kTileW; ++j) {
+        Reg m[kTileH], out[kOutH];
 #pragma GCC unroll 6
-        for (int i = 0; i < kTile; ++i) {
-          m[i] = V::load(product + (i * kTile + j) * plan.product_point + at);
+        for (int i = 0; i < kTileH; ++i) {
+          m[i] = V::load(product + (i * kTileW + j) * plan.product_point + at);
         }
-        Transform::output(m, out);
+        Vertical::output(m, out);
 #pragma GCC unroll 4
-        for (int i = 0; i < M; ++i) rows[i][j] = out[i];
+        for (int i = 0; i < kOutH; ++i) rows[i][j] = out[i];
       }
       const auto biased = [&](int i, int j, Reg out) {
-        return blank >> (i * M + j) & 1 ? start : V::add(out, start);
-      };
-      const auto activated = [&](Reg sum) {
-        return plan.relu ? V::min(V::set(plan.ceiling), V::relu(sum)) : sum;
+        return blank >> (i * kOutW + j) & 1 ? start : V::add(out, start);
       };
       if (!results.pooled) {
 #pragma GCC unroll 4
-        for (int i = 0; i < M; ++i) {
+        for (int i = 0; i < kOutH; ++i) {
           if (i >= height) break;
-          Reg out[M];
-          Transform::output(rows[i], out);
-          const int64_t first = corner + i * row_floats + at;
-          float* row = results.y + first;
+          Reg out[kOutW];
+          Horizontal::output(rows[i], out);
+          int64_t to = first + i * plan.dilation_h * row_floats + at;
 #pragma GCC unroll 4
-          for (int j = 0; j < M; ++j) {
+          for (int j = 0; j < kOutW; ++j, to += plan.dilation_w * plan.k_stride) {
             if (j >= width) break;
             Reg sum = biased(i, j, out[j]);
-            if (results.residual) {
-              sum = V::add(sum, V::load(results.residual + first + j * plan.k_stride, tail));
-            }
-            const Reg result = activated(sum);
+            if (results.residual) sum = V::add(sum, V::load(results.residual + to, tail));
+            const Reg result =
+                plan.relu ? V::min(V::set(plan.ceiling), V::relu(sum)) : sum;
             if (valid == V::kWidth) {
-              V::store(row + j * plan.k_stride, result);
+              V::store(results.y + to, result);
             } else {
-              V::store(row + j * plan.k_stride, result, tail);
+              V::store(results.y + to, result, tail);
             }
           }
         }
         continue;
       }
+      if constexpr (kOutH > 1 && kOutW > 1) {
 #pragma GCC unroll 2
-      for (int i = 0; i < M; i += 2) {
-        if (i >= height) break;
-        Reg upper[M], lower[M];
-        Transform::output(rows[i], upper);
-        Transform::output(rows[i + 1], lower);
+        for (int i = 0; i < kOutH; i += 2) {
+          if (i >= height) break;
+          Reg upper[kOutW], lower[kOutW];
+          Horizontal::output(rows[i], upper);
+          Horizontal::output(rows[i + 1], lower);
 #pragma GCC unroll 2
-        for (int j = 0; j < M; j += 2) {
-          if (j >= width) break;
-          const int64_t to = corner + i / 2 * row_floats + j / 2 * plan.k_stride + at;
-          max_of_four<V>(biased(i, j, upper[j]), biased(i, j + 1, upper[j + 1]),
-                         biased(i + 1, j, lower[j]), biased(i + 1, j + 1, lower[j + 1]), plan.relu,
-                         plan.ceiling, valid, results.y + to,
-                         results.argmax ? results.argmax + to : nullptr);
+          for (int j = 0; j < kOutW; j += 2) {
+            if (j >= width) break;
+            const int64_t to = first + i / 2 * row_floats + j / 2 * plan.k_stride + at;
+            max_of_four<V>(biased(i, j, upper[j]), biased(i, j + 1, upper[j + 1]),
+                           biased(i + 1, j, lower[j]), biased(i + 1, j + 1, lower[j + 1]),
+                           plan.relu, plan.ceiling, valid, results.y + to,
+                           results.argmax ? results.argmax + to : nullptr);
+          }
         }
       }
     }
+  }
+};
+
+// The algorithms winograd2 and winograd4, by the edge of an output tile.
+template <class V, int M>
+struct Winograd {
+  static bool serves(const Conv2dProblem& p, Direction direction) {
+    constexpr int64_t kLeastOfGroup = 8;  // channels
+    const auto has = [&](int64_t r, int64_t s) { return p.r == r && p.s == s; };
+    constexpr int kTaps = M == 4 ? 3 : 5;
+    const bool has_taps = (has(kTaps, kTaps) || has(1, kTaps) || has(kTaps, 1)) || (M == 2 && has(3, 3));
+    return has_taps && (direction != Direction::wgrad || M == 4) && p.stride_h == 1 &&
+           p.stride_w == 1 &&
+           (p.groups == 1 || min64(p.c_per_group(), p.k_per_group()) >= kLeastOfGroup);
+  }
+
+  static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
+    of_filter(p, [&](auto taps) { taps.run(p, direction, t); });
+  }
+  static bool fuses_pool(const Conv2dProblem& p, Direction direction) {
+    return direction == Direction::fprop &&
+           of_filter(p, [&](auto taps) { return taps.fuses_pool(p); });
+  }
+  static Estimate estimate(const Conv2dProblem& p, Direction direction) {
+    return of_filter(p, [&](auto taps) { return taps.estimate(p, direction); });
+  }
+  static std::string blocking(const Conv2dProblem& p, Direction direction) {
+    return of_filter(p, [&](auto taps) { return taps.blocking(p, direction); });
+  }
+
+  static constexpr Conv2dAlgorithm kAlgorithm{.name = M == 2 ? "winograd2" : "winograd4",
+                                              .masks_dgrad = true,
+                                              .masks_wgrad = M == 4,
+                                              .serves = serves,
+                                              .estimate = estimate,
+                                              .blocking = blocking,
+                                              .run = run,
+                                              .scales_filter = true,
+                                              .adds_residual = true,
+                                              .fuses_pool = fuses_pool};
+
+ private:
+  // Calls body with a WinogradOfTaps of the filter's, which is one that serves() knows.
+  template <class Body>
+  static auto of_filter(const Conv2dProblem& p, const Body& body) {
+    constexpr int kTaps = M == 4 ? 3 : 5;
+    if (p.r == 1) return body(WinogradOfTaps<V, M, 1, kTaps>{});
+    if (p.s == 1) return body(WinogradOfTaps<V, M, kTaps, 1>{});
+    if constexpr (M == 2) {
+      if (p.r == 3) return body(WinogradOfTaps<V, M, 3, 3>{});
+    }
+    return body(WinogradOfTaps<V, M, kTaps, kTaps>{});
   }
 };
 

@@ -1,17 +1,34 @@
-// Winograd's one-dimensional transforms of inputs, filters and products, for M outputs of 3 taps; what
-// winograd.hpp says of their points holds for winograd_wgrad.hpp as well.
+// What Winograd's algorithms in all directions share: the one-dimensional transforms, and how outputs are
+// cut into tiles.
 #pragma once
+
+#include "cpu/implicit_gemm.hpp"
 
 namespace fastconv::cpu {
 namespace {
 
-// The one-dimensional transforms, on vectors. `Step` and offsets are chosen by the caller.
-template <class V, int M>
+// The transforms of F(Outputs, Taps), on vectors: of inputs (B^T), filters (G), products (A^T), and for the
+// gradient by the filter of dy (A) and of products (G^T).
+template <class V, int Outputs, int Taps>
 struct WinogradTransform;
 
+// A dimension in which the filter has one tap.
 template <class V>
-struct WinogradTransform<V, 2> {
+struct WinogradTransform<V, 1, 1> {
   using Reg = typename V::Reg;
+  static constexpr int kOutputs = 1, kTaps = 1, kPoints = 1;
+  static void input(const Reg (&d)[1], Reg (&out)[1]) { out[0] = d[0]; }
+  static void filter(const Reg (&g)[1], Reg (&out)[1]) { out[0] = g[0]; }
+  static void output(const Reg (&m)[1], Reg (&y)[1]) { y[0] = m[0]; }
+  static void dy(const Reg (&d)[1], Reg (&out)[1]) { out[0] = d[0]; }
+  static void dfilter(const Reg (&m)[1], Reg (&g)[1]) { g[0] = m[0]; }
+};
+
+// At the points 0, 1, -1 and infinity.
+template <class V>
+struct WinogradTransform<V, 2, 3> {
+  using Reg = typename V::Reg;
+  static constexpr int kOutputs = 2, kTaps = 3, kPoints = 4;
   static void input(const Reg (&d)[4], Reg (&out)[4]) {
     out[0] = V::subtract(d[0], d[2]);
     out[1] = V::add(d[1], d[2]);
@@ -32,10 +49,15 @@ struct WinogradTransform<V, 2> {
   }
 };
 
+// At 0, +-a, +-b and infinity, with a^2 = 1/2 and b^2 = 2. The products' denominators are
+// 1 / (2 a^2 (a^2 - b^2)) = -2/3 and 1 / (2 b^2 (b^2 - a^2)) = 1/6.
 template <class V>
-struct WinogradTransform<V, 4> {
+struct SixPoints {
   using Reg = typename V::Reg;
-  static constexpr float kA = 0.70710678f, kB = 1.41421356f;  // the points
+  static constexpr int kPoints = 6;
+  static constexpr float kA = 0.70710678f, kB = 1.41421356f;
+  static constexpr float kOverA = -2.0f / 3, kOverB = 1.0f / 6;
+
   static void input(const Reg (&d)[6], Reg (&out)[6]) {
     const Reg sum = V::set(-2.5f), a = V::set(kA), b = V::set(kB);
     const Reg even_a = V::fma(V::set(-2.0f), d[2], d[4]), odd_a = V::fma(V::set(-2.0f), d[1], d[3]);
@@ -47,13 +69,18 @@ struct WinogradTransform<V, 4> {
     out[4] = V::fma(V::set(-kB), odd_b, even_b);
     out[5] = V::fma(sum, d[3], V::add(d[1], d[5]));
   }
+};
+
+template <class V>
+struct WinogradTransform<V, 4, 3> : SixPoints<V> {
+  using Reg = typename V::Reg;
+  using SixPoints<V>::kA, SixPoints<V>::kB, SixPoints<V>::kOverA, SixPoints<V>::kOverB;
+  static constexpr int kOutputs = 4, kTaps = 3;
   static void filter(const Reg (&g)[3], Reg (&out)[6]) {
-    // 1 / (2 a^2 (a^2 - b^2)) = -2/3 and 1 / (2 b^2 (b^2 - a^2)) = 1/6.
-    const Reg over_a = V::set(-2.0f / 3), over_b = V::set(1.0f / 6);
-    const Reg even_a = V::multiply(over_a, V::fma(V::set(0.5f), g[2], g[0]));
-    const Reg even_b = V::multiply(over_b, V::fma(V::set(2.0f), g[2], g[0]));
-    const Reg odd_a = V::multiply(V::set(-2.0f / 3 * kA), g[1]);
-    const Reg odd_b = V::multiply(V::set(1.0f / 6 * kB), g[1]);
+    const Reg even_a = V::multiply(V::set(kOverA), V::fma(V::set(0.5f), g[2], g[0]));
+    const Reg even_b = V::multiply(V::set(kOverB), V::fma(V::set(2.0f), g[2], g[0]));
+    const Reg odd_a = V::multiply(V::set(kOverA * kA), g[1]);
+    const Reg odd_b = V::multiply(V::set(kOverB * kB), g[1]);
     out[0] = g[0];
     out[1] = V::add(even_a, odd_a);
     out[2] = V::subtract(even_a, odd_a);
@@ -68,6 +95,99 @@ struct WinogradTransform<V, 4> {
     y[1] = V::fma(V::set(kA), difference_a, V::multiply(V::set(kB), difference_b));
     y[2] = V::fma(V::set(0.5f), sum_a, V::add(sum_b, sum_b));
     y[3] = V::fma(V::set(kA / 2), difference_a, V::fma(V::set(2 * kB), difference_b, m[5]));
+  }
+  static void dy(const Reg (&d)[4], Reg (&out)[6]) {
+    const Reg even_a = V::fma(V::set(0.5f), d[2], d[0]), odd_a = V::fma(V::set(0.5f), d[3], d[1]);
+    const Reg even_b = V::fma(V::set(2.0f), d[2], d[0]), odd_b = V::fma(V::set(2.0f), d[3], d[1]);
+    out[0] = d[0];
+    out[1] = V::fma(V::set(kA), odd_a, even_a);
+    out[2] = V::fma(V::set(-kA), odd_a, even_a);
+    out[3] = V::fma(V::set(kB), odd_b, even_b);
+    out[4] = V::fma(V::set(-kB), odd_b, even_b);
+    out[5] = d[3];
+  }
+  static void dfilter(const Reg (&m)[6], Reg (&g)[3]) {
+    const Reg even_a = V::multiply(V::set(kOverA), V::add(m[1], m[2]));
+    const Reg even_b = V::multiply(V::set(kOverB), V::add(m[3], m[4]));
+    g[0] = V::add(m[0], V::add(even_a, even_b));
+    g[1] = V::fma(V::set(kOverA * kA), V::subtract(m[1], m[2]),
+                  V::multiply(V::set(kOverB * kB), V::subtract(m[3], m[4])));
+    g[2] = V::fma(V::set(0.5f), even_a, V::fma(V::set(2.0f), even_b, m[5]));
+  }
+};
+
+template <class V>
+struct WinogradTransform<V, 2, 5> : SixPoints<V> {
+  using Reg = typename V::Reg;
+  using SixPoints<V>::kA, SixPoints<V>::kB, SixPoints<V>::kOverA, SixPoints<V>::kOverB;
+  static constexpr int kOutputs = 2, kTaps = 5;
+  static void filter(const Reg (&g)[5], Reg (&out)[6]) {
+    const auto even = [&](float over, float square) {
+      const Reg upper = V::fma(V::set(square), g[4], g[2]);
+      return V::multiply(V::set(over), V::fma(V::set(square), upper, g[0]));
+    };
+    const auto odd = [&](float over, float square) {
+      return V::multiply(V::set(over), V::fma(V::set(square), g[3], g[1]));
+    };
+    const Reg even_a = even(kOverA, 0.5f), odd_a = odd(kOverA * kA, 0.5f);
+    const Reg even_b = even(kOverB, 2), odd_b = odd(kOverB * kB, 2);
+    out[0] = g[0];
+    out[1] = V::add(even_a, odd_a);
+    out[2] = V::subtract(even_a, odd_a);
+    out[3] = V::add(even_b, odd_b);
+    out[4] = V::subtract(even_b, odd_b);
+    out[5] = g[4];
+  }
+  static void output(const Reg (&m)[6], Reg (&y)[2]) {
+    y[0] = V::add(V::add(m[0], V::add(m[1], m[2])), V::add(m[3], m[4]));
+    y[1] = V::fma(V::set(kA), V::subtract(m[1], m[2]),
+                  V::fma(V::set(kB), V::subtract(m[3], m[4]), m[5]));
+  }
+};
+
+// along_columns() of each column and then along_rows() of each row of an InH x InW tile.
+template <class V, int InH, int InW, int OutH, int OutW, class Columns, class Rows, class Load,
+          class Store>
+void transform_2d(const Columns& along_columns, const Rows& along_rows, const Load& load,
+                    const Store& store) {
+  typename V::Reg rows[OutH][InW];
+#pragma GCC unroll 6
+  for (int j = 0; j < InW; ++j) {
+    typename V::Reg from[InH], column[OutH];
+#pragma GCC unroll 6
+    for (int i = 0; i < InH; ++i) from[i] = load(i, j);
+    along_columns(from, column);
+#pragma GCC unroll 6
+    for (int i = 0; i < OutH; ++i) rows[i][j] = column[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < OutH; ++i) {
+    typename V::Reg row[OutW];
+    along_rows(rows[i], row);
+#pragma GCC unroll 6
+    for (int j = 0; j < OutW; ++j) store(i, j, row[j]);
+  }
+}
+
+// A dimension of the output, cut into tiles. Under a filter of dilation d, the places 0, d, 2d ... make up
+// a convolution without dilation, as do those that begin at 1 .. d - 1 (phases). A tile is of one phase;
+// the tiles of all phases alternate, so that neighbours share cache lines.
+struct WinogradTiles {
+  int64_t size, dilation, outputs, count;
+
+  WinogradTiles(int64_t size, int64_t dilation, int outputs)
+      : size(size), dilation(dilation), outputs(outputs) {
+    // The first phases may have one place more than others, and so one tile more.
+    const int64_t of_phase = size / dilation, longer = size % dilation;
+    count = dilation * ceil_div(of_phase, outputs) + (of_phase % outputs == 0 ? longer : 0);
+  }
+  int64_t first(int64_t tile) const {
+    if (dilation == 1) return tile * outputs;
+    return tile / dilation * outputs * dilation + tile % dilation;
+  }
+  // How many outputs there are of the tile that begins there.
+  int64_t outputs_from(int64_t first) const {
+    return min64(outputs, ceil_div(size - first, dilation));
   }
 };
 

@@ -1,11 +1,11 @@
-// Winograd's minimal filtering for wgrad, F(3x3, 4x4): the 3 x 3 gradient that a 4 x 4 tile of dy and
-// the 6 x 6 tile of the input under it make, by 36 multiplications a pair of channels instead of 144.
+// Winograd's minimal filtering for wgrad, F(3x3, 4x4), and F(3, 4) in one dimension: the 3 x 3 gradient that
+// a 4 x 4 tile of dy and the 6 x 6 tile of the input under it make, by 36 multiplications a pair of channels
+// instead of 144.
 //
-//   dfilter = A^T [ sum over tiles (B^T x B) * (G dy G^T) ] A, elementwise in the brackets
+//   dfilter = G^T [ sum over tiles (B^T x B) * (A dy A^T) ] G, elementwise in the brackets
 //
-// The points are those of winograd.hpp, and so is B; G evaluates a cubic at them, A takes three powers
-// of them and G's denominators. (A. Lavin, S. Gray, 2016, section 4.1; it names this F(3x3, 4x4) for
-// the gradient.)
+// The points are those of winograd.hpp, and so are the matrices: of Y = A^T [(G g G^T) * (B^T x B)] A this is
+// the derivative by g. (A. Lavin, S. Gray, 2016, section 4.1; it names this F(3x3, 4x4) for the gradient.)
 //
 // Sums over tiles are 36 small matrix products of channels x tiles x filters. Tiles are cut into parts by
 // the problem alone. Of each part, all tiles are transformed first; then some input channels are multiplied
@@ -24,28 +24,6 @@
 
 namespace fastconv::cpu {
 namespace {
-
-// apply() along the columns and then along the rows of an In x In square.
-template <class V, int In, int Out, class Apply, class Load, class Store>
-void transform_square(const Apply& apply, const Load& load, const Store& store) {
-  typename V::Reg rows[Out][In];
-#pragma GCC unroll 6
-  for (int j = 0; j < In; ++j) {
-    typename V::Reg from[In], column[Out];
-#pragma GCC unroll 6
-    for (int i = 0; i < In; ++i) from[i] = load(i, j);
-    apply(from, column);
-#pragma GCC unroll 6
-    for (int i = 0; i < Out; ++i) rows[i][j] = column[i];
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < Out; ++i) {
-    typename V::Reg row[Out];
-    apply(rows[i], row);
-#pragma GCC unroll 6
-    for (int j = 0; j < Out; ++j) store(i, j, row[j]);
-  }
-}
 
 // The product of one point: rows of channels x vectors of filters, summed over tiles.
 struct PointTile {
@@ -99,9 +77,12 @@ constexpr auto make_point_tile_table(std::index_sequence<I...>) {
       make_point_tiles<V, I + 1>(std::make_index_sequence<std::size_t{V::kGemmRows[I + 1]}>{})...};
 }
 
-template <class V>
+template <class V, class Vertical, class Horizontal>
 struct WinogradWgrad {
-  static constexpr int kTile = 6, kPoints = kTile * kTile, kStep = 4;
+  static constexpr int kTileH = Vertical::kPoints, kTileW = Horizontal::kPoints;
+  static constexpr int kPoints = kTileH * kTileW;
+  static constexpr int kDyH = Vertical::kOutputs, kDyW = Horizontal::kOutputs;  // of a tile
+  static constexpr int kR = Vertical::kTaps, kS = Horizontal::kTaps;
   using Reg = typename V::Reg;
 
   static void run(const Conv2dProblem& p, const Conv2dOperands& operands) {
@@ -154,25 +135,29 @@ struct WinogradWgrad {
     const double parts = static_cast<double>(plan.parts);
     // A tile's sums are made ready and stored at each point and part.
     const double products = kPoints * (tiles * 1.25 + parts * 10) * c * k_vectors;
-    const double transforms = tiles * (c_vectors * 450 + k_vectors * 400);
-    const double back = parts * c * k_vectors * 300;
+    constexpr bool kIsSquare = kPoints == 36;
+    constexpr double kX = kIsSquare ? 450 : 80, kDy = kIsSquare ? 400 : 70;
+    constexpr double kBack = kIsSquare ? 300 : 50;
+    const double transforms = tiles * (c_vectors * kX + k_vectors * kDy);
+    const double back = parts * c * k_vectors * kBack;
     // Of few channels, each product is short of work and each load of the source short of a line.
     const double a_group = V::kRegisters < 32 ? 1.15 + 8 / c : 1 + 4 / c;
     const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? a_group : 1);
     return {(products + transforms + back + 6000 * parts) * V::kWidth * groups,
-            plan.workspace_bytes(), 5e-6};
+            plan.workspace_bytes(), kPoints == 36 ? 5e-6 : 2e-6};
   }
 
   static std::string blocking(const Conv2dProblem& p) {
     const Plan plan(p, true);
-    return std::to_string(plan.tiles) + " tiles of 4 x 4 in " + std::to_string(plan.parts) +
-           " partial sums";
+    return std::to_string(plan.tiles) + " tiles of " + std::to_string(kDyH) + " x " +
+           std::to_string(kDyW) + " in " + std::to_string(plan.parts) + " partial sums";
   }
 
  private:
   // Of one group.
   struct Plan {
-    int64_t c, k, tiles_h, tiles_w, tiles, parts, part_tiles;
+    WinogradTiles down, across;
+    int64_t c, k, tiles, parts, part_tiles;
     int64_t vectors, panels, panel_vectors;  // of output channels
     int64_t rows, c_tiles, c_groups, group_channels;
     int64_t x_row;                             // floats from tile to tile
@@ -183,12 +168,11 @@ struct WinogradWgrad {
     bool groups_at_once;  // threads take whole groups
     int workers;
 
-    Plan(const Conv2dProblem& p, bool with_bias) {
+    Plan(const Conv2dProblem& p, bool with_bias)
+        : down(p.oh, p.dilation_h, kDyH), across(p.ow, p.dilation_w, kDyW) {
       c = p.c_per_group();
       k = p.k_per_group();
-      tiles_h = ceil_div(p.oh, kStep);
-      tiles_w = ceil_div(p.ow, kStep);
-      tiles = p.n * tiles_h * tiles_w;
+      tiles = p.n * down.count * across.count;
       vectors = ceil_div(k, V::kWidth);
       panels = gemm_panels<V>(vectors);
       panel_vectors = ceil_div(vectors, panels);
@@ -315,32 +299,6 @@ struct WinogradWgrad {
     }
   }
 
-  using Transform = WinogradTransform<V, 4>;
-  static constexpr float kA = Transform::kA,
-                         kB = Transform::kB;  // the points, beside 0 and infinity
-
-  // A cubic's values at the points; its denominators are left to apply_back.
-  static void apply_dy(const Reg (&g)[4], Reg (&out)[6]) {
-    const Reg even_a = V::fma(V::set(0.5f), g[2], g[0]), odd_a = V::fma(V::set(0.5f), g[3], g[1]);
-    const Reg even_b = V::fma(V::set(2.0f), g[2], g[0]), odd_b = V::fma(V::set(2.0f), g[3], g[1]);
-    out[0] = g[0];
-    out[1] = V::fma(V::set(kA), odd_a, even_a);
-    out[2] = V::fma(V::set(-kA), odd_a, even_a);
-    out[3] = V::fma(V::set(kB), odd_b, even_b);
-    out[4] = V::fma(V::set(-kB), odd_b, even_b);
-    out[5] = g[3];
-  }
-  // 1 / (2 a^2 (a^2 - b^2)) = -2/3 and 1 / (2 b^2 (b^2 - a^2)) = 1/6.
-  static void apply_back(const Reg (&m)[6], Reg (&y)[3]) {
-    const Reg over_a = V::set(-2.0f / 3), over_b = V::set(1.0f / 6);
-    const Reg even_a = V::multiply(over_a, V::add(m[1], m[2]));
-    const Reg even_b = V::multiply(over_b, V::add(m[3], m[4]));
-    y[0] = V::add(m[0], V::add(even_a, even_b));
-    y[1] = V::fma(V::set(-2.0f / 3 * kA), V::subtract(m[1], m[2]),
-                  V::multiply(V::set(1.0f / 6 * kB), V::subtract(m[3], m[4])));
-    y[2] = V::fma(V::set(0.5f), even_a, V::fma(V::set(2.0f), even_b, m[5]));
-  }
-
   // Calls body(first channel, vector, tail...) for each vector of `channels` channels.
   template <class Body>
   static void for_each_vector(int64_t channels, const Body& body) {
@@ -354,23 +312,24 @@ struct WinogradWgrad {
   // `tile` of the problem, `slot` of the part.
   static void transform_x(const Conv2dProblem& p, const Plan& plan, const float* x, int64_t tile,
                           int64_t slot, const Buffers& buffers) {
-    const int64_t n = tile / (plan.tiles_h * plan.tiles_w);
-    const int64_t top = tile / plan.tiles_w % plan.tiles_h * kStep - p.pad_top;
-    const int64_t left = tile % plan.tiles_w * kStep - p.pad_left;
+    const int64_t n = tile / plan.across.count / plan.down.count;
+    const int64_t top = plan.down.first(tile / plan.across.count % plan.down.count) - p.pad_top;
+    const int64_t left = plan.across.first(tile % plan.across.count) - p.pad_left;
     const float* pixels[kPoints];
-    for (int i = 0; i < kTile; ++i)
-      for (int j = 0; j < kTile; ++j) {
-        const int64_t row = top + i, column = left + j;
+    for (int i = 0; i < kTileH; ++i)
+      for (int j = 0; j < kTileW; ++j) {
+        const int64_t row = top + i * p.dilation_h, column = left + j * p.dilation_w;
         const bool inside = row >= 0 && row < p.h && column >= 0 && column < p.w;
-        pixels[i * kTile + j] = inside ? x + ((n * p.h + row) * p.w + column) * p.c : buffers.zeros;
+        pixels[i * kTileW + j] =
+            inside ? x + ((n * p.h + row) * p.w + column) * p.c : buffers.zeros;
       }
     float* const out = buffers.x + slot * plan.x_row;
     for_each_vector(plan.c, [&](int64_t c, int64_t, const auto&... tail) {
-      transform_square<V, kTile, kTile>(
-          Transform::input,
-          [&](int i, int j) { return V::load(pixels[i * kTile + j] + c, tail...); },
+      transform_2d<V, kTileH, kTileW, kTileH, kTileW>(
+          Vertical::input, Horizontal::input,
+          [&](int i, int j) { return V::load(pixels[i * kTileW + j] + c, tail...); },
           [&](int i, int j, Reg value) {
-            V::store(out + (i * kTile + j) * plan.x_point + c, value);
+            V::store(out + (i * kTileW + j) * plan.x_point + c, value);
           });
     });
   }
@@ -378,34 +337,34 @@ struct WinogradWgrad {
   // Likewise; what ReLU stopped is zero, and the sum of the tile is kept for the bias.
   static void transform_dy(const Conv2dProblem& p, const Plan& plan, const Conv2dOperands& t,
                            int64_t tile, int64_t slot, const Buffers& buffers) {
-    const int64_t n = tile / (plan.tiles_h * plan.tiles_w);
-    const int64_t top = tile / plan.tiles_w % plan.tiles_h * kStep;
-    const int64_t left = tile % plan.tiles_w * kStep;
-    const float *pixels[kStep * kStep], *masks[kStep * kStep];
-    for (int i = 0; i < kStep; ++i)
-      for (int j = 0; j < kStep; ++j) {
-        const int64_t row = top + i, column = left + j;
+    const int64_t n = tile / plan.across.count / plan.down.count;
+    const int64_t top = plan.down.first(tile / plan.across.count % plan.down.count);
+    const int64_t left = plan.across.first(tile % plan.across.count);
+    const float *pixels[kDyH * kDyW], *masks[kDyH * kDyW];
+    for (int i = 0; i < kDyH; ++i)
+      for (int j = 0; j < kDyW; ++j) {
+        const int64_t row = top + i * p.dilation_h, column = left + j * p.dilation_w;
         const bool inside = row < p.oh && column < p.ow;
         const int64_t at = ((n * p.oh + row) * p.ow + column) * p.k;
-        pixels[i * kStep + j] = inside ? t.dy + at : buffers.zeros;
-        masks[i * kStep + j] = inside && t.y ? t.y + at : buffers.zeros;
+        pixels[i * kDyW + j] = inside ? t.dy + at : buffers.zeros;
+        masks[i * kDyW + j] = inside && t.y ? t.y + at : buffers.zeros;
       }
     for_each_vector(plan.k, [&](int64_t k, int64_t vector, const auto&... tail) {
       const int64_t panel = vector / plan.panel_vectors;
       float* const out = buffers.dy + plan.panel_offset(panel) +
                          (slot * plan.vectors_of(panel) + vector % plan.panel_vectors) * V::kWidth;
       Reg sum = V::zero();
-      transform_square<V, kStep, kTile>(
-          apply_dy,
+      transform_2d<V, kDyH, kDyW, kTileH, kTileW>(
+          Vertical::dy, Horizontal::dy,
           [&](int i, int j) {
-            Reg value = V::load(pixels[i * kStep + j] + k, tail...);
+            Reg value = V::load(pixels[i * kDyW + j] + k, tail...);
             if (t.y) {
-              value = V::where_positive(V::load(masks[i * kStep + j] + k, tail...), value);
+              value = V::where_positive(V::load(masks[i * kDyW + j] + k, tail...), value);
             }
             sum = V::add(sum, value);
             return value;
           },
-          [&](int i, int j, Reg value) { V::store(out + (i * kTile + j) * plan.dy_point, value); });
+          [&](int i, int j, Reg value) { V::store(out + (i * kTileW + j) * plan.dy_point, value); });
       if (t.dbias) {
         V::store(buffers.bias_sums + (slot * plan.vectors + vector) * V::kWidth, sum);
       }
@@ -449,11 +408,11 @@ struct WinogradWgrad {
         const auto tail = V::tail(static_cast<int>(min64(V::kWidth, plan.k - k)));
         const float* const from = product + ((c - first) * vectors + v) * V::kWidth;
         float* const to = dfilter + c * p.k + k;
-        transform_square<V, kTile, 3>(
-            apply_back,
-            [&](int i, int j) { return V::load(from + (i * kTile + j) * plan.product_point); },
+        transform_2d<V, kTileH, kTileW, kR, kS>(
+            Vertical::dfilter, Horizontal::dfilter,
+            [&](int i, int j) { return V::load(from + (i * kTileW + j) * plan.product_point); },
             [&](int r, int s, Reg value) {
-              float* const here = to + (3 * r + s) * plan.c * p.k;
+              float* const here = to + (kS * r + s) * plan.c * p.k;
               if (adds) value = V::add(V::load(here, tail), value);
               V::store(here, value, tail);
             });

@@ -184,9 +184,11 @@ Conv2dProblem draw_conv(Random& random) {
     a.strides = {up_to(random, 4), up_to(random, 4)};
     a.dilations = {up_to(random, 3), up_to(random, 3)};
     if (kind == 0) {  // Winograd's
-      r = s = 3;
+      r = s = 3 + 2 * (up_to(random, 3) / 3);
+      if (random() % 3 == 0) (random() % 2 ? r : s) = 1;
       a.groups = 1;
-      a.strides = a.dilations = {1, 1};
+      a.strides = {1, 1};
+      if (random() % 2) a.dilations = {1, 1};
     } else if (kind == 1) {  // depthwise
       // Of some, a tile has whole lines of channels.
       if (random() % 4 == 0) c = int64_t{128} << random() % 3;
