@@ -128,17 +128,19 @@ struct WinogradWgrad {
 
   static Estimate estimate(const Conv2dProblem& p) {
     const Plan plan(p, true);
+    constexpr bool kIsSquare = kPoints == 36;
     // In cycles of a core that does one vector multiply-add each; constants by measurement.
     const double tiles = static_cast<double>(plan.tiles), c = static_cast<double>(plan.c);
     const double c_vectors = static_cast<double>(ceil_div(plan.c, V::kWidth));
     const double k_vectors = static_cast<double>(plan.vectors);
     const double parts = static_cast<double>(plan.parts);
     // A tile's sums are made ready and stored at each point and part.
-    const double products = kPoints * (tiles * 1.25 + parts * 10) * c * k_vectors;
-    constexpr bool kIsSquare = kPoints == 36;
+    const double products =
+        kPoints * (tiles * (kIsSquare ? 1.25 : 1.05) + parts * 10) * c * k_vectors;
     constexpr double kX = kIsSquare ? 450 : 80, kDy = kIsSquare ? 400 : 70;
     constexpr double kBack = kIsSquare ? 300 : 50;
-    const double transforms = tiles * (c_vectors * kX + k_vectors * kDy);
+    const double apart = p.dilation_h * p.dilation_w > 1 ? 2 : 1;  // neighbours share fewer lines
+    const double transforms = apart * tiles * (c_vectors * kX + k_vectors * kDy);
     const double back = parts * c * k_vectors * kBack;
     // Of few channels, each product is short of work and each load of the source short of a line.
     const double a_group = V::kRegisters < 32 ? 1.15 + 8 / c : 1 + 4 / c;
