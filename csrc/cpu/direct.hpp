@@ -106,8 +106,8 @@ struct Direct {
   // How many of the taps meet the image, of all pixels'. Taps of a filter that is not dilated leave it in
   // regions so narrow that their short tiles cost what the taps save.
   static double share_of_taps(const Conv2dProblem& p, Direction direction) {
-    const auto of_axis = [&](int64_t in, int64_t out, int64_t taps, int64_t stride, int64_t dilation,
-                             int64_t pad) {
+    const auto of_axis = [&](int64_t in, int64_t out, int64_t taps, int64_t stride,
+                             int64_t dilation, int64_t pad) {
       if (dilation == 1 || in * out == 0) return 1.0;
       int64_t pairs = 0;
       for (int64_t tap = 0; tap < taps; ++tap) {

@@ -614,8 +614,9 @@ struct WinogradOfTaps {
     // Of the output, or of the pooled one, a pixel of which is two by two of these.
     const int64_t shift = results.pooled ? 1 : 0;
     const int64_t row_floats = (plan.across.size >> shift) * plan.k_stride;
-    const int64_t first = (corner.n * (plan.down.size >> shift) + (corner.row >> shift)) * row_floats +
-                          (corner.column >> shift) * plan.k_stride + column;
+    const int64_t first =
+        (corner.n * (plan.down.size >> shift) + (corner.row >> shift)) * row_floats +
+        (corner.column >> shift) * plan.k_stride + column;
     for (int v = 0; v < plan.vectors_of(panel); ++v) {
       const int64_t at = int64_t{v} * V::kWidth;
       const int valid = static_cast<int>(min64(V::kWidth, plan.k - panel * kPanel - at));
@@ -648,8 +649,7 @@ struct WinogradOfTaps {
             if (j >= width) break;
             Reg sum = biased(i, j, out[j]);
             if (results.residual) sum = V::add(sum, V::load(results.residual + to, tail));
-            const Reg result =
-                plan.relu ? V::min(V::set(plan.ceiling), V::relu(sum)) : sum;
+            const Reg result = plan.relu ? V::min(V::set(plan.ceiling), V::relu(sum)) : sum;
             if (valid == V::kWidth) {
               V::store(results.y + to, result);
             } else {

@@ -149,7 +149,7 @@ struct WinogradTransform<V, 2, 5> : SixPoints<V> {
 template <class V, int InH, int InW, int OutH, int OutW, class Columns, class Rows, class Load,
           class Store>
 void transform_2d(const Columns& along_columns, const Rows& along_rows, const Load& load,
-                    const Store& store) {
+                  const Store& store) {
   typename V::Reg rows[OutH][InW];
 #pragma GCC unroll 6
   for (int j = 0; j < InW; ++j) {

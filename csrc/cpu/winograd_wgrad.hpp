@@ -366,7 +366,9 @@ struct WinogradWgrad {
             sum = V::add(sum, value);
             return value;
           },
-          [&](int i, int j, Reg value) { V::store(out + (i * kTileW + j) * plan.dy_point, value); });
+          [&](int i, int j, Reg value) {
+            V::store(out + (i * kTileW + j) * plan.dy_point, value);
+          });
       if (t.dbias) {
         V::store(buffers.bias_sums + (slot * plan.vectors + vector) * V::kWidth, sum);
       }
