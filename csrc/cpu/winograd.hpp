@@ -42,6 +42,7 @@ struct WinogradOfTaps {
   static constexpr int kOutH = Vertical::kOutputs, kOutW = Horizontal::kOutputs;
   static constexpr int kTileH = Vertical::kPoints, kTileW = Horizontal::kPoints;
   static constexpr int kPoints = kTileH * kTileW, kTaps = R * S;
+  static constexpr bool kSixBySix = kTileH == 6 && kTileW == 6;
   static constexpr bool kHasWgrad = M == 4;
   static constexpr int64_t kPanel = V::kVectors * V::kWidth;
   using Reg = typename V::Reg;
@@ -86,10 +87,10 @@ struct WinogradOfTaps {
     const double k_vectors = static_cast<double>(ceil_div(plan.k, V::kWidth));
     // 16 registers do not hold what the larger tile's transforms have at hand.
     constexpr bool kSpills = V::kRegisters < 32;
-    constexpr double kTimes = kSpills && kPoints == 36 ? 2 : 1;
-    constexpr double kInput = kTimes * (kPoints == 36 ? 330 : kPoints == 16 ? 150 : 85);
+    constexpr double kTimes = kSpills && kSixBySix ? 2 : 1;
+    constexpr double kInput = kTimes * (kSixBySix ? 330 : kPoints == 16 ? 150 : 85);
     constexpr double kOutput = kTimes * (kOutH * kOutW == 16 ? 250
-                                         : kPoints == 36     ? 150
+                                         : kSixBySix         ? 150
                                          : kPoints == 16     ? 110
                                                              : 70);
     constexpr double kTile = kPoints < 16 ? 50 : 0;  // where that is little beside it
@@ -116,7 +117,7 @@ struct WinogradOfTaps {
     const double a_group = kSpills ? 0.9 + 3 / c : 1.2 + 8 / c;
     const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? a_group : 1);
     return {cycles * V::kWidth * groups, Plan(p, direction).workspace_bytes(),
-            kPoints == 36 ? 5e-6 : 2e-6};
+            kSixBySix ? 5e-6 : 2e-6};
   }
 
   static std::string blocking(const Conv2dProblem& p, Direction direction) {
@@ -139,7 +140,7 @@ struct WinogradOfTaps {
   // to row of the filter.
   struct Plan {
     int64_t groups, h, w, c, k, pad_top, pad_left, dilation_h, dilation_w;
-    WinogradTiles down, across;
+    WinogradGrid grid;
     int64_t c_stride, k_stride, filter_stride;
     bool turned, relu;
     float ceiling;  // with relu
@@ -158,8 +159,8 @@ struct WinogradOfTaps {
         blanks_bytes;
 
     Plan(const Conv2dProblem& p, Direction direction, int64_t threads = num_threads())
-        : down(direction == Direction::dgrad ? p.h : p.oh, p.dilation_h, kOutH),
-          across(direction == Direction::dgrad ? p.w : p.ow, p.dilation_w, kOutW),
+        : grid{{direction == Direction::dgrad ? p.h : p.oh, p.dilation_h, kOutH},
+               {direction == Direction::dgrad ? p.w : p.ow, p.dilation_w, kOutW}},
           turned(direction == Direction::dgrad) {
       groups = p.groups;
       h = turned ? p.oh : p.h;
@@ -176,7 +177,7 @@ struct WinogradOfTaps {
       relu = !turned && p.activation != Activation::linear;
       ceiling = ceiling_of(p.activation);
 
-      tiles = p.n * down.count * across.count;
+      tiles = grid.count(p.n);
       padded_c = round_up(c, V::kWidth);
       panels = ceil_div(k, kPanel);
       // Transformed inputs of a block in half of a 1 MiB second-level cache, but tiles enough that
@@ -252,14 +253,6 @@ struct WinogradOfTaps {
       return odd_lines(c * vectors_of(panel) * V::kWidth);
     }
     int64_t panel_offset(int64_t panel) const { return panel * kPoints * odd_lines(c * kPanel); }
-    // The first output of a tile: its image, row and column.
-    struct Corner {
-      int64_t n, row, column;
-    };
-    Corner corner(int64_t tile) const {
-      return {tile / across.count / down.count, down.first(tile / across.count % down.count),
-              across.first(tile % across.count)};
-    }
     int64_t first_group(int64_t set) const { return groups * set / sets; }
     int64_t set_groups() const { return ceil_div(groups, sets); }  // at most
   };
@@ -488,15 +481,15 @@ struct WinogradOfTaps {
     const int64_t next_row = plan.dilation_h * row_floats;
     const int64_t next_pixel = plan.dilation_w * plan.c_stride;
     const auto source = [&](int64_t of_tile) {
-      typename Plan::Corner corner = plan.corner(of_tile);
+      WinogradGrid::Corner corner = plan.grid.corner(of_tile);
       corner.row -= plan.pad_top;
       corner.column -= plan.pad_left;
       return corner;
     };
-    const auto place = [&](const typename Plan::Corner& at) {
+    const auto place = [&](const WinogradGrid::Corner& at) {
       return (at.n * plan.h + at.row) * row_floats + at.column * plan.c_stride;
     };
-    const typename Plan::Corner corner = source(tile);
+    const WinogradGrid::Corner corner = source(tile);
     const float* pixels[kPoints];
     const float* masks[kPoints];
     int64_t row_at = place(corner);
@@ -607,15 +600,15 @@ struct WinogradOfTaps {
   static void transform_output(const Plan& plan, const float* product, int64_t group, int64_t panel,
                                const float* bias, std::uint32_t blank, int64_t tile,
                                const Results& results) {
-    const typename Plan::Corner corner = plan.corner(tile);
-    const int64_t height = plan.down.outputs_from(corner.row);
-    const int64_t width = plan.across.outputs_from(corner.column);
+    const WinogradGrid::Corner corner = plan.grid.corner(tile);
+    const int64_t height = plan.grid.down.outputs_from(corner.row);
+    const int64_t width = plan.grid.across.outputs_from(corner.column);
     const int64_t column = group * plan.k + panel * kPanel;
     // Of the output, or of the pooled one, a pixel of which is two by two of these.
     const int64_t shift = results.pooled ? 1 : 0;
-    const int64_t row_floats = (plan.across.size >> shift) * plan.k_stride;
+    const int64_t row_floats = (plan.grid.across.size >> shift) * plan.k_stride;
     const int64_t first =
-        (corner.n * (plan.down.size >> shift) + (corner.row >> shift)) * row_floats +
+        (corner.n * (plan.grid.down.size >> shift) + (corner.row >> shift)) * row_floats +
         (corner.column >> shift) * plan.k_stride + column;
     for (int v = 0; v < plan.vectors_of(panel); ++v) {
       const int64_t at = int64_t{v} * V::kWidth;

@@ -58,16 +58,36 @@ struct SixPoints {
   static constexpr float kA = 0.70710678f, kB = 1.41421356f;
   static constexpr float kOverA = -2.0f / 3, kOverB = 1.0f / 6;
 
+  // Even and odd powers at a point: their sum and difference are the values there and at its negative.
+  struct Halves {
+    Reg even, odd;
+  };
+  // The odd ones are still to be multiplied by the point.
+  static void values(Reg at_zero, const Halves& a, const Halves& b, Reg at_infinity,
+                     Reg (&out)[6]) {
+    out[0] = at_zero;
+    out[1] = V::fma(V::set(kA), a.odd, a.even);
+    out[2] = V::fma(V::set(-kA), a.odd, a.even);
+    out[3] = V::fma(V::set(kB), b.odd, b.even);
+    out[4] = V::fma(V::set(-kB), b.odd, b.even);
+    out[5] = at_infinity;
+  }
+  // The odd ones are multiplied, by the denominator as well.
+  static void filter_values(Reg at_zero, const Halves& a, const Halves& b, Reg at_infinity,
+                            Reg (&out)[6]) {
+    out[0] = at_zero;
+    out[1] = V::add(a.even, a.odd);
+    out[2] = V::subtract(a.even, a.odd);
+    out[3] = V::add(b.even, b.odd);
+    out[4] = V::subtract(b.even, b.odd);
+    out[5] = at_infinity;
+  }
+
   static void input(const Reg (&d)[6], Reg (&out)[6]) {
-    const Reg sum = V::set(-2.5f), a = V::set(kA), b = V::set(kB);
-    const Reg even_a = V::fma(V::set(-2.0f), d[2], d[4]), odd_a = V::fma(V::set(-2.0f), d[1], d[3]);
-    const Reg even_b = V::fma(V::set(-0.5f), d[2], d[4]), odd_b = V::fma(V::set(-0.5f), d[1], d[3]);
-    out[0] = V::fma(sum, d[2], V::add(d[0], d[4]));
-    out[1] = V::fma(a, odd_a, even_a);
-    out[2] = V::fma(V::set(-kA), odd_a, even_a);
-    out[3] = V::fma(b, odd_b, even_b);
-    out[4] = V::fma(V::set(-kB), odd_b, even_b);
-    out[5] = V::fma(sum, d[3], V::add(d[1], d[5]));
+    const auto upper = [&](float times, int i) { return V::fma(V::set(times), d[i], d[i + 2]); };
+    const Reg sum = V::set(-2.5f);
+    values(V::fma(sum, d[2], V::add(d[0], d[4])), {upper(-2.0f, 2), upper(-2.0f, 1)},
+           {upper(-0.5f, 2), upper(-0.5f, 1)}, V::fma(sum, d[3], V::add(d[1], d[5])), out);
   }
 };
 
@@ -77,16 +97,12 @@ struct WinogradTransform<V, 4, 3> : SixPoints<V> {
   using SixPoints<V>::kA, SixPoints<V>::kB, SixPoints<V>::kOverA, SixPoints<V>::kOverB;
   static constexpr int kOutputs = 4, kTaps = 3;
   static void filter(const Reg (&g)[3], Reg (&out)[6]) {
-    const Reg even_a = V::multiply(V::set(kOverA), V::fma(V::set(0.5f), g[2], g[0]));
-    const Reg even_b = V::multiply(V::set(kOverB), V::fma(V::set(2.0f), g[2], g[0]));
-    const Reg odd_a = V::multiply(V::set(kOverA * kA), g[1]);
-    const Reg odd_b = V::multiply(V::set(kOverB * kB), g[1]);
-    out[0] = g[0];
-    out[1] = V::add(even_a, odd_a);
-    out[2] = V::subtract(even_a, odd_a);
-    out[3] = V::add(even_b, odd_b);
-    out[4] = V::subtract(even_b, odd_b);
-    out[5] = g[2];
+    const auto even = [&](float over, float square) {
+      return V::multiply(V::set(over), V::fma(V::set(square), g[2], g[0]));
+    };
+    const auto odd = [&](float over) { return V::multiply(V::set(over), g[1]); };
+    SixPoints<V>::filter_values(g[0], {even(kOverA, 0.5f), odd(kOverA * kA)},
+                                {even(kOverB, 2.0f), odd(kOverB * kB)}, g[2], out);
   }
   static void output(const Reg (&m)[6], Reg (&y)[4]) {
     const Reg sum_a = V::add(m[1], m[2]), difference_a = V::subtract(m[1], m[2]);
@@ -97,14 +113,9 @@ struct WinogradTransform<V, 4, 3> : SixPoints<V> {
     y[3] = V::fma(V::set(kA / 2), difference_a, V::fma(V::set(2 * kB), difference_b, m[5]));
   }
   static void dy(const Reg (&d)[4], Reg (&out)[6]) {
-    const Reg even_a = V::fma(V::set(0.5f), d[2], d[0]), odd_a = V::fma(V::set(0.5f), d[3], d[1]);
-    const Reg even_b = V::fma(V::set(2.0f), d[2], d[0]), odd_b = V::fma(V::set(2.0f), d[3], d[1]);
-    out[0] = d[0];
-    out[1] = V::fma(V::set(kA), odd_a, even_a);
-    out[2] = V::fma(V::set(-kA), odd_a, even_a);
-    out[3] = V::fma(V::set(kB), odd_b, even_b);
-    out[4] = V::fma(V::set(-kB), odd_b, even_b);
-    out[5] = d[3];
+    const auto half = [&](float square, int i) { return V::fma(V::set(square), d[i + 2], d[i]); };
+    SixPoints<V>::values(d[0], {half(0.5f, 0), half(0.5f, 1)}, {half(2.0f, 0), half(2.0f, 1)}, d[3],
+                         out);
   }
   static void dfilter(const Reg (&m)[6], Reg (&g)[3]) {
     const Reg even_a = V::multiply(V::set(kOverA), V::add(m[1], m[2]));
@@ -129,14 +140,8 @@ struct WinogradTransform<V, 2, 5> : SixPoints<V> {
     const auto odd = [&](float over, float square) {
       return V::multiply(V::set(over), V::fma(V::set(square), g[3], g[1]));
     };
-    const Reg even_a = even(kOverA, 0.5f), odd_a = odd(kOverA * kA, 0.5f);
-    const Reg even_b = even(kOverB, 2), odd_b = odd(kOverB * kB, 2);
-    out[0] = g[0];
-    out[1] = V::add(even_a, odd_a);
-    out[2] = V::subtract(even_a, odd_a);
-    out[3] = V::add(even_b, odd_b);
-    out[4] = V::subtract(even_b, odd_b);
-    out[5] = g[4];
+    SixPoints<V>::filter_values(g[0], {even(kOverA, 0.5f), odd(kOverA * kA, 0.5f)},
+                                {even(kOverB, 2.0f), odd(kOverB * kB, 2.0f)}, g[4], out);
   }
   static void output(const Reg (&m)[6], Reg (&y)[2]) {
     y[0] = V::add(V::add(m[0], V::add(m[1], m[2])), V::add(m[3], m[4]));
@@ -188,6 +193,21 @@ struct WinogradTiles {
   // How many outputs there are of the tile that begins there.
   int64_t outputs_from(int64_t first) const {
     return min64(outputs, ceil_div(size - first, dilation));
+  }
+};
+
+// The tiles of a batch of images.
+struct WinogradGrid {
+  WinogradTiles down, across;
+
+  int64_t count(int64_t images) const { return images * down.count * across.count; }
+  // The first output of a tile: its image, row and column.
+  struct Corner {
+    int64_t n, row, column;
+  };
+  Corner corner(int64_t tile) const {
+    return {tile / across.count / down.count, down.first(tile / across.count % down.count),
+            across.first(tile % across.count)};
   }
 };
 

@@ -81,6 +81,7 @@ template <class V, class Vertical, class Horizontal>
 struct WinogradWgrad {
   static constexpr int kTileH = Vertical::kPoints, kTileW = Horizontal::kPoints;
   static constexpr int kPoints = kTileH * kTileW;
+  static constexpr bool kSixBySix = kTileH == 6 && kTileW == 6;
   static constexpr int kDyH = Vertical::kOutputs, kDyW = Horizontal::kOutputs;  // of a tile
   static constexpr int kR = Vertical::kTaps, kS = Horizontal::kTaps;
   using Reg = typename V::Reg;
@@ -128,7 +129,6 @@ struct WinogradWgrad {
 
   static Estimate estimate(const Conv2dProblem& p) {
     const Plan plan(p, true);
-    constexpr bool kIsSquare = kPoints == 36;
     // In cycles of a core that does one vector multiply-add each; constants by measurement.
     const double tiles = static_cast<double>(plan.tiles), c = static_cast<double>(plan.c);
     const double c_vectors = static_cast<double>(ceil_div(plan.c, V::kWidth));
@@ -136,9 +136,9 @@ struct WinogradWgrad {
     const double parts = static_cast<double>(plan.parts);
     // A tile's sums are made ready and stored at each point and part.
     const double products =
-        kPoints * (tiles * (kIsSquare ? 1.25 : 1.05) + parts * 10) * c * k_vectors;
-    constexpr double kX = kIsSquare ? 450 : 80, kDy = kIsSquare ? 400 : 70;
-    constexpr double kBack = kIsSquare ? 300 : 50;
+        kPoints * (tiles * (kSixBySix ? 1.25 : 1.05) + parts * 10) * c * k_vectors;
+    constexpr double kX = kSixBySix ? 450 : 80, kDy = kSixBySix ? 400 : 70;
+    constexpr double kBack = kSixBySix ? 300 : 50;
     const double apart = p.dilation_h * p.dilation_w > 1 ? 2 : 1;  // neighbours share fewer lines
     const double transforms = apart * tiles * (c_vectors * kX + k_vectors * kDy);
     const double back = parts * c * k_vectors * kBack;
@@ -146,7 +146,7 @@ struct WinogradWgrad {
     const double a_group = V::kRegisters < 32 ? 1.15 + 8 / c : 1 + 4 / c;
     const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? a_group : 1);
     return {(products + transforms + back + 6000 * parts) * V::kWidth * groups,
-            plan.workspace_bytes(), kPoints == 36 ? 5e-6 : 2e-6};
+            plan.workspace_bytes(), kSixBySix ? 5e-6 : 2e-6};
   }
 
   static std::string blocking(const Conv2dProblem& p) {
@@ -158,7 +158,7 @@ struct WinogradWgrad {
  private:
   // Of one group.
   struct Plan {
-    WinogradTiles down, across;
+    WinogradGrid grid;
     int64_t c, k, tiles, parts, part_tiles;
     int64_t vectors, panels, panel_vectors;  // of output channels
     int64_t rows, c_tiles, c_groups, group_channels;
@@ -171,10 +171,10 @@ struct WinogradWgrad {
     int workers;
 
     Plan(const Conv2dProblem& p, bool with_bias)
-        : down(p.oh, p.dilation_h, kDyH), across(p.ow, p.dilation_w, kDyW) {
+        : grid{{p.oh, p.dilation_h, kDyH}, {p.ow, p.dilation_w, kDyW}} {
       c = p.c_per_group();
       k = p.k_per_group();
-      tiles = p.n * down.count * across.count;
+      tiles = grid.count(p.n);
       vectors = ceil_div(k, V::kWidth);
       panels = gemm_panels<V>(vectors);
       panel_vectors = ceil_div(vectors, panels);
@@ -314,16 +314,15 @@ struct WinogradWgrad {
   // `tile` of the problem, `slot` of the part.
   static void transform_x(const Conv2dProblem& p, const Plan& plan, const float* x, int64_t tile,
                           int64_t slot, const Buffers& buffers) {
-    const int64_t n = tile / plan.across.count / plan.down.count;
-    const int64_t top = plan.down.first(tile / plan.across.count % plan.down.count) - p.pad_top;
-    const int64_t left = plan.across.first(tile % plan.across.count) - p.pad_left;
+    const WinogradGrid::Corner corner = plan.grid.corner(tile);
+    const int64_t top = corner.row - p.pad_top, left = corner.column - p.pad_left;
     const float* pixels[kPoints];
     for (int i = 0; i < kTileH; ++i)
       for (int j = 0; j < kTileW; ++j) {
         const int64_t row = top + i * p.dilation_h, column = left + j * p.dilation_w;
         const bool inside = row >= 0 && row < p.h && column >= 0 && column < p.w;
         pixels[i * kTileW + j] =
-            inside ? x + ((n * p.h + row) * p.w + column) * p.c : buffers.zeros;
+            inside ? x + ((corner.n * p.h + row) * p.w + column) * p.c : buffers.zeros;
       }
     float* const out = buffers.x + slot * plan.x_row;
     for_each_vector(plan.c, [&](int64_t c, int64_t, const auto&... tail) {
@@ -339,15 +338,14 @@ struct WinogradWgrad {
   // Likewise; what ReLU stopped is zero, and the sum of the tile is kept for the bias.
   static void transform_dy(const Conv2dProblem& p, const Plan& plan, const Conv2dOperands& t,
                            int64_t tile, int64_t slot, const Buffers& buffers) {
-    const int64_t n = tile / plan.across.count / plan.down.count;
-    const int64_t top = plan.down.first(tile / plan.across.count % plan.down.count);
-    const int64_t left = plan.across.first(tile % plan.across.count);
+    const WinogradGrid::Corner corner = plan.grid.corner(tile);
     const float *pixels[kDyH * kDyW], *masks[kDyH * kDyW];
     for (int i = 0; i < kDyH; ++i)
       for (int j = 0; j < kDyW; ++j) {
-        const int64_t row = top + i * p.dilation_h, column = left + j * p.dilation_w;
+        const int64_t row = corner.row + i * p.dilation_h;
+        const int64_t column = corner.column + j * p.dilation_w;
         const bool inside = row < p.oh && column < p.ow;
-        const int64_t at = ((n * p.oh + row) * p.ow + column) * p.k;
+        const int64_t at = ((corner.n * p.oh + row) * p.ow + column) * p.k;
         pixels[i * kDyW + j] = inside ? t.dy + at : buffers.zeros;
         masks[i * kDyW + j] = inside && t.y ? t.y + at : buffers.zeros;
       }
