@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "cpu/implicit_gemm.hpp"
 #include "cpu/kernels.hpp"
@@ -51,7 +52,8 @@ struct WgradTile {
 
   float* sum;
   int64_t sum_row;
-  int valid;  // columns of the last vector
+  const float* next_sum;  // the next tile's, asked for meanwhile
+  int valid;              // columns of the last vector
   bool first;
 };
 
@@ -78,6 +80,8 @@ void wgrad_tile(const WgradTile& t) {
         sum[i][v] = v == Vectors - 1 ? V::load(at, tail) : V::load(at);
       }
     }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) __builtin_prefetch(t.next_sum + i * t.sum_row, 1, 3);
   constexpr int kAtOnce = Where == WgradRows::packed ? V::kProductsAtOnce : 1;
   const auto add_pixel = [&](const float* x, const float* dy, const auto& offset) {
     add_row_of_products<V, (kAtOnce > 1)>(
@@ -156,6 +160,31 @@ WgradTileFunction wgrad_tile_function(int rows, int vectors) {
   return kTable[static_cast<std::size_t>(vectors - 1)][static_cast<std::size_t>(rows - 1)];
 }
 
+// The rows of the input that taps meet, or the columns, by residues of the stride ("phases"): within a phase
+// the next output meets the next one. Every tap is of one phase, in turn.
+struct PhasedAxis {
+  int64_t size, stride, dilation, pad;
+  int64_t period, count;  // of the taps' phases; how many there are
+  int64_t length;         // of a phase, at most
+
+  PhasedAxis(int64_t size, int64_t stride, int64_t dilation, int64_t pad, int64_t taps)
+      : size(size), stride(stride), dilation(dilation), pad(pad),
+        period(stride / std::gcd(stride, dilation)), count(min64(taps, period)),
+        length(ceil_div(size, stride)) {}
+
+  int64_t phase_of(int64_t tap) const { return tap % period; }
+  // The input's first row of a phase.
+  int64_t residue(int64_t phase) const {
+    const int64_t at = (phase * dilation - pad) % stride;
+    return at < 0 ? at + stride : at;
+  }
+  int64_t rows_of(int64_t phase) const { return max64(0, ceil_div(size - residue(phase), stride)); }
+  // Which of its phase's rows output 0 meets with a tap; it may lie before the first one.
+  int64_t met_first(int64_t tap) const {
+    return (tap * dilation - pad - residue(phase_of(tap))) / stride;
+  }
+};
+
 // The cut of one wgrad: input copies, partial sums, tasks and scratch memory.
 template <class V>
 struct WgradPlan {
@@ -165,8 +194,7 @@ struct WgradPlan {
   bool by_taps;           // a tile's rows are channels of one tap
   int64_t source_h, source_w, image_floats, chunk;  // the copy, where there is one
   bool copied, packed;
-  bool sampled;  // 1 x 1 filters: of the input, the pixels that a stride takes are packed alone
-  int64_t packed_pixels;  // of an image
+  PhasedAxis down, across;  // packed: [group][tile][phase][image][row][column][plan.rows]
   int64_t parts, q_tiles, tiles_a_tap, q_groups;
   LikeTiles channels;    // of a tap
   int64_t panel_groups;  // of panels that a task has one after the other
@@ -174,7 +202,9 @@ struct WgradPlan {
   int64_t pixels_a_block;
   int64_t offsets_bytes, sums_bytes, bias_bytes, copy_bytes, block_bytes, lists_bytes;
 
-  WgradPlan(const Conv2dProblem& p, bool with_bias) {
+  WgradPlan(const Conv2dProblem& p, bool with_bias)
+      : down(p.h, p.stride_h, p.dilation_h, p.pad_top, p.r),
+        across(p.w, p.stride_w, p.dilation_w, p.pad_left, p.s) {
     floats = p.filter_size();
     pixels = p.n * p.oh * p.ow;
 
@@ -209,21 +239,25 @@ struct WgradPlan {
                                     : many && p.c % (32 * 16) > 0 ? 16
                                     : narrow || p.c <= 128        ? 8
                                                                   : 4;
-    const bool strided = p.stride_h != 1 || p.stride_w != 1;
-    const bool may_sample = taps == 1 && strided && !padded;
-    const int64_t pixels_a_window = may_sample ? 1 : p.stride_h * p.stride_w;
-    packed = cg >= rows && taps * panels / tiles_a_packing >= pixels_a_window;
-    sampled = packed && may_sample;
-    packed_pixels = sampled ? p.oh * p.ow : p.h * p.w;
+    packed = cg >= rows && taps * panels / tiles_a_packing >= down.count * across.count;
     // As many images at a time as fit in the second-level cache, or have pixels for whole blocks; all of
-    // them where none is copied.
+    // them where none is copied. Each block takes the sums from memory and back, which of several taps are
+    // many: then blocks had better be whole even if the copy is large.
     image_floats =
-        packed ? packed_pixels * p.groups * tiles_a_tap * rows : source_h * source_w * p.c;
-    const int64_t chunk_bytes = max64(int64_t{1} << 20, 512 * p.c * 4);
-    chunk = copied || packed ? max64(1, min64(p.n, chunk_bytes / max64(image_floats * 4, 1))) : p.n;
-    // Tasks share dy: each packs what it needs, which some tiles of work make up for.
-    constexpr int64_t kRowsATask = 432;
-    q_groups = ceil_div(q_tiles, kRowsATask / rows);
+        packed ? packed_pixels() * p.groups * tiles_a_tap * rows : source_h * source_w * p.c;
+    const int64_t image_bytes = max64(image_floats * 4, 1);
+    constexpr int64_t kChunkPixels = 768, kMostBytes = int64_t{8} << 20;
+    const int64_t of_whole_blocks =
+        min64(kMostBytes / image_bytes, ceil_div(kChunkPixels, p.oh * p.ow));
+    const int64_t fitting = max64(int64_t{1} << 20, 512 * p.c * 4) / image_bytes;
+    const int64_t images = packed && taps > 1 ? max64(fitting, of_whole_blocks) : fitting;
+    chunk = copied || packed ? max64(1, min64(p.n, images)) : p.n;
+    // Tasks share dy: each packs what it needs, which some tiles of work make up for. What they read of a
+    // block stays in the second-level cache, of which processors without AVX-512 may have 512 KiB: that is
+    // the channels of a tap or two, for taps of one phase meet the same pixels.
+    const bool few_rows = V::kRegisters < 32 && packed && taps > 1 && cg * across.count > 192;
+    const int64_t rows_a_task = few_rows ? 192 : 432;
+    q_groups = ceil_div(q_tiles, rows_a_task / rows);
     // Partial sums serve where tiles are too few for many threads, or where the input is read as it lies,
     // which tasks of the same pixels would each fetch from memory; and where pixels are enough to make up
     // for adding them up. 1 MiB of them at most.
@@ -259,8 +293,13 @@ struct WgradPlan {
     lists_bytes = round_up(runs * int64_t{sizeof(PixelRun)}, 64);
   }
 
+  // Of an image, in all phases.
+  int64_t packed_pixels() const { return down.count * across.count * phase_pixels(); }
+  int64_t phase_pixels() const { return down.length * across.length; }
   // From the packed channels of one tile to the next: all of them are written to in turns.
-  int64_t packed_tile_floats() const { return odd_lines(chunk * packed_pixels * rows + V::kWidth); }
+  int64_t packed_tile_floats() const {
+    return odd_lines(chunk * packed_pixels() * rows + V::kWidth);
+  }
 
   void make_blocks_of_windows(const Conv2dProblem& p) {
     offsets_bytes += round_up(p.oh * p.ow * 8, 64);
@@ -347,43 +386,73 @@ inline void copy_padded(const Conv2dProblem& p, const float* x, int64_t images, 
   });
 }
 
-// The channels of images, those of a tile side by side: [group][tile][pixel][plan.rows].
+// Where the input has pixels begin .. end - 1 of a phase, of all images; -1 for those beyond its edge.
+template <class V>
+void list_phase(const Conv2dProblem& p, const WgradPlan<V>& plan, int64_t row_phase,
+                int64_t column_phase, int64_t begin, int64_t end, int64_t* places) {
+  const PhasedAxis &down = plan.down, &across = plan.across;
+  const int64_t top = down.residue(row_phase), left = across.residue(column_phase);
+  int64_t image = begin / plan.phase_pixels();
+  int64_t row = begin / across.length % down.length, column = begin % across.length;
+  for (int64_t pixel = begin; pixel < end; ++pixel) {
+    const int64_t i = top + row * p.stride_h, j = left + column * p.stride_w;
+    *places++ = i < p.h && j < p.w ? ((image * p.h + i) * p.w + j) * p.c : -1;
+    if (++column < across.length) continue;
+    column = 0;
+    if (++row < down.length) continue;
+    row = 0;
+    ++image;
+  }
+}
+
+// The channels of images, those of a tile side by side, phase by phase.
 template <class V>
 void pack_x(const Conv2dProblem& p, const WgradPlan<V>& plan, const float* x, int64_t images,
             float* packed) {
   const int64_t cg = p.c_per_group(), tile_floats = plan.packed_tile_floats();
   constexpr int64_t kPixelsATask = 64;
-  const int64_t pixels = images * plan.packed_pixels, parts = ceil_div(pixels, kPixelsATask);
-  // Where an image has a pixel that is packed.
-  const auto place_of = [&](int64_t pixel) {
-    return plan.sampled ? corner_of_window(p, pixel) : pixel * p.c;
-  };
+  const int64_t pixels = images * plan.phase_pixels(), parts = ceil_div(pixels, kPixelsATask);
+  const int64_t row_phases = plan.down.count, column_phases = plan.across.count;
   // Of few pixels, tasks share the channels.
-  const int64_t enough = tasks_for(pixels * p.c);
-  const int64_t cuts = min64(plan.tiles_a_tap, ceil_div(enough, p.groups * parts));
-  parallel_for(p.groups * parts * cuts, [&](int64_t task) {
-    const int64_t cut = task % cuts, group = task / cuts / parts;
+  const int64_t enough = tasks_for(row_phases * column_phases * pixels * p.c);
+  const int64_t cuts = min64(plan.tiles_a_tap, ceil_div(enough, p.groups * row_phases * parts));
+  // One after the other, phases of the same rows find the lines that they share in the cache.
+  parallel_for(p.groups * row_phases * parts * cuts, [&](int64_t task) {
+    const int64_t cut = task % cuts, row_phase = task / cuts / parts % row_phases;
+    const int64_t group = task / cuts / parts / row_phases;
     const int64_t begin = task / cuts % parts * kPixelsATask;
     const int64_t end = min64(pixels, begin + kPixelsATask);
-    float* const out = packed + group * plan.tiles_a_tap * tile_floats;
     const Span tiles = part_of(plan.tiles_a_tap, cuts, cut);
     int64_t places[kPixelsATask];
-    for (int64_t pixel = begin; pixel < end; ++pixel) places[pixel - begin] = place_of(pixel);
-    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-      const int64_t c = plan.channels.begin(tile), c_end = c + plan.channels.size(tile);
-      const int64_t last = (c_end - c - 1) / V::kWidth * V::kWidth;
-      const auto tail = V::tail(static_cast<int>(c_end - c - last));
-      const float* const first = x + group * cg + c;
-      float* to = out + tile * tile_floats + begin * plan.rows;
-      for (int64_t pixel = begin; pixel < end; ++pixel, to += plan.rows) {
-        const float* const from = first + places[pixel - begin];
-        for (int64_t v = 0; v < last; v += V::kWidth) V::store(to + v, V::load(from + v));
-        const typename V::Reg rest = V::load(from + last, tail);
-        // What a whole vector spills beyond a pixel, the next ones cover; another task's would stay.
-        if ((end - pixel) * plan.rows >= last + V::kWidth) {
-          V::store(to + last, rest);
-        } else {
-          V::store(to + last, rest, tail);
+    for (int64_t column_phase = 0; column_phase < column_phases; ++column_phase) {
+      list_phase(p, plan, row_phase, column_phase, begin, end, places);
+      // The tiles read each line in pieces, too far apart for a processor to ask for them ahead.
+      const float* const channels = x + group * cg + plan.channels.begin(tiles.begin);
+      const int64_t floats = plan.channels.begin(tiles.end) - plan.channels.begin(tiles.begin);
+      for (int64_t i = 0; i < end - begin; ++i) {
+        for (int64_t at = 0; at < floats && places[i] >= 0; at += kLine) {
+          __builtin_prefetch(channels + places[i] + at, 0, 2);
+        }
+      }
+      const int64_t phase = row_phase * column_phases + column_phase;
+      for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+        const int64_t c = plan.channels.begin(tile), c_end = c + plan.channels.size(tile);
+        const int64_t last = (c_end - c - 1) / V::kWidth * V::kWidth;
+        const auto tail = V::tail(static_cast<int>(c_end - c - last));
+        const float* const first = x + group * cg + c;
+        float* to = packed + (group * plan.tiles_a_tap + tile) * tile_floats +
+                    (phase * plan.chunk * plan.phase_pixels() + begin) * plan.rows;
+        for (int64_t pixel = begin; pixel < end; ++pixel, to += plan.rows) {
+          if (places[pixel - begin] < 0) continue;
+          const float* const from = first + places[pixel - begin];
+          for (int64_t v = 0; v < last; v += V::kWidth) V::store(to + v, V::load(from + v));
+          const typename V::Reg rest = V::load(from + last, tail);
+          // What a whole vector spills beyond a pixel, the next ones cover; another task's would stay.
+          if ((end - pixel) * plan.rows >= last + V::kWidth) {
+            V::store(to + last, rest);
+          } else {
+            V::store(to + last, rest, tail);
+          }
         }
       }
     }
@@ -466,40 +535,51 @@ void pack_pooled_dy(const float* dy, const float* y, const std::uint8_t* argmax,
   }
 }
 
-// The problem as tiles see it, which read the input, a copy of it with its padding or the pixels that were
-// packed alone.
+// Pixels as a tap meets them: output (i, j) of image n meets the one in row i * stride_h + row and column
+// j * stride_w + column of that image, where there is one.
+struct PixelsOfTap {
+  int64_t first;  // the first image's first pixel
+  int64_t image_pixels, row_pixels;
+  int64_t h, w, stride_h, stride_w, row, column;
+};
+
+// Of what tiles read: the input, a copy of it with its padding, or the phase that is packed.
 template <class V>
-Conv2dProblem as_read(Conv2dProblem p, const WgradPlan<V>& plan) {
-  if (!plan.by_taps) {
-    p.h = plan.source_h;
-    p.w = plan.source_w;
-    p.pad_top = p.pad_bottom = p.pad_left = p.pad_right = 0;
+PixelsOfTap pixels_of_tap(const Conv2dProblem& p, const WgradPlan<V>& plan, int64_t r, int64_t s) {
+  if (!plan.packed) {
+    const int64_t h = plan.source_h, w = plan.source_w;
+    const int64_t top = plan.copied ? 0 : p.pad_top, left = plan.copied ? 0 : p.pad_left;
+    return {
+        0, h * w, w, h, w, p.stride_h, p.stride_w, r * p.dilation_h - top, s * p.dilation_w - left};
   }
-  if (plan.sampled) {
-    p.h = p.oh;
-    p.w = p.ow;
-    p.stride_h = p.stride_w = 1;
-  }
-  return p;
+  const int64_t i = plan.down.phase_of(r), j = plan.across.phase_of(s);
+  return {(i * plan.across.count + j) * plan.chunk * plan.phase_pixels(),
+          plan.phase_pixels(),
+          plan.across.length,
+          plan.down.rows_of(i),
+          plan.across.rows_of(j),
+          1,
+          1,
+          plan.down.met_first(r),
+          plan.across.met_first(s)};
 }
 
-// The pixels of a block that meet the source with tap (r, s), those of x `x_pixel` floats apart. Returns
-// how many runs there are.
-inline int64_t list_runs(const Conv2dProblem& p, int64_t r, int64_t s, int64_t begin, int64_t end,
+// The pixels of a block that meet the source with a tap, those of x `x_pixel` floats apart. Returns how many
+// runs there are.
+inline int64_t list_runs(const Conv2dProblem& p, const PixelsOfTap& at, int64_t begin, int64_t end,
                          int64_t x_pixel, PixelRun* runs) {
-  const int64_t off_h = r * p.dilation_h - p.pad_top, off_w = s * p.dilation_w - p.pad_left;
-  const Span columns = AxisTaps{1, p.stride_w, off_w, 1, 0, 1}.met_by(0, p.ow, p.w);
-  const int64_t step = p.stride_w * x_pixel;
+  const Span columns = AxisTaps{1, at.stride_w, at.column, 1, 0, 1}.met_by(0, p.ow, at.w);
+  const int64_t step = at.stride_w * x_pixel;
   int64_t count = 0;
   int64_t row = begin / p.ow, j = begin % p.ow;
   for (int64_t pixel = begin; pixel < end; ++row, j = 0) {
     const int64_t stretch = min64(end - pixel, p.ow - j);
-    const int64_t n = row / p.oh, source_i = row % p.oh * p.stride_h + off_h;
+    const int64_t n = row / p.oh, source_i = row % p.oh * at.stride_h + at.row;
     const int64_t from = max64(j, columns.begin), to = min64(j + stretch, columns.end);
-    if (source_i >= 0 && source_i < p.h && from < to) {
-      const PixelRun run{.x = ((n * p.h + source_i) * p.w + from * p.stride_w + off_w) * x_pixel,
-                         .pixel = pixel - begin + from - j,
-                         .count = to - from};
+    if (source_i >= 0 && source_i < at.h && from < to) {
+      const int64_t x = at.first + n * at.image_pixels + source_i * at.row_pixels +
+                        from * at.stride_w + at.column;
+      const PixelRun run{.x = x * x_pixel, .pixel = pixel - begin + from - j, .count = to - from};
       PixelRun* const before = count > 0 ? runs + count - 1 : nullptr;
       if (before && before->x + before->count * step == run.x &&
           before->pixel + before->count == run.pixel) {
@@ -719,7 +799,6 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
   if (better_reversed<V>(p) && !argmax && reversed_wgrad<V>(p, operands)) return;
   WgradPlan<V> plan(p, dbias != nullptr);
   if (argmax) plan.make_blocks_of_windows(p);
-  const Conv2dProblem read = as_read(p, plan);
   const int64_t cg = p.c_per_group(), kg = p.k_per_group();
   const int workers = workers_for(plan.tasks(p));
   const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes(workers)));
@@ -777,7 +856,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
       LinesAhead<V> ahead(p, plan, operands, group, panels, tiles);
       WgradTile t{};
       t.runs = runs;
-      t.x_step = read.stride_w * (plan.packed ? plan.rows : p.c);
+      t.x_step = plan.packed ? plan.rows : p.stride_w * p.c;
       // Pixels that lie multiples of 16 lines apart fall into few sets of the first-level cache, where
       // what is asked for too early is gone when it is used.
       t.x_ahead = kPixelsAhead / (p.c % (16 * 16) == 0 ? 2 : 1) * t.x_step;
@@ -817,7 +896,8 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
             t.pixels = end - begin;
           } else if (!plan.by_taps) {
             const int64_t in_image = begin % (p.oh * p.ow);
-            t.run_count = list_runs(read, 0, 0, in_image, in_image + end - begin, p.c, runs);
+            t.run_count = list_runs(p, pixels_of_tap(p, plan, 0, 0), in_image,
+                                    in_image + end - begin, p.c, runs);
           }
           int64_t tap = tiles.begin / plan.tiles_a_tap, listed = -1;
           int64_t c_tile = tiles.begin % plan.tiles_a_tap - 1;
@@ -829,7 +909,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
                 c_tile = 0;
               }
               if (tap != listed) {
-                t.run_count = list_runs(read, tap / p.s, tap % p.s, begin, end,
+                t.run_count = list_runs(p, pixels_of_tap(p, plan, tap / p.s, tap % p.s), begin, end,
                                         plan.packed ? plan.rows : p.c, runs);
                 listed = tap;
               }
@@ -853,6 +933,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
                 : plan.packed ? wgrad_tile_function<V, WgradRows::packed>(rows, vectors)
                               : wgrad_tile_function<V, WgradRows::fetched>(rows, vectors);
             if (plan.asks_ahead) ahead.next_tile(t);
+            t.next_sum = t.sum + (tile + 1 < tiles.end ? rows * t.sum_row : 0);
             multiply(t);
           }
         }
