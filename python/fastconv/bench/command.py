@@ -29,7 +29,8 @@ _INTERRUPTED = 130
 
 DEFAULT_SUITES = ("mnist",)
 SUITE_NAMES = (
-    "mnist, alexnet, vgg16, resnet50, mobilenetv2, grouped, deepbench, pooling, random:SEED:COUNT"
+    "mnist, alexnet, vgg16, resnet50, mobilenetv2, efficientnet, convnext, grouped, dilated, sequences, "
+    "deepbench, pooling, random:SEED:COUNT"
 )
 
 
@@ -78,7 +79,7 @@ SUITE_NAMES = (
 )
 @click.option(
     "--filter", type=click.Choice(["packed", "plain"]), default="packed", show_default=True,
-    help="Of fastconv's forward passes: packed beforehand, as oneDNN's, ONNX Runtime's and "
+    help="Of fastconv's fprop and dgrad: packed beforehand, as oneDNN's, ONNX Runtime's and "
     "OpenVINO's are, or laid out anew in each call, as in training.",
 )  # fmt: skip
 @click.option(

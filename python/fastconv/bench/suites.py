@@ -116,6 +116,64 @@ def grouped(n: int = 8) -> Iterator[Problem]:
     yield _conv(n, 28, 128, 128, 3, groups=8, name="g8")
 
 
+def efficientnet(n: int = 1) -> Iterator[Problem]:
+    """EfficientNet-B0's depthwise layers; its 1 x 1 layers are like MobileNetV2's."""
+    for size, c, taps, stride in (
+        (112, 32, 3, 1), (112, 96, 3, 2), (56, 144, 3, 1), (56, 144, 5, 2), (28, 240, 5, 1),
+        (28, 240, 3, 2), (14, 480, 3, 1), (14, 480, 5, 1), (14, 672, 5, 1), (14, 672, 5, 2),
+        (7, 1152, 5, 1), (7, 1152, 3, 1),
+    ):  # fmt: skip
+        yield _conv(n, size, c, c, taps, stride, groups=c, name=f"dw{size}x{c}k{taps}s{stride}")
+
+
+def convnext(n: int = 1) -> Iterator[Problem]:
+    """ConvNeXt-T's layers but the 1 x 1 ones, which are Dense."""
+    yield _conv(n, 224, 3, 96, 4, 4, 0, name="stem")
+    for size, c in ((56, 96), (28, 192), (14, 384), (7, 768)):
+        yield _conv(n, size, c, c, 7, groups=c, name=f"dw{size}x{c}")
+    for size, c in ((56, 96), (28, 192), (14, 384)):
+        yield _conv(n, size, c, 2 * c, 2, 2, 0, name=f"down{size}x{c}")
+
+
+def dilated() -> Iterator[Problem]:
+    """Dilated 3 x 3 layers of networks that segment images: DeepLabV3 on 513 x 513 pixels, a
+    context network (Yu and Koltun) and Xception's depthwise layer."""
+    for name, size, c, k, groups, dilations in (
+        ("conv5", 33, 512, 512, 1, (2, 4)),
+        ("aspp", 33, 2048, 256, 1, (6, 12, 18)),
+        ("context", 64, 64, 64, 1, (2, 4, 8, 16)),
+        ("xception", 33, 728, 728, 728, (2,)),
+    ):
+        for d in dilations:
+            yield parse(f'mb1g{groups}ic{c}ih{size}oc{k}kh3ph{d}dh{d - 1}n"{name}_d{d}"')
+
+
+def sequences() -> Iterator[Problem]:
+    """Layers in one dimension: those of temporal and text networks, of speech, and Inception's
+    filters of a single row or column."""
+    for n, steps, c, k, taps, d, name in (
+        (8, 1024, 64, 64, 3, 1, "tcn_d1"),
+        (8, 1024, 64, 64, 3, 8, "tcn_d8"),
+        (8, 4000, 32, 64, 2, 16, "wavenet_d16"),
+        (32, 400, 128, 128, 3, 1, "text3"),
+        (32, 400, 128, 128, 4, 1, "text4"),
+        (32, 400, 128, 128, 5, 1, "text5"),
+        (64, 128, 9, 64, 5, 1, "sensors"),
+        (8, 500, 256, 256, 11, 1, "jasper"),
+    ):
+        pad = (taps - 1) * d // 2
+        yield parse(
+            f'mb{n}ic{c}ih1iw{steps}oc{k}oh1ow{steps}kh1kw{taps}ph0pw{pad}dh{d - 1}n"{name}"'
+        )
+    yield parse('mb4g256ic256ih1iw500oc256oh1ow500kh1kw31ph0pw15n"conformer"')
+    for c, k, kernel, name in (
+        (128, 128, "kh1kw7ph0pw3", "inception1x7"),
+        (160, 192, "kh7kw1ph3pw0", "inception7x1"),
+    ):
+        yield parse(f'mb4ic{c}ih17oc{k}oh17{kernel}n"{name}"')
+    yield parse('mb4ic384ih8oc384oh8kh1kw3ph0pw1n"inception1x3"')
+
+
 def deepbench() -> Iterator[Problem]:
     """The convolutions of DeepBench's list for training, at its smaller batch sizes."""
     rows = (  # width, height, channels, images, filters, taps, padding, strides (width, height)
@@ -195,7 +253,11 @@ SUITES: dict[str, Callable[..., Iterator[Problem]]] = {
     "vgg16": vgg16,
     "resnet50": resnet50,
     "mobilenetv2": mobilenetv2,
+    "efficientnet": efficientnet,
+    "convnext": convnext,
     "grouped": grouped,
+    "dilated": dilated,
+    "sequences": sequences,
     "deepbench": deepbench,
     "pooling": pooling,
     "random": random,
