@@ -118,12 +118,17 @@ def test_convolutions_are_those_of_python(library, call, draw, ours, python):
         again.fill(np.nan)
         call("conv2d_packed_fprop", problem, x, packed, bias, again)
         np.testing.assert_array_equal(again, y)
-    library.fastconv_packed_filter_destroy(packed)
 
     dy = draw(*y.shape)
     output = {"output": y} if problem.activation else {}
     dx, dw, dbias = np.empty_like(x), np.empty_like(w), np.empty_like(bias)
     call("conv2d_dgrad", problem, dy, w, y if output else None, dx)
+    again = np.empty_like(dx)
+    for _ in range(2):
+        again.fill(np.nan)
+        call("conv2d_packed_dgrad", problem, dy, packed, y if output else None, again)
+        np.testing.assert_array_equal(again, dx)
+    library.fastconv_packed_filter_destroy(packed)
     call("conv2d_wgrad", problem, x, dy, y if output else None, dw, dbias)
     right_dw, right_dbias = fastconv.conv2d_grad_filter(
         x, dy, w.shape, return_bias_grad=True, **output, **python
@@ -238,6 +243,7 @@ def test_null_pointers(refused, draw):
         ("packed_filter_create", (good(), w, None), "filter"),
         ("conv2d_packed_fprop", (good(), x, None, None, y), "filter"),
         ("conv2d_dgrad", (relu, y, w, None, x), "y"),
+        ("conv2d_packed_dgrad", (good(), y, None, None, x), "filter"),
         ("conv2d_wgrad", (good(), None, y, None, w, None), "x"),
         ("max_pool2d_fprop", (pool, x, None, None), "y"),
         ("max_pool2d_bprop", (pool, x, None, x), "argmax"),
@@ -256,11 +262,15 @@ def test_a_packed_filter_serves_its_own_shape(library, call, refused, draw):
     call("packed_filter_create", good(), draw(3, 3, 2, 2), ctypes.byref(packed))
     other = good()
     other.k = 3
-    error = refused("conv2d_packed_fprop", other, draw(1, 4, 4, 2), packed, None, draw(1, 2, 2, 3))
-    assert error == (
-        "The problem's filter must be of the packed one's shape, (3, 3, 2, 2). "
-        "Received: filter of shape (3, 3, 2, 3)"
-    )
+    x, y = draw(1, 4, 4, 2), draw(1, 2, 2, 3)
+    for function, arguments in [
+        ("conv2d_packed_fprop", (x, packed, None, y)),
+        ("conv2d_packed_dgrad", (y, packed, None, x)),
+    ]:
+        assert refused(function, other, *arguments) == (
+            "The problem's filter must be of the packed one's shape, (3, 3, 2, 2). "
+            "Received: filter of shape (3, 3, 2, 3)"
+        )
     library.fastconv_packed_filter_destroy(packed)
     library.fastconv_packed_filter_destroy(None)
 

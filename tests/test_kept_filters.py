@@ -179,6 +179,46 @@ def test_scales(algorithm):
             assert kept() >= 8 - 2 - 2 * change - 1
 
 
+@pytest.mark.parametrize("strides", [1, 2])
+def test_a_transposed_convolution(strides):
+    x, w = arrays(SHAPE, (3, 3, 40, 24))
+    w = tf.Variable(w)
+    run = tf.function(
+        lambda x: adapter.conv2d_transpose(x, w, strides=strides, padding="same"), autograph=False
+    )
+    y_shape = (SHAPE[0], SHAPE[1] * strides, SHAPE[2] * strides, 40)
+    kept = Kept()
+    for change in range(3):
+        wanted = fastconv.conv2d_grad_input(x, w.numpy(), y_shape, strides=strides, padding="same")
+        for _ in range(5):
+            np.testing.assert_array_equal(run(x), wanted)
+        w.assign(w * (change + 2.0))
+    assert kept() >= 3
+
+
+def test_the_gradient_through_a_frozen_convolution():
+    """Whose filter stays, as in fine-tuning; the mask of its ReLU is of each call."""
+    x, w, dy = arrays(SHAPE, FILTER, (*SHAPE[:3], FILTER[3]))
+    w = tf.Variable(w, trainable=False)
+
+    @tf.function(autograph=False)
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = adapter.conv2d(x, w, padding="same", activation="relu")
+        return tape.gradient(y, x, dy)
+
+    kept = Kept()
+    for call in range(5):
+        x = -1.5 * x
+        y = by_numpy(x, w, activation="relu")
+        wanted = fastconv.conv2d_grad_input(
+            dy, w.numpy(), SHAPE, padding="same", activation="relu", output=y
+        )
+        np.testing.assert_array_equal(gradient(tf.constant(x)), wanted)
+        assert kept() == 2 * (call >= 2)
+
+
 def test_with_pooling():
     x, w = arrays(SHAPE, FILTER)
     w = tf.Variable(w)
@@ -277,3 +317,20 @@ print("kept", adapter.kept_filters())
             text=True,
         )
         assert f"kept {kept}\n" in done.stdout, done.stderr
+
+
+def test_a_senseless_value_is_refused():
+    program = f"""
+import tensorflow as tf
+from fastconv.adapters import tensorflow as adapter
+adapter.conv2d(tf.ones({SHAPE}), tf.ones({FILTER}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        env={**os.environ, "FASTCONV_KEEP_FILTERS": "off"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "FASTCONV_KEEP_FILTERS must be 0 or 1. Received: off" in done.stderr

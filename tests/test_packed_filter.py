@@ -1,5 +1,6 @@
 """Filters that are kept: the same bits as of the array, from whichever layout a call asks for."""
 
+import itertools
 import threading
 
 import numpy as np
@@ -33,14 +34,19 @@ PROBLEMS = [
     Problem((2, 8, 8, 24), 24, padding="same", groups=24),
     Problem((0, 8, 8, 16), 16),
     Problem((3, 11, 10, 20), 36, padding="same", data_format="channels_first"),
+    # dgrad: residues without taps, with fewer taps than others, and without pixels
+    Problem((2, 9, 8, 40), 24, kernel=(1, 1), strides=(2, 2)),
+    Problem((1, 13, 17, 20), 130, kernel=(3, 4), strides=(3, 2), padding=((1, 2), (3, 0))),
+    Problem((1, 2, 9, 24), 40, kernel=(2, 2), strides=(3, 4), padding=((0, 1), (0, 0))),
+    Problem((1, 15, 15, 16), 48, strides=(2, 3), padding="same", dilation_rate=(3, 2)),
 ]
 
 
-def algorithms_of(problem):
-    candidates = fastconv.explain(problem.x_shape, problem.w_shape, **problem.geometry)[
-        "candidates"
-    ]
-    return [candidate["algorithm"] for candidate in candidates]
+def algorithms_of(problem, direction="fprop"):
+    plan = fastconv.explain(
+        problem.x_shape, problem.w_shape, direction=direction, **problem.geometry
+    )
+    return [candidate["algorithm"] for candidate in plan["candidates"]]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -58,27 +64,46 @@ def test_the_same_bits_as_of_the_array(problem, isa, threads):
                 assert y.tobytes() == right.tobytes(), algorithm
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_the_same_gradient_as_of_the_array(problem, isa, threads):
+    data = normals(problem)
+    packed = PackedFilter(data.w)
+    with running_on(isa=isa, threads=threads):
+        for algorithm in [None, *algorithms_of(problem, "dgrad")]:
+            options = {**problem.geometry, "activation": "relu", "algorithm": algorithm}
+            arguments = {"input_shape": problem.x_shape, "output": data.output, **options}
+            right = fastconv.conv2d_grad_input(data.dy, data.w, **arguments)
+            for _ in range(2):  # the first one packs
+                dx = fastconv.conv2d_grad_input(data.dy, packed, **arguments)
+                assert dx.tobytes() == right.tobytes(), algorithm
+
+
+@settings(max_examples=100, deadline=None)
 @given(
     st.tuples(*[st.integers(1, most) for most in (3, 12, 12, 5, 80)]),
-    st.sampled_from([1, 3]),
-    st.integers(1, 2),
-    st.integers(1, 2),
+    st.tuples(*[st.integers(1, 3)] * 2),
+    st.tuples(*[st.integers(1, 3)] * 2),
+    st.tuples(*[st.integers(1, 2)] * 2),
     st.sampled_from(["valid", "same"]),
     st.integers(1, 3),
 )
-def test_any_shape(sizes, kernel, stride, rate, padding, groups):
+def test_any_shape(sizes, kernel, strides, rates, padding, groups):
     n, h, w, channels, filters = sizes
     problem = Problem(
-        (n, h + 4, w + 4, channels * 7 * groups), filters * groups, (kernel, kernel),
-        (stride, stride), padding, (rate, rate), groups,
+        (n, h + 4, w + 4, channels * 7 * groups), filters * groups, kernel, strides, padding,
+        rates, groups,
     )  # fmt: skip
     data = normals(problem)
     right = fastconv.conv2d(data.x, data.w, **problem.geometry)
+    right_dx = fastconv.conv2d_grad_input(data.dy, data.w, problem.x_shape, **problem.geometry)
     packed = PackedFilter(data.w)
     for _ in range(2):
         y = fastconv.conv2d(data.x, packed, **problem.geometry)
         assert y.tobytes() == right.tobytes()
+        dx = fastconv.conv2d_grad_input(data.dy, packed, problem.x_shape, **problem.geometry)
+        assert dx.tobytes() == right_dx.tobytes()
 
 
 def test_one_filter_for_images_of_any_size_and_number():
@@ -89,6 +114,27 @@ def test_one_filter_for_images_of_any_size_and_number():
         x = rng.standard_normal((n, size, size, 48), np.float32)
         y = fastconv.conv2d(x, packed, padding="same")
         assert y.tobytes() == fastconv.conv2d(x, w, padding="same").tobytes()
+        dx = fastconv.conv2d_grad_input(y, packed, x.shape, padding="same")
+        right = fastconv.conv2d_grad_input(y, w, x.shape, padding="same")
+        assert dx.tobytes() == right.tobytes()
+
+
+def test_one_filter_for_strides_paddings_and_dilations_in_turn():
+    """The taps that meet a pixel's gradient lie together, and which these are depends on all of them."""
+    rng = np.random.default_rng(4)
+    w = rng.standard_normal((4, 3, 24, 40), np.float32)
+    packed = PackedFilter(w)
+    shape = (1, 14, 15, 24)
+    for _ in range(2):
+        for strides, padding, rate in itertools.product(
+            [1, 2, (2, 3), (3, 2)], ["valid", "same", ((2, 1), (1, 2))], [1, 2]
+        ):
+            options = {"strides": strides, "padding": padding, "dilation_rate": rate}
+            y = fastconv.conv2d(np.ones(shape, np.float32), w, **options)
+            dy = rng.standard_normal(y.shape, np.float32)
+            dx = fastconv.conv2d_grad_input(dy, packed, shape, algorithm="direct", **options)
+            right = fastconv.conv2d_grad_input(dy, w, shape, algorithm="direct", **options)
+            assert dx.tobytes() == right.tobytes(), options
 
 
 def test_against_the_reference():
@@ -97,8 +143,11 @@ def test_against_the_reference():
     packed = PackedFilter(data.w)
     with by_reference():
         right = fastconv.conv2d(data.x, packed, data.bias)
+        right_dx = fastconv.conv2d_grad_input(data.dy, packed, problem.x_shape)
     y = fastconv.conv2d(data.x, packed, data.bias)
     np.testing.assert_allclose(y, right, rtol=1e-4, atol=1e-4)
+    dx = fastconv.conv2d_grad_input(data.dy, packed, problem.x_shape)
+    np.testing.assert_allclose(dx, right_dx, rtol=1e-4, atol=1e-4)
 
 
 def test_the_array_is_copied():
@@ -123,6 +172,10 @@ def test_out():
     assert (out == 4).all()
     with pytest.raises(ValueError, match="`out` must not share memory"):
         fastconv.conv2d(x, packed, out=x)
+    assert fastconv.conv2d_grad_input(x, packed, x.shape, out=out) is out
+    assert (out == 4).all()
+    with pytest.raises(ValueError, match="`out` must not share memory"):
+        fastconv.conv2d_grad_input(x, packed, x.shape, out=x)
 
 
 def test_what_is_held_is_told_and_bounded():
@@ -138,11 +191,15 @@ def test_what_is_held_is_told_and_bounded():
     assert once == 2 * w.nbytes
     fastconv.conv2d(x, packed, algorithm="direct")
     assert packed.nbytes == once
+    dy = np.ones((1, 10, 10, 64), np.float32)
+    fastconv.conv2d_grad_input(dy, packed, x.shape, algorithm="direct")
+    assert packed.nbytes == 3 * w.nbytes
     transformed = w.nbytes * 36 // 9
     for isa in ISAS:
         with running_on(isa=isa):
             for algorithm in ("winograd4", "direct", "winograd2"):
                 fastconv.conv2d(x, packed, algorithm=algorithm)
+                fastconv.conv2d_grad_input(dy, packed, x.shape, algorithm=algorithm)
     assert packed.nbytes <= w.nbytes + 4 * 1.1 * transformed
 
 
@@ -209,9 +266,30 @@ X = np.ones((1, 4, 4, 2), np.float32)
         ),
         (
             TypeError,
-            "`w` must be a NumPy array. Received: w of type PackedFilter",
+            "`dy` must have dtype float32, as a PackedFilter has. Received: dy.dtype=float16",
             lambda: fastconv.conv2d_grad_input(
-                X, PackedFilter(np.ones((1, 1, 2, 2), np.float32)), X.shape
+                X.astype(np.float16), PackedFilter(np.ones((1, 1, 2, 2), np.float32)), X.shape
+            ),
+        ),
+        (
+            TypeError,
+            "`dy` must be a NumPy array",
+            lambda: fastconv.conv2d_grad_input(
+                [1.0], PackedFilter(np.ones((1, 1, 2, 2), np.float32)), X.shape
+            ),
+        ),
+        (
+            ValueError,
+            "`dy` must have shape",
+            lambda: fastconv.conv2d_grad_input(
+                X, PackedFilter(np.ones((1, 1, 2, 3), np.float32)), X.shape
+            ),
+        ),
+        (
+            ValueError,
+            "`output`, the result of conv2d, is required",
+            lambda: fastconv.conv2d_grad_input(
+                X, PackedFilter(np.ones((1, 1, 2, 2), np.float32)), X.shape, activation="relu"
             ),
         ),
     ],
@@ -226,16 +304,20 @@ def test_a_name_that_does_not_serve_is_refused():
     packed = PackedFilter(np.ones((1, 1, 2, 2), np.float32))
     with pytest.raises(ValueError, match="winograd4"):
         fastconv.conv2d(X, packed, algorithm="winograd4")
+    with pytest.raises(ValueError, match="winograd4"):
+        fastconv.conv2d_grad_input(X, packed, X.shape, algorithm="winograd4")
 
 
 def test_the_timed_kernels_take_it():
     packed = _core.PackedFilter(np.ones((1, 1, 2, 2), np.float32))
     _core.timed.set_calls(3)
     try:
-        y = _core.timed.conv2d(
-            X, packed, None, (1, 1), ("valid", (0, 0, 0, 0)), (1, 1), 1, "linear", "channels_last"
-        )
+        geometry = ((1, 1), ("valid", (0, 0, 0, 0)), (1, 1), 1, "linear", "channels_last")
+        for result in (
+            _core.timed.conv2d(X, packed, None, *geometry),
+            _core.timed.conv2d_grad_input(X, packed, X.shape, None, *geometry),
+        ):
+            assert (result == 2).all()
+            assert len(_core.timed.nanoseconds()) == 3
     finally:
         _core.timed.set_calls(1)
-    assert (y == 2).all()
-    assert len(_core.timed.nanoseconds()) == 3

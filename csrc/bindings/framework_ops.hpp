@@ -171,8 +171,8 @@ struct HostOperations {
     fastconv::conv2d_scaled_fprop(p, x, filter, scale, bias, residual, y, nullptr, forms);
   }
   void conv2d_dgrad(const Conv2dProblem& p, const void* dy, const void* filter, const void* y,
-                    void* dx) const {
-    fastconv::conv2d_dgrad(p, dy, filter, y, dx);
+                    void* dx, const FilterForms* forms = nullptr) const {
+    fastconv::conv2d_dgrad(p, dy, filter, y, dx, nullptr, forms);
   }
   void conv2d_wgrad(const Conv2dProblem& p, const void* x, const void* dy, const void* y,
                     void* dfilter, void* dbias) const {
@@ -390,10 +390,18 @@ class Conv2dGradInput : public Conv2dKernel {
     const Conv2dProblem p = problem(rank4_shape(x, "x"), filter);
     check_shape(dy, "dy", p.y_shape());
     const void* mask = checked_mask(p, context, output);
+    const auto forms = kept_.forms(context, 1, p, nullptr);
     const auto dx = context.output(0, p.x_shape());
+    if (forms) {
+      return HostOperations{}.conv2d_dgrad(p, dy.values(p.dtype), filter.values(p.dtype), mask,
+                                           dx.values(p.dtype), forms.get());
+    }
     operations_of(context).conv2d_dgrad(p, dy.values(p.dtype), filter.values(p.dtype), mask,
                                         dx.values(p.dtype));
   }
+
+ private:
+  mutable KeptFilter kept_;
 };
 
 class Conv2dGradFilter : public Conv2dKernel {
@@ -465,7 +473,12 @@ class Conv2dTranspose : public Conv2dKernel {
     }
     const Conv2dProblem p = problem(y_shape, filter);
     check_shape(x, "x", p.y_shape());  // the stride and the offset may not fit each other
+    const auto forms = kept_.forms(context, 1, p, nullptr);
     const auto y = context.output(0, y_shape);
+    if (forms) {
+      return HostOperations{}.conv2d_dgrad(p, x.values(p.dtype), filter.values(p.dtype), nullptr,
+                                           y.values(p.dtype), forms.get());
+    }
     operations_of(context).conv2d_dgrad(p, x.values(p.dtype), filter.values(p.dtype), nullptr,
                                         y.values(p.dtype));
   }
@@ -473,6 +486,7 @@ class Conv2dTranspose : public Conv2dKernel {
  private:
   std::array<int64_t, 2> strides_, offset_;
   int channel_axis_;
+  mutable KeptFilter kept_;
 };
 
 // For inference, of int8 (see core/operations.hpp).

@@ -17,6 +17,7 @@
 #include <string>
 #include <utility>
 
+#include "core/error.hpp"
 #include "core/packed_filter.hpp"
 #include "core/problem.hpp"
 
@@ -80,7 +81,11 @@ class KeptFilter {
   static bool is_allowed() {
     static const bool allowed = [] {
       const char* const value = std::getenv("FASTCONV_KEEP_FILTERS");
-      return !value || *value != '0';
+      const std::string text = value ? value : "";
+      if (!text.empty() && text != "0" && text != "1") {
+        throw InvalidArgument("FASTCONV_KEEP_FILTERS must be 0 or 1. Received: " + text);
+      }
+      return text != "0";
     }();
     return allowed;
   }

@@ -327,19 +327,32 @@ void conv2d_scaled_fprop(const Conv2dProblem& problem, const void* x, const void
   fprop_by_float32(problem, x, filter, forms, scale, bias, residual, y, algorithm);
 }
 
+namespace {
+
+void check_shape(const Conv2dProblem& problem, const PackedFilter& filter) {
+  if (problem.filter_shape() == filter.shape()) return;
+  throw InvalidArgument("The problem's filter must be of the packed one's shape, " +
+                        shape_text(filter.shape()) + ". Received: filter of shape " +
+                        shape_text(problem.filter_shape()));
+}
+
+}  // namespace
+
 void conv2d_packed_fprop(const Conv2dProblem& problem, const float* x, const PackedFilter& filter,
                          const float* bias, float* y, const char* algorithm) {
-  if (problem.filter_shape() != filter.shape()) {
-    throw InvalidArgument("The problem's filter must be of the packed one's shape, " +
-                          shape_text(filter.shape()) + ". Received: filter of shape " +
-                          shape_text(problem.filter_shape()));
-  }
+  check_shape(problem, filter);
   fprop_by_float32(of_float32(problem), x, filter.values(), &filter, nullptr, bias, nullptr, y,
                    algorithm);
 }
 
+void conv2d_packed_dgrad(const Conv2dProblem& problem, const float* dy, const PackedFilter& filter,
+                         const float* y, float* dx, const char* algorithm) {
+  check_shape(problem, filter);
+  conv2d_dgrad(of_float32(problem), dy, filter.values(), y, dx, algorithm, &filter);
+}
+
 void conv2d_dgrad(const Conv2dProblem& problem, const void* dy, const void* filter, const void* y,
-                  void* dx, const char* algorithm) {
+                  void* dx, const char* algorithm, const FilterForms* forms) {
   if (const auto* const of_bf16 = cpu::choose_bf16(problem, Direction::dgrad, algorithm)) {
     return dgrad_of_bf16(problem, *of_bf16, dy, filter, y, dx);
   }
@@ -362,6 +375,7 @@ void conv2d_dgrad(const Conv2dProblem& problem, const void* dy, const void* filt
         }
         chosen.run(as_computed(part), Direction::dgrad,
                    {.filter = own_filter.data(),
+                    .packed = forms,
                     .dy = apart ? dz.floats() : own_dy.data(),
                     .y = relu && !apart ? own_y.data() : nullptr,
                     .out = own_dx.data()});

@@ -28,9 +28,10 @@ FASTCONV_API void conv2d_scaled_fprop(const Conv2dProblem& problem, const void* 
                                       const FilterForms* forms = nullptr);
 
 // dx = the gradient of fprop by x. With activation relu, `y` is fprop's output and dy counts only
-// where y > 0; with linear, `y` is not read and may be null.
+// where y > 0; with linear, `y` is not read and may be null. `forms` as of conv2d_scaled_fprop.
 FASTCONV_API void conv2d_dgrad(const Conv2dProblem& problem, const void* dy, const void* filter,
-                               const void* y, void* dx, const char* algorithm = nullptr);
+                               const void* y, void* dx, const char* algorithm = nullptr,
+                               const FilterForms* forms = nullptr);
 
 // dfilter = the gradient of fprop by the filter and, where dbias is not null, dbias that by the
 // bias; `y` as for dgrad. dfilter may be null when only dbias is wanted.

@@ -27,8 +27,10 @@ class FASTCONV_API FilterForms {
 
   // What the floats of a form depend on, besides the filter itself.
   struct Layout {
-    std::string_view algorithm;  // static
+    std::string_view algorithm;  // static; of dgrad a name of its own
     std::int64_t vector_width, panels, groups;
+    // The strides and dilations, where they say which taps lie together.
+    std::array<std::int64_t, 4> steps{};
     bool operator==(const Layout&) const = default;
   };
   // The filter so laid out, in `bytes` that `fill` writes where they are not kept yet. `fill` may use the
@@ -75,6 +77,11 @@ class FASTCONV_API PackedFilter : public FilterForms {
 // not looked at. Throws InvalidArgument where the filter is of another shape than the problem's.
 FASTCONV_API void conv2d_packed_fprop(const Conv2dProblem& problem, const float* x,
                                       const PackedFilter& filter, const float* bias, float* y,
+                                      const char* algorithm = nullptr);
+
+// dx, likewise the same bits as of conv2d_dgrad. `y` is the mask of ReLU, else null.
+FASTCONV_API void conv2d_packed_dgrad(const Conv2dProblem& problem, const float* dy,
+                                      const PackedFilter& filter, const float* y, float* dx,
                                       const char* algorithm = nullptr);
 
 }  // namespace fastconv

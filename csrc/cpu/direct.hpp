@@ -16,7 +16,7 @@ struct Direct {
   static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
     switch (direction) {
       case Direction::fprop: return implicit_gemm_fprop<V>(p, t);
-      case Direction::dgrad: return implicit_gemm_dgrad<V>(p, t.dy, t.filter, t.out);
+      case Direction::dgrad: return implicit_gemm_dgrad<V>(p, t);
       case Direction::wgrad: return implicit_gemm_wgrad<V>(p, t);
     }
   }

@@ -18,6 +18,7 @@
 #include <cstring>
 #include <iterator>
 #include <limits>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -922,6 +923,7 @@ struct TapConvolutionRunner {
 
   const TapConvolution g;
   const int64_t pixels;
+  const int64_t shares;  // threads that share the panels evenly
   const Panels panels;
   std::vector<TapRegion> regions;
   std::vector<int64_t> first_tile;       // of each region, and behind the last
@@ -933,8 +935,10 @@ struct TapConvolutionRunner {
   int64_t workspace_bytes;
   int workers;
 
-  explicit TapConvolutionRunner(const TapConvolution& convolution)
-      : g(flattened(convolution)), pixels(g.images * g.out_h * g.out_w), panels(g, shares()) {
+  explicit TapConvolutionRunner(const TapConvolution& convolution,
+                                std::optional<int64_t> shares_of_panels = {})
+      : g(flattened(convolution)), pixels(g.images * g.out_h * g.out_w),
+        shares(shares_of_panels.value_or(fitting_shares())), panels(g, shares) {
     if (pixels > 0) for_each_region(g, [&](const TapRegion& region) { regions.push_back(region); });
     first_tile.push_back(0);
     for (const TapRegion& region : regions) {
@@ -955,7 +959,7 @@ struct TapConvolutionRunner {
     const int64_t whole_cost = large ? 24 : 10;
     int64_t chunked_blocks =
         min64(ceil_div(pixels, V::kRows), ceil_div(enough_tasks, g.groups * panels.panels));
-    if (shares() > 1 && panels.panels % threads == 0) chunked_blocks = 1;
+    if (shares > 1 && panels.panels % threads == 0) chunked_blocks = 1;
     if (own_pixels()) {
       const bool two = packs_in_tiles() && pixels >= 2 * threads * least_own_pixels();
       chunked_blocks = threads * (threads > 1 && two ? 2 : 1);
@@ -1037,8 +1041,8 @@ struct TapConvolutionRunner {
   // other's hardware reads ahead. They have pixels of their own where these make up for the packing.
   int64_t least_own_pixels() const { return packs_in_tiles() ? 96 : 48; }
   bool own_pixels() const { return !is_large() && pixels >= num_threads() * least_own_pixels(); }
-  // Threads that are to share the panels evenly, for pixels are too few to share.
-  int64_t shares() const {
+  // All threads where pixels are too few to share.
+  int64_t fitting_shares() const {
     constexpr int64_t kFewPixels = 256;
     return g.groups > 1 || own_pixels() || pixels > kFewPixels ? 1 : num_threads();
   }
@@ -1069,7 +1073,7 @@ struct TapConvolutionRunner {
     const int64_t spare = g.groups * panels.panels * blocks / enough_tasks;
     panels_a_group = max64(1, min64(spare, kMostVectorsAChunk / panels.widest));
     panel_groups = ceil_div(panels.panels, panels_a_group);
-    if (blocks == 1) panel_groups = min64(panels.panels, round_up(panel_groups, shares()));
+    if (blocks == 1) panel_groups = min64(panels.panels, round_up(panel_groups, shares));
     panels_a_group = ceil_div(panels.panels, panel_groups);
     packed_bytes = chunk_rows() * panels_a_group * panels.widest * V::kWidth * 4;
   }
@@ -1358,10 +1362,68 @@ void implicit_gemm_fprop(const Conv2dProblem& p, const Conv2dOperands& t) {
   runner.execute(t.x, t.filter, t.scale, t.bias, t.residual, t.out, kept.get());
 }
 
+// The filter of dgrad packed for all classes of pixels, one behind the other: in the order of the residues that
+// their taps have in common, whatever the padding and the size of the images are.
 template <class V>
-void implicit_gemm_dgrad(const Conv2dProblem& p, const float* dy, const float* filter, float* dx) {
+class DgradForm {
+  using Panels = FilterPanels<V, kGemmVectors<V>>;
+
+ public:
+  const int64_t shares;  // of all classes
+
+  DgradForm(const Conv2dProblem& problem, int64_t shares) : shares(shares), p_(problem) {
+    // An image that has all classes, and no padding: class (a, b) has residues a and b.
+    p_.pad_top = p_.pad_left = 0;
+    p_.h = p_.stride_h;
+    p_.w = p_.stride_w;
+    for_each_dgrad_class(p_, [&](const TapConvolution& g, int64_t) {
+      offsets_.push_back(floats_);
+      floats_ += Panels(g, this->shares).bytes() / 4;
+      panels_ = Panels(g, this->shares).panels;
+    });
+  }
+
+  FilterForms::Floats of(const FilterForms& forms, const float* filter) const {
+    const FilterForms::Layout layout{"direct dgrad",
+                                     V::kWidth,
+                                     panels_,
+                                     p_.groups,
+                                     {p_.stride_h, p_.stride_w, p_.dilation_h, p_.dilation_w}};
+    return forms.in_layout(layout, static_cast<std::size_t>(floats_ * 4), [&](float* packed) {
+      std::size_t i = 0;
+      for_each_dgrad_class(p_, [&](const TapConvolution& g, int64_t) {
+        Panels(g, shares).pack_all(filter, nullptr, packed + offsets_[i++]);
+      });
+    });
+  }
+  // Where the class whose first pixel is at (row, column) of the padded image has its panels.
+  int64_t offset(int64_t row, int64_t column) const {
+    return offsets_[static_cast<std::size_t>(row % p_.stride_h * p_.stride_w +
+                                             column % p_.stride_w)];
+  }
+
+ private:
+  Conv2dProblem p_;
+  int64_t panels_ = 0, floats_ = 0;
+  std::vector<int64_t> offsets_;
+};
+
+template <class V>
+void implicit_gemm_dgrad(const Conv2dProblem& p, const Conv2dOperands& t) {
+  using Runner = TapConvolutionRunner<V>;
+  std::optional<DgradForm<V>> form;
+  FilterForms::Floats kept;
   for_each_dgrad_class(p, [&](const TapConvolution& g, int64_t first) {
-    TapConvolutionRunner<V>(g).execute(dy, filter, nullptr, nullptr, nullptr, dx + first);
+    float* const dx = t.out + first;
+    if (!t.packed) return Runner(g).execute(t.dy, t.filter, nullptr, nullptr, nullptr, dx);
+    if (!form) {  // the first class has the most pixels
+      form.emplace(p, Runner(g).shares);
+      kept = form->of(*t.packed, t.filter);
+    }
+    const int64_t row = first / p.c / p.w, column = first / p.c % p.w;
+    Runner(g, form->shares)
+        .execute(t.dy, t.filter, nullptr, nullptr, nullptr, dx,
+                 kept.get() + form->offset(p.pad_top + row, p.pad_left + column));
   });
 }
 

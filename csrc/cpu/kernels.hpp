@@ -20,7 +20,7 @@ struct Conv2dOperands {
   const float* x = nullptr;       // fprop, wgrad
   const float* filter = nullptr;  // fprop, dgrad
   const float* bias = nullptr;    // fprop; may be null
-  // fprop: where forms of the filter, times its scale, are kept between calls; may be null.
+  // fprop, dgrad: where forms of the filter, times its scale, are kept between calls; may be null.
   const FilterForms* packed = nullptr;
   // fprop, of an algorithm that takes them: y = activation(conv(x, filter * scale) + bias + residual).
   const float* scale = nullptr;     // K values; may be null

@@ -56,7 +56,7 @@ struct WinogradOfTaps {
     FilterForms::Floats kept;
     if (t.packed) {
       kept = t.packed->in_layout(
-          {kName, V::kWidth, plan.panels, plan.groups},
+          {plan.turned ? kTurnedName : kName, V::kWidth, plan.panels, plan.groups},
           static_cast<std::size_t>(plan.groups * plan.group_filter_floats) * 4, [&](float* u) {
             transform_filters(plan, {t.x, nullptr, t.filter, t.scale, nullptr}, u);
           });
@@ -67,7 +67,7 @@ struct WinogradOfTaps {
       execute(plan, workspace, {t.x, nullptr, t.filter, t.scale, t.bias, kept.get()},
               {t.out, t.residual, t.argmax, t.pooled});
     } else {
-      execute(plan, workspace, {t.dy, t.y, t.filter, nullptr, nullptr}, {t.out});
+      execute(plan, workspace, {t.dy, t.y, t.filter, nullptr, nullptr, kept.get()}, {t.out});
     }
   }
 
@@ -133,6 +133,7 @@ struct WinogradOfTaps {
   }
 
   static constexpr const char* kName = M == 2 ? "winograd2" : "winograd4";
+  static constexpr const char* kTurnedName = M == 2 ? "winograd2 dgrad" : "winograd4 dgrad";
 
  private:
   // The convolution that is computed (dgrad's has the roles of C and K changed) and its blocking;

@@ -397,6 +397,13 @@ void run_conv(const Conv2dProblem& p, ConvData& d, bool end, const std::string& 
           conv2d_dgrad(p, d.dy.data(), d.w.data(), d.output.data(), dx.data(), algorithm);
         });
         check(dx, d.dx, exact ? 0 : 1e-2 + 1e-4 * largest(d.dx), what);
+        for (const char* call : {" packing", " packed"}) {
+          Tensor<float> again(p.x_size(), end);
+          run(what + call, [&] {
+            conv2d_packed_dgrad(p, d.dy.data(), packed, d.output.data(), again.data(), algorithm);
+          });
+          check(again, dx, 0, what + call);
+        }
       } else {
         Tensor<float> dw(p.filter_size(), end), dbias(p.k, end), alone(p.k, end);
         run(what, [&] {

@@ -254,7 +254,7 @@ def conv2d_int8(
 
 def conv2d_grad_input(
     dy: NDArray[Real],
-    w: NDArray[Real],
+    w: NDArray[Real] | PackedFilter,
     input_shape: Shape,
     *,
     strides: IntegerOrPair = 1,
@@ -277,7 +277,7 @@ def conv2d_grad_input(
     dy
         Gradient of the result: array of the shape and dtype that ``conv2d`` returned.
     w
-        The filters ``conv2d`` was given.
+        The filters ``conv2d`` was given; of float32, also a :class:`PackedFilter` of them.
     input_shape
         Shape of the input ``x`` that ``conv2d`` was given.
     strides, padding, dilation_rate, groups, data_format
@@ -306,7 +306,7 @@ def conv2d_grad_input(
     """
     result: NDArray[Real] = _for(dy).conv2d_grad_input(
         dy,
-        w,
+        compiled(w),
         normalize_shape(input_shape, "input_shape"),
         output,
         **conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),

@@ -1,4 +1,4 @@
-"""A filter that is kept for inference."""
+"""A filter that is kept from call to call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["PackedFilter"]
 
 
 class PackedFilter:
-    """A filter for many calls of :func:`conv2d`, which is given it in place of the array.
+    """A filter for many calls of :func:`conv2d` and :func:`conv2d_grad_input`, in place of the array.
 
     An algorithm lays a filter out anew before it uses it: panels of a matrix product, or Winograd's
     transform. Of an array that is done in every call, for it may have changed. A ``PackedFilter`` has a
@@ -24,8 +24,8 @@ class PackedFilter:
     it. Where a call has few pixels, as with a batch of one, later ones take a twentieth to a quarter
     less time; the results are the same bits.
 
-    It has the filter, and up to four layouts of it: one for each algorithm and instruction set that the
-    calls have chosen, and for small images one for each number of threads. Winograd's F(4x4, 3x3) takes
+    It has the filter, and up to four layouts of it: one for each function, algorithm and instruction set
+    that the calls have chosen, and for small images one for each number of threads. Winograd's F(4x4, 3x3) takes
     four times the filter's memory. Several threads may use one at once.
 
     Parameters

@@ -250,6 +250,20 @@ FASTCONV_API fastconv_status fastconv_conv2d_dgrad(const fastconv_conv2d* proble
   });
 }
 
+FASTCONV_API fastconv_status fastconv_conv2d_packed_dgrad(const fastconv_conv2d* problem,
+                                                          const float* dy,
+                                                          const fastconv_packed_filter* filter,
+                                                          const float* y, float* dx) {
+  return guarded([&] {
+    const fastconv::Conv2dProblem p = problem_of(problem);
+    require(dy, p.y_size(), "dy");
+    require(static_cast<const void*>(filter), "filter");
+    require_y_of_relu(p, y, p.y_size());
+    require(dx, p.x_size(), "dx");
+    fastconv::conv2d_packed_dgrad(p, dy, *filter, y, dx);
+  });
+}
+
 FASTCONV_API fastconv_status fastconv_conv2d_wgrad(const fastconv_conv2d* problem, const float* x,
                                                    const float* dy, const float* y, float* dfilter,
                                                    float* dbias) {

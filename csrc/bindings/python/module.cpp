@@ -57,7 +57,8 @@ py::array dense(const py::array& array) {
 struct Operations {
   bool of_16_bits;  // or of float32 alone
   decltype(&fastconv::conv2d_fprop) conv2d_fprop;
-  decltype(&fastconv::conv2d_dgrad) conv2d_dgrad;
+  void (*conv2d_dgrad)(const fastconv::Conv2dProblem&, const void* dy, const void* filter,
+                       const void* y, void* dx, const char* algorithm);
   decltype(&fastconv::conv2d_wgrad) conv2d_wgrad;
   decltype(&fastconv::max_pool2d_fprop) max_pool2d_fprop;
   decltype(&fastconv::max_pool2d_bprop) max_pool2d_bprop;
@@ -66,6 +67,7 @@ struct Operations {
   decltype(&fastconv::conv2d_pool_fprop) conv2d_pool_fprop;
   decltype(&fastconv::conv2d_pool_bprop) conv2d_pool_bprop;
   decltype(&fastconv::conv2d_packed_fprop) conv2d_packed_fprop;
+  decltype(&fastconv::conv2d_packed_dgrad) conv2d_packed_dgrad;
 };
 
 py::array require_array(py::handle object, const char* name) {
@@ -236,9 +238,14 @@ py::array result_array(const Dtype& dtype, const py::object& out, const Shape& s
 
 // --- convolution ----------------------------------------------------------------------------------
 
+void dgrad_of_array(const fastconv::Conv2dProblem& problem, const void* dy, const void* filter,
+                    const void* y, void* dx, const char* algorithm) {
+  fastconv::conv2d_dgrad(problem, dy, filter, y, dx, algorithm);
+}
+
 constexpr Operations kKernels{true,
                               fastconv::conv2d_fprop,
-                              fastconv::conv2d_dgrad,
+                              dgrad_of_array,
                               fastconv::conv2d_wgrad,
                               fastconv::max_pool2d_fprop,
                               fastconv::max_pool2d_bprop,
@@ -246,7 +253,8 @@ constexpr Operations kKernels{true,
                               fastconv::avg_pool2d_bprop,
                               fastconv::conv2d_pool_fprop,
                               fastconv::conv2d_pool_bprop,
-                              fastconv::conv2d_packed_fprop};
+                              fastconv::conv2d_packed_fprop,
+                              fastconv::conv2d_packed_dgrad};
 
 // The reference is one algorithm, of float32: a name that the caller gives is not looked at.
 template <class Pointer>
@@ -269,6 +277,10 @@ void reference_of_packed(const fastconv::Conv2dProblem& problem, const float* x,
                          const PackedFilter& filter, const float* bias, float* y, const char*) {
   fastconv::reference::conv2d_fprop(problem, x, filter.values(), bias, y);
 }
+void reference_of_packed_dgrad(const fastconv::Conv2dProblem& problem, const float* dy,
+                               const PackedFilter& filter, const float* y, float* dx, const char*) {
+  fastconv::reference::conv2d_dgrad(problem, dy, filter.values(), y, dx);
+}
 
 constexpr Operations kReference{false,
                                 OfFloats<fastconv::reference::conv2d_fprop>::convolve,
@@ -280,7 +292,8 @@ constexpr Operations kReference{false,
                                 OfFloats<fastconv::reference::avg_pool2d_bprop>::call,
                                 OfFloats<fastconv::reference::conv2d_pool_fprop>::convolve,
                                 OfFloats<fastconv::reference::conv2d_pool_bprop>::convolve,
-                                reference_of_packed};
+                                reference_of_packed,
+                                reference_of_packed_dgrad};
 
 // For benchmarks: one call from Python runs the kernel `calls` times and notes what each run took,
 // so that neither Python nor the checks of this file are in the time.
@@ -308,7 +321,7 @@ struct Timed<operation> {
 
 constexpr Operations kTimed{true,
                             Timed<fastconv::conv2d_fprop>::run,
-                            Timed<fastconv::conv2d_dgrad>::run,
+                            Timed<dgrad_of_array>::run,
                             Timed<fastconv::conv2d_wgrad>::run,
                             Timed<fastconv::max_pool2d_fprop>::run,
                             Timed<fastconv::max_pool2d_bprop>::run,
@@ -316,20 +329,25 @@ constexpr Operations kTimed{true,
                             Timed<fastconv::avg_pool2d_bprop>::run,
                             Timed<fastconv::conv2d_pool_fprop>::run,
                             Timed<fastconv::conv2d_pool_bprop>::run,
-                            Timed<fastconv::conv2d_packed_fprop>::run};
+                            Timed<fastconv::conv2d_packed_fprop>::run,
+                            Timed<fastconv::conv2d_packed_dgrad>::run};
 
 const float* floats(const void* data) { return static_cast<const float*>(data); }
+
+// What a PackedFilter meets.
+void require_float32(const Dtype& dtype, const py::array& array, const char* name) {
+  if (dtype.type() == DataType::float32) return;
+  throw py::type_error(text("`", name,
+                            "` must have dtype float32, as a PackedFilter has. Received: ", name,
+                            ".dtype=", python_text(array.dtype())));
+}
 
 // The caller has the filter as an argument, so that it outlives the call.
 template <const Operations& operations>
 py::array conv2d_packed(const py::array& x_array, const Dtype& dtype, const PackedFilter& filter,
                         const py::object& bias_object, const Conv2dOptions& options,
                         const py::object& out) {
-  if (dtype.type() != DataType::float32) {
-    throw py::type_error(
-        text("`x` must have dtype float32, as a PackedFilter has. Received: x.dtype=",
-             python_text(x_array.dtype())));
-  }
+  require_float32(dtype, x_array, "x");
   const auto problem = options.problem(shape_of(x_array, "x"), filter.shape());
   const OptionalInput bias(dtype, bias_object, "bias", std::array{problem.k});
   py::array y = result_array(dtype, out, problem.y_shape(), x_array, bias.array());
@@ -366,9 +384,33 @@ py::array conv2d(const py::object& x_object, const py::object& w_object,
 }
 
 template <const Operations& operations>
+py::array grad_input_packed(const py::object& dy_object, const PackedFilter& filter,
+                            const Shape& input_shape, const py::object& output_object,
+                            const Conv2dOptions& options, const py::object& out) {
+  const py::array any_dy = require_array(dy_object, "dy");
+  const Dtype dtype(operations, any_dy, "dy");
+  require_float32(dtype, any_dy, "dy");
+  const auto problem = options.problem(input_shape, filter.shape(), "input_shape");
+  const py::array dy_array = dtype.require(any_dy, "dy", problem.y_shape());
+  const OptionalInput output = require_output(problem, dtype, output_object);
+
+  py::array dx = result_array(dtype, out, problem.x_shape(), dy_array, output.array());
+  const py::array dy = dense(dy_array);
+  float* const dx_data = static_cast<float*>(dx.mutable_data());
+  const GilReleased unlocked;
+  operations.conv2d_packed_dgrad(problem, floats(dy.data()), filter, floats(output.data()), dx_data,
+                                 options.algorithm_name());
+  return dx;
+}
+
+template <const Operations& operations>
 py::array conv2d_grad_input(const py::object& dy_object, const py::object& w_object,
                             const Shape& input_shape, const py::object& output_object,
                             const Conv2dOptions& options, const py::object& out) {
+  if (py::isinstance<PackedFilter>(w_object)) {
+    return grad_input_packed<operations>(dy_object, w_object.cast<const PackedFilter&>(),
+                                         input_shape, output_object, options, out);
+  }
   const py::array w_array = require_array(w_object, "w");
   const Dtype dtype(operations, w_array, "w");
   const auto problem =

@@ -101,8 +101,8 @@ FASTCONV_C_API fastconv_status fastconv_conv2d_fprop(const fastconv_conv2d* prob
                                                      const float* filter, const float* bias,
                                                      float* y);
 
-/* A filter that is kept for inference, with what the algorithms make of it, made at the first call that
- * needs it. Several threads may use one at once. */
+/* A filter that does not change, with what the algorithms make of it, made at the first call that needs
+ * it. Several threads may use one at once. */
 typedef struct fastconv_packed_filter fastconv_packed_filter;
 
 /* Copies `values`, of r, s, c / groups and k of the problem; its other members may be those of any
@@ -123,6 +123,12 @@ FASTCONV_C_API fastconv_status fastconv_conv2d_packed_fprop(const fastconv_conv2
 FASTCONV_C_API fastconv_status fastconv_conv2d_dgrad(const fastconv_conv2d* problem,
                                                      const float* dy, const float* filter,
                                                      const float* y, float* dx);
+
+/* As fastconv_conv2d_dgrad, and the same bits. */
+FASTCONV_C_API fastconv_status fastconv_conv2d_packed_dgrad(const fastconv_conv2d* problem,
+                                                            const float* dy,
+                                                            const fastconv_packed_filter* filter,
+                                                            const float* y, float* dx);
 
 /* dfilter = the gradient by the filter, dbias that by the bias; one of them may be NULL. y as for
  * dgrad. */

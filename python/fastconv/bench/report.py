@@ -61,8 +61,8 @@ _METHOD = """\
 - oneDNN is its own library, called as its best user would: weights in the format it asks for,
   reordered beforehand; activations NHWC. PyTorch computes in channels_last; ONNX Runtime and OpenVINO
   take NCHW and compute `fprop` alone; TensorFlow runs a compiled graph of one operation.
-- Filters of `fprop` are packed beforehand where a library can: by oneDNN, ONNX Runtime, OpenVINO and, with
-  a `PackedFilter`, fastconv (`--filter plain` packs ours in each call). Those of `dgrad` are by oneDNN alone.
+- Filters of `fprop` and `dgrad` are packed beforehand where a library can: by oneDNN, ONNX Runtime, OpenVINO
+  and, with a `PackedFilter`, fastconv (`--filter plain` packs ours in each call, as in training).
 - GFLOP/s count every tap of the direct form, those on padding too.
 - *peak* is a loop of multiply-adds in registers; *memory* streams 256 MiB. Both are measured at the
   start of the run, on the same threads.
@@ -117,7 +117,7 @@ def _conditions(run: Record) -> str:
 
 
 def _filters(facts: Record) -> str:
-    return ", filters of fprop packed beforehand" if facts.get("filter") == "packed" else ""
+    return ", filters packed beforehand" if facts.get("filter") == "packed" else ""
 
 
 def _cache(facts: Record) -> str:

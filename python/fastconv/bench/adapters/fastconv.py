@@ -108,7 +108,7 @@ class _FastconvCase(Case):
             name, arguments, extra, like = calls[direction]
             self._result = empty(like.shape)
             self._explain(direction, x.shape, w.shape, options)
-            if direction == "fprop" and packed:
+            if "w" in arguments and packed:
                 arguments["w"] = fastconv.PackedFilter(w)
         self._function = getattr(fastconv, name)
         self._timed = getattr(_core.timed, name)
