@@ -18,6 +18,7 @@
 #include <cstring>
 #include <iterator>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -1288,6 +1289,25 @@ inline TapConvolution fprop_taps(const Conv2dProblem& p) {
   return g;
 }
 
+// The residues, by the stride, of what taps add to an index. Taps have them in turn.
+struct TapResidues {
+  int64_t stride, dilation;
+  int64_t period,
+      count;  // how many taps there are to the next of the same residue; how many residues
+
+  TapResidues(int64_t taps, int64_t stride, int64_t dilation)
+      : stride(stride), dilation(dilation), period(stride / std::gcd(stride, dilation)),
+        count(min64(taps, period)) {}
+  int64_t of_tap(int64_t tap) const { return tap * dilation % stride; }
+  // Which residue an index has, counted in the order of the taps; -1 for one of no tap.
+  int64_t find(int64_t index) const {
+    for (int64_t i = 0; i < count; ++i) {
+      if (of_tap(i) == index % stride) return i;
+    }
+    return -1;
+  }
+};
+
 // The taps that reach input index stride * i + residue: output index i + offset.
 inline AxisTaps residue_taps(int64_t taps, int64_t residue, int64_t pad, int64_t stride,
                              int64_t dilation) {
@@ -1318,9 +1338,8 @@ inline AxisTaps residue_taps(int64_t taps, int64_t residue, int64_t pad, int64_t
   return out;
 }
 
-// Calls body(convolution, first float of its outputs) for each residue class of input pixels.
-template <class Body>
-void for_each_dgrad_class(const Conv2dProblem& p, const Body& body) {
+// dgrad of one residue class of input pixels, but for its taps and its size.
+inline TapConvolution dgrad_taps(const Conv2dProblem& p) {
   TapConvolution g{};
   g.images = p.n;
   g.source_h = p.oh;
@@ -1338,6 +1357,13 @@ void for_each_dgrad_class(const Conv2dProblem& p, const Body& body) {
   g.filter_reduce = 1;
   g.filter_column = p.k;
   g.filter_group = p.k_per_group();
+  return g;
+}
+
+// Calls body(convolution, first float of its outputs) for each residue class of input pixels.
+template <class Body>
+void for_each_dgrad_class(const Conv2dProblem& p, const Body& body) {
+  TapConvolution g = dgrad_taps(p);
   for (int64_t a = 0; a < min64(p.stride_h, p.h); ++a) {
     g.vertical = residue_taps(p.r, a, p.pad_top, p.stride_h, p.dilation_h);
     g.out_h = ceil_div(p.h - a, p.stride_h);
@@ -1362,8 +1388,8 @@ void implicit_gemm_fprop(const Conv2dProblem& p, const Conv2dOperands& t) {
   runner.execute(t.x, t.filter, t.scale, t.bias, t.residual, t.out, kept.get());
 }
 
-// The filter of dgrad packed for all classes of pixels, one behind the other: in the order of the residues that
-// their taps have in common, whatever the padding and the size of the images are.
+// The filter of dgrad packed for all classes of pixels that meet taps, one behind the other: in the order of the
+// taps' residues, whatever the padding and the size of the images are.
 template <class V>
 class DgradForm {
   using Panels = FilterPanels<V, kGemmVectors<V>>;
@@ -1371,15 +1397,13 @@ class DgradForm {
  public:
   const int64_t shares;  // of all classes
 
-  DgradForm(const Conv2dProblem& problem, int64_t shares) : shares(shares), p_(problem) {
-    // An image that has all classes, and no padding: class (a, b) has residues a and b.
-    p_.pad_top = p_.pad_left = 0;
-    p_.h = p_.stride_h;
-    p_.w = p_.stride_w;
-    for_each_dgrad_class(p_, [&](const TapConvolution& g, int64_t) {
+  DgradForm(const Conv2dProblem& problem, int64_t shares)
+      : shares(shares), p_(problem), rows_(p_.r, p_.stride_h, p_.dilation_h),
+        columns_(p_.s, p_.stride_w, p_.dilation_w) {
+    for_each_class([&](const Panels& panels) {
       offsets_.push_back(floats_);
-      floats_ += Panels(g, this->shares).bytes() / 4;
-      panels_ = Panels(g, this->shares).panels;
+      floats_ += panels.bytes() / 4;
+      panels_ = panels.panels;
     });
   }
 
@@ -1391,19 +1415,31 @@ class DgradForm {
                                      {p_.stride_h, p_.stride_w, p_.dilation_h, p_.dilation_w}};
     return forms.in_layout(layout, static_cast<std::size_t>(floats_ * 4), [&](float* packed) {
       std::size_t i = 0;
-      for_each_dgrad_class(p_, [&](const TapConvolution& g, int64_t) {
-        Panels(g, shares).pack_all(filter, nullptr, packed + offsets_[i++]);
-      });
+      for_each_class(
+          [&](const Panels& panels) { panels.pack_all(filter, nullptr, packed + offsets_[i++]); });
     });
   }
-  // Where the class whose first pixel is at (row, column) of the padded image has its panels.
+  // Where the class of the pixel at (row, column) of the padded image has its panels, if it meets a tap.
   int64_t offset(int64_t row, int64_t column) const {
-    return offsets_[static_cast<std::size_t>(row % p_.stride_h * p_.stride_w +
-                                             column % p_.stride_w)];
+    const int64_t i = rows_.find(row), j = columns_.find(column);
+    return i < 0 || j < 0 ? 0 : offsets_[static_cast<std::size_t>(i * columns_.count + j)];
   }
 
  private:
+  template <class Body>
+  void for_each_class(const Body& body) const {
+    TapConvolution g = dgrad_taps(p_);
+    for (int64_t i = 0; i < rows_.count; ++i) {
+      g.vertical = residue_taps(p_.r, rows_.of_tap(i), 0, p_.stride_h, p_.dilation_h);
+      for (int64_t j = 0; j < columns_.count; ++j) {
+        g.horizontal = residue_taps(p_.s, columns_.of_tap(j), 0, p_.stride_w, p_.dilation_w);
+        body(Panels(g, shares));
+      }
+    }
+  }
+
   Conv2dProblem p_;
+  TapResidues rows_, columns_;
   int64_t panels_ = 0, floats_ = 0;
   std::vector<int64_t> offsets_;
 };

@@ -16,7 +16,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 #include "cpu/implicit_gemm.hpp"
 #include "cpu/kernels.hpp"
@@ -81,7 +80,11 @@ void wgrad_tile(const WgradTile& t) {
       }
     }
 #pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) __builtin_prefetch(t.next_sum + i * t.sum_row, 1, 3);
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int at = 0; at < Vectors * V::kWidth; at += kLine) {
+      __builtin_prefetch(t.next_sum + i * t.sum_row + at, 1, 3);
+    }
   constexpr int kAtOnce = Where == WgradRows::packed ? V::kProductsAtOnce : 1;
   const auto add_pixel = [&](const float* x, const float* dy, const auto& offset) {
     add_row_of_products<V, (kAtOnce > 1)>(
@@ -162,20 +165,17 @@ WgradTileFunction wgrad_tile_function(int rows, int vectors) {
 
 // The rows of the input that taps meet, or the columns, by residues of the stride ("phases"): within a phase
 // the next output meets the next one. Every tap is of one phase, in turn.
-struct PhasedAxis {
-  int64_t size, stride, dilation, pad;
-  int64_t period, count;  // of the taps' phases; how many there are
-  int64_t length;         // of a phase, at most
+struct PhasedAxis : TapResidues {
+  int64_t size, pad;
+  int64_t length;  // of a phase, at most
 
   PhasedAxis(int64_t size, int64_t stride, int64_t dilation, int64_t pad, int64_t taps)
-      : size(size), stride(stride), dilation(dilation), pad(pad),
-        period(stride / std::gcd(stride, dilation)), count(min64(taps, period)),
-        length(ceil_div(size, stride)) {}
+      : TapResidues(taps, stride, dilation), size(size), pad(pad), length(ceil_div(size, stride)) {}
 
   int64_t phase_of(int64_t tap) const { return tap % period; }
   // The input's first row of a phase.
   int64_t residue(int64_t phase) const {
-    const int64_t at = (phase * dilation - pad) % stride;
+    const int64_t at = (of_tap(phase) - pad) % stride;
     return at < 0 ? at + stride : at;
   }
   int64_t rows_of(int64_t phase) const { return max64(0, ceil_div(size - residue(phase), stride)); }
