@@ -50,7 +50,7 @@ def conv2d_int8(
 ) -> NDArray[np.float32]: ...
 def conv2d_grad_input(
     dy: NDArray[_Real],
-    w: NDArray[_Real],
+    w: NDArray[_Real] | PackedFilter,
     input_shape: _Shape,
     output: NDArray[_Real] | None,
     strides: _Pair,
