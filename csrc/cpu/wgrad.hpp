@@ -547,21 +547,26 @@ struct PixelsOfTap {
 template <class V>
 PixelsOfTap pixels_of_tap(const Conv2dProblem& p, const WgradPlan<V>& plan, int64_t r, int64_t s) {
   if (!plan.packed) {
-    const int64_t h = plan.source_h, w = plan.source_w;
-    const int64_t top = plan.copied ? 0 : p.pad_top, left = plan.copied ? 0 : p.pad_left;
-    return {
-        0, h * w, w, h, w, p.stride_h, p.stride_w, r * p.dilation_h - top, s * p.dilation_w - left};
+    return {.first = 0,
+            .image_pixels = plan.source_h * plan.source_w,
+            .row_pixels = plan.source_w,
+            .h = plan.source_h,
+            .w = plan.source_w,
+            .stride_h = p.stride_h,
+            .stride_w = p.stride_w,
+            .row = r * p.dilation_h - (plan.copied ? 0 : p.pad_top),
+            .column = s * p.dilation_w - (plan.copied ? 0 : p.pad_left)};
   }
   const int64_t i = plan.down.phase_of(r), j = plan.across.phase_of(s);
-  return {(i * plan.across.count + j) * plan.chunk * plan.phase_pixels(),
-          plan.phase_pixels(),
-          plan.across.length,
-          plan.down.rows_of(i),
-          plan.across.rows_of(j),
-          1,
-          1,
-          plan.down.met_first(r),
-          plan.across.met_first(s)};
+  return {.first = (i * plan.across.count + j) * plan.chunk * plan.phase_pixels(),
+          .image_pixels = plan.phase_pixels(),
+          .row_pixels = plan.across.length,
+          .h = plan.down.rows_of(i),
+          .w = plan.across.rows_of(j),
+          .stride_h = 1,
+          .stride_w = 1,
+          .row = plan.down.met_first(r),
+          .column = plan.across.met_first(s)};
 }
 
 // The pixels of a block that meet the source with a tap, those of x `x_pixel` floats apart. Returns how many
