@@ -171,8 +171,12 @@ struct HostOperations {
     fastconv::conv2d_scaled_fprop(p, x, filter, scale, bias, residual, y, nullptr, forms);
   }
   void conv2d_dgrad(const Conv2dProblem& p, const void* dy, const void* filter, const void* y,
-                    void* dx, const FilterForms* forms = nullptr) const {
-    fastconv::conv2d_dgrad(p, dy, filter, y, dx, nullptr, forms);
+                    void* dx) const {
+    fastconv::conv2d_dgrad(p, dy, filter, y, dx);
+  }
+  void conv2d_kept_dgrad(const Conv2dProblem& p, const void* dy, const void* filter, const void* y,
+                         void* dx, const FilterForms* forms) const {
+    fastconv::conv2d_kept_dgrad(p, dy, filter, y, dx, forms);
   }
   void conv2d_wgrad(const Conv2dProblem& p, const void* x, const void* dy, const void* y,
                     void* dfilter, void* dbias) const {
@@ -374,9 +378,28 @@ class Conv2dScaled : public Conv2dKernel {
   mutable KeptFilter kept_;
 };
 
-class Conv2dGradInput : public Conv2dKernel {
- public:
+// What computes dx, and keeps what it made of the filter: the op's input 1.
+class Conv2dDgradKernel : public Conv2dKernel {
+ protected:
   using Conv2dKernel::Conv2dKernel;
+
+  void dgrad(const auto& context, const Conv2dProblem& p, const auto& dy, const auto& filter,
+             const void* mask, const auto& dx) const {
+    if (const auto forms = kept_.forms(context, 1, p, nullptr)) {
+      return HostOperations{}.conv2d_kept_dgrad(p, dy.values(p.dtype), filter.values(p.dtype), mask,
+                                                dx.values(p.dtype), forms.get());
+    }
+    operations_of(context).conv2d_dgrad(p, dy.values(p.dtype), filter.values(p.dtype), mask,
+                                        dx.values(p.dtype));
+  }
+
+ private:
+  mutable KeptFilter kept_;
+};
+
+class Conv2dGradInput : public Conv2dDgradKernel {
+ public:
+  using Conv2dDgradKernel::Conv2dDgradKernel;
   static constexpr const char* kName = "FastconvConv2DGradInput";
   static constexpr std::array kOwnAttributes{"num_output: int >= 0 = 0"};
   static constexpr std::array kInputs{"x: T", "filter: T", "dy: T", "output: num_output * T"};
@@ -390,18 +413,9 @@ class Conv2dGradInput : public Conv2dKernel {
     const Conv2dProblem p = problem(rank4_shape(x, "x"), filter);
     check_shape(dy, "dy", p.y_shape());
     const void* mask = checked_mask(p, context, output);
-    const auto forms = kept_.forms(context, 1, p, nullptr);
     const auto dx = context.output(0, p.x_shape());
-    if (forms) {
-      return HostOperations{}.conv2d_dgrad(p, dy.values(p.dtype), filter.values(p.dtype), mask,
-                                           dx.values(p.dtype), forms.get());
-    }
-    operations_of(context).conv2d_dgrad(p, dy.values(p.dtype), filter.values(p.dtype), mask,
-                                        dx.values(p.dtype));
+    dgrad(context, p, dy, filter, mask, dx);
   }
-
- private:
-  mutable KeptFilter kept_;
 };
 
 class Conv2dGradFilter : public Conv2dKernel {
@@ -439,11 +453,11 @@ class Conv2dGradFilter : public Conv2dKernel {
 // A transposed convolution: y is to x what the input's gradient is to the output's. y's height and
 // width are x's times the stride plus `output_offset`, out of which the convolution of the same
 // strides, padding and dilation must make x's again.
-class Conv2dTranspose : public Conv2dKernel {
+class Conv2dTranspose : public Conv2dDgradKernel {
  public:
   template <class Attributes>
   explicit Conv2dTranspose(const Attributes& attributes)
-      : Conv2dKernel(attributes), strides_(attributes.template integers<2>("strides")),
+      : Conv2dDgradKernel(attributes), strides_(attributes.template integers<2>("strides")),
         offset_(attributes.template integers<2>("output_offset")),
         channel_axis_(layout_attribute(attributes) == Layout::nchw ? 1 : 3) {
     if (activation_attribute(attributes) != Activation::linear) {
@@ -473,20 +487,13 @@ class Conv2dTranspose : public Conv2dKernel {
     }
     const Conv2dProblem p = problem(y_shape, filter);
     check_shape(x, "x", p.y_shape());  // the stride and the offset may not fit each other
-    const auto forms = kept_.forms(context, 1, p, nullptr);
     const auto y = context.output(0, y_shape);
-    if (forms) {
-      return HostOperations{}.conv2d_dgrad(p, x.values(p.dtype), filter.values(p.dtype), nullptr,
-                                           y.values(p.dtype), forms.get());
-    }
-    operations_of(context).conv2d_dgrad(p, x.values(p.dtype), filter.values(p.dtype), nullptr,
-                                        y.values(p.dtype));
+    dgrad(context, p, x, filter, nullptr, y);
   }
 
  private:
   std::array<int64_t, 2> strides_, offset_;
   int channel_axis_;
-  mutable KeptFilter kept_;
 };
 
 // For inference, of int8 (see core/operations.hpp).

@@ -348,11 +348,16 @@ void conv2d_packed_fprop(const Conv2dProblem& problem, const float* x, const Pac
 void conv2d_packed_dgrad(const Conv2dProblem& problem, const float* dy, const PackedFilter& filter,
                          const float* y, float* dx, const char* algorithm) {
   check_shape(problem, filter);
-  conv2d_dgrad(of_float32(problem), dy, filter.values(), y, dx, algorithm, &filter);
+  conv2d_kept_dgrad(of_float32(problem), dy, filter.values(), y, dx, &filter, algorithm);
 }
 
 void conv2d_dgrad(const Conv2dProblem& problem, const void* dy, const void* filter, const void* y,
-                  void* dx, const char* algorithm, const FilterForms* forms) {
+                  void* dx, const char* algorithm) {
+  conv2d_kept_dgrad(problem, dy, filter, y, dx, nullptr, algorithm);
+}
+
+void conv2d_kept_dgrad(const Conv2dProblem& problem, const void* dy, const void* filter,
+                       const void* y, void* dx, const FilterForms* forms, const char* algorithm) {
   if (const auto* const of_bf16 = cpu::choose_bf16(problem, Direction::dgrad, algorithm)) {
     return dgrad_of_bf16(problem, *of_bf16, dy, filter, y, dx);
   }

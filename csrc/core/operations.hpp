@@ -28,10 +28,14 @@ FASTCONV_API void conv2d_scaled_fprop(const Conv2dProblem& problem, const void* 
                                       const FilterForms* forms = nullptr);
 
 // dx = the gradient of fprop by x. With activation relu, `y` is fprop's output and dy counts only
-// where y > 0; with linear, `y` is not read and may be null. `forms` as of conv2d_scaled_fprop.
+// where y > 0; with linear, `y` is not read and may be null.
 FASTCONV_API void conv2d_dgrad(const Conv2dProblem& problem, const void* dy, const void* filter,
-                               const void* y, void* dx, const char* algorithm = nullptr,
-                               const FilterForms* forms = nullptr);
+                               const void* y, void* dx, const char* algorithm = nullptr);
+
+// The same, with `forms` as of conv2d_scaled_fprop.
+FASTCONV_API void conv2d_kept_dgrad(const Conv2dProblem& problem, const void* dy,
+                                    const void* filter, const void* y, void* dx,
+                                    const FilterForms* forms, const char* algorithm = nullptr);
 
 // dfilter = the gradient of fprop by the filter and, where dbias is not null, dbias that by the
 // bias; `y` as for dgrad. dfilter may be null when only dbias is wanted.

@@ -1292,8 +1292,8 @@ inline TapConvolution fprop_taps(const Conv2dProblem& p) {
 // The residues, by the stride, of what taps add to an index. Taps have them in turn.
 struct TapResidues {
   int64_t stride, dilation;
-  int64_t period,
-      count;  // how many taps there are to the next of the same residue; how many residues
+  int64_t period;  // how many taps on the next one of the same residue is
+  int64_t count;   // of residues
 
   TapResidues(int64_t taps, int64_t stride, int64_t dilation)
       : stride(stride), dilation(dilation), period(stride / std::gcd(stride, dilation)),

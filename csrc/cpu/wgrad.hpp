@@ -424,11 +424,11 @@ void pack_x(const Conv2dProblem& p, const WgradPlan<V>& plan, const float* x, in
     const int64_t end = min64(pixels, begin + kPixelsATask);
     const Span tiles = part_of(plan.tiles_a_tap, cuts, cut);
     int64_t places[kPixelsATask];
+    const float* const channels = x + group * cg + plan.channels.begin(tiles.begin);
+    const int64_t floats = plan.channels.begin(tiles.end) - plan.channels.begin(tiles.begin);
     for (int64_t column_phase = 0; column_phase < column_phases; ++column_phase) {
       list_phase(p, plan, row_phase, column_phase, begin, end, places);
       // The tiles read each line in pieces, too far apart for a processor to ask for them ahead.
-      const float* const channels = x + group * cg + plan.channels.begin(tiles.begin);
-      const int64_t floats = plan.channels.begin(tiles.end) - plan.channels.begin(tiles.begin);
       for (int64_t i = 0; i < end - begin; ++i) {
         for (int64_t at = 0; at < floats && places[i] >= 0; at += kLine) {
           __builtin_prefetch(channels + places[i] + at, 0, 2);

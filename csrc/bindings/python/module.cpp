@@ -57,8 +57,7 @@ py::array dense(const py::array& array) {
 struct Operations {
   bool of_16_bits;  // or of float32 alone
   decltype(&fastconv::conv2d_fprop) conv2d_fprop;
-  void (*conv2d_dgrad)(const fastconv::Conv2dProblem&, const void* dy, const void* filter,
-                       const void* y, void* dx, const char* algorithm);
+  decltype(&fastconv::conv2d_dgrad) conv2d_dgrad;
   decltype(&fastconv::conv2d_wgrad) conv2d_wgrad;
   decltype(&fastconv::max_pool2d_fprop) max_pool2d_fprop;
   decltype(&fastconv::max_pool2d_bprop) max_pool2d_bprop;
@@ -238,14 +237,9 @@ py::array result_array(const Dtype& dtype, const py::object& out, const Shape& s
 
 // --- convolution ----------------------------------------------------------------------------------
 
-void dgrad_of_array(const fastconv::Conv2dProblem& problem, const void* dy, const void* filter,
-                    const void* y, void* dx, const char* algorithm) {
-  fastconv::conv2d_dgrad(problem, dy, filter, y, dx, algorithm);
-}
-
 constexpr Operations kKernels{true,
                               fastconv::conv2d_fprop,
-                              dgrad_of_array,
+                              fastconv::conv2d_dgrad,
                               fastconv::conv2d_wgrad,
                               fastconv::max_pool2d_fprop,
                               fastconv::max_pool2d_bprop,
@@ -321,7 +315,7 @@ struct Timed<operation> {
 
 constexpr Operations kTimed{true,
                             Timed<fastconv::conv2d_fprop>::run,
-                            Timed<dgrad_of_array>::run,
+                            Timed<fastconv::conv2d_dgrad>::run,
                             Timed<fastconv::conv2d_wgrad>::run,
                             Timed<fastconv::max_pool2d_fprop>::run,
                             Timed<fastconv::max_pool2d_bprop>::run,

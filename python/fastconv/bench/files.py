@@ -219,6 +219,11 @@ def write_csv(path: str | os.PathLike[str], run: Record) -> None:
                 writer.writerow(row)
 
 
+def packed_filters(facts: Record) -> str:
+    """What a line of a run's conditions adds on its filters."""
+    return ", filters packed beforehand" if facts.get("filter") == "packed" else ""
+
+
 def shares(result: Record, nanoseconds: float, limits: Record | None) -> dict[str, float | None]:
     """{"gflops", "peak", "bandwidth"} of a time; None for what has no meaning or is not known.
 

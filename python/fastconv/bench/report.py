@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastconv.bench.files import shares
+from fastconv.bench.files import packed_filters, shares
 from fastconv.bench.problem import DIRECTIONS
 from fastconv.bench.session import OURS
 from fastconv.bench.statistics import geometric_mean
@@ -101,7 +101,10 @@ def _conditions(run: Record) -> str:
         ("threads", f"{threads}, the same for all"),
         ("system", facts["system"]),
         ("versions", versions),
-        ("data", f"{facts['dtype']}, {facts['layout'].upper()}{_filters(facts)}, {_cache(facts)}"),
+        (
+            "data",
+            f"{facts['dtype']}, {facts['layout'].upper()}{packed_filters(facts)}, {_cache(facts)}",
+        ),
         ("malloc", facts["malloc"] or "as it comes"),
     ]
     if limits := facts["limits"]:
@@ -114,10 +117,6 @@ def _conditions(run: Record) -> str:
         rows.append(("not measured", left_out))
     rows.append(("measured", f"{facts['when'][:10]}, in {run['seconds'] / 60:.0f} minutes"))
     return _table(("", ""), rows, "--")
-
-
-def _filters(facts: Record) -> str:
-    return ", filters packed beforehand" if facts.get("filter") == "packed" else ""
 
 
 def _cache(facts: Record) -> str:

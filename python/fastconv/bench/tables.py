@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fastconv.bench.files import shares
+from fastconv.bench.files import packed_filters, shares
 from fastconv.bench.problem import DIRECTIONS
 from fastconv.bench.session import OURS
 from fastconv.bench.statistics import geometric_mean
@@ -51,8 +51,7 @@ def conditions(run: Record) -> Text:
         )
     malloc = f"malloc: {facts['malloc']}" if facts["malloc"] else "malloc as it comes"
     cache = "cold caches" if facts["cold"] else "warm caches"
-    packed = ", filters packed beforehand" if facts.get("filter") == "packed" else ""
-    data = f"{facts['layout'].upper()}, {facts['dtype']}{packed}"
+    data = f"{facts['layout'].upper()}, {facts['dtype']}{packed_filters(facts)}"
     lines.append(f"{cache}, {data}; {malloc}, for all alike")
     if facts.get("others") is not None:
         lines.append(f"other processes took {100 * facts['others']:.0f} % of the CPU time")
