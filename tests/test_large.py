@@ -1,8 +1,8 @@
-"""Tensors of more than 2**31 elements: places in them fit no 32 bits.
+"""Tensors beyond what caches hold; and of more than 2**31 elements: places in these fit no 32 bits.
 
-Nearly all of an input is memory that was never written, which costs nothing to read; the windows are
-far apart, and what they see is compared with the same windows side by side in a small tensor. What
-writes or reads all 8 GiB runs by ``make test ARGS="-m sweep tests/test_large.py"``.
+Nearly all of an input of the latter is memory that was never written, which costs nothing to read; the
+windows are far apart, and what they see is compared with the same windows side by side in a small
+tensor. What writes or reads all 8 GiB runs by ``make test ARGS="-m sweep tests/test_large.py"``.
 """
 
 import itertools
@@ -113,6 +113,50 @@ def test_gradients_of_pooling(shape, window, strides):
                         np.testing.assert_array_equal(dx[(image, *here)], wanted[(image, *there)])
                 # What no window sees is zero, and so is dy of all other images.
                 assert np.count_nonzero(dx) == np.count_nonzero(wanted)
+
+
+@pytest.mark.parametrize(
+    "c, filters, kernel, strides, rate",
+    [
+        (96, 1, (3, 3), (1, 1), (1, 1)),  # filters: of a channel
+        (96, 1, (3, 3), (2, 2), (1, 1)),
+        (100, 1, (5, 5), (1, 1), (1, 1)),
+        (96, 1, (3, 3), (1, 1), (2, 2)),
+        (96, 2, (3, 3), (1, 1), (1, 1)),
+        (96, 1, (1, 4), (2, 1), (1, 1)),
+    ],
+)
+def test_depthwise_batches_beyond_caches(c, filters, kernel, strides, rate):
+    """Their tiles ask for lines ahead. An image has the bits that it has alone."""
+    assert_images_are_as_alone((24, 37, 41, c), c * filters, c, kernel, strides, rate)
+
+
+@pytest.mark.parametrize("channels, strides", [(4, (1, 1)), (4, (2, 2)), (8, (1, 1)), (6, (1, 2))])
+def test_grouped_batches_beyond_caches(channels, strides):
+    with running_on(algorithm="grouped"):
+        assert_images_are_as_alone((24, 37, 41, 96), 96, 96 // channels, (3, 3), strides, (1, 1))
+
+
+def assert_images_are_as_alone(shape, filters, groups, kernel, strides, rate):
+    assert 4 * np.prod(shape) > 12 * 2**20
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal(shape, np.float32)
+    w = rng.standard_normal((*kernel, shape[-1] // groups, filters), np.float32)
+    options = {"strides": strides, "padding": "same", "dilation_rate": rate, "groups": groups}
+    for isa in _core.available_isas():
+        with running_on(isa=isa, threads=2):
+            y = fastconv.conv2d(x, w, **options)
+            dy = y / 8
+            dx = fastconv.conv2d_grad_input(dy, w, shape, **options)
+            dw = fastconv.conv2d_grad_filter(x, dy, w.shape, **options)
+            sums = np.zeros(w.shape)
+            for image in range(shape[0]):
+                one = slice(image, image + 1)
+                assert_equal_arrays(y[one], fastconv.conv2d(x[one], w, **options))
+                one_dx = fastconv.conv2d_grad_input(dy[one], w, x[one].shape, **options)
+                assert_equal_arrays(dx[one], one_dx)
+                sums += fastconv.conv2d_grad_filter(x[one], dy[one], w.shape, **options)
+            np.testing.assert_allclose(dw, sums, rtol=1e-4, atol=1e-4 * np.abs(sums).max())
 
 
 @pytest.mark.sweep

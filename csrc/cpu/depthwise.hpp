@@ -54,6 +54,8 @@ struct DepthwiseTile {
   float* scratch;  // R * R vectors, for as many neighbouring vectors as a tile has
   // wgrad: the sums, [vector][tap][lane], and those of the bias, [vector][lane], or null.
   float *sums, *bias_sums;
+  // Whether to ask, a column at a time, for the rows that the tile below needs and this one does not.
+  bool asks_below;
 };
 
 using DepthwiseTileFunction = void (*)(const DepthwiseTile&);
@@ -115,6 +117,19 @@ inline __attribute__((always_inline)) void for_each_channel_vector(int64_t chann
       body(c, ChannelVectors<V, Vectors, false>(channels - c));
     }
   }
+}
+
+// `floats` channels of a pixel and of those in the rows below it. Tiles go down the image: the hardware does
+// not ask for their rows in time.
+template <int Rows, bool Writes>
+inline __attribute__((always_inline)) void ask_for_rows(const float* below, int64_t row,
+                                                        int64_t floats) {
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+    for (int64_t at = 0; at < floats; at += kLine) {
+      __builtin_prefetch(below + i * row + at, Writes ? 1 : 0, 2);
+    }
 }
 
 // A copy of the taps, [tap][vector][lane], and behind it what the sums begin with.
@@ -181,6 +196,8 @@ inline __attribute__((always_inline)) void depthwise_vectors(const DepthwiseTile
   const float* source = t.source + c;
   const float* mask = Masked ? t.mask + c : nullptr;
   const int64_t source_row = t.source_row, row_begin = t.row_begin, row_end = t.row_end;
+  constexpr int64_t kFloats = kVectors * V::kWidth;
+  const bool asks_below = t.asks_below && c % kLine == 0;
   const auto meet = [&]<bool Checked>(std::bool_constant<Checked>,
                                       int64_t m) __attribute__((always_inline)) {
 #pragma GCC unroll 2
@@ -275,6 +292,15 @@ inline __attribute__((always_inline)) void depthwise_vectors(const DepthwiseTile
   for (int64_t m = 0; m < end;) {
     if (m == inner && inner < inner_end) {
       for (; m < inner_end; ++m) {
+        if (asks_below) {
+#pragma GCC unroll 2
+          for (int d = 0; d < Step; ++d) {
+            const int64_t below = kSourceRows * source_row + d * t.source_column;
+            ask_for_rows<Rows * Step, false>(source + below, source_row, kFloats);
+            if (Masked) ask_for_rows<Rows * Step, false>(mask + below, source_row, kFloats);
+          }
+          ask_for_rows<Rows, true>(out + Rows * out_row, out_row, kFloats);
+        }
         meet(std::false_type{}, m);
         finish();
         move_on();
@@ -337,6 +363,8 @@ inline __attribute__((always_inline)) void depthwise_scatter_vectors(const Depth
 
   const float* source = t.source + c;
   const float* mask = Masked ? t.mask + c : nullptr;
+  constexpr int64_t kFloats = kVectors * V::kWidth;
+  const bool asks_below = t.asks_below && c % kLine == 0;
   const auto meet = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -418,6 +446,16 @@ inline __attribute__((always_inline)) void depthwise_scatter_vectors(const Depth
   for (int64_t m = -(kLive - 1); m < t.columns;) {
     if (m == inner && inner < inner_end) {
       for (; m < inner_end; ++m) {
+        if (asks_below) {
+          const int64_t below = kSourceRows * t.source_row;
+          ask_for_rows<Rows, false>(source + below, t.source_row, kFloats);
+          if (Masked) ask_for_rows<Rows, false>(mask + below, t.source_row, kFloats);
+#pragma GCC unroll 2
+          for (int b = 0; b < Step; ++b) {
+            ask_for_rows<kOutRows, true>(out + kOutRows * t.out_row + b * t.out_column, t.out_row,
+                                         kFloats);
+          }
+        }
         meet();
         finish(std::false_type{}, m);
       }
@@ -480,6 +518,8 @@ inline __attribute__((always_inline)) void depthwise_wgrad_vectors(const Depthwi
   const float* mask = Masked ? t.mask + c : nullptr;
   const int64_t row_begin = t.row_begin - first, row_end = t.row_end - first;
   const int64_t source_row = t.source_row, out_row = t.out_row, out_column = t.out_column;
+  constexpr int64_t kFloats = kVectors * V::kWidth;
+  const bool asks_below = t.asks_below && first == 0 && c % kLine == 0;
   const auto meet = [&]<bool Checked>(std::bool_constant<Checked>,
                                       int64_t m) __attribute__((always_inline)) {
 #pragma GCC unroll 2
@@ -537,7 +577,18 @@ inline __attribute__((always_inline)) void depthwise_wgrad_vectors(const Depthwi
   const int64_t inner_end = min64(t.columns, t.column_end / Step);
   for (int64_t m = 0; m < end;) {
     if (m == inner && inner < inner_end) {
-      for (; m < inner_end; ++m) meet(std::false_type{}, m);
+      for (; m < inner_end; ++m) {
+        if (asks_below) {
+#pragma GCC unroll 2
+          for (int d = 0; d < Step; ++d) {
+            const int64_t below = ((Rows - 1) * Step + R) * source_row + d * t.source_column;
+            ask_for_rows<Rows * Step, false>(source + below, source_row, kFloats);
+          }
+          ask_for_rows<Rows, false>(dy + Rows * out_row, out_row, kFloats);
+          if (Masked) ask_for_rows<Rows, false>(mask + Rows * out_row, out_row, kFloats);
+        }
+        meet(std::false_type{}, m);
+      }
       continue;
     }
     meet(std::true_type{}, m);
@@ -738,6 +789,7 @@ struct DepthwiseConvolution {
   int64_t taps_floats;              // wgrad: of one vector
   DepthwiseKernels kernels;
   int64_t staged_source, staged_dy;  // floats of a worker that run_staged copies to, or none
+  bool asks_below;
   int workers;
 
   DepthwiseConvolution(const Conv2dProblem& problem, Direction which, bool masked, bool bias)
@@ -783,6 +835,8 @@ struct DepthwiseConvolution {
     staged_source = staged ? kernels.source_rows * columns_met * kLine : 0;
     staged_dy = staged ? kernels.rows * ceil_div(own_columns, column_tiles) * kLine : 0;
     row_tiles = ceil_div(ceil_div(rows, residues_h), kernels.rows);
+    asks_below = !staged && tiles_ask_below(p.x_size() + p.y_size(), rows,
+                                            kernels.source_rows * columns_met, apart_w * p.c);
     tiles = residues_h * row_tiles * residues_w * column_tiles;
     taps_floats = p.r * p.s * V::kWidth;
     part_floats = vectors * (taps_floats + (bias ? V::kWidth : 0));
@@ -988,6 +1042,7 @@ struct DepthwiseConvolution {
                      const float* mask, int64_t channel, DepthwiseTile& t, const Body& body) const {
     t.source_column = p.c * apart_w;
     t.source_row = source_w * p.c * apart_h;
+    t.asks_below = asks_below;
     const int64_t tiles_of_row = residues_w * column_tiles;
     for (; tile < tile_end; ++tile) {
       const int64_t i = tile / tiles_of_row, j = tile % tiles_of_row;
