@@ -671,8 +671,9 @@ inline int64_t locate_lane_tile(const TapConvolution& g, const LaneRow& pixels, 
 }
 
 // Whether tiles should ask for what is below them, of tensors of so many floats and `rows` of tiles: in a
-// cache that costs an eighth of the time, beyond all of them it saves up to two thirds (docs/kernels/depthwise.md). Nor where
-// not even a tile's own lines, of so many pixels that lie `apart`, stay in the first-level cache.
+// cache that costs an eighth of the time, beyond all of them it saves up to two thirds
+// (docs/kernels/depthwise.md). Nor where not even a tile's own lines, of so many pixels that lie `apart`,
+// stay in the first-level cache.
 inline bool tiles_ask_below(int64_t floats, int64_t rows, int64_t pixels, int64_t apart) {
   constexpr int64_t kBytesCached = int64_t{12} << 20, kFewRows = 4;
   return floats * 4 > kBytesCached && rows >= kFewRows && !crowds_cache(pixels, apart);
