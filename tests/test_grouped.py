@@ -67,7 +67,7 @@ def test_results(problem, isa):
         assert_within(solve(problem, data), expected, magnitudes(problem, data))
 
 
-@pytest.mark.parametrize(("channels", "filters"), [(4, 4), (8, 4), (16, 16), (24, 6)])
+@pytest.mark.parametrize(("channels", "filters"), [(4, 4), (8, 4), (16, 16), (24, 6), (3, 3), (5, 7)])
 def test_groups_and_padding_keep_apart(channels, filters, isa):
     problem = grouped(1, 5, 12, 6, channels, filters, padding="same")
     data = normals(problem)
@@ -115,3 +115,23 @@ def test_selector_takes_it():
                 (1, 28, 28, channels), (3, 3, per_group, channels), direction=direction, groups=32
             )
             assert explanation["algorithm"] == "grouped"
+
+
+@pytest.mark.parametrize(
+    ("batch", "pixels", "groups", "direction", "wanted"),
+    [
+        (1, 28, 8, "fprop", "winograd4"),
+        (1, 28, 8, "dgrad", "winograd4"),
+        (32, 14, 32, "fprop", "grouped"),
+        (32, 14, 32, "dgrad", "grouped"),
+        (32, 28, 8, "wgrad", "grouped"),
+    ],
+)
+def test_selector_minds_the_caches(batch, pixels, groups, direction, wanted):
+    """Winograd's goes group by group: of a batch that no cache holds, it reads lines again and again."""
+    if "avx2" not in _core.available_isas():
+        pytest.skip("The widths below are those of AVX2.")
+    x, w = (batch, pixels, pixels, 16 * groups), (3, 3, 16, 16 * groups)
+    with running_on(isa="avx2"):
+        told = fastconv.explain(x, w, direction=direction, groups=groups, padding="same")
+    assert told["algorithm"] == wanted

@@ -29,9 +29,10 @@ struct Direct {
   static Estimate estimate(const Conv2dProblem& p, Direction direction) {
     Estimate out;
     const double share = share_of_taps(p, direction);
+    const double pieces = cost_of_pieces<V>(p, static_cast<double>(p.c_per_group()), 1);
     const auto add = [&](const TapConvolution& g) {
       const TapConvolutionRunner<V> runner(g);
-      out.multiply_adds += tile_cost(g, share);
+      out.multiply_adds += pieces * tile_cost(g, share);
       out.workspace_bytes = max64(out.workspace_bytes, runner.workspace_bytes);
     };
     switch (direction) {

@@ -67,6 +67,17 @@ struct LikeTiles {
   int64_t alike(int64_t tile) const { return (tile < larger ? larger : count) - tile; }
 };
 
+// Whether tensors of so many floats are more than the caches keep.
+constexpr bool beyond_caches(int64_t floats) { return floats * 4 > int64_t{12} << 20; }
+
+// What more an algorithm takes that goes over the images group by group, `floats` of a line at a time, where
+// no cache holds them: each line comes from memory more than once, and nothing asks for it in time.
+template <class V>
+double cost_of_pieces(const Conv2dProblem& p, double floats, double most) {
+  if (p.groups == 1 || V::kRegisters == 32 || !beyond_caches(p.x_size() + p.y_size())) return 1;
+  return 1 + most * 8 / (8 + floats);
+}
+
 // The largest value that an activation leaves.
 constexpr float ceiling_of(Activation activation) {
   return activation == Activation::relu6 ? 6.0f : std::numeric_limits<float>::infinity();
@@ -268,22 +279,30 @@ template <class V, int Rows, int Vectors>
     for (int v = 0; v < Vectors; ++v) sum[i][v] = V::min(ceiling, V::relu(sum[i][v]));
 }
 
-// Pixel i's go to `to(i)`; the last vector has `columns`. Whether it is a whole one is asked once, not for
-// each pixel: of few products, that would take as long as these.
+// Calls body(tail) for vectors of so many lanes, or body() for whole ones where these are quicker. Asked
+// once, not for each pixel: of few products, that would take as long as these.
+template <class V, class Body>
+[[gnu::always_inline]] inline void with_tail(int lanes, const Body& body) {
+  if (!V::kFreeMasks && lanes == V::kWidth) {
+    body();
+  } else {
+    body(V::tail(lanes));
+  }
+}
+
+// Pixel i's go to `to(i)`; the last vector has `columns`.
 template <class V, int Rows, int Vectors, class To>
 [[gnu::always_inline]] inline void store_tile(const typename V::Reg (&sum)[Rows][Vectors],
                                               int columns, const To& to) {
-  const auto store = [&](const auto&... mask) __attribute__((always_inline)) {
+  with_tail<V>(columns, [&](const auto&... tail) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
       float* const at = to(i);
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors - 1; ++v) V::store(at + v * V::kWidth, sum[i][v]);
-      V::store(at + (Vectors - 1) * V::kWidth, sum[i][Vectors - 1], mask...);
+      V::store(at + (Vectors - 1) * V::kWidth, sum[i][Vectors - 1], tail...);
     }
-  };
-  if (!V::kFreeMasks && columns == V::kWidth) return store();
-  store(V::tail(columns));
+  });
 }
 
 template <class V, int Rows, int Vectors, TapTileTask Task>

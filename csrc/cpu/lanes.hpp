@@ -36,7 +36,6 @@ struct LaneVector {
   int64_t source;  // first source channel
   int columns;     // output lanes
   int loaded[2];   // source lanes of one or two loads
-  bool whole;      // every load and store is one of whole vectors
 };
 
 struct LaneTile {
@@ -49,11 +48,16 @@ struct LaneTile {
   int64_t column_begin, column_end;  // pixels from x on that are in the source
   int64_t rows, reduce;              // tap rows; source channels a group
   int64_t taps, tap_step, step;      // of a row, where they are not known to the compiler
-  const float* filter;               // [vector][row][c][tap][width]; wgrad: the sums
-  int64_t filter_vector;             // floats from vector to vector
-  int64_t filter_row_step;           // floats from row to row
-  const float* bias;                 // null for none
-  float* y;                          // wgrad: dy, read only
+  int64_t x_left;                    // floats of the source from x on
+  // Of the source, from a pixel's first channel on, where some vector has fewer lanes to load than it has.
+  // Elsewhere 0.
+  int64_t pixel_reads;
+  bool at_end;              // loads of whole vectors would go beyond the source
+  const float* filter;      // [vector][row][c][tap][width]; wgrad: the sums
+  int64_t filter_vector;    // floats from vector to vector
+  int64_t filter_row_step;  // floats from row to row
+  const float* bias;        // null for none
+  float* y;                 // wgrad: dy, read only
   int64_t y_column;
   bool relu;
   float ceiling;        // with relu
@@ -66,7 +70,9 @@ struct LaneTile {
   int64_t rows_below;
 };
 
-template <class V, Lanes kLanes, bool Whole>
+// `Masked`: no more is read than what is wanted; else whole vectors, whose other lanes come to nothing: no
+// filter is there, or no permutation takes them.
+template <class V, Lanes kLanes, bool Masked>
 struct LaneSource {
   typename V::Int index;
   typename V::Tail tails[2];
@@ -81,7 +87,7 @@ struct LaneSource {
   }
   void next_channel() { index = V::int_add(index, V::int_broadcast(1)); }
   static typename V::Reg part(const float* p, typename V::Tail tail) {
-    return Whole ? V::load(p) : V::load(p, tail);
+    return Masked ? V::load(p, tail) : V::load(p);
   }
   // Channel c of the group of each lane; next_channel has been called c times. `p` is the pixel's
   // first channel, or channel c where channels are broadcast.
@@ -219,10 +225,12 @@ decltype(auto) pixels_of_piece(const Pixels& pixels, int64_t tap) {
 }
 
 // Tiles go down the image: no two lines that they read first follow one another, and the hardware does not
-// ask for them in time. x and y are those of the tile's pixel 0.
+// ask for them in time. x and y are those of the tile's pixel 0, from channel `channel` of y on: of the
+// vectors in a line, the first asks.
 template <int Taps, int Step, int Cols, bool Writes>
 inline __attribute__((always_inline)) void ask_below(const LaneTile& t, const float* x,
-                                                     const float* y) {
+                                                     const float* y, int64_t channel) {
+  if (!t.asks_below || channel % kLine != 0) return;
   constexpr int kColumns = Taps == 0 ? Cols : Cols * Step;
   const int64_t column = Taps == 0 ? t.step * t.x_column : t.x_column;
   for (int64_t row = 0; row < t.rows_below; ++row) {
@@ -232,12 +240,12 @@ inline __attribute__((always_inline)) void ask_below(const LaneTile& t, const fl
   }
 #pragma GCC unroll 16
   for (int j = 0; j < Cols; ++j) {
-    __builtin_prefetch(y + t.y_below + j * t.y_column, Writes ? 1 : 0, 2);
+    __builtin_prefetch(y + channel + t.y_below + j * t.y_column, Writes ? 1 : 0, 2);
   }
 }
 
 // Vectors v .. v + Vectors - 1, which take the same source channels if they are several.
-template <class V, Lanes kLanes, int Taps, int Step, int Cols, int Vectors, bool Whole>
+template <class V, Lanes kLanes, int Taps, int Step, int Cols, int Vectors, bool Masked>
 inline __attribute__((always_inline)) void lane_vectors(const LaneTile& t, int64_t v) {
   using Reg = typename V::Reg;
   const LaneVector& vector = t.vectors[v];
@@ -246,22 +254,17 @@ inline __attribute__((always_inline)) void lane_vectors(const LaneTile& t, int64
 #pragma GCC unroll 2
   for (int i = 0; i < Vectors; ++i) {
     Reg start = V::zero();
-    if (t.bias) {
-      const float* bias = t.bias + (v + i) * V::kWidth;
-      start = Whole ? V::load(bias) : V::load(bias, tail(i));
-    }
+    if (t.bias) start = V::load(t.bias + (v + i) * V::kWidth, tail(i));
 #pragma GCC unroll 16
     for (int j = 0; j < Cols; ++j) sum[i][j] = start;
   }
 
   const float* x = t.x + vector.source;
   const float* mask = kLanes == Lanes::masked ? t.mask + vector.source : x;
-  if (t.asks_below && v * V::kWidth % kLine == 0) {
-    ask_below<Taps, Step, Cols, true>(t, x, t.y + v * V::kWidth);
-  }
+  ask_below<Taps, Step, Cols, true>(t, x, t.y, v * V::kWidth);
   const float* row = t.filter + v * t.filter_vector;
   for (int64_t r = 0; r < t.rows; ++r, x += t.x_row, mask += t.x_row, row += t.filter_row_step) {
-    LaneSource<V, kLanes, Whole> source(t, v);
+    LaneSource<V, kLanes, Masked> source(t, v);
     const float* filter = row;
     const int64_t reduce = kLanes == Lanes::plain || kLanes == Lanes::masked ? 1 : t.reduce;
     LaneSourcePixels<kLanes, Taps, Step, Cols> pixels{x, t.x_column}, masks{mask, t.x_column};
@@ -307,39 +310,34 @@ inline __attribute__((always_inline)) void lane_vectors(const LaneTile& t, int64
 #pragma GCC unroll 2
   for (int i = 0; i < Vectors; ++i) {
     float* y = t.y + (v + i) * V::kWidth;
+    with_tail<V>(t.vectors[v + i].columns, [&](auto... tails) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-    for (int j = 0; j < Cols; ++j, y += t.y_column) {
-      const Reg out = t.relu ? V::min(V::set(t.ceiling), V::relu(sum[i][j])) : sum[i][j];
-      if (Whole) {
-        V::store(y, out);
-      } else {
-        V::store(y, out, tail(i));
+      for (int j = 0; j < Cols; ++j) {
+        const Reg out = t.relu ? V::min(V::set(t.ceiling), V::relu(sum[i][j])) : sum[i][j];
+        V::store(y + j * t.y_column, out, tails...);
       }
-    }
+    });
   }
 }
 
-template <class V, Lanes kLanes, int Taps, int Step, int Cols, int Vectors, bool Whole>
+template <class V, Lanes kLanes, int Taps, int Step, int Cols, int Vectors, bool Masked>
 inline __attribute__((always_inline)) void lane_wgrad_vectors(const LaneTile& t, int64_t v) {
   using Reg = typename V::Reg;
   const LaneVector& vector = t.vectors[v];
   Reg dy[Vectors][Cols];
 #pragma GCC unroll 2
   for (int i = 0; i < Vectors; ++i) {
-    const auto tail = V::tail(t.vectors[v + i].columns);
     const int64_t at = (v + i) * V::kWidth;
+    with_tail<V>(t.vectors[v + i].columns, [&](auto... tails) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-    for (int j = 0; j < Cols; ++j) {
-      const float* p = t.y + j * t.y_column + at;
-      dy[i][j] = Whole ? V::load(p) : V::load(p, tail);
-    }
-    if (t.y_mask) {
+      for (int j = 0; j < Cols; ++j) dy[i][j] = V::load(t.y + at + j * t.y_column, tails...);
+      if (!t.y_mask) return;
 #pragma GCC unroll 16
       for (int j = 0; j < Cols; ++j) {
-        const float* p = t.y_mask + j * t.y_column + at;
-        dy[i][j] = V::where_positive(Whole ? V::load(p) : V::load(p, tail), dy[i][j]);
+        const Reg mask = V::load(t.y_mask + at + j * t.y_column, tails...);
+        dy[i][j] = V::where_positive(mask, dy[i][j]);
       }
-    }
+    });
     if (t.bias_sums) {
       Reg sum = dy[i][0];
 #pragma GCC unroll 16
@@ -349,12 +347,10 @@ inline __attribute__((always_inline)) void lane_wgrad_vectors(const LaneTile& t,
   }
 
   const float* x = t.x + vector.source;
-  if (t.asks_below && v * V::kWidth % kLine == 0) {
-    ask_below<Taps, Step, Cols, false>(t, x, t.y + v * V::kWidth);
-  }
+  ask_below<Taps, Step, Cols, false>(t, x, t.y, v * V::kWidth);
   float* row = const_cast<float*>(t.filter) + v * t.filter_vector;
   for (int64_t r = 0; r < t.rows; ++r, x += t.x_row, row += t.filter_row_step) {
-    LaneSource<V, kLanes, Whole> source(t, v);
+    LaneSource<V, kLanes, Masked> source(t, v);
     float* sums = row;
     const int64_t reduce = kLanes == Lanes::plain ? 1 : t.reduce;
     LaneSourcePixels<kLanes, Taps, Step, Cols> pixels{x, t.x_column};
@@ -427,28 +423,32 @@ void lane_tile(const LaneTile& tile) {
   constexpr bool kCopies = !Wgrad || kLanes == Lanes::plain;
   const std::conditional_t<kCopies, const LaneTile, const LaneTile&> t = tile;
   constexpr bool kPairs = kLanePairs<V> && kLanes == Lanes::broadcast && Cols <= kLaneColumns<V>;
-  const auto some = [&]<int Vectors, bool Whole>(int64_t v) __attribute__((always_inline)) {
+  // The other tiles are not called at the end.
+  constexpr bool kMasked = V::kFreeMasks;
+  constexpr bool kAtEnd =
+      !kMasked && Taps == 0 && kLanes != Lanes::broadcast && kLanes != Lanes::gather;
+  const auto some = [&]<int Vectors, bool Masked>(int64_t v) __attribute__((always_inline)) {
     if constexpr (Wgrad) {
-      lane_wgrad_vectors<V, kLanes, Taps, Step, Cols, Vectors, Whole>(t, v);
+      lane_wgrad_vectors<V, kLanes, Taps, Step, Cols, Vectors, Masked>(t, v);
     } else {
-      lane_vectors<V, kLanes, Taps, Step, Cols, Vectors, Whole>(t, v);
+      lane_vectors<V, kLanes, Taps, Step, Cols, Vectors, Masked>(t, v);
     }
   };
   for (int64_t v = t.begin; v < t.end; ++v) {
     if constexpr (kPairs) {
       if (v + 1 < t.end && t.vectors[v].source == t.vectors[v + 1].source) {
-        some.template operator()<2, false>(v);
+        some.template operator()<2, kMasked>(v);
         ++v;
         continue;
       }
     }
-    if constexpr (V::kFreeMasks) {
-      some.template operator()<1, false>(v);
-    } else if (t.vectors[v].whole) {
-      some.template operator()<1, true>(v);
-    } else {
-      some.template operator()<1, false>(v);
+    if constexpr (kAtEnd) {
+      if (t.at_end) {
+        some.template operator()<1, true>(v);
+        continue;
+      }
     }
+    some.template operator()<1, kMasked>(v);
   }
 }
 
@@ -586,10 +586,10 @@ struct LanePlan {
       }
       out[v].loaded[0] = static_cast<int>(min64(V::kWidth, span + shift));
       out[v].loaded[1] = static_cast<int>(max64(0, min64(V::kWidth, span + shift - V::kWidth)));
-      out[v].whole =
-          columns == V::kWidth &&
-          (lanes == Lanes::broadcast || lanes == Lanes::gather ||
-           (lanes == Lanes::permute2 ? out[v].loaded[1] : out[v].loaded[0]) == V::kWidth);
+      const bool loads = !V::kFreeMasks && lanes != Lanes::broadcast && lanes != Lanes::gather;
+      if (loads && out[v].loaded[lanes == Lanes::permute2 ? 1 : 0] < V::kWidth) {
+        t.pixel_reads = g.source_c + V::kWidth;
+      }
       if (lanes == Lanes::plain || lanes == Lanes::broadcast) continue;
       for (int64_t lane = 0; lane < V::kWidth; ++lane) {
         const int64_t group = (v * V::kWidth + lane) / g.columns - first;
@@ -648,6 +648,8 @@ inline int64_t locate_lane_tile(const TapConvolution& g, const LaneRow& pixels, 
   g.vertical.meeting(i, g.source_h, row, row_end);
   if (row >= row_end) row = row_end = 0;
   const int64_t column = j * g.horizontal.step + g.horizontal.first;
+  source = n * g.source_image +
+           ((i * g.vertical.step + g.vertical.offset(row)) * g.source_w + column) * g.source_c;
   t.rows = row_end - row;
   t.x_row = g.vertical.stride * g.source_w * g.source_c;
   t.x_column = pixels.apart * g.source_c;
@@ -659,14 +661,13 @@ inline int64_t locate_lane_tile(const TapConvolution& g, const LaneRow& pixels, 
     t.column_end = ceil_div(t.column_end, pixels.apart);
   }
   t.column_end = max64(t.column_begin, t.column_end);
+  t.x_left = g.images * g.source_image - source;
   t.taps = pixels.taps.count;
   t.tap_step = pixels.taps.stride;
   t.step = pixels.taps.step;
   t.x_below = g.vertical.step * g.source_w * g.source_c + (g.vertical.count - 1 - row) * t.x_row;
   t.y_below = g.y_row;
   t.rows_below = min64(g.vertical.step, g.vertical.count);
-  source = n * g.source_image +
-           ((i * g.vertical.step + g.vertical.offset(row)) * g.source_w + column) * g.source_c;
   return row;
 }
 
@@ -675,8 +676,8 @@ inline int64_t locate_lane_tile(const TapConvolution& g, const LaneRow& pixels, 
 // (docs/kernels/depthwise.md). Nor where not even a tile's own lines, of so many pixels that lie `apart`,
 // stay in the first-level cache.
 inline bool tiles_ask_below(int64_t floats, int64_t rows, int64_t pixels, int64_t apart) {
-  constexpr int64_t kBytesCached = int64_t{12} << 20, kFewRows = 4;
-  return floats * 4 > kBytesCached && rows >= kFewRows && !crowds_cache(pixels, apart);
+  constexpr int64_t kFewRows = 4;
+  return beyond_caches(floats) && rows >= kFewRows && !crowds_cache(pixels, apart);
 }
 
 inline bool lane_tiles_ask_below(const TapConvolution& g, const LaneRow& pixels, int64_t columns) {
@@ -687,12 +688,16 @@ inline bool lane_tiles_ask_below(const TapConvolution& g, const LaneRow& pixels,
 
 // The tiles for the taps of one axis.
 struct LaneTiles {
-  const LaneTileFunction *quick, *any;  // those for tiles that hardly meet padding, and for all
+  // Those for tiles that hardly meet padding and lie before the source's end, and those for all.
+  const LaneTileFunction *quick, *any;
 
-  void run(const LaneTile& t, int64_t pixels) const {
-    const int64_t margin = t.taps - 1, columns = (pixels - 1) * t.step + t.taps;
+  void run(LaneTile& t, int64_t pixels) const {
+    const int64_t margin = t.taps - 1;
+    const int64_t columns = (pixels - 1) * t.step + margin * t.tap_step + 1;
+    const int64_t last = (t.rows - 1) * t.x_row + (min64(columns, t.column_end) - 1) * t.x_column;
+    t.at_end = last + t.pixel_reads > t.x_left;
     const bool hardly = t.column_begin <= margin && t.column_end >= columns - margin;
-    (hardly ? quick : any)[pixels - 1](t);
+    (hardly && !t.at_end ? quick : any)[pixels - 1](t);
   }
 };
 

@@ -114,10 +114,10 @@ struct WinogradOfTaps {
       cycles += filter_vectors * (to_memory + blocks * stream);
     }
     // Of few channels, each product is short of work and each load of the source short of a line.
-    const double a_group = kSpills ? 0.9 + 3 / c : 1.2 + 8 / c;
+    const double a_group = !kSpills ? 1.2 + 8 / c : kSixBySix ? 0.9 + 3 / c : 0.8 + 6 / c;
     const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? a_group : 1);
-    return {cycles * V::kWidth * groups, Plan(p, direction).workspace_bytes(),
-            kSixBySix ? 5e-6 : 2e-6};
+    return {cycles * V::kWidth * groups * cost_of_pieces<V>(p, c, 1),
+            Plan(p, direction).workspace_bytes(), kSixBySix ? 5e-6 : 2e-6};
   }
 
   static std::string blocking(const Conv2dProblem& p, Direction direction) {

@@ -145,7 +145,8 @@ struct WinogradWgrad {
     // Of few channels, each product is short of work and each load of the source short of a line.
     const double a_group = V::kRegisters < 32 ? 1.15 + 8 / c : 1 + 4 / c;
     const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? a_group : 1);
-    return {(products + transforms + back + 6000 * parts) * V::kWidth * groups,
+    const double pieces = cost_of_pieces<V>(p, c, 2);
+    return {(products + transforms + back + 6000 * parts) * V::kWidth * groups * pieces,
             plan.workspace_bytes(), kSixBySix ? 5e-6 : 2e-6};
   }
 
