@@ -128,7 +128,7 @@ PIP = --no-compile $(if $(wildcard $(INSTALLED)),--quiet)
 
 # The wheel is built before anything is installed: an error of the compiler costs no download.
 $(INSTALLED): $(CREATED) $(SOURCES)
-	@echo "Building fastconv (this can take a minute or two)"
+	@echo "Building fastconv (with two cores this takes some five minutes)"
 	@rm -rf $(WHEELS)
 	@$(VENV_PYTHON) -m pip wheel --no-deps --wheel-dir $(WHEELS) .
 	@touch $(UNFINISHED)

@@ -29,7 +29,7 @@ struct Direct {
   static Estimate estimate(const Conv2dProblem& p, Direction direction) {
     Estimate out;
     const double share = share_of_taps(p, direction);
-    const double pieces = cost_of_pieces<V>(p, static_cast<double>(p.c_per_group()), 1);
+    const double pieces = cost_of_pieces<V>(p, static_cast<double>(p.c_per_group()));
     const auto add = [&](const TapConvolution& g) {
       const TapConvolutionRunner<V> runner(g);
       out.multiply_adds += pieces * tile_cost(g, share);

@@ -524,7 +524,8 @@ struct LanePlan {
   int64_t block, blocks;              // vectors of a task; such blocks
   int64_t rows;                       // output rows that a column of tiles goes down
 
-  LanePlan(const TapConvolution& g, int64_t taps_h, int64_t taps_w)
+  // `sums`: wgrad's, in the filter's place.
+  LanePlan(const TapConvolution& g, int64_t taps_h, int64_t taps_w, bool sums)
       : channels(g.groups * g.columns), vectors(ceil_div(channels, V::kWidth)), reduce(g.reduce) {
     int64_t span = 0;
     bool one_group = true;
@@ -540,12 +541,23 @@ struct LanePlan {
                                           : Lanes::gather;
     const bool pairs = kLanePairs<V> && g.columns >= 2 * V::kWidth;
     columns = lanes == Lanes::broadcast && !pairs ? kBroadcastColumns<V> : kLaneColumns<V>;
-    // The filter of a block stays in half of the first-level cache; where its share of the loads is
-    // small, in the second level, and lines are read from end to end.
+    // The filter of a block stays in half of the second-level cache: the larger the block, the longer the
+    // pieces of pixels that are read from end to end. Sums, which come and go, have less room. Of several
+    // channels, vectors of AVX-512 would take too much a cycle from there: half of the first level.
+    constexpr int64_t kSecondLevel = int64_t{256} << 10, kFirstLevel = int64_t{16} << 10;
     const int64_t filter = taps_h * taps_w * reduce * V::kWidth * 4;
-    const int64_t most = lanes == Lanes::plain ? int64_t{256} << 10 : int64_t{16} << 10;
+    const int64_t most = lanes == Lanes::plain ? kSecondLevel
+                         : V::kRegisters == 32 ? kFirstLevel
+                         : sums                ? kSecondLevel / 4
+                                               : kSecondLevel;
     blocks = ceil_div(vectors, max64(1, min64(vectors, most / filter)));
-    block = ceil_div(vectors, blocks);
+    if (lanes != Lanes::plain) {  // of few tiles, enough for many threads
+      constexpr int64_t kFewTasks = 32;
+      const int64_t tiles = g.images * ceil_div(g.out_h, 2) * ceil_div(g.out_w, columns);
+      blocks = max64(blocks, min64(vectors, ceil_div(kFewTasks, max64(1, tiles))));
+    }
+    constexpr int64_t kLineVectors = max64(1, kLine / V::kWidth);
+    block = min64(vectors, round_up(ceil_div(vectors, blocks), kLineVectors));
     blocks = ceil_div(vectors, block);
     // So do the source rows under a column of tiles, as far as they go.
     const int64_t row = (columns * g.horizontal.step + taps_w) * block * max64(V::kWidth, span) * 4;
@@ -809,13 +821,13 @@ struct LaneConvolution {
  private:
   static LanePlan<V> make_plan(const Conv2dProblem& p, Direction direction) {
     TapConvolution first = fprop_taps(p);
-    if (direction == Direction::fprop) return LanePlan<V>(first, p.r, p.s);
+    if (direction == Direction::fprop) return LanePlan<V>(first, p.r, p.s, false);
     bool found = false;
     for_each_dgrad_class(p, [&](const TapConvolution& g, int64_t) {
       if (!found) first = g;
       found = true;
     });
-    return LanePlan<V>(first, ceil_div(p.r, p.stride_h), ceil_div(p.s, p.stride_w));
+    return LanePlan<V>(first, ceil_div(p.r, p.stride_h), ceil_div(p.s, p.stride_w), false);
   }
 
   void add(const TapConvolution& g, int64_t first) {
@@ -889,8 +901,8 @@ struct LaneWgrad {
   bool bias;
 
   LaneWgrad(const Conv2dProblem& p, bool bias)
-      : g(fprop_taps(p)), plan(g, p.r, p.s), row(g, plan.columns, V::kWidth), lines(p.n * p.oh),
-        bias(bias) {
+      : g(fprop_taps(p)), plan(g, p.r, p.s, true), row(g, plan.columns, V::kWidth),
+        lines(p.n * p.oh), bias(bias) {
     row_floats = g.reduce * p.s * V::kWidth;
     vector_floats = p.r * row_floats;
     part_floats = plan.vectors * (vector_floats + (bias ? V::kWidth : 0));

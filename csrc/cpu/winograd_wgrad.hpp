@@ -143,9 +143,9 @@ struct WinogradWgrad {
     const double transforms = apart * tiles * (c_vectors * kX + k_vectors * kDy);
     const double back = parts * c * k_vectors * kBack;
     // Of few channels, each product is short of work and each load of the source short of a line.
-    const double a_group = V::kRegisters < 32 ? 1.15 + 8 / c : 1 + 4 / c;
+    const double a_group = V::kRegisters < 32 ? 1.3 + 10 / c : 1 + 4 / c;
     const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? a_group : 1);
-    const double pieces = cost_of_pieces<V>(p, c, 2);
+    const double pieces = cost_of_pieces<V>(p, c);
     return {(products + transforms + back + 6000 * parts) * V::kWidth * groups * pieces,
             plan.workspace_bytes(), kSixBySix ? 5e-6 : 2e-6};
   }
