@@ -548,12 +548,13 @@ struct LanePlan {
     const int64_t filter = taps_h * taps_w * reduce * V::kWidth * 4;
     const int64_t most = lanes == Lanes::plain ? kSecondLevel
                          : V::kRegisters == 32 ? kFirstLevel
-                         : sums                ? kSecondLevel / 4
+                         : sums                ? kSecondLevel / 8
                                                : kSecondLevel;
     blocks = ceil_div(vectors, max64(1, min64(vectors, most / filter)));
     if (lanes != Lanes::plain) {  // of few tiles, enough for many threads
       constexpr int64_t kFewTasks = 32;
-      const int64_t tiles = g.images * ceil_div(g.out_h, 2) * ceil_div(g.out_w, columns);
+      const int64_t rows_of_task = sums ? 8 : 2;
+      const int64_t tiles = g.images * ceil_div(g.out_h, rows_of_task) * ceil_div(g.out_w, columns);
       blocks = max64(blocks, min64(vectors, ceil_div(kFewTasks, max64(1, tiles))));
     }
     constexpr int64_t kLineVectors = max64(1, kLine / V::kWidth);
@@ -906,12 +907,16 @@ struct LaneWgrad {
     row_floats = g.reduce * p.s * V::kWidth;
     vector_floats = p.r * row_floats;
     part_floats = plan.vectors * (vector_floats + (bias ? V::kWidth : 0));
-    // Some 20 us a task at least; 4 MiB of sums at most, and fewer than the lines they are made of.
-    constexpr int64_t kMultiplyAdds = int64_t{1} << 20, kMostTasks = 64;
+    // Some 20 us a task at least; 4 MiB of sums at most, and fewer than the lines they are made of. More
+    // sums than a quarter of what is read only for the sake of many threads.
+    constexpr int64_t kMultiplyAdds = int64_t{1} << 20, kFewTasks = 32, kMostTasks = 64;
     const int64_t line = p.ow * p.r * p.s * g.reduce * plan.block * V::kWidth;
     const int64_t by_work = lines * line / kMultiplyAdds;
     const int64_t by_bytes = (int64_t{4} << 20) / (part_floats * 4);
-    const int64_t most = min64(min64(by_work, by_bytes), ceil_div(kMostTasks, plan.blocks));
+    const int64_t by_data =
+        max64((p.x_size() + p.y_size()) / (4 * part_floats), ceil_div(kFewTasks, plan.blocks));
+    const int64_t most =
+        min64(min64(by_work, by_bytes), min64(by_data, ceil_div(kMostTasks, plan.blocks)));
     const int64_t line_parts = max64(1, min64(most, ceil_div(lines, 4)));
     // Of few lines, those of one-dimensional data, parts of a line.
     spans = max64(1, min64(most / line_parts, row.tiles() / 4));
