@@ -114,7 +114,7 @@ struct WinogradOfTaps {
       cycles += filter_vectors * (to_memory + blocks * stream);
     }
     // Of few channels, each product is short of work and each load of the source short of a line.
-    const double a_group = !kSpills ? 1.2 + 8 / c : kSixBySix ? 0.9 + 3 / c : 0.8 + 6 / c;
+    const double a_group = !kSpills ? 1.2 + 8 / c : kSixBySix ? 0.9 + 4 / c : 0.8 + 6 / c;
     const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? a_group : 1);
     return {cycles * V::kWidth * groups * cost_of_pieces<V>(p, c),
             Plan(p, direction).workspace_bytes(), kSixBySix ? 5e-6 : 2e-6};
