@@ -67,7 +67,9 @@ def test_results(problem, isa):
         assert_within(solve(problem, data), expected, magnitudes(problem, data))
 
 
-@pytest.mark.parametrize(("channels", "filters"), [(4, 4), (8, 4), (16, 16), (24, 6), (3, 3), (5, 7)])
+@pytest.mark.parametrize(
+    ("channels", "filters"), [(4, 4), (8, 4), (16, 16), (24, 6), (3, 3), (5, 7)]
+)
 def test_groups_and_padding_keep_apart(channels, filters, isa):
     problem = grouped(1, 5, 12, 6, channels, filters, padding="same")
     data = normals(problem)

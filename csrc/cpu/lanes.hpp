@@ -542,8 +542,8 @@ struct LanePlan {
     const bool pairs = kLanePairs<V> && g.columns >= 2 * V::kWidth;
     columns = lanes == Lanes::broadcast && !pairs ? kBroadcastColumns<V> : kLaneColumns<V>;
     // The filter of a block stays in half of the second-level cache: the larger the block, the longer the
-    // pieces of pixels that are read from end to end. Sums, which come and go, have less room. Of several
-    // channels, vectors of AVX-512 would take too much a cycle from there: half of the first level.
+    // pieces of pixels that are read from end to end. Sums, which come and go, have less room. So have
+    // several channels with AVX-512, half of the first level: larger blocks were not timed there.
     constexpr int64_t kSecondLevel = int64_t{256} << 10, kFirstLevel = int64_t{16} << 10;
     const int64_t filter = taps_h * taps_w * reduce * V::kWidth * 4;
     const int64_t most = lanes == Lanes::plain ? kSecondLevel
