@@ -25,69 +25,14 @@
 #include <string>
 #include <type_traits>
 
+#include "cpu/depthwise_rows.hpp"
+#include "cpu/depthwise_tile.hpp"
 #include "cpu/implicit_gemm.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/lanes.hpp"
 
 namespace fastconv::cpu {
 namespace {
-
-// Rows of some columns of some channels. What is called the source is x, or, of dgrad, dy.
-struct DepthwiseTile {
-  // The first channel of the source pixel that the tile's first tap meets; it may lie outside.
-  const float* source;
-  const float* mask;  // likewise: the source counts where it is positive; null for everywhere
-  int64_t source_row, source_column;  // floats
-  int64_t row_begin, row_end;         // the tile's source rows that exist
-  int64_t column_begin, column_end;   // the tile's source columns that exist
-  const float* filter;                // of the first tap and channel
-  int64_t filter_row, filter_column;  // floats from tap to tap
-  const float* bias;                  // null for none
-  bool relu;
-  float ceiling;  // with relu
-  float* out;     // fprop and dgrad; wgrad: dy, read only
-  int64_t out_row, out_column;
-  int64_t rows, columns;  // of the output; of a scattering dgrad, cells
-  int64_t channels;
-  // dgrad with stride: the tile's output rows and columns that exist.
-  int64_t out_row_begin, out_row_end, out_column_begin, out_column_end;
-  float* scratch;  // R * R vectors, for as many neighbouring vectors as a tile has
-  // wgrad: the sums, [vector][tap][lane], and those of the bias, [vector][lane], or null.
-  float *sums, *bias_sums;
-  // Whether to ask, a column at a time, for the rows that the tile below needs and this one does not.
-  bool asks_below;
-};
-
-using DepthwiseTileFunction = void (*)(const DepthwiseTile&);
-
-// Neighbouring vectors of channels, loaded and stored whole or by masks.
-template <class V, int Vectors, bool Whole>
-struct ChannelVectors {
-  static constexpr int kVectors = Vectors;
-  typename V::Tail tails[Vectors];
-
-  explicit ChannelVectors(int64_t channels) {
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      const int64_t own = max64(0, min64(V::kWidth, channels - v * V::kWidth));
-      tails[v] = V::tail(static_cast<int>(own));
-    }
-  }
-  typename V::Reg load(const float* p, int v) const {
-    return Whole ? V::load(p + v * V::kWidth) : V::load(p + v * V::kWidth, tails[v]);
-  }
-  // `mask`: null for none.
-  typename V::Reg load(const float* p, const float* mask, int64_t at, int v) const {
-    return mask ? V::where_positive(load(mask + at, v), load(p + at, v)) : load(p + at, v);
-  }
-  void store(float* p, typename V::Reg value, int v) const {
-    if (Whole) {
-      V::store(p + v * V::kWidth, value);
-    } else {
-      V::store(p + v * V::kWidth, value, tails[v]);
-    }
-  }
-};
 
 enum class DepthwiseWalk { gather, scatter, wgrad };
 
@@ -104,53 +49,6 @@ template <class V, int R, DepthwiseWalk kWalk>
 constexpr int kDepthwiseLineVectors = V::kWidth != 8 || R != 3 ? kDepthwiseVectors<V, R, kWalk>
                                       : kWalk == DepthwiseWalk::scatter ? 2
                                                                         : 4;
-
-// Calls body(first channel, ChannelVectors) for all channels of a tile. The last of several vectors
-// may have none, where masks are free; else all are whole.
-template <class V, int Vectors, class Body>
-inline __attribute__((always_inline)) void for_each_channel_vector(int64_t channels,
-                                                                   const Body& body) {
-  for (int64_t c = 0; c < channels; c += Vectors * V::kWidth) {
-    if (!V::kFreeMasks && (Vectors > 1 || c + V::kWidth <= channels)) {
-      body(c, ChannelVectors<V, Vectors, true>(channels - c));
-    } else if constexpr (V::kFreeMasks || Vectors == 1) {
-      body(c, ChannelVectors<V, Vectors, false>(channels - c));
-    }
-  }
-}
-
-// `floats` channels of a pixel and of those in the rows below it. Tiles go down the image: the hardware does
-// not ask for their rows in time.
-template <int Rows, bool Writes>
-inline __attribute__((always_inline)) void ask_for_rows(const float* below, int64_t row,
-                                                        int64_t floats) {
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 2
-    for (int64_t at = 0; at < floats; at += kLine) {
-      __builtin_prefetch(below + i * row + at, Writes ? 1 : 0, 2);
-    }
-}
-
-// A copy of the taps, [tap][vector][lane], and behind it what the sums begin with.
-template <class V, int R, class Channels>
-inline __attribute__((always_inline)) void copy_depthwise_taps(const DepthwiseTile& t, int64_t c,
-                                                               const Channels& channels) {
-  float* to = t.scratch;
-  for (int r = 0; r < R; ++r) {
-    for (int s = 0; s < R; ++s) {
-      const float* const from = t.filter + r * t.filter_row + s * t.filter_column + c;
-#pragma GCC unroll 4
-      for (int v = 0; v < Channels::kVectors; ++v, to += V::kWidth) {
-        V::store(to, channels.load(from, v));
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int v = 0; v < Channels::kVectors; ++v, to += V::kWidth) {
-    V::store(to, t.bias ? channels.load(t.bias + c, v) : V::zero());
-  }
-}
 
 // fprop, and dgrad of stride 1: the rows of a tile, as many as there are registers for beside a
 // column of the source and a tap. None where there are not enough for one; then every
@@ -616,18 +514,7 @@ void depthwise_wgrad_tile(const DepthwiseTile& t) {
         if constexpr (kRest > 0) {
           depthwise_wgrad_vectors<V, R, Step, Rows, kRest, Edge, Masked>(t, R - kRest, c, channels);
         }
-        if (!t.bias_sums) return;
-        for (int v = 0; v < std::decay_t<decltype(channels)>::kVectors; ++v) {
-          float* const to = t.bias_sums + c + v * V::kWidth;
-          typename V::Reg sum = V::load(to);
-          for (int64_t row = 0; row < t.rows; ++row) {
-            for (int64_t j = 0; j < t.columns; ++j) {
-              sum = V::add(sum, channels.load(t.out + c, Masked ? t.mask + c : nullptr,
-                                              row * t.out_row + j * t.out_column, v));
-            }
-          }
-          V::store(to, sum);
-        }
+        if (t.bias_sums) add_bias_sums<V, Masked>(t, c, channels);
       });
 }
 
@@ -643,8 +530,11 @@ struct DepthwiseKernels {
   DepthwiseTileFunction whole;
   // By rows - 1. Where there is none, rows go one by one.
   DepthwiseTileFunction edge[kMostRows];
+  bool by_rows = false;  // `whole` takes any tile
+  bool stages = false;   // of a copy of its source, one line of channels at a time
 
   void run(DepthwiseTile& t) const {
+    if (by_rows) return whole(t);
     if (t.rows == rows && t.row_begin == 0 && t.row_end >= source_rows && t.out_row_begin == 0 &&
         t.out_row_end >= rows * cell) {
       return whole(t);
@@ -675,18 +565,36 @@ constexpr bool has_edge_kernel(int taps, int rows, int most) {
   return rows == 1 || rows == most || (taps == 3 && rows < most);
 }
 
+// Whether 3 x 3 wgrad and larger filters' fprop and dgrad go row by row throughout (depthwise_rows.hpp): with few
+// registers, tiles of several rows have to read taps, or dy, anew for each multiply-add or two.
+template <class V>
+constexpr bool kByRows = V::kRegisters < 32;
+
+// The others do so at edges, but for dgrad that masks what it reads, which it would do for each row of taps, and
+// tiles of whole lines, which would read each line by halves.
+template <class V, int Vectors, bool Masked>
+constexpr bool kEdgesByRows = !Masked && (Vectors == 1 || V::kWidth >= kLine);
+
 template <class V, DepthwiseWalk kWalk, int R, int Step, int Vectors, bool Masked>
 DepthwiseKernels depthwise_kernels_of() {
   constexpr int64_t kAny = int64_t{1} << 60;
   if constexpr (kWalk == DepthwiseWalk::gather) {
     constexpr int kRows = kDepthwiseRows<V, R, Step, Vectors>;
-    constexpr auto kEdge = depthwise_tile<V, R, Step, Vectors, kRows, true, Masked>;
+    constexpr auto kEdge = [] {
+      if constexpr (!kEdgesByRows<V, Vectors, Masked>) {
+        return depthwise_tile<V, R, Step, Vectors, kRows, true, Masked>;
+      } else if constexpr (R == 3) {
+        return depthwise_rows<V, Step>;
+      } else {
+        return depthwise_rows_of_many_taps<V, R, Step>;
+      }
+    }();
     return {.vectors = Vectors,
             .rows = kRows,
             .source_rows = (kRows - 1) * Step + R,
             .source_step = Step,
             .cell = 1,
-            .missing = R,
+            .missing = kEdgesByRows<V, Vectors, Masked> ? kAny : R,
             .whole = depthwise_tile<V, R, Step, Vectors, kRows, false, Masked>,
             .edge = {kEdge, kEdge, kEdge, kEdge}};
   } else if constexpr (kWalk == DepthwiseWalk::scatter) {
@@ -711,7 +619,9 @@ DepthwiseKernels depthwise_kernels_of() {
                          .whole = depthwise_wgrad_tile<V, R, Step, Vectors, kRows, false, Masked>,
                          .edge = {}};
     const auto add = [&]<int Rows>(std::integral_constant<int, Rows>) {
-      if constexpr (has_edge_kernel(R, Rows, kRows)) {
+      if constexpr (R == 3 && kEdgesByRows<V, Vectors, false>) {
+        out.edge[Rows - 1] = depthwise_wgrad_rows<V, Step, Masked>;
+      } else if constexpr (has_edge_kernel(R, Rows, kRows)) {
         out.edge[Rows - 1] = depthwise_wgrad_tile<V, R, Step, Vectors, Rows, true, Masked>;
       }
     };
@@ -732,6 +642,37 @@ DepthwiseKernels depthwise_kernels_with(bool masked) {
   return depthwise_kernels_of<V, kWalk, R, Step, Vectors, false>();
 }
 
+// Row by row: a tile's rows are as many as have lines, of columns that lie `apart` floats, which stay in the
+// first-level cache for the next vector, and no more than `most`; 0 for none.
+inline int64_t depthwise_rows_that_stay(int64_t taps, int64_t step, int64_t columns, int64_t apart,
+                                        int64_t most) {
+  int64_t rows = most;
+  while (rows > 0 &&
+         crowds_cache(((rows - 1) * step + taps) * ((columns - 1) * step + taps), apart)) {
+    --rows;
+  }
+  return rows;
+}
+
+template <class V, DepthwiseWalk kWalk, int R, int Step>
+DepthwiseKernels depthwise_kernels_by_rows(int64_t rows, bool masked) {
+  DepthwiseKernels out{.vectors = 1,
+                       .rows = rows,
+                       .source_rows = (rows - 1) * Step + R,
+                       .source_step = Step,
+                       .cell = kWalk == DepthwiseWalk::gather ? 1 : 0,
+                       .missing = 0,
+                       .whole = nullptr,
+                       .edge = {},
+                       .by_rows = true};
+  if constexpr (kWalk == DepthwiseWalk::gather) {
+    out.whole = depthwise_rows_of_many_taps<V, R, Step>;
+  } else {
+    out.whole = masked ? depthwise_wgrad_rows<V, Step, true> : depthwise_wgrad_rows<V, Step, false>;
+  }
+  return out;
+}
+
 // Tiles of whole lines have fewer rows, which read what they share once more. With a scattering walk that
 // is never slower; else it is faster where lines would not stay until their next vector is computed.
 // `apart`: floats from a tile's column to its next.
@@ -739,15 +680,28 @@ template <class V, DepthwiseWalk kWalk, int R, int Step>
 DepthwiseKernels depthwise_kernels(int64_t channels, int64_t columns, int64_t apart, bool masked) {
   constexpr int kVectors = kDepthwiseVectors<V, R, kWalk>;
   constexpr int kLineVectors = kDepthwiseLineVectors<V, R, kWalk>;
-  if constexpr (kLineVectors != kVectors) {
+  const bool whole_lines = kLineVectors != kVectors && channels % (kLineVectors * V::kWidth) == 0;
+  if constexpr (kWalk == DepthwiseWalk::wgrad && R == 3 && kByRows<V>) {
+    constexpr int64_t kMost = 4, kAnyway = 3;
+    const int64_t stay = depthwise_rows_that_stay(R, Step, columns, apart, kMost);
+    return stay == 0 && whole_lines
+               ? depthwise_kernels_with<V, kWalk, R, Step, kLineVectors>(masked)
+               : depthwise_kernels_by_rows<V, kWalk, R, Step>(stay > 0 ? stay : kAnyway, masked);
+  } else if constexpr (kWalk == DepthwiseWalk::gather && R > 3 && kByRows<V>) {
+    constexpr int64_t kMost = 8, kAnyway = 4;
+    const int64_t stay = depthwise_rows_that_stay(R, Step, columns, apart, kMost);
+    DepthwiseKernels out =
+        depthwise_kernels_by_rows<V, kWalk, R, Step>(stay > 0 ? stay : kAnyway, masked);
+    out.stages = stay == 0;
+    return out;
+  } else {
     constexpr int64_t kRows = (kDepthwiseRows<V, R, Step, kVectors> - 1) * Step + R;
-    if (channels % (kLineVectors * V::kWidth) == 0 &&
-        (kWalk == DepthwiseWalk::scatter ||
-         crowds_cache(kRows * ((columns - 1) * Step + R), apart))) {
+    if (whole_lines && (kWalk == DepthwiseWalk::scatter ||
+                        crowds_cache(kRows * ((columns - 1) * Step + R), apart))) {
       return depthwise_kernels_with<V, kWalk, R, Step, kLineVectors>(masked);
     }
+    return depthwise_kernels_with<V, kWalk, R, Step, kVectors>(masked);
   }
-  return depthwise_kernels_with<V, kWalk, R, Step, kVectors>(masked);
 }
 
 // `columns`: of a tile.
@@ -830,10 +784,12 @@ struct DepthwiseConvolution {
     // wgrad of a larger filter reads a tile again for each vector of a line and for some of its rows. A copy
     // pays where a set of the first-level cache would have to hold five times its lines.
     const int64_t columns_met = (ceil_div(own_columns, column_tiles) - 1) * step + p.s;
-    const bool staged = V::kWidth == kLine / 2 && p.r > 3 && direction == Direction::wgrad &&
-                        crowds_cache(kernels.source_rows * columns_met / 4, apart_w * p.c);
+    const bool staged_wgrad = p.r > 3 && direction == Direction::wgrad &&
+                              crowds_cache(kernels.source_rows * columns_met / 4, apart_w * p.c);
+    const bool staged = V::kWidth == kLine / 2 && (staged_wgrad || kernels.stages);
     staged_source = staged ? kernels.source_rows * columns_met * kLine : 0;
-    staged_dy = staged ? kernels.rows * ceil_div(own_columns, column_tiles) * kLine : 0;
+    staged_dy =
+        staged_wgrad && staged ? kernels.rows * ceil_div(own_columns, column_tiles) * kLine : 0;
     row_tiles = ceil_div(ceil_div(rows, residues_h), kernels.rows);
     asks_below = !staged && tiles_ask_below(p.x_size() + p.y_size(), rows,
                                             kernels.source_rows * columns_met, apart_w * p.c);
@@ -841,12 +797,12 @@ struct DepthwiseConvolution {
     taps_floats = p.r * p.s * V::kWidth;
     part_floats = vectors * (taps_floats + (bias ? V::kWidth : 0));
     divide();
-    workers = direction == Direction::wgrad ? workers_for(parts * blocks) : 0;
+    workers = workers_for(strips * blocks);
   }
 
   int64_t workspace_bytes() const {
-    if (direction != Direction::wgrad) return 0;
-    return (round_up(parts * part_floats, kLine) + workers * (staged_source + staged_dy)) * 4;
+    const int64_t sums = direction == Direction::wgrad ? round_up(parts * part_floats, kLine) : 0;
+    return (sums + workers * (staged_source + staged_dy)) * 4;
   }
 
   // fprop and dgrad.
@@ -866,7 +822,9 @@ struct DepthwiseConvolution {
     const int64_t out_w = direction == Direction::fprop ? p.ow : p.w;
     common.out_row = out_w * p.c * apart_h;
     common.out_column = p.c * apart_w;
-    parallel_for(strips * blocks, [&](int64_t task) {
+    const Workspace workspace(static_cast<std::size_t>(workspace_bytes()));
+    float* const staged = workspace.floats();
+    parallel_for(strips * blocks, workers, [&](int64_t task, int worker) {
       alignas(64) float scratch[(7 * 7 + 1) * V::kWidth];
       DepthwiseTile t = common;
       t.scratch = scratch;
@@ -887,7 +845,13 @@ struct DepthwiseConvolution {
                       t.out_column_begin = max64(0, -j);
                       t.out_column_end = out_w - j;
                       t.out = out + ((n * out_h + i) * out_w + j) * p.c + first;
-                      kernels.run(t);
+                      if (staged_source == 0) return kernels.run(t);
+                      for (int64_t c = 0; c < t.channels; c += kLine) {
+                        DepthwiseTile line = staged_line(t, c, staged + worker * staged_source);
+                        line.filter = t.filter + c;
+                        if (t.bias) line.bias = t.bias + c;
+                        kernels.run(line);
+                      }
                     });
     });
   }
@@ -898,19 +862,27 @@ struct DepthwiseConvolution {
                      float* dbias) {
     const Workspace workspace(static_cast<std::size_t>(workspace_bytes()));
     float* const sums = workspace.floats();
-    const auto finish = [&](int64_t v) {
-      const auto tail = V::tail(static_cast<int>(min64(V::kWidth, p.c - v * V::kWidth)));
-      const auto add_up = [&](int64_t at, float* out) {
+    const auto finish = [this, sums, dfilter, dbias, parts = parts, part = part_floats,
+                         channels = p.c](int64_t v) {
+      const int64_t own = min64(V::kWidth, channels - v * V::kWidth);
+      const auto add_up = [&](int64_t at, float* out, const auto&... tail) {
         typename V::Reg sum = V::load(sums + at);
-        for (int64_t part = 1; part < parts; ++part) {
-          sum = V::add(sum, V::load(sums + part * part_floats + at));
-        }
-        V::store(out + v * V::kWidth, sum, tail);
+        for (int64_t i = 1; i < parts; ++i) sum = V::add(sum, V::load(sums + i * part + at));
+        V::store(out + v * V::kWidth, sum, tail...);
       };
-      for (int64_t tap = 0; tap < p.r * p.s; ++tap) {
-        add_up(v * taps_floats + tap * V::kWidth, dfilter + tap * p.c);
+      const auto add_up_all = [&](const auto&... tail) {
+        float* out = dfilter;
+        const int64_t end = (v + 1) * taps_floats;
+        for (int64_t at = v * taps_floats; at < end; at += V::kWidth, out += channels) {
+          add_up(at, out, tail...);
+        }
+        if (dbias) add_up(vectors * taps_floats + v * V::kWidth, dbias, tail...);
+      };
+      if (own == V::kWidth) {
+        add_up_all();
+      } else {
+        add_up_all(V::tail(static_cast<int>(own)));
       }
-      if (dbias) add_up(vectors * taps_floats + v * V::kWidth, dbias);
     };
     float* const staged = sums + round_up(parts * part_floats, kLine);
     parallel_for(parts * blocks, workers, [&](int64_t task, int worker) {
@@ -950,21 +922,28 @@ struct DepthwiseConvolution {
   }
 
  private:
-  // The tile of wgrad by lines of channels, each copied to where its pixels are neighbours: a power of two
+  // The tile's line of channels from c on, its source copied to where its pixels are neighbours: a power of two
   // apart, they would not stay in the first-level cache until they are read again.
+  DepthwiseTile staged_line(const DepthwiseTile& t, int64_t c, float* source) const {
+    const int64_t columns_met = (t.columns - 1) * step + p.s;
+    const Span rows_met{t.row_begin, min64(t.row_end, (t.rows - 1) * step + p.r)};
+    const Span own_columns{t.column_begin, min64(t.column_end, columns_met)};
+    DepthwiseTile line = t;
+    line.channels = min64(kLine, t.channels - c);
+    line.source = source;
+    line.source_column = kLine;
+    line.source_row = columns_met * kLine;
+    line.out = t.out + c;
+    copy_line(t.source + c, t.source_row, t.source_column, rows_met, own_columns, line.channels,
+              source, line.source_row);
+    return line;
+  }
+
+  // The tile of wgrad, whose dy is copied as well.
   void run_staged(const DepthwiseTile& t, float* source) const {
     float* const dy = source + staged_source;
-    const int64_t columns_met = (t.columns - 1) * step + p.s;
-    const Span rows_met{t.row_begin, min64(t.row_end, kernels.source_rows)};
-    const Span own_columns{t.column_begin, min64(t.column_end, columns_met)};
     for (int64_t c = 0; c < t.channels; c += kLine) {
-      DepthwiseTile line = t;
-      line.channels = min64(kLine, t.channels - c);
-      line.source = source;
-      line.source_column = kLine;
-      line.source_row = columns_met * kLine;
-      copy_line(t.source + c, t.source_row, t.source_column, rows_met, own_columns, line.channels,
-                source, line.source_row);
+      DepthwiseTile line = staged_line(t, c, source);
       line.out = dy;
       line.out_column = kLine;
       line.out_row = t.columns * kLine;
@@ -1108,11 +1087,13 @@ struct Depthwise {
   static std::string blocking(const Conv2dProblem& p, Direction direction) {
     if (!has_depthwise_kernels(p)) return describe_lanes<V>(p, direction);
     const DepthwiseConvolution<V> convolution(p, direction, true, true);
-    std::string text = std::to_string(convolution.kernels.rows) + " rows x " +
-                       std::to_string(min64(convolution.columns, convolution.kColumns)) + " x " +
-                       std::to_string(V::kWidth * convolution.kernels.vectors) + " tile of " +
-                       (convolution.scatter ? "2 x 2 cells" : "pixels") +
-                       " x channels, sums of a column in registers";
+    std::string text =
+        std::to_string(convolution.kernels.rows) + " rows x " +
+        std::to_string(min64(convolution.columns, convolution.kColumns)) + " x " +
+        std::to_string(V::kWidth * convolution.kernels.vectors) + " tile of " +
+        (convolution.scatter ? "2 x 2 cells" : "pixels") + " x channels, " +
+        (convolution.kernels.by_rows ? "row by row" : "sums of a column in registers");
+    if (convolution.staged_source > 0) text += ", of lines copied beforehand";
     if (direction == Direction::wgrad) {
       text += ", " + std::to_string(convolution.parts) + " partial sums";
     }

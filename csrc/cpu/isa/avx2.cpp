@@ -92,6 +92,11 @@ struct Avx2 {
   }
   static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  // Stays in a register until its last use.
+  static Reg held(Reg v) {
+    asm("" : "+x"(v));  // NOLINT(portability-no-assembler): of no instruction
+    return v;
+  }
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // which do not see it read
   // sum[v] += *a * b[v]. A register tile has 14 or 15 of the 16 registers for its sums and its filter
   // vectors. Left to choose among FMA's forms, the compiler moves and spills some where a loop takes

@@ -72,6 +72,11 @@ struct Avx512 {
   }
   static Reg broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  // Stays in a register until its last use.
+  static Reg held(Reg v) {
+    asm("" : "+v"(v));  // NOLINT(portability-no-assembler): of no instruction
+    return v;
+  }
   static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static Reg set(float v) { return _mm512_set1_ps(v); }
   static Reg subtract(Reg a, Reg b) { return _mm512_sub_ps(a, b); }

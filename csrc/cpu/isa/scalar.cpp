@@ -87,6 +87,7 @@ struct Scalar {
   }
   static Reg broadcast(const float* p) { return *p; }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
+  static Reg held(Reg v) { return v; }
   static Reg add(Reg a, Reg b) { return a + b; }
   static Reg set(float v) { return v; }
   static Reg subtract(Reg a, Reg b) { return a - b; }

@@ -1,0 +1,342 @@
+// Depthwise convolutions row by row of the output, some neighbouring pixels at a time; a tile's rows are as many as
+// one likes. For processors of 16 vector registers: of 3 x 3 taps these hold all nine, or, of wgrad, their nine sums;
+// of larger filters, for fprop and dgrad of stride 1, a row of taps and the sums of the pixels.
+//
+// A row of the source is read once for each row of taps, where tiles that take several rows at once (depthwise.hpp)
+// read it less often, but from the first-level cache. In return edges cost next to nothing: which rows of taps meet
+// the source is decided once a row, and the pixels at its ends have code of their own. Small images are mostly edges.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/depthwise_tile.hpp"
+
+namespace fastconv::cpu {
+namespace {
+
+// Bytes from row to row of the source, from column to column, and over three columns.
+struct SourceSteps {
+  int64_t row, column, columns_3;
+
+  explicit SourceSteps(const DepthwiseTile& t)
+      : row(hidden(t.source_row * 4)), column(hidden(t.source_column * 4)),
+        columns_3(hidden(3 * column)) {}
+};
+
+// The rows of the source that a row of the output meets, of taps `First` .. `End` - 1. Each has a pointer, and
+// distances are in bytes: addresses that an x86 instruction adds up by itself.
+template <class V, int Step, int First, int End>
+struct SourceRows {
+  const char* rows[3];
+  int64_t column, columns_3;
+
+  SourceRows(const float* source, const SourceSteps& steps)
+      : column(steps.column), columns_3(steps.columns_3) {
+    const char* at = reinterpret_cast<const char*>(source);
+    for (int r = 0; r < 3; ++r, at += steps.row) rows[r] = at;
+  }
+
+  // Calls body(r, s, j, source vector) for the taps of `Pixels` neighbours, j of 0 .. Pixels - 1, that meet columns
+  // `Begin` .. `Stop` - 1 of theirs. Then goes on to the next pixel.
+  template <int Pixels, int Begin, int Stop, class Channels, class Body>
+  __attribute__((always_inline)) void meet(const Channels& channels, const Body& body) {
+    constexpr int kOwn =
+        Pixels == 1 ? 3 : Pixels * Step;  // before those of the next pixel's, if several
+    const auto columns = [&]<int From, int To>() __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int r = First; r < End; ++r) {
+#pragma GCC unroll 8
+        for (int at = From; at < To; ++at) {
+          if (at < Begin || at >= Stop) continue;
+          const int64_t apart = at - From == 3 ? columns_3 : (at - From) * column;
+          auto a = channels.load(reinterpret_cast<const float*>(rows[r] + apart), 0);
+          const int first_pixel = at < 3 ? 0 : (at - 3) / Step + 1, last_pixel = at / Step;
+          // Left to itself, the compiler loads it for each of them.
+          if (first_pixel < last_pixel && first_pixel < Pixels - 1) a = V::held(a);
+#pragma GCC unroll 4
+          for (int j = 0; j < Pixels; ++j) {
+            const int s = at - j * Step;
+            if (s >= 0 && s < 3) body(r, s, j, a);
+          }
+        }
+      }
+    };
+    columns.template operator()<0, kOwn>();
+    const int64_t advance = Pixels * Step == 3 ? columns_3 : Pixels * Step * column;
+#pragma GCC unroll 4
+    for (int r = 0; r < 3; ++r) rows[r] = hidden(rows[r] + advance);
+    if constexpr (Pixels > 1) columns.template operator()<kOwn, (Pixels - 1) * Step + 3>();
+  }
+};
+
+// Calls body<First, End>() with the taps of an axis that meet the source, where it has begin .. end - 1 of what they
+// may meet.
+template <class Body>
+inline __attribute__((always_inline)) void with_taps(int64_t begin, int64_t end, const Body& body) {
+  if (begin <= 0 && end >= 3) return body.template operator()<0, 3>();
+  if (begin <= 0 && end == 2) return body.template operator()<0, 2>();
+  if (begin <= 0 && end == 1) return body.template operator()<0, 1>();
+  if (begin == 1 && end >= 3) return body.template operator()<1, 3>();
+  if (begin == 1 && end == 2) return body.template operator()<1, 2>();
+  if (begin == 2 && end >= 3) return body.template operator()<2, 3>();
+  return body.template operator()<0, 0>();
+}
+
+// The columns of a tile: those at the left edge of the source, within, and at the right edge.
+struct DepthwiseColumns {
+  int64_t left, inner, right;
+  int64_t begin, end;  // the source columns that exist
+
+  DepthwiseColumns(const DepthwiseTile& t, int64_t step)
+      : begin(t.column_begin), end(t.column_end) {
+    left = max64(0, min64(t.columns, ceil_div(begin, step)));
+    inner = max64(0, min64(t.columns, (end - 3 + step) / step) - left);
+    right = t.columns - left - inner;
+  }
+
+  // Calls meet<pixels, begin, stop>() for neighbours that meet columns begin .. stop - 1 of theirs, mostly `Pixels`
+  // of them; and ask(pixels) before, if there is something to ask for.
+  template <int Step, int Pixels, class Meet, class Ask>
+  __attribute__((always_inline)) void walk(const Meet& meet, bool asks, const Ask& ask) const {
+    const auto edge = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
+      for (int64_t j = from; j < to; ++j) {
+        with_taps(begin - j * Step, end - j * Step,
+                  [&]<int Begin, int Stop>() __attribute__((always_inline)) {
+                    meet.template operator()<1, Begin, Stop>();
+                  });
+      }
+    };
+    if (left == 1 && begin == 1 && end >= 3) {
+      meet.template operator()<1, 1, 3>();
+    } else {
+      edge(0, left);
+    }
+    constexpr int kStop = (Pixels - 1) * Step + 3;
+    int64_t some = inner;
+    if (asks) {
+      for (; some >= Pixels; some -= Pixels) {
+        ask(std::integral_constant<int, Pixels>{});
+        meet.template operator()<Pixels, 0, kStop>();
+      }
+    } else {
+      for (; some >= Pixels; some -= Pixels) meet.template operator()<Pixels, 0, kStop>();
+    }
+    for (; some > 0; --some) meet.template operator()<1, 0, 3>();
+    const int64_t last = left + inner;
+    if (right == 1 && begin <= last * Step && end - last * Step == 2) {
+      meet.template operator()<1, 0, 2>();
+    } else {
+      edge(last, last + right);
+    }
+  }
+};
+
+// Asks for what the tile below has of the columns of `Pixels` pixels, in the row as far below as this tile has rows.
+template <class V, int R, int Step, bool Writes, int Pixels>
+inline __attribute__((always_inline)) void ask_for_row(const DepthwiseTile& t, const char* source,
+                                                       const float* out) {
+  const float* const below =
+      reinterpret_cast<const float*>(source) + (R - Step + t.rows * Step) * t.source_row;
+#pragma GCC unroll 8
+  for (int column = 0; column < Pixels * Step; ++column) {
+    ask_for_rows<Step, false>(below + column * t.source_column, t.source_row, V::kWidth);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < Pixels; ++j) {
+    ask_for_rows<1, Writes>(out + t.rows * t.out_row + j * t.out_column, 0, V::kWidth);
+  }
+}
+
+// fprop, and dgrad of stride 1: the taps in registers.
+template <class V, int Step>
+void depthwise_rows(const DepthwiseTile& t) {
+  constexpr int kPixels = Step == 1 ? 3 : 2;
+  using Reg = typename V::Reg;
+  const DepthwiseColumns columns(t, Step);
+  const SourceSteps steps(t);
+  for_each_channel_vector<V, 1>(
+      t.channels, [&](int64_t c, const auto& channels) __attribute__((always_inline)) {
+        Reg tap[3][3];
+#pragma GCC unroll 4
+        for (int r = 0; r < 3; ++r)
+#pragma GCC unroll 4
+          for (int s = 0; s < 3; ++s) {
+            tap[r][s] = channels.load(t.filter + r * t.filter_row + s * t.filter_column + c, 0);
+          }
+        const Reg start = t.bias ? channels.load(t.bias + c, 0) : V::zero();
+        const bool asks_below = t.asks_below && c % kLine == 0;
+        const float* source = t.source + c;
+        float* out_row = t.out + c;
+        for (int64_t i = 0; i < t.rows; ++i, source += Step * t.source_row, out_row += t.out_row) {
+          float* out = out_row;
+          with_taps(
+              t.row_begin - i * Step, t.row_end - i * Step,
+              [&]<int First, int End>() __attribute__((always_inline)) {
+                SourceRows<V, Step, First, End> rows(source, steps);
+                const auto meet =
+                    [&]<int Pixels, int Begin, int Stop>() __attribute__((always_inline)) {
+                      Reg sum[Pixels];
+#pragma GCC unroll 4
+                      for (int j = 0; j < Pixels; ++j) sum[j] = start;
+                      rows.template meet<Pixels, Begin, Stop>(
+                          channels, [&](int r, int s, int j, Reg a) __attribute__((always_inline)) {
+                            sum[j] = V::fma(a, tap[r][s], sum[j]);
+                          });
+                      if (t.relu) {
+                        const Reg ceiling = V::set(t.ceiling);
+#pragma GCC unroll 4
+                        for (int j = 0; j < Pixels; ++j) sum[j] = V::min(ceiling, V::relu(sum[j]));
+                      }
+#pragma GCC unroll 4
+                      for (int j = 0; j < Pixels; ++j)
+                        channels.store(out + j * t.out_column, sum[j], 0);
+                      out = hidden(out + Pixels * t.out_column);
+                    };
+                const auto ask = [&]<int Pixels>(std::integral_constant<int, Pixels>)
+                                     __attribute__((always_inline)) {
+                                       ask_for_row<V, 3, Step, true, Pixels>(t, rows.rows[0], out);
+                                     };
+                columns.walk<Step, kPixels>(meet, asks_below, ask);
+              });
+        }
+      });
+}
+
+// fprop, and dgrad of stride 1, of more taps than there are registers for: a row of them at a time, for
+// `kPixels` neighbours, whose sums are in registers.
+template <class V, int R, int Step>
+void depthwise_rows_of_many_taps(const DepthwiseTile& t) {
+  constexpr int kPixels = 7;
+  using Reg = typename V::Reg;
+  const SourceSteps steps(t);
+  for_each_channel_vector<V, 1>(t.channels, [&](int64_t c, const auto& channels) __attribute__((
+                                                always_inline)) {
+    copy_depthwise_taps<V, R>(t, c, channels);
+    const bool asks_below = t.asks_below && c % kLine == 0;
+    const float* source = t.source + c;
+    float* out_row = t.out + c;
+    for (int64_t i = 0; i < t.rows; ++i, source += Step * t.source_row, out_row += t.out_row) {
+      const int64_t first = max64(0, t.row_begin - i * Step), end = min64(R, t.row_end - i * Step);
+      for (int64_t pixel = 0; pixel < t.columns; pixel += kPixels) {
+        const int64_t pixels = min64(kPixels, t.columns - pixel);
+        const float* const at_pixel = source + pixel * Step * t.source_column;
+        float* const out = out_row + pixel * t.out_column;
+        if (asks_below) {
+          ask_for_row<V, R, Step, true, kPixels>(t, reinterpret_cast<const char*>(at_pixel), out);
+        }
+        // Of their source columns.
+        const int64_t column_begin = t.column_begin - pixel * Step;
+        const int64_t column_end = min64(t.column_end - pixel * Step, (pixels - 1) * Step + R);
+        Reg sum[kPixels];
+        const Reg start = V::load(t.scratch + R * R * V::kWidth);
+#pragma GCC unroll 8
+        for (int j = 0; j < kPixels; ++j) sum[j] = start;
+        const auto add =
+            [&]<bool Checked>(std::bool_constant<Checked>) __attribute__((always_inline)) {
+              const char* row = reinterpret_cast<const char*>(at_pixel) + first * steps.row;
+              const float* taps = t.scratch + first * R * V::kWidth;
+              for (int64_t r = first; r < end; ++r, row += steps.row, taps += R * V::kWidth) {
+                Reg tap[R];
+#pragma GCC unroll 8
+                for (int s = 0; s < R; ++s) tap[s] = V::held(V::load(taps + s * V::kWidth));
+                const char* four = row;
+#pragma GCC unroll 32
+                for (int at = 0; at < (kPixels - 1) * Step + R; ++at) {
+                  if (!Checked || (at >= column_begin && at < column_end)) {
+                    const int64_t apart = at % 4 == 3 ? steps.columns_3 : at % 4 * steps.column;
+                    const Reg a =
+                        V::held(channels.load(reinterpret_cast<const float*>(four + apart), 0));
+#pragma GCC unroll 8
+                    for (int j = 0; j < kPixels; ++j) {
+                      const int s = at - j * Step;
+                      if (s >= 0 && s < R) sum[j] = V::fma(a, tap[s], sum[j]);
+                    }
+                  }
+                  if (at % 4 == 3) four = hidden(four + 4 * steps.column);
+                }
+              }
+            };
+        const bool whole = column_begin <= 0 && column_end == (kPixels - 1) * Step + R;
+        if (whole) {
+          add(std::false_type{});
+        } else {
+          add(std::true_type{});
+        }
+        if (t.relu) {
+          const Reg ceiling = V::set(t.ceiling);
+#pragma GCC unroll 8
+          for (int j = 0; j < kPixels; ++j) sum[j] = V::min(ceiling, V::relu(sum[j]));
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < kPixels; ++j) {
+          if (j < pixels) channels.store(out + j * t.out_column, sum[j], 0);
+        }
+      }
+    }
+  });
+}
+
+// wgrad: their sums in registers.
+template <class V, int Step, bool Masked>
+void depthwise_wgrad_rows(const DepthwiseTile& t) {
+  constexpr int kPixels = Step == 1 ? 3 : 1;
+  using Reg = typename V::Reg;
+  const DepthwiseColumns columns(t, Step);
+  const SourceSteps steps(t);
+  for_each_channel_vector<V, 1>(
+      t.channels, [&](int64_t c, const auto& channels) __attribute__((always_inline)) {
+        float* const sums = t.sums + c * 9;
+        Reg sum[3][3];
+#pragma GCC unroll 4
+        for (int r = 0; r < 3; ++r)
+#pragma GCC unroll 4
+          for (int s = 0; s < 3; ++s) sum[r][s] = V::load(sums + (r * 3 + s) * V::kWidth);
+        const bool asks_below = t.asks_below && c % kLine == 0;
+        const float* source = t.source + c;
+        const float* dy_row = t.out + c;
+        for (int64_t i = 0; i < t.rows; ++i, source += Step * t.source_row, dy_row += t.out_row) {
+          const float* dy = dy_row;
+          const float* mask = Masked ? t.mask + i * t.out_row + c : nullptr;
+          with_taps(t.row_begin - i * Step, t.row_end - i * Step,
+                    [&]<int First, int End>() __attribute__((always_inline)) {
+                      if constexpr (First < End) {
+                        SourceRows<V, Step, First, End> rows(source, steps);
+                        const auto meet =
+                            [&]<int Pixels, int Begin, int Stop>() __attribute__((always_inline)) {
+                              Reg b[Pixels];
+#pragma GCC unroll 4
+                              for (int j = 0; j < Pixels; ++j)
+                                b[j] = channels.load(dy, mask, j * t.out_column, 0);
+                              rows.template meet<Pixels, Begin, Stop>(
+                                  channels,
+                                  [&](int r, int s, int j, Reg a) __attribute__((always_inline)) {
+                                    sum[r][s] = V::fma(a, b[j], sum[r][s]);
+                                  });
+                              dy = hidden(dy + Pixels * t.out_column);
+                              if (Masked) mask = hidden(mask + Pixels * t.out_column);
+                            };
+                        const auto ask =
+                            [&]<int Pixels>(std::integral_constant<int, Pixels>)
+                                __attribute__((always_inline)) {
+                                  ask_for_row<V, 3, Step, false, Pixels>(t, rows.rows[0], dy);
+                                  if (!Masked) return;
+#pragma GCC unroll 4
+                                  for (int j = 0; j < Pixels; ++j) {
+                                    ask_for_rows<1, false>(
+                                        mask + t.rows * t.out_row + j * t.out_column, 0, V::kWidth);
+                                  }
+                                };
+                        columns.walk<Step, kPixels>(meet, asks_below, ask);
+                      }
+                    });
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < 3; ++r)
+#pragma GCC unroll 4
+          for (int s = 0; s < 3; ++s) V::store(sums + (r * 3 + s) * V::kWidth, sum[r][s]);
+        if (t.bias_sums) add_bias_sums<V, Masked>(t, c, channels);
+      });
+}
+
+}  // namespace
+}  // namespace fastconv::cpu
