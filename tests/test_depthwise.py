@@ -59,6 +59,23 @@ PROBLEMS = [
         for padding in ["same", "valid", ((2, 0), (1, 3))]
     ),
     depthwise((1, 3, 33, 192), strides=(2, 2), padding="same"),
+    # Images of few rows and columns: any part of a filter is all that meets them.
+    *(
+        depthwise(
+            (1, h, w, 9), kernel=(n, n), strides=strides, padding=((t, n - 1 - t), (n - 1 - t, t))
+        )
+        for n in (3, 5, 7)
+        for t in range(n)
+        for strides in [(1, 1), (2, 2)]
+        for h, w in [(1, 1), (2, 1), (1, 3), (3, 2)]
+    ),
+    # Larger filters on pixels so far apart that their lines are copied.
+    *(
+        depthwise((2, 5, width, channels), kernel=(n, n), strides=strides, padding="same")
+        for n in (5, 7)
+        for strides in [(1, 1), (2, 2)]
+        for width, channels in [(3, 1024), (15, 512), (33, 136)]
+    ),
     # Dilated: tiles take every second pixel and so on, of images with fewer pixels than that, too.
     *(
         depthwise((1, 9, 14, 19), kernel=kernel, padding=padding, dilation_rate=rate)

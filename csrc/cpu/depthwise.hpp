@@ -1037,7 +1037,8 @@ struct DepthwiseConvolution {
       t.row_begin = steps(-source_i, apart_h);
       t.row_end = steps(source_h - source_i, apart_h);
       t.column_begin = scatter ? -source_j : steps(-source_j, apart_w);
-      t.column_end = steps(source_w - source_j, apart_w);
+      // A scattering tile counts from columns before its own, where the source may end, too.
+      t.column_end = scatter ? source_w - source_j : steps(source_w - source_j, apart_w);
       const int64_t at = ((n * source_h + source_i) * source_w + source_j) * p.c + channel;
       t.source = source + at;
       if (mask) t.mask = mask + at;
