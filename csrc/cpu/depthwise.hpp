@@ -16,7 +16,8 @@
 // dgrad of stride 1 is fprop with the filter turned round. With stride 2 it scatters: a column of
 // dy adds to the columns of dx that it meets, in registers likewise, so that dy is read once for
 // all residue classes. wgrad holds the sums of the taps in registers, of as many filter rows as
-// there are registers for.
+// there are registers for. With 16 registers some of this is faster row by row, and edges always are:
+// depthwise_rows.hpp.
 //
 // Of a dilated filter, the pixels that meet the same of the source lie as far apart as the taps: a tile
 // takes these.
@@ -565,13 +566,14 @@ constexpr bool has_edge_kernel(int taps, int rows, int most) {
   return rows == 1 || rows == most || (taps == 3 && rows < most);
 }
 
-// Whether 3 x 3 wgrad and larger filters' fprop and dgrad go row by row throughout (depthwise_rows.hpp): with few
-// registers, tiles of several rows have to read taps, or dy, anew for each multiply-add or two.
+// Whether 3 x 3 wgrad and larger filters' fprop and dgrad go row by row throughout
+// (depthwise_rows.hpp): with few registers, tiles of several rows have to read taps, or dy, anew for
+// each multiply-add or two.
 template <class V>
 constexpr bool kByRows = V::kRegisters < 32;
 
-// The others do so at edges, but for dgrad that masks what it reads, which it would do for each row of taps, and
-// tiles of whole lines, which would read each line by halves.
+// The others do so at edges, but for dgrad that masks what it reads, which it would do for each row of
+// taps, and tiles of whole lines, which would read each line by halves.
 template <class V, int Vectors, bool Masked>
 constexpr bool kEdgesByRows = !Masked && (Vectors == 1 || V::kWidth >= kLine);
 
@@ -642,8 +644,8 @@ DepthwiseKernels depthwise_kernels_with(bool masked) {
   return depthwise_kernels_of<V, kWalk, R, Step, Vectors, false>();
 }
 
-// Row by row: a tile's rows are as many as have lines, of columns that lie `apart` floats, which stay in the
-// first-level cache for the next vector, and no more than `most`; 0 for none.
+// Row by row: a tile's rows are as many as have lines, of columns that lie `apart` floats, which stay
+// in the first-level cache for the next vector, and no more than `most`; 0 for none.
 inline int64_t depthwise_rows_that_stay(int64_t taps, int64_t step, int64_t columns, int64_t apart,
                                         int64_t most) {
   int64_t rows = most;
@@ -781,8 +783,8 @@ struct DepthwiseConvolution {
               : step == 1                     ? of.template operator()<kGather, 1>()
                                               : of.template operator()<kGather, 2>();
     vectors = round_up(ceil_div(p.c, V::kWidth), kernels.vectors);
-    // wgrad of a larger filter reads a tile again for each vector of a line and for some of its rows. A copy
-    // pays where a set of the first-level cache would have to hold five times its lines.
+    // wgrad of a larger filter reads a tile again for each vector of a line and for some of its rows. A
+    // copy pays where a set of the first-level cache would have to hold five times its lines.
     const int64_t columns_met = (ceil_div(own_columns, column_tiles) - 1) * step + p.s;
     const bool staged_wgrad = p.r > 3 && direction == Direction::wgrad &&
                               crowds_cache(kernels.source_rows * columns_met / 4, apart_w * p.c);
@@ -922,8 +924,8 @@ struct DepthwiseConvolution {
   }
 
  private:
-  // The tile's line of channels from c on, its source copied to where its pixels are neighbours: a power of two
-  // apart, they would not stay in the first-level cache until they are read again.
+  // The tile's line of channels from c on, its source copied to where its pixels are neighbours: a
+  // power of two apart, they would not stay in the first-level cache until they are read again.
   DepthwiseTile staged_line(const DepthwiseTile& t, int64_t c, float* source) const {
     const int64_t columns_met = (t.columns - 1) * step + p.s;
     const Span rows_met{t.row_begin, min64(t.row_end, (t.rows - 1) * step + p.r)};

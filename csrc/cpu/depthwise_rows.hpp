@@ -1,10 +1,12 @@
-// Depthwise convolutions row by row of the output, some neighbouring pixels at a time; a tile's rows are as many as
-// one likes. For processors of 16 vector registers: of 3 x 3 taps these hold all nine, or, of wgrad, their nine sums;
-// of larger filters, for fprop and dgrad of stride 1, a row of taps and the sums of the pixels.
+// Depthwise convolutions row by row of the output, some neighbouring pixels at a time; a tile's rows
+// are as many as one likes. For processors of 16 vector registers: of 3 x 3 taps these hold all nine,
+// or, of wgrad, their nine sums; of larger filters, for fprop and dgrad of stride 1, a row of taps and
+// the sums of the pixels.
 //
-// A row of the source is read once for each row of taps, where tiles that take several rows at once (depthwise.hpp)
-// read it less often, but from the first-level cache. In return edges cost next to nothing: which rows of taps meet
-// the source is decided once a row, and the pixels at its ends have code of their own. Small images are mostly edges.
+// A row of the source is read once for each row of taps, where tiles that take several rows at once
+// (depthwise.hpp) read it less often, but from the first-level cache. In return edges cost next to
+// nothing: which rows of taps meet the source is decided once a row, and the pixels at its ends have
+// code of their own. Small images are mostly edges.
 #pragma once
 
 #include <type_traits>
@@ -23,8 +25,8 @@ struct SourceSteps {
         columns_3(hidden(3 * column)) {}
 };
 
-// The rows of the source that a row of the output meets, of taps `First` .. `End` - 1. Each has a pointer, and
-// distances are in bytes: addresses that an x86 instruction adds up by itself.
+// The rows of the source that a row of the output meets, of taps `First` .. `End` - 1. Each has a
+// pointer, and distances are in bytes: addresses that an x86 instruction adds up by itself.
 template <class V, int Step, int First, int End>
 struct SourceRows {
   const char* rows[3];
@@ -36,8 +38,8 @@ struct SourceRows {
     for (int r = 0; r < 3; ++r, at += steps.row) rows[r] = at;
   }
 
-  // Calls body(r, s, j, source vector) for the taps of `Pixels` neighbours, j of 0 .. Pixels - 1, that meet columns
-  // `Begin` .. `Stop` - 1 of theirs. Then goes on to the next pixel.
+  // Calls body(r, s, j, source vector) for the taps of `Pixels` neighbours, j of 0 .. Pixels - 1, that
+  // meet columns `Begin` .. `Stop` - 1 of theirs. Then goes on to the next pixel.
   template <int Pixels, int Begin, int Stop, class Channels, class Body>
   __attribute__((always_inline)) void meet(const Channels& channels, const Body& body) {
     constexpr int kOwn =
@@ -69,8 +71,8 @@ struct SourceRows {
   }
 };
 
-// Calls body<First, End>() with the taps of an axis that meet the source, where it has begin .. end - 1 of what they
-// may meet.
+// Calls body<First, End>() with the taps of an axis that meet the source, where it has begin .. end - 1
+// of what they may meet.
 template <class Body>
 inline __attribute__((always_inline)) void with_taps(int64_t begin, int64_t end, const Body& body) {
   if (begin <= 0 && end >= 3) return body.template operator()<0, 3>();
@@ -94,8 +96,8 @@ struct DepthwiseColumns {
     right = t.columns - left - inner;
   }
 
-  // Calls meet<pixels, begin, stop>() for neighbours that meet columns begin .. stop - 1 of theirs, mostly `Pixels`
-  // of them; and ask(pixels) before, if there is something to ask for.
+  // Calls meet<pixels, begin, stop>() for neighbours that meet columns begin .. stop - 1 of theirs,
+  // mostly `Pixels` of them; and ask(pixels) before, if there is something to ask for.
   template <int Step, int Pixels, class Meet, class Ask>
   __attribute__((always_inline)) void walk(const Meet& meet, bool asks, const Ask& ask) const {
     const auto edge = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
@@ -131,7 +133,8 @@ struct DepthwiseColumns {
   }
 };
 
-// Asks for what the tile below has of the columns of `Pixels` pixels, in the row as far below as this tile has rows.
+// Asks for what the tile below has of the columns of `Pixels` pixels, in the row as far below as this
+// tile has rows.
 template <class V, int R, int Step, bool Writes, int Pixels>
 inline __attribute__((always_inline)) void ask_for_row(const DepthwiseTile& t, const char* source,
                                                        const float* out) {

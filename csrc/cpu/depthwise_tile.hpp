@@ -1,5 +1,5 @@
-// What the kernels of depthwise convolutions share: a tile, its vectors of channels, and asking for the rows
-// below it.
+// What the kernels of depthwise convolutions share: a tile, its vectors of channels, and asking for the
+// rows below it.
 #pragma once
 
 #include <cstdint>
@@ -81,8 +81,8 @@ inline __attribute__((always_inline)) void for_each_channel_vector(int64_t chann
   }
 }
 
-// `floats` channels of a pixel and of those in the rows below it. Tiles go down the image: the hardware does
-// not ask for their rows in time.
+// `floats` channels of a pixel and of those in the rows below it. Tiles go down the image: the hardware
+// does not ask for their rows in time.
 template <int Rows, bool Writes>
 inline __attribute__((always_inline)) void ask_for_rows(const float* below, int64_t row,
                                                         int64_t floats) {
