@@ -49,6 +49,7 @@ struct SourceRows {
       for (int r = First; r < End; ++r) {
 #pragma GCC unroll 8
         for (int at = From; at < To; ++at) {
+          // NOLINTNEXTLINE(misc-redundant-expression): of a pixel that meets nothing
           if (at < Begin || at >= Stop) continue;
           const int64_t apart = at - From == 3 ? columns_3 : (at - From) * column;
           auto a = channels.load(reinterpret_cast<const float*>(rows[r] + apart), 0);
