@@ -16,7 +16,7 @@
 // dgrad of stride 1 is fprop with the filter turned round. With stride 2 it scatters: a column of
 // dy adds to the columns of dx that it meets, in registers likewise, so that dy is read once for
 // all residue classes. wgrad holds the sums of the taps in registers, of as many filter rows as
-// there are registers for. With 16 registers some of this is faster row by row, and edges always are:
+// there are registers for. With 16 registers some of this is faster row by row, and so are most edges:
 // depthwise_rows.hpp.
 //
 // Of a dilated filter, the pixels that meet the same of the source lie as far apart as the taps: a tile
@@ -560,11 +560,9 @@ struct DepthwiseKernels {
 // done beforehand.
 inline bool depthwise_kernels_mask(int64_t taps) { return taps == 3; }
 
-// Of wgrad's tiles of `most` rows, which have one of their own at an edge. Of larger filters, fewer: they
-// take long to compile.
-constexpr bool has_edge_kernel(int taps, int rows, int most) {
-  return rows == 1 || rows == most || (taps == 3 && rows < most);
-}
+// Of wgrad's tiles of `most` rows, which have one of their own at an edge: not all, they take long to
+// compile.
+constexpr bool has_edge_kernel(int rows, int most) { return rows == 1 || rows == most; }
 
 // Whether 3 x 3 wgrad and larger filters' fprop and dgrad go row by row throughout
 // (depthwise_rows.hpp): with few registers, tiles of several rows have to read taps, or dy, anew for
@@ -623,7 +621,7 @@ DepthwiseKernels depthwise_kernels_of() {
     const auto add = [&]<int Rows>(std::integral_constant<int, Rows>) {
       if constexpr (R == 3 && kEdgesByRows<V, Vectors, false>) {
         out.edge[Rows - 1] = depthwise_wgrad_rows<V, Step, Masked>;
-      } else if constexpr (has_edge_kernel(R, Rows, kRows)) {
+      } else if constexpr (has_edge_kernel(Rows, kRows)) {
         out.edge[Rows - 1] = depthwise_wgrad_tile<V, R, Step, Vectors, Rows, true, Masked>;
       }
     };
@@ -744,7 +742,7 @@ struct DepthwiseConvolution {
   int64_t parts, part_floats;       // wgrad: of sums
   int64_t taps_floats;              // wgrad: of one vector
   DepthwiseKernels kernels;
-  int64_t staged_source, staged_dy;  // floats of a worker that run_staged copies to, or none
+  int64_t staged_source, staged_dy;  // floats of a worker that run_tile copies to, or none
   bool asks_below;
   int workers;
 
@@ -847,13 +845,7 @@ struct DepthwiseConvolution {
                       t.out_column_begin = max64(0, -j);
                       t.out_column_end = out_w - j;
                       t.out = out + ((n * out_h + i) * out_w + j) * p.c + first;
-                      if (staged_source == 0) return kernels.run(t);
-                      for (int64_t c = 0; c < t.channels; c += kLine) {
-                        DepthwiseTile line = staged_line(t, c, staged + worker * staged_source);
-                        line.filter = t.filter + c;
-                        if (t.bias) line.bias = t.bias + c;
-                        kernels.run(line);
-                      }
+                      run_tile(t, staged + worker * (staged_source + staged_dy));
                     });
     });
   }
@@ -908,11 +900,7 @@ struct DepthwiseConvolution {
           const int64_t at = ((n * p.oh + row) * p.ow + column) * p.c + first;
           t.out = const_cast<float*>(dy) + at;
           t.mask = y ? y + at : nullptr;
-          if (staged_source > 0) {
-            run_staged(t, staged + worker * (staged_source + staged_dy));
-          } else {
-            kernels.run(t);
-          }
+          run_tile(t, staged + worker * (staged_source + staged_dy));
         });
       }
       for (int64_t v = vector; parts == 1 && v < vector + ceil_div(t.channels, V::kWidth); ++v) {
@@ -924,35 +912,34 @@ struct DepthwiseConvolution {
   }
 
  private:
-  // The tile's line of channels from c on, its source copied to where its pixels are neighbours: a
-  // power of two apart, they would not stay in the first-level cache until they are read again.
-  DepthwiseTile staged_line(const DepthwiseTile& t, int64_t c, float* source) const {
+  // The tile itself, or its lines of channels, one after the other, each copied to `source` where its
+  // pixels are neighbours: a power of two apart, they would not stay in the first-level cache until they
+  // are read again. wgrad's dy is copied as well.
+  void run_tile(DepthwiseTile& t, float* source) const {
+    if (staged_source == 0) return kernels.run(t);
     const int64_t columns_met = (t.columns - 1) * step + p.s;
     const Span rows_met{t.row_begin, min64(t.row_end, (t.rows - 1) * step + p.r)};
     const Span own_columns{t.column_begin, min64(t.column_end, columns_met)};
-    DepthwiseTile line = t;
-    line.channels = min64(kLine, t.channels - c);
-    line.source = source;
-    line.source_column = kLine;
-    line.source_row = columns_met * kLine;
-    line.out = t.out + c;
-    copy_line(t.source + c, t.source_row, t.source_column, rows_met, own_columns, line.channels,
-              source, line.source_row);
-    return line;
-  }
-
-  // The tile of wgrad, whose dy is copied as well.
-  void run_staged(const DepthwiseTile& t, float* source) const {
-    float* const dy = source + staged_source;
     for (int64_t c = 0; c < t.channels; c += kLine) {
-      DepthwiseTile line = staged_line(t, c, source);
-      line.out = dy;
-      line.out_column = kLine;
-      line.out_row = t.columns * kLine;
-      copy_line(t.out + c, t.out_row, t.out_column, {0, t.rows}, {0, t.columns}, line.channels, dy,
-                line.out_row);
-      line.sums = t.sums + c / V::kWidth * taps_floats;
-      if (t.bias_sums) line.bias_sums = t.bias_sums + c;
+      DepthwiseTile line = t;
+      line.channels = min64(kLine, t.channels - c);
+      line.source = source;
+      line.source_column = kLine;
+      line.source_row = columns_met * kLine;
+      copy_line(t.source + c, t.source_row, t.source_column, rows_met, own_columns, line.channels,
+                source, line.source_row);
+      line.out = t.out + c;
+      if (t.filter) line.filter = t.filter + c;
+      if (t.bias) line.bias = t.bias + c;
+      if (staged_dy > 0) {
+        line.out = source + staged_source;
+        line.out_column = kLine;
+        line.out_row = t.columns * kLine;
+        copy_line(t.out + c, t.out_row, t.out_column, {0, t.rows}, {0, t.columns}, line.channels,
+                  line.out, line.out_row);
+        line.sums = t.sums + c / V::kWidth * taps_floats;
+        if (t.bias_sums) line.bias_sums = t.bias_sums + c;
+      }
       kernels.run(line);
     }
   }
