@@ -70,6 +70,15 @@ struct LikeTiles {
 // Whether tensors of so many floats are more than the caches keep.
 constexpr bool beyond_caches(int64_t floats) { return floats * 4 > int64_t{12} << 20; }
 
+// Whether `pixels`, the same channels of pixels that lie `apart` floats from each other, are more than the
+// first-level cache keeps. Where these lie a power of two apart they share a few of its 64 sets, of 8 lines
+// each or somewhat more.
+inline bool crowds_cache(int64_t pixels, int64_t apart) {
+  constexpr int64_t kSets = 64, kWays = 8;
+  const int64_t kept = kSets / std::gcd(max64(1, apart / kLine), kSets) * kWays;
+  return 5 * pixels > 6 * kept;
+}
+
 // What more an algorithm takes that goes over the images group by group, `floats` of a line at a time, where
 // no cache holds them: each line comes from memory more than once, and nothing asks for it in time.
 template <class V>

@@ -613,15 +613,6 @@ struct LanePlan {
   }
 };
 
-// Whether `pixels`, the same channels of pixels that lie `apart` floats from each other, are more than the
-// first-level cache keeps. Where these lie a power of two apart they share a few of its 64 sets, of 8 lines
-// each or somewhat more.
-inline bool crowds_cache(int64_t pixels, int64_t apart) {
-  constexpr int64_t kSets = 64, kWays = 8;
-  const int64_t kept = kSets / std::gcd(max64(1, apart / kLine), kSets) * kWays;
-  return 5 * pixels > 6 * kept;
-}
-
 // The pixels of an output row, dealt to tiles of neighbours. Under a dilated filter with stride 1
 // neighbours are those that lie `apart`, as the taps do: they meet the same source pixels.
 struct LaneRow {

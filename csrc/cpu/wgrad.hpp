@@ -29,6 +29,7 @@ struct PixelRun {
   int64_t x;      // floats from WgradTile::x
   int64_t pixel;  // the first one's number in the block
   int64_t count;
+  int64_t ahead;  // floats from a pixel to what a tile of `fetched` rows asks for
 };
 
 struct WgradTile {
@@ -39,8 +40,8 @@ struct WgradTile {
   int64_t run_count;
   int64_t x_step;   // floats, from one pixel of a run to the next
   int64_t x_ahead;  // and to the one that a tile of `fetched` rows asks for
-  // What a tile of `fetched` rows asks for meanwhile: a line a pixel, whose pixels lie as those of x do
-  // or else `ahead_step` apart.
+  // What a tile of `fetched_ahead` rows asks for meanwhile: a line a pixel, whose pixels lie as those of x
+  // do or else `ahead_step` apart.
   const float* ahead;
   int64_t ahead_step;
   bool ahead_as_x;
@@ -51,16 +52,17 @@ struct WgradTile {
 
   float* sum;
   int64_t sum_row;
-  const float* next_sum;  // the next tile's, asked for meanwhile
-  int valid;              // columns of the last vector
+  float* next_sum;  // the next tile's, asked for meanwhile
+  int valid;        // columns of the last vector
   bool first;
 };
 
-// Where a tile's rows are. `fetched`: they follow one another in the input itself, of which the tile uses
-// a few floats of a pixel. Pixels lie too far apart for the hardware to ask for them in time.
+// Where a tile's rows are. `near`: they follow one another in the input itself, of which the tile uses a
+// few floats of a pixel, of lines that a tile before it has read. `fetched`: of the next lines. Pixels lie
+// too far apart for the hardware to ask for them in time. `fetched_ahead`: and it asks for t.ahead.
 // `apart_once`: apart, and dy comes from memory, not from a packed block or an earlier tile. `listed`:
 // apart, and so are the pixels.
-enum class WgradRows { packed, fetched, apart, apart_once, listed };
+enum class WgradRows { packed, near, fetched, fetched_ahead, apart, apart_once, listed };
 constexpr int64_t kPixelsAhead = 24;  // of their use
 
 template <class V, int Rows, int Vectors, WgradRows Where>
@@ -85,12 +87,14 @@ void wgrad_tile(const WgradTile& t) {
     for (int at = 0; at < Vectors * V::kWidth; at += kLine) {
       __builtin_prefetch(t.next_sum + i * t.sum_row + at, 1, 3);
     }
-  constexpr int kAtOnce = Where == WgradRows::packed ? V::kProductsAtOnce : 1;
+  constexpr bool kAsksAhead = Where == WgradRows::fetched_ahead;
+  constexpr bool kFetches = Where == WgradRows::fetched || kAsksAhead;
+  constexpr bool kFollow = Where == WgradRows::packed || Where == WgradRows::near || kFetches;
+  constexpr int kAtOnce = kFollow && !kAsksAhead ? V::kProductsAtOnce : 1;
   const auto add_pixel = [&](const float* x, const float* dy, const auto& offset) {
     add_row_of_products<V, (kAtOnce > 1)>(
         [&](int i) __attribute__((always_inline)) { return x + offset(i); }, dy, sum);
   };
-  constexpr bool kFollow = Where == WgradRows::packed || Where == WgradRows::fetched;
   int64_t offsets[Rows];
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) offsets[i] = kFollow ? i : t.offsets[i];
@@ -107,10 +111,8 @@ void wgrad_tile(const WgradTile& t) {
       const float* ahead = t.ahead + (t.ahead_as_x ? run->x : run->pixel * t.ahead_step);
       const auto add = [&](int pixel) __attribute__((always_inline)) {
         const float* const from = x + pixel * t.x_step;
-        if constexpr (Where == WgradRows::fetched) {
-          __builtin_prefetch(from + t.x_ahead);
-          __builtin_prefetch(ahead + pixel * t.ahead_step, 0, 2);
-        }
+        if constexpr (kFetches) __builtin_prefetch(from + (Rows - 1) + run->ahead);
+        if constexpr (kAsksAhead) __builtin_prefetch(ahead + pixel * t.ahead_step, 0, 2);
         if constexpr (Where == WgradRows::apart_once) {
 #pragma GCC unroll 4
           for (int v = 0; v < Vectors; ++v) {
@@ -121,24 +123,14 @@ void wgrad_tile(const WgradTile& t) {
       };
       unrolled<kAtOnce>(run->count, add, [&](int64_t count) {
         x += count * t.x_step;
-        ahead += count * t.ahead_step;
+        if constexpr (kAsksAhead) ahead += count * t.ahead_step;
         // GCC 12 vectorises scalar code here to load two pixels at once, of which the last one's
         // neighbour may be in no memory.
         dy = hidden(dy + count * t.dy_step);
       });
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      float* at = t.sum + i * t.sum_row + v * V::kWidth;
-      if (v == Vectors - 1) {
-        V::store(at, sum[i][v], tail);
-      } else {
-        V::store(at, sum[i][v]);
-      }
-    }
+  store_tile<V>(sum, t.valid, [to = t.sum, row = t.sum_row](int i) { return to + i * row; });
 }
 
 using WgradTileFunction = void (*)(const WgradTile&);
@@ -157,11 +149,29 @@ constexpr auto make_wgrad_tile_table(std::index_sequence<I...>) {
 }
 
 template <class V, WgradRows Where>
-WgradTileFunction wgrad_tile_function(int rows, int vectors) {
+const WgradTileFunction* wgrad_tiles(int vectors) {
   static constexpr auto kTable =
       make_wgrad_tile_table<V, Where>(std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
-  return kTable[static_cast<std::size_t>(vectors - 1)][static_cast<std::size_t>(rows - 1)];
+  return kTable[static_cast<std::size_t>(vectors - 1)].data();
 }
+
+// Of so many vectors, by where rows are and rows - 1.
+template <class V>
+struct WgradTileFunctions {
+  const WgradTileFunction* of[7];
+
+  explicit WgradTileFunctions(int vectors)
+      : of{wgrad_tiles<V, WgradRows::packed>(vectors),
+           wgrad_tiles<V, WgradRows::near>(vectors),
+           wgrad_tiles<V, WgradRows::fetched>(vectors),
+           wgrad_tiles<V, WgradRows::fetched_ahead>(vectors),
+           wgrad_tiles<V, WgradRows::apart>(vectors),
+           wgrad_tiles<V, WgradRows::apart_once>(vectors),
+           wgrad_tiles<V, WgradRows::listed>(vectors)} {}
+  WgradTileFunction operator()(WgradRows where, int64_t rows) const {
+    return of[static_cast<int>(where)][rows - 1];
+  }
+};
 
 // The rows of the input that taps meet, or the columns, by residues of the stride ("phases"): within a phase
 // the next output meets the next one. Every tap is of one phase, in turn.
@@ -185,6 +195,19 @@ struct PhasedAxis : TapResidues {
   }
 };
 
+// Panels that vectors of output channels are cut into. Wider ones have fewer rows a tile, which few channels
+// may fill better: counted in the instructions of a pixel.
+template <class V>
+int64_t wgrad_panels(int64_t vectors, int64_t channels) {
+  const int64_t usual = gemm_panels<V>(vectors), fewest = ceil_div(vectors, kGemmVectors<V>);
+  const auto instructions = [&](int64_t panels) {
+    const int64_t wide = ceil_div(vectors, panels);
+    const int64_t tiles = ceil_div(channels, V::kGemmRows[wide]);
+    return panels * (tiles * wide + channels * (wide + 1));
+  };
+  return 100 * instructions(fewest) < 93 * instructions(usual) ? fewest : usual;
+}
+
 // The cut of one wgrad: input copies, partial sums, tasks and scratch memory.
 template <class V>
 struct WgradPlan {
@@ -195,8 +218,9 @@ struct WgradPlan {
   int64_t source_h, source_w, image_floats, chunk;  // the copy, where there is one
   bool copied, packed;
   PhasedAxis down, across;  // packed: [group][tile][phase][image][row][column][plan.rows]
-  int64_t parts, q_tiles, tiles_a_tap, q_groups;
-  LikeTiles channels;    // of a tap
+  int64_t parts, q_tiles, q_groups;
+  int64_t tiles_a_tap;   // or of all taps, if tiles span them
+  LikeTiles tiles;       // of its rows
   int64_t panel_groups;  // of panels that a task has one after the other
   bool asks_ahead;       // for the next block
   int64_t pixels_a_block;
@@ -209,7 +233,7 @@ struct WgradPlan {
     pixels = p.n * p.oh * p.ow;
 
     const int64_t vectors = ceil_div(p.k_per_group(), V::kWidth);
-    panels = gemm_panels<V>(vectors);
+    panels = wgrad_panels<V>(vectors, p.c_per_group());
     const int64_t panel_vectors = ceil_div(vectors, panels);
     panel = panel_vectors * V::kWidth;
     rows = V::kGemmRows[panel_vectors];
@@ -225,20 +249,20 @@ struct WgradPlan {
     source_w = copied ? reach_w : p.w;
 
     const int64_t cg = p.c_per_group(), taps = p.r * p.s;
-    tiles_a_tap = ceil_div(cg, rows);
-    channels = {cg, tiles_a_tap};
-    q_tiles = by_taps ? taps * tiles_a_tap : ceil_div(taps * cg, rows);
+    const int64_t rows_a_tap = by_taps ? cg : taps * cg;
+    tiles_a_tap = ceil_div(rows_a_tap, rows);
+    tiles = {rows_a_tap, tiles_a_tap};
+    q_tiles = by_taps ? taps * tiles_a_tap : tiles_a_tap;
 
-    // Tiles that read a pixel, for packing it to pay: more where pixels lie close together and are asked
-    // for a block ahead, and most where there are many, of which a copy goes through memory, unless they
-    // lie apart by what falls into two sets of the first-level cache.
+    // Tiles that read a pixel, for packing it to pay: fewer where pixels lie apart by what falls into a set
+    // or two of the first-level cache.
     const bool narrow = kGemmVectors<V> * V::kWidth < 64;  // panels, each of which reads all
-    const bool many = narrow && pixels >= (p.c <= 64 ? 8192 : 2048);
-    const int64_t tiles_a_packing = taps > 1                      ? 4
-                                    : many && p.c <= 64           ? 32
-                                    : many && p.c % (32 * 16) > 0 ? 16
-                                    : narrow || p.c <= 128        ? 8
-                                                                  : 4;
+    const auto in_few_sets = [&p](int64_t sets) { return p.c * sets % (64 * kLine) == 0; };
+    const int64_t tiles_a_packing = taps > 1         ? 4
+                                    : !narrow        ? (p.c <= 128 ? 8 : 4)
+                                    : in_few_sets(1) ? 3
+                                    : in_few_sets(2) ? 5
+                                                     : 8;
     packed = cg >= rows && taps * panels / tiles_a_packing >= down.count * across.count;
     // As many images at a time as fit in the second-level cache, or have pixels for whole blocks; all of
     // them where none is copied. Each block takes the sums from memory and back, which of several taps are
@@ -275,8 +299,15 @@ struct WgradPlan {
         max64(q_groups, min64(q_tiles, ceil_div(wanted_tasks, parts * p.groups * panel_groups)));
 
     const int64_t part_pixels = ceil_div(min64(chunk, p.n) * p.oh * p.ow, parts);
-    // Few tiles are through with a block soon: it should still be in the first-level cache.
-    const int64_t most_pixels = by_taps && packed ? 384 : 128;
+    // Few tiles are through with a block soon: it should still be in the first-level cache. To begin and
+    // end a tile takes as long as some ten pixels: where a block of many channels does not stay there
+    // anyway, it has as many pixels as the second-level cache keeps.
+    const bool by_lines = by_taps && !packed && taps == 1;
+    constexpr int64_t kManyChannels = 64, kBlockBytes = int64_t{448} << 10;
+    const int64_t most_pixels = by_taps && packed ? 384
+                                : by_lines && V::kRegisters < 32 && cg >= kManyChannels
+                                    ? max64(128, min64(1024, kBlockBytes / (4 * cg)))
+                                    : 128;
     const int64_t blocks = max64(1, ceil_div(part_pixels, most_pixels));
     pixels_a_block = max64(1, ceil_div(part_pixels, blocks));
 
@@ -287,9 +318,10 @@ struct WgradPlan {
                  : copied ? round_up(chunk * image_floats * 4, 64)
                           : 0;
     block_bytes = round_up(pixels_a_block * panel * 4, 64);
-    asks_ahead = by_taps && !packed && taps == 1;
+    // Of what a cache holds, processors without AVX-512 have the next block in time.
+    asks_ahead = by_lines && (V::kRegisters == 32 || beyond_caches(p.x_size() + p.y_size()));
     // A block may begin and end in the middle of a row.
-    const int64_t runs = min64(pixels_a_block, pixels_a_block / p.ow + 2);
+    const int64_t runs = min64(pixels_a_block, pixels_a_block / p.ow + 2) + 1;
     lists_bytes = round_up(runs * int64_t{sizeof(PixelRun)}, 64);
   }
 
@@ -386,22 +418,70 @@ inline void copy_padded(const Conv2dProblem& p, const float* x, int64_t images, 
   });
 }
 
-// Where the input has pixels begin .. end - 1 of a phase, of all images; -1 for those beyond its edge.
+// Pixels that lie evenly in the input.
+struct SourceRun {
+  int64_t pixel;  // the first one's number in a phase, of all images
+  int64_t x;      // floats from the input's first
+  int64_t count;
+};
+
+// Lists pixels begin .. end - 1 of a phase, of all images, without those beyond the input's edge. Returns how
+// many runs they are.
 template <class V>
-void list_phase(const Conv2dProblem& p, const WgradPlan<V>& plan, int64_t row_phase,
-                int64_t column_phase, int64_t begin, int64_t end, int64_t* places) {
+int64_t list_phase(const Conv2dProblem& p, const WgradPlan<V>& plan, int64_t row_phase,
+                   int64_t column_phase, int64_t begin, int64_t end, SourceRun* runs) {
   const PhasedAxis &down = plan.down, &across = plan.across;
   const int64_t top = down.residue(row_phase), left = across.residue(column_phase);
-  int64_t image = begin / plan.phase_pixels();
-  int64_t row = begin / across.length % down.length, column = begin % across.length;
-  for (int64_t pixel = begin; pixel < end; ++pixel) {
-    const int64_t i = top + row * p.stride_h, j = left + column * p.stride_w;
-    *places++ = i < p.h && j < p.w ? ((image * p.h + i) * p.w + j) * p.c : -1;
-    if (++column < across.length) continue;
-    column = 0;
-    if (++row < down.length) continue;
-    row = 0;
-    ++image;
+  const int64_t columns = across.rows_of(column_phase), step = p.stride_w * p.c;
+  int64_t count = 0;
+  for (int64_t pixel = begin, next = 0; pixel < end; pixel = next) {
+    const int64_t line = pixel / across.length, column = pixel % across.length;
+    next = min64(end, (line + 1) * across.length);
+    const int64_t i = top + line % down.length * p.stride_h, j = left + column * p.stride_w;
+    const int64_t met = min64(next - pixel, columns - column);
+    if (i >= p.h || met <= 0) continue;
+    const int64_t x = ((line / down.length * p.h + i) * p.w + j) * p.c;
+    SourceRun* const before = count > 0 ? runs + count - 1 : nullptr;
+    if (before && before->pixel + before->count == pixel && before->x + before->count * step == x) {
+      before->count += met;
+    } else {
+      runs[count++] = {pixel, x, met};
+    }
+  }
+  return count;
+}
+
+// `count` pixels of the input, `step` floats apart, to `apart` ones each. What a whole vector spills beyond a
+// pixel, the next one covers, of `room` pixels that the caller may write to.
+template <class V>
+void pack_run(const float* from, int64_t step, int64_t count, int64_t channels, float* to,
+              int64_t apart, int64_t room) {
+  const int64_t last = (channels - 1) / V::kWidth * V::kWidth;
+  const auto tail = V::tail(static_cast<int>(channels - last));
+  int64_t spilling = max64(0, min64(count, room - ceil_div(last + V::kWidth, apart) + 1));
+  count -= spilling;
+  if (last == 0) {
+    unrolled<4>(
+        spilling,
+        [&](int pixel) __attribute__((always_inline)) {
+          V::store(to + pixel * apart, V::load(from + pixel * step, tail));
+        },
+        [&](int64_t pixels) __attribute__((always_inline)) {
+          from += pixels * step;
+          to += pixels * apart;
+        });
+    spilling = 0;
+  }
+  for (; spilling + count > 0; from += step, to += apart) {
+    for (int64_t at = 0; at < last; at += V::kWidth) V::store(to + at, V::load(from + at));
+    const typename V::Reg rest = V::load(from + last, tail);
+    if (spilling > 0) {
+      --spilling;
+      V::store(to + last, rest);
+    } else {
+      --count;
+      V::store(to + last, rest, tail);
+    }
   }
 }
 
@@ -423,36 +503,28 @@ void pack_x(const Conv2dProblem& p, const WgradPlan<V>& plan, const float* x, in
     const int64_t begin = task / cuts % parts * kPixelsATask;
     const int64_t end = min64(pixels, begin + kPixelsATask);
     const Span tiles = part_of(plan.tiles_a_tap, cuts, cut);
-    int64_t places[kPixelsATask];
-    const float* const channels = x + group * cg + plan.channels.begin(tiles.begin);
-    const int64_t floats = plan.channels.begin(tiles.end) - plan.channels.begin(tiles.begin);
+    SourceRun runs[kPixelsATask];
+    const int64_t step = p.stride_w * p.c;
+    const float* const channels = x + group * cg + plan.tiles.begin(tiles.begin);
+    const int64_t floats = plan.tiles.begin(tiles.end) - plan.tiles.begin(tiles.begin);
     for (int64_t column_phase = 0; column_phase < column_phases; ++column_phase) {
-      list_phase(p, plan, row_phase, column_phase, begin, end, places);
+      const int64_t run_count = list_phase(p, plan, row_phase, column_phase, begin, end, runs);
       // The tiles read each line in pieces, too far apart for a processor to ask for them ahead.
-      for (int64_t i = 0; i < end - begin; ++i) {
-        for (int64_t at = 0; at < floats && places[i] >= 0; at += kLine) {
-          __builtin_prefetch(channels + places[i] + at, 0, 2);
+      for (const SourceRun* run = runs; run != runs + run_count; ++run) {
+        for (int64_t i = 0; i < run->count; ++i) {
+          for (int64_t at = 0; at < floats; at += kLine) {
+            __builtin_prefetch(channels + run->x + i * step + at, 0, 2);
+          }
         }
       }
       const int64_t phase = row_phase * column_phases + column_phase;
       for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-        const int64_t c = plan.channels.begin(tile), c_end = c + plan.channels.size(tile);
-        const int64_t last = (c_end - c - 1) / V::kWidth * V::kWidth;
-        const auto tail = V::tail(static_cast<int>(c_end - c - last));
-        const float* const first = x + group * cg + c;
-        float* to = packed + (group * plan.tiles_a_tap + tile) * tile_floats +
-                    (phase * plan.chunk * plan.phase_pixels() + begin) * plan.rows;
-        for (int64_t pixel = begin; pixel < end; ++pixel, to += plan.rows) {
-          if (places[pixel - begin] < 0) continue;
-          const float* const from = first + places[pixel - begin];
-          for (int64_t v = 0; v < last; v += V::kWidth) V::store(to + v, V::load(from + v));
-          const typename V::Reg rest = V::load(from + last, tail);
-          // What a whole vector spills beyond a pixel, the next ones cover; another task's would stay.
-          if ((end - pixel) * plan.rows >= last + V::kWidth) {
-            V::store(to + last, rest);
-          } else {
-            V::store(to + last, rest, tail);
-          }
+        float* const to = packed + (group * plan.tiles_a_tap + tile) * tile_floats +
+                          phase * plan.chunk * plan.phase_pixels() * plan.rows;
+        const float* const from = x + group * cg + plan.tiles.begin(tile);
+        for (const SourceRun* run = runs; run != runs + run_count; ++run) {
+          pack_run<V>(from + run->x, step, run->count, plan.tiles.size(tile),
+                      to + run->pixel * plan.rows, plan.rows, end - run->pixel);
         }
       }
     }
@@ -465,7 +537,7 @@ template <class V>
 void pack_dy(const float* dy, const float* y, int64_t count, int64_t channels, int vectors,
              int valid, float* out, float* sums) {
   const auto tail = V::tail(valid);
-  const auto pack = [&]<int Vectors, bool Relu>() {
+  const auto pack = [&]<int Vectors, bool Relu, bool Sums>() {
     typename V::Reg sum[Vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) sum[v] = V::zero();
@@ -474,31 +546,39 @@ void pack_dy(const float* dy, const float* y, int64_t count, int64_t channels, i
       for (int v = 0; v < Vectors; ++v) {
         const int64_t at = j * channels + v * V::kWidth;
         const bool last = v == Vectors - 1;
-        __builtin_prefetch(dy + at + kPixelsAhead * channels);
+        if (v * V::kWidth % kLine == 0) __builtin_prefetch(dy + at + kPixelsAhead * channels);
         typename V::Reg value = last ? V::load(dy + at, tail) : V::load(dy + at);
         if constexpr (Relu) {
           value = V::where_positive(last ? V::load(y + at, tail) : V::load(y + at), value);
         }
         V::store(out + (j * Vectors + v) * V::kWidth, value);
-        sum[v] = V::add(sum[v], value);
+        if constexpr (Sums) sum[v] = V::add(sum[v], value);
       }
     }
-    if (!sums) return;
+    if constexpr (Sums) {
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      float* at = sums + v * V::kWidth;
-      if (v == Vectors - 1) {
-        V::store(at, V::add(V::load(at, tail), sum[v]), tail);
-      } else {
-        V::store(at, V::add(V::load(at), sum[v]));
+      for (int v = 0; v < Vectors; ++v) {
+        float* at = sums + v * V::kWidth;
+        if (v == Vectors - 1) {
+          V::store(at, V::add(V::load(at, tail), sum[v]), tail);
+        } else {
+          V::store(at, V::add(V::load(at), sum[v]));
+        }
       }
     }
   };
   const auto pack_vectors = [&]<std::size_t... I>(std::index_sequence<I...>) {
-    (void)((vectors == I + 1 && ((y ? pack.template operator()<I + 1, true>()
-                                    : pack.template operator()<I + 1, false>()),
-                                 true)) ||
-           ...);
+    const auto pack_of = [&]<int Vectors>() {
+      if (y) {
+        sums ? pack.template operator()<Vectors, true, true>()
+             : pack.template operator()<Vectors, true, false>();
+      } else {
+        sums ? pack.template operator()<Vectors, false, true>()
+             : pack.template operator()<Vectors, false, false>();
+      }
+      return true;
+    };
+    (void)((vectors == I + 1 && pack_of.template operator()<I + 1>()) || ...);
   };
   pack_vectors(std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
 }
@@ -584,7 +664,8 @@ inline int64_t list_runs(const Conv2dProblem& p, const PixelsOfTap& at, int64_t 
     if (source_i >= 0 && source_i < at.h && from < to) {
       const int64_t x = at.first + n * at.image_pixels + source_i * at.row_pixels +
                         from * at.stride_w + at.column;
-      const PixelRun run{.x = x * x_pixel, .pixel = pixel - begin + from - j, .count = to - from};
+      const PixelRun run{
+          .x = x * x_pixel, .pixel = pixel - begin + from - j, .count = to - from, .ahead = 0};
       PixelRun* const before = count > 0 ? runs + count - 1 : nullptr;
       if (before && before->x + before->count * step == run.x &&
           before->pixel + before->count == run.pixel) {
@@ -596,6 +677,30 @@ inline int64_t list_runs(const Conv2dProblem& p, const PixelsOfTap& at, int64_t 
     pixel += stretch;
   }
   return count;
+}
+
+// Of runs of pixels `step` floats apart, what a tile of `fetched` rows asks for: the line of the pixel that
+// comes `pixels` later. At the end of a single run that is the next line of its first pixels, where a later
+// tile begins: a tile whose first lines nobody has asked for waits for them. Returns how many runs there
+// are, which may be one more.
+inline int64_t ask_ahead(int64_t count, int64_t step, int64_t pixels, PixelRun* runs) {
+  for (int64_t i = 0; i < count; ++i) runs[i].ahead = pixels * step;
+  if (count != 1 || runs[0].count < 2 * pixels) return count;
+  const int64_t first = runs[0].count - pixels;
+  runs[1] = {.x = runs[0].x + first * step,
+             .pixel = runs[0].pixel + first,
+             .count = pixels,
+             .ahead = kLine - first * step};
+  runs[0].count = first;
+  return 2;
+}
+
+// Whether a line of the cache may begin among so many floats from x on, or those as far from it as a
+// multiple of `spacing`, a power of two up to kLine.
+inline bool meets_a_line(const float* x, int64_t floats, int64_t spacing) {
+  const std::uintptr_t first = reinterpret_cast<std::uintptr_t>(x) / sizeof(float);
+  const auto last = first + static_cast<std::uintptr_t>(floats - 1);
+  return ((last ^ (first - 1)) & -static_cast<std::uintptr_t>(spacing)) != 0;
 }
 
 // The lines of x and dy that a task's next block of pixels has, and which tile of this block asks for
@@ -637,17 +742,16 @@ struct LinesAhead {
     line = spread = 0;
   }
 
-  // A tile asks for one line at most, of every pixel.
-  void next_tile(WgradTile& t) {
+  // A tile asks for one line at most, of every pixel. Returns whether it does.
+  bool next_tile(WgradTile& t) {
     spread += rest;
     const bool one_more = spread >= tiles;
     if (one_more) spread -= tiles;
     const int64_t some = whole + (one_more ? 1 : 0);
-    t.ahead_as_x = some == 0 || line < x_lines;
+    if (some == 0) return false;
+    t.ahead_as_x = line < x_lines;
     t.ahead_step = t.ahead_as_x ? t.x_step : p.k;
-    if (some == 0) {
-      t.ahead = t.x;
-    } else if (line < x_lines) {
+    if (t.ahead_as_x) {
       t.ahead = x + line * kLine + x_distance;
     } else {
       const int64_t of_dy = line - x_lines;
@@ -655,6 +759,7 @@ struct LinesAhead {
           (of_dy < dy_lines ? dy + of_dy * kLine : y + (of_dy - dy_lines) * kLine) + dy_distance;
     }
     line += some;
+    return true;
   }
 };
 
@@ -864,9 +969,10 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
       t.x_step = plan.packed ? plan.rows : p.stride_w * p.c;
       // Pixels that lie multiples of 16 lines apart fall into few sets of the first-level cache, where
       // what is asked for too early is gone when it is used.
-      t.x_ahead = kPixelsAhead / (p.c % (16 * 16) == 0 ? 2 : 1) * t.x_step;
-      t.ahead = x;
+      const int64_t pixels_ahead = kPixelsAhead / (p.c % (16 * 16) == 0 ? 2 : 1);
       t.sum_row = p.k;
+      const int64_t line_spacing = std::gcd(t.x_step, kLine);
+      const bool lines_stay = !crowds_cache(plan.pixels_a_block, t.x_step);
       // `first` must zero the sums even where a part has no pixels in this chunk.
       for (int64_t begin = part_begin, end = 0; begin == part_begin || begin < part_end;
            begin = end) {
@@ -882,8 +988,11 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
           const int64_t from = skipped + begin / unit * p.k + column;
           float* own_bias = dbias && q_group == 0 ? bias_sums + part * p.k + column : nullptr;
           // A copy for a few tiles would cost more than it saves. Pixels that lie a multiple of 8 lines
-          // apart fall into few sets of the first-level cache, and are worth one sooner.
-          const int64_t few_tiles = p.k % (8 * 16) == 0 ? 3 : 16;
+          // apart fall into few sets of the first-level cache, and are worth one sooner; so are those of
+          // which vectors lie in two lines.
+          const bool split =
+              reinterpret_cast<std::uintptr_t>(dy + from) % sizeof(typename V::Reg) != 0;
+          const int64_t few_tiles = p.k % (8 * 16) == 0 || split ? 3 : 24;
           const bool in_place =
               tiles.size() <= few_tiles && !y && !own_bias && !argmax && t.valid == V::kWidth;
           t.dy_step = in_place ? p.k : int64_t{vectors} * V::kWidth;
@@ -904,42 +1013,42 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
             t.run_count = list_runs(p, pixels_of_tap(p, plan, 0, 0), in_image,
                                     in_image + end - begin, p.c, runs);
           }
-          int64_t tap = tiles.begin / plan.tiles_a_tap, listed = -1;
-          int64_t c_tile = tiles.begin % plan.tiles_a_tap - 1;
-          for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-            Span q{};
+          const WgradTileFunctions<V> tile_of(vectors);
+          int64_t tap = tiles.begin / plan.tiles_a_tap, tile = tiles.begin % plan.tiles_a_tap;
+          t.next_sum =
+              sums + (part * plan.floats + tap * cg * p.k) + plan.tiles.begin(tile) * p.k + column;
+          for (int64_t left = tiles.size(); left > 0; ++tap, tile = 0) {
+            const int64_t tile_end = min64(plan.tiles_a_tap, tile + left);
+            left -= tile_end - tile;
+            const int64_t first_row = plan.tiles.begin(tile);
             if (plan.by_taps) {
-              if (++c_tile == plan.tiles_a_tap) {
-                ++tap;
-                c_tile = 0;
-              }
-              if (tap != listed) {
-                t.run_count = list_runs(p, pixels_of_tap(p, plan, tap / p.s, tap % p.s), begin, end,
-                                        plan.packed ? plan.rows : p.c, runs);
-                listed = tap;
-              }
-              const int64_t c = plan.channels.begin(c_tile);
-              q = {tap * cg + c, tap * cg + c + plan.channels.size(c_tile)};
-              t.x = plan.packed ? copy + (group * plan.tiles_a_tap + c_tile) * packed_tile
-                                : source + group * cg + c;
+              t.run_count = list_runs(p, pixels_of_tap(p, plan, tap / p.s, tap % p.s), begin, end,
+                                      plan.packed ? plan.rows : p.c, runs);
+              if (!plan.packed) t.run_count = ask_ahead(t.run_count, t.x_step, pixels_ahead, runs);
+              t.x = plan.packed ? copy + (group * plan.tiles_a_tap + tile) * packed_tile
+                                : source + group * cg + first_row;
             } else {
-              q = part_of(p.r * p.s * cg, plan.q_tiles, tile);
-              t.offsets = offsets + q.begin;
               t.x = source + image_at * plan.image_floats + group * cg;
+              t.offsets = offsets + first_row;
             }
-            t.sum = sums + part * plan.floats + q.begin * p.k + column;
-            const int rows = static_cast<int>(q.size());
-            const WgradTileFunction multiply =
-                argmax ? wgrad_tile_function<V, WgradRows::listed>(rows, vectors)
-                : !plan.by_taps
-                    ? (in_place && tile == tiles.begin
-                           ? wgrad_tile_function<V, WgradRows::apart_once>(rows, vectors)
-                           : wgrad_tile_function<V, WgradRows::apart>(rows, vectors))
-                : plan.packed ? wgrad_tile_function<V, WgradRows::packed>(rows, vectors)
-                              : wgrad_tile_function<V, WgradRows::fetched>(rows, vectors);
-            if (plan.asks_ahead) ahead.next_tile(t);
-            t.next_sum = t.sum + (tile + 1 < tiles.end ? rows * t.sum_row : 0);
-            multiply(t);
+            const auto rows_are = [&](bool first, int64_t rows) {
+              if (argmax) return WgradRows::listed;
+              if (plan.packed) return WgradRows::packed;
+              if (!plan.by_taps) {
+                return first && in_place ? WgradRows::apart_once : WgradRows::apart;
+              }
+              if (plan.asks_ahead && ahead.next_tile(t)) return WgradRows::fetched_ahead;
+              const bool near = !first && lines_stay && !meets_a_line(t.x, rows, line_spacing);
+              return near ? WgradRows::near : WgradRows::fetched;
+            };
+            for (bool first = true; tile < tile_end; ++tile, first = false) {
+              const int64_t rows = plan.tiles.size(tile);
+              t.sum = t.next_sum;
+              if (left > 0 || tile + 1 < tile_end) t.next_sum += rows * p.k;
+              tile_of(rows_are(first, rows), rows)(t);
+              t.x += plan.packed ? packed_tile : plan.by_taps ? rows : 0;
+              if (!plan.by_taps) t.offsets += rows;
+            }
           }
         }
       }
