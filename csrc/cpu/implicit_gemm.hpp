@@ -271,6 +271,12 @@ struct TapTile {
 // What else a tile does: asks for t.ahead, or packs the panel that it reads.
 enum class TapTileTask { none, ahead, packing };
 
+// A plain tile's pixels lie evenly and meet one tap; its sums begin here, with the bias or zero. Of few
+// channels, what goes around their products would take a third as long as these.
+inline bool is_plain(const TapTile& t) {
+  return t.taps == 1 && t.first && t.residual == 0 && !t.x_pixels;
+}
+
 // What the sums of a register tile's vector v begin with: the bias, or zero where that is null.
 template <class V, int Vectors>
 typename V::Reg start_of_sum(const float* bias, int v, const typename V::Tail& tail) {
@@ -314,7 +320,7 @@ template <class V, int Rows, int Vectors, class To>
   });
 }
 
-template <class V, int Rows, int Vectors, TapTileTask Task>
+template <class V, int Rows, int Vectors, TapTileTask Task, bool Plain>
 [[gnu::always_inline]] inline void one_tap_tile(const TapTile& t, const float* first_x, float* y,
                                                 const float* first_ahead) {
   const auto tail = V::tail(t.columns);
@@ -322,14 +328,14 @@ template <class V, int Rows, int Vectors, TapTileTask Task>
   float* const* const y_pixels = t.y_pixels;
   const int64_t y_step = t.y_step, y_offset = t.y_offset;
   const auto y_of = [&](int i) { return y_pixels ? y_pixels[i] + y_offset : y + i * y_step; };
-  if (t.first) {
+  if (Plain || t.first) {
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       const typename V::Reg start = start_of_sum<V, Vectors>(t.bias, v, tail);
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) sum[i][v] = start;
     }
-    if (t.residual != 0) {
+    if (!Plain && t.residual != 0) {
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
         const char* const at = reinterpret_cast<const char*>(y_of(i)) + t.residual;
@@ -354,7 +360,8 @@ template <class V, int Rows, int Vectors, TapTileTask Task>
       }
     }
   }
-  for (int64_t tap = 0; tap < t.taps; ++tap) {
+  const int64_t taps = Plain ? 1 : t.taps;
+  for (int64_t tap = 0; tap < taps; ++tap) {
     const int64_t offset = t.x_offset + t.tap_offsets[tap];
     const float* filter = t.filter + t.filter_offsets[tap] * (Vectors * V::kWidth);
     const float* ahead = first_ahead;
@@ -412,7 +419,7 @@ template <class V, int Rows, int Vectors, TapTileTask Task>
           });
     };
     // A tile of one vector has the most pixels, and the fewest multiply-adds for each.
-    if (Vectors == 1 && !t.x_pixels) {
+    if (Plain || (Vectors == 1 && !t.x_pixels)) {
       add_rows(Spaced<Rows>(first_x + offset, t.x_step));
     } else {
       add_rows(Listed<Rows>(
@@ -422,7 +429,7 @@ template <class V, int Rows, int Vectors, TapTileTask Task>
   // Read anew: in the loop, registers are short.
   const TapTile* const end = hidden(&t);
   if (end->relu && end->last) activate<V>(sum, end->ceiling);
-  if (float* const* const pixels = end->y_pixels) {
+  if (float* const* const pixels = Plain ? nullptr : end->y_pixels) {
     store_tile<V>(sum, end->columns,
                   [pixels, offset = end->y_offset](int i) { return pixels[i] + offset; });
   } else {
@@ -430,13 +437,13 @@ template <class V, int Rows, int Vectors, TapTileTask Task>
   }
 }
 
-template <class V, int Rows, int Vectors, TapTileTask Task>
+template <class V, int Rows, int Vectors, TapTileTask Task, bool Plain>
 void tap_tile(const TapTile& t) {
   const float* x = t.x;
   float* y = t.y + t.y_offset;
   const float* ahead = t.ahead;
   for (int64_t tile = t.tiles; tile > 0; --tile) {
-    one_tap_tile<V, Rows, Vectors, Task>(t, x, y, ahead);
+    one_tap_tile<V, Rows, Vectors, Task, Plain>(t, x, y, ahead);
     x += Rows * t.x_step;
     y += Rows * t.y_step;
     ahead += t.ahead_tile;
@@ -462,24 +469,37 @@ template <class V>
 constexpr int kMostGemmRows = *std::max_element(std::begin(V::kGemmRows), std::end(V::kGemmRows));
 
 // Of `Vectors` vectors, by rows - 1.
-template <class V, int Vectors, TapTileTask Task, std::size_t... I>
+template <class V, int Vectors, TapTileTask Task, bool Plain, std::size_t... I>
 constexpr auto make_tap_tiles(std::index_sequence<I...>) {
-  return std::array<TapTileFunction, kMostGemmRows<V>>{tap_tile<V, I + 1, Vectors, Task>...};
+  return std::array<TapTileFunction, kMostGemmRows<V>>{tap_tile<V, I + 1, Vectors, Task, Plain>...};
 }
 
 // By vectors - 1 and rows - 1.
-template <class V, TapTileTask Task, std::size_t... I>
+template <class V, TapTileTask Task, bool Plain, std::size_t... I>
 constexpr auto make_tap_tile_table(std::index_sequence<I...>) {
-  return std::array{make_tap_tiles<V, I + 1, Task>(
+  return std::array{make_tap_tiles<V, I + 1, Task, Plain>(
       std::make_index_sequence<std::size_t{V::kGemmRows[I + 1]}>{})...};
 }
 
 // For at most V::kGemmRows[vectors] rows.
-template <class V, TapTileTask Task = TapTileTask::none>
+template <class V, TapTileTask Task, bool Plain>
 TapTileFunction tap_tile_function(int rows, int vectors) {
   static constexpr auto kTable =
-      make_tap_tile_table<V, Task>(std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
+      make_tap_tile_table<V, Task, Plain>(std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
   return kTable[static_cast<std::size_t>(vectors - 1)][static_cast<std::size_t>(rows - 1)];
+}
+template <class V>
+TapTileFunction tap_tile_function(TapTileTask task, bool plain, int rows, int vectors) {
+  switch (task) {
+    case TapTileTask::packing:
+      return tap_tile_function<V, TapTileTask::packing, false>(rows, vectors);
+    case TapTileTask::ahead:
+      return plain ? tap_tile_function<V, TapTileTask::ahead, true>(rows, vectors)
+                   : tap_tile_function<V, TapTileTask::ahead, false>(rows, vectors);
+    default:
+      return plain ? tap_tile_function<V, TapTileTask::none, true>(rows, vectors)
+                   : tap_tile_function<V, TapTileTask::none, false>(rows, vectors);
+  }
 }
 
 // The taps of one axis, in ascending order of what they meet: source index = i * step + offset(tap),
@@ -914,16 +934,15 @@ struct TapTiles {
       }
       t.filter = filter;
       t.y_offset = first_y;
+      const bool plain = is_plain(t);
       for (int64_t i = panel; i < panel_end; ++i) {
         const int vectors = panels.vectors_of(i);
         t.columns = panels.last_columns(i);
         t.bias = bias ? bias + t.y_offset : nullptr;
-        const TapTileFunction multiply =
-            packing ? tap_tile_function<V, TapTileTask::packing>(count, vectors)
-            : ahead || (streams && i == panel)
-                ? tap_tile_function<V, TapTileTask::ahead>(count, vectors)
-                : tap_tile_function<V>(count, vectors);
-        multiply(t);
+        const TapTileTask task = packing                            ? TapTileTask::packing
+                                 : ahead || (streams && i == panel) ? TapTileTask::ahead
+                                                                    : TapTileTask::none;
+        tap_tile_function<V>(task, plain, count, vectors)(t);
         t.filter += vectors * V::kWidth * filter_rows;
         t.y_offset += vectors * V::kWidth;
       }

@@ -590,7 +590,7 @@ struct WinogradOfTaps {
       for (int64_t tile = 0; tile < cut.count; tile += t.tiles) {
         const int64_t rows = cut.size(tile);
         t.tiles = cut.alike(tile);
-        tap_tile_function<V>(static_cast<int>(rows), vectors)(t);
+        tap_tile_function<V>(TapTileTask::none, is_plain(t), static_cast<int>(rows), vectors)(t);
         t.x += t.tiles * rows * t.x_step;
         t.y += t.tiles * rows * t.y_step;
       }
