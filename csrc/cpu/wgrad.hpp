@@ -38,8 +38,7 @@ struct WgradTile {
   int64_t dy_step;  // floats, from one pixel of the block to the next
   const PixelRun* runs;
   int64_t run_count;
-  int64_t x_step;   // floats, from one pixel of a run to the next
-  int64_t x_ahead;  // and to the one that a tile of `fetched` rows asks for
+  int64_t x_step;  // floats, from one pixel of a run to the next
   // What a tile of `fetched_ahead` rows asks for meanwhile: a line a pixel, whose pixels lie as those of x
   // do or else `ahead_step` apart.
   const float* ahead;
@@ -157,20 +156,22 @@ const WgradTileFunction* wgrad_tiles(int vectors) {
 
 // Of so many vectors, by where rows are and rows - 1.
 template <class V>
-struct WgradTileFunctions {
-  const WgradTileFunction* of[7];
-
+class WgradTileFunctions {
+ public:
   explicit WgradTileFunctions(int vectors)
-      : of{wgrad_tiles<V, WgradRows::packed>(vectors),
-           wgrad_tiles<V, WgradRows::near>(vectors),
-           wgrad_tiles<V, WgradRows::fetched>(vectors),
-           wgrad_tiles<V, WgradRows::fetched_ahead>(vectors),
-           wgrad_tiles<V, WgradRows::apart>(vectors),
-           wgrad_tiles<V, WgradRows::apart_once>(vectors),
-           wgrad_tiles<V, WgradRows::listed>(vectors)} {}
+      : WgradTileFunctions(vectors, std::make_index_sequence<kPlaces>{}) {}
   WgradTileFunction operator()(WgradRows where, int64_t rows) const {
-    return of[static_cast<int>(where)][rows - 1];
+    return of_[static_cast<std::size_t>(where)][rows - 1];
   }
+
+ private:
+  static constexpr std::size_t kPlaces = static_cast<std::size_t>(WgradRows::listed) + 1;
+
+  template <std::size_t... I>
+  WgradTileFunctions(int vectors, std::index_sequence<I...>)
+      : of_{wgrad_tiles<V, static_cast<WgradRows>(I)>(vectors)...} {}
+
+  std::array<const WgradTileFunction*, kPlaces> of_;
 };
 
 // The rows of the input that taps meet, or the columns, by residues of the stride ("phases"): within a phase
@@ -299,15 +300,17 @@ struct WgradPlan {
         max64(q_groups, min64(q_tiles, ceil_div(wanted_tasks, parts * p.groups * panel_groups)));
 
     const int64_t part_pixels = ceil_div(min64(chunk, p.n) * p.oh * p.ow, parts);
+    // Processors without AVX-512 have the next block in time where a cache holds it.
+    asks_ahead = by_taps && !packed && taps == 1 &&
+                 (V::kRegisters == 32 || beyond_caches(p.x_size() + p.y_size()));
     // Few tiles are through with a block soon: it should still be in the first-level cache. To begin and
     // end a tile takes as long as some ten pixels: where a block of many channels does not stay there
-    // anyway, it has as many pixels as the second-level cache keeps.
-    const bool by_lines = by_taps && !packed && taps == 1;
+    // anyway, and is not asked for ahead, it has as many pixels as the second-level cache keeps.
     constexpr int64_t kManyChannels = 64, kBlockBytes = int64_t{448} << 10;
-    const int64_t most_pixels = by_taps && packed ? 384
-                                : by_lines && V::kRegisters < 32 && cg >= kManyChannels
-                                    ? max64(128, min64(1024, kBlockBytes / (4 * cg)))
-                                    : 128;
+    const bool long_block = by_taps && !packed && taps == 1 && !asks_ahead && cg >= kManyChannels;
+    const int64_t most_pixels = long_block ? max64(128, min64(1024, kBlockBytes / (4 * cg)))
+                                : by_taps && packed ? 384
+                                                    : 128;
     const int64_t blocks = max64(1, ceil_div(part_pixels, most_pixels));
     pixels_a_block = max64(1, ceil_div(part_pixels, blocks));
 
@@ -318,8 +321,6 @@ struct WgradPlan {
                  : copied ? round_up(chunk * image_floats * 4, 64)
                           : 0;
     block_bytes = round_up(pixels_a_block * panel * 4, 64);
-    // Of what a cache holds, processors without AVX-512 have the next block in time.
-    asks_ahead = by_lines && (V::kRegisters == 32 || beyond_caches(p.x_size() + p.y_size()));
     // A block may begin and end in the middle of a row.
     const int64_t runs = min64(pixels_a_block, pixels_a_block / p.ow + 2) + 1;
     lists_bytes = round_up(runs * int64_t{sizeof(PixelRun)}, 64);
@@ -988,11 +989,13 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
           const int64_t from = skipped + begin / unit * p.k + column;
           float* own_bias = dbias && q_group == 0 ? bias_sums + part * p.k + column : nullptr;
           // A copy for a few tiles would cost more than it saves. Pixels that lie a multiple of 8 lines
-          // apart fall into few sets of the first-level cache, and are worth one sooner; so are those of
-          // which vectors lie in two lines.
+          // apart fall into few sets of the first-level cache, and are worth one sooner; so are those whose
+          // vectors lie in two lines, where a tile takes few products of each.
+          constexpr bool kFewProducts = V::kRegisters < 32;
           const bool split =
+              kFewProducts &&
               reinterpret_cast<std::uintptr_t>(dy + from) % sizeof(typename V::Reg) != 0;
-          const int64_t few_tiles = p.k % (8 * 16) == 0 || split ? 3 : 24;
+          const int64_t few_tiles = p.k % (8 * 16) == 0 || split ? 3 : kFewProducts ? 24 : 16;
           const bool in_place =
               tiles.size() <= few_tiles && !y && !own_bias && !argmax && t.valid == V::kWidth;
           t.dy_step = in_place ? p.k : int64_t{vectors} * V::kWidth;
