@@ -24,13 +24,28 @@
 namespace fastconv::cpu {
 namespace {
 
-// Pixels of a block that lie evenly in the source.
+// Pixels of a list that lie evenly in the source.
 struct PixelRun {
-  int64_t x;      // floats from WgradTile::x
-  int64_t pixel;  // the first one's number in the block
+  int64_t x;      // floats from the source's first
+  int64_t pixel;  // the first one's number in the list
   int64_t count;
-  int64_t ahead;  // floats from a pixel to what a tile of `fetched` rows asks for
+  int64_t ahead = 0;  // floats from a pixel to what a tile of `fetched` rows asks for
 };
+
+// Adds `more` pixels from `pixel` on, `step` floats apart, to runs first .. end - 1, the last of which they may
+// go on. Returns the new end.
+inline PixelRun* add_run(int64_t x, int64_t pixel, int64_t more, int64_t step, PixelRun* first,
+                         PixelRun* end) {
+  if (end != first) {
+    PixelRun& last = end[-1];
+    if (last.x + last.count * step == x && last.pixel + last.count == pixel) {
+      last.count += more;
+      return end;
+    }
+  }
+  *end = {.x = x, .pixel = pixel, .count = more};
+  return end + 1;
+}
 
 struct WgradTile {
   const float* x;
@@ -107,7 +122,10 @@ void wgrad_tile(const WgradTile& t) {
     for (const PixelRun* run = t.runs; run != t.runs + t.run_count; ++run) {
       const float* x = t.x + run->x;
       const float* dy = t.dy + run->pixel * t.dy_step;
-      const float* ahead = t.ahead + (t.ahead_as_x ? run->x : run->pixel * t.ahead_step);
+      [[maybe_unused]] const float* ahead = nullptr;
+      if constexpr (kAsksAhead) {
+        ahead = t.ahead + (t.ahead_as_x ? run->x : run->pixel * t.ahead_step);
+      }
       const auto add = [&](int pixel) __attribute__((always_inline)) {
         const float* const from = x + pixel * t.x_step;
         if constexpr (kFetches) __builtin_prefetch(from + (Rows - 1) + run->ahead);
@@ -221,7 +239,7 @@ struct WgradPlan {
   PhasedAxis down, across;  // packed: [group][tile][phase][image][row][column][plan.rows]
   int64_t parts, q_tiles, q_groups;
   int64_t tiles_a_tap;   // or of all taps, if tiles span them
-  LikeTiles tiles;       // of its rows
+  LikeTiles cut;         // of its rows into tiles
   int64_t panel_groups;  // of panels that a task has one after the other
   bool asks_ahead;       // for the next block
   int64_t pixels_a_block;
@@ -252,7 +270,7 @@ struct WgradPlan {
     const int64_t cg = p.c_per_group(), taps = p.r * p.s;
     const int64_t rows_a_tap = by_taps ? cg : taps * cg;
     tiles_a_tap = ceil_div(rows_a_tap, rows);
-    tiles = {rows_a_tap, tiles_a_tap};
+    cut = {rows_a_tap, tiles_a_tap};
     q_tiles = by_taps ? taps * tiles_a_tap : tiles_a_tap;
 
     // Tiles that read a pixel, for packing it to pay: fewer where pixels lie apart by what falls into a set
@@ -300,14 +318,14 @@ struct WgradPlan {
         max64(q_groups, min64(q_tiles, ceil_div(wanted_tasks, parts * p.groups * panel_groups)));
 
     const int64_t part_pixels = ceil_div(min64(chunk, p.n) * p.oh * p.ow, parts);
+    const bool by_lines = by_taps && !packed && taps == 1;
     // Processors without AVX-512 have the next block in time where a cache holds it.
-    asks_ahead = by_taps && !packed && taps == 1 &&
-                 (V::kRegisters == 32 || beyond_caches(p.x_size() + p.y_size()));
+    asks_ahead = by_lines && (V::kRegisters == 32 || beyond_caches(p.x_size() + p.y_size()));
     // Few tiles are through with a block soon: it should still be in the first-level cache. To begin and
     // end a tile takes as long as some ten pixels: where a block of many channels does not stay there
     // anyway, and is not asked for ahead, it has as many pixels as the second-level cache keeps.
     constexpr int64_t kManyChannels = 64, kBlockBytes = int64_t{448} << 10;
-    const bool long_block = by_taps && !packed && taps == 1 && !asks_ahead && cg >= kManyChannels;
+    const bool long_block = by_lines && !asks_ahead && cg >= kManyChannels;
     const int64_t most_pixels = long_block ? max64(128, min64(1024, kBlockBytes / (4 * cg)))
                                 : by_taps && packed ? 384
                                                     : 128;
@@ -419,22 +437,15 @@ inline void copy_padded(const Conv2dProblem& p, const float* x, int64_t images, 
   });
 }
 
-// Pixels that lie evenly in the input.
-struct SourceRun {
-  int64_t pixel;  // the first one's number in a phase, of all images
-  int64_t x;      // floats from the input's first
-  int64_t count;
-};
-
 // Lists pixels begin .. end - 1 of a phase, of all images, without those beyond the input's edge. Returns how
 // many runs they are.
 template <class V>
 int64_t list_phase(const Conv2dProblem& p, const WgradPlan<V>& plan, int64_t row_phase,
-                   int64_t column_phase, int64_t begin, int64_t end, SourceRun* runs) {
+                   int64_t column_phase, int64_t begin, int64_t end, PixelRun* runs) {
   const PhasedAxis &down = plan.down, &across = plan.across;
   const int64_t top = down.residue(row_phase), left = across.residue(column_phase);
   const int64_t columns = across.rows_of(column_phase), step = p.stride_w * p.c;
-  int64_t count = 0;
+  PixelRun* runs_end = runs;
   for (int64_t pixel = begin, next = 0; pixel < end; pixel = next) {
     const int64_t line = pixel / across.length, column = pixel % across.length;
     next = min64(end, (line + 1) * across.length);
@@ -442,14 +453,9 @@ int64_t list_phase(const Conv2dProblem& p, const WgradPlan<V>& plan, int64_t row
     const int64_t met = min64(next - pixel, columns - column);
     if (i >= p.h || met <= 0) continue;
     const int64_t x = ((line / down.length * p.h + i) * p.w + j) * p.c;
-    SourceRun* const before = count > 0 ? runs + count - 1 : nullptr;
-    if (before && before->pixel + before->count == pixel && before->x + before->count * step == x) {
-      before->count += met;
-    } else {
-      runs[count++] = {pixel, x, met};
-    }
+    runs_end = add_run(x, pixel, met, step, runs, runs_end);
   }
-  return count;
+  return runs_end - runs;
 }
 
 // `count` pixels of the input, `step` floats apart, to `apart` ones each. What a whole vector spills beyond a
@@ -460,7 +466,7 @@ void pack_run(const float* from, int64_t step, int64_t count, int64_t channels, 
   const int64_t last = (channels - 1) / V::kWidth * V::kWidth;
   const auto tail = V::tail(static_cast<int>(channels - last));
   int64_t spilling = max64(0, min64(count, room - ceil_div(last + V::kWidth, apart) + 1));
-  count -= spilling;
+  int64_t within = count - spilling;
   if (last == 0) {
     unrolled<4>(
         spilling,
@@ -473,17 +479,14 @@ void pack_run(const float* from, int64_t step, int64_t count, int64_t channels, 
         });
     spilling = 0;
   }
-  for (; spilling + count > 0; from += step, to += apart) {
+  const auto copy = [&](const auto&... mask) {
     for (int64_t at = 0; at < last; at += V::kWidth) V::store(to + at, V::load(from + at));
-    const typename V::Reg rest = V::load(from + last, tail);
-    if (spilling > 0) {
-      --spilling;
-      V::store(to + last, rest);
-    } else {
-      --count;
-      V::store(to + last, rest, tail);
-    }
-  }
+    V::store(to + last, V::load(from + last, tail), mask...);
+    from += step;
+    to += apart;
+  };
+  for (; spilling > 0; --spilling) copy();
+  for (; within > 0; --within) copy(tail);
 }
 
 // The channels of images, those of a tile side by side, phase by phase.
@@ -504,14 +507,14 @@ void pack_x(const Conv2dProblem& p, const WgradPlan<V>& plan, const float* x, in
     const int64_t begin = task / cuts % parts * kPixelsATask;
     const int64_t end = min64(pixels, begin + kPixelsATask);
     const Span tiles = part_of(plan.tiles_a_tap, cuts, cut);
-    SourceRun runs[kPixelsATask];
+    PixelRun runs[kPixelsATask];
     const int64_t step = p.stride_w * p.c;
-    const float* const channels = x + group * cg + plan.tiles.begin(tiles.begin);
-    const int64_t floats = plan.tiles.begin(tiles.end) - plan.tiles.begin(tiles.begin);
+    const float* const channels = x + group * cg + plan.cut.begin(tiles.begin);
+    const int64_t floats = plan.cut.begin(tiles.end) - plan.cut.begin(tiles.begin);
     for (int64_t column_phase = 0; column_phase < column_phases; ++column_phase) {
       const int64_t run_count = list_phase(p, plan, row_phase, column_phase, begin, end, runs);
       // The tiles read each line in pieces, too far apart for a processor to ask for them ahead.
-      for (const SourceRun* run = runs; run != runs + run_count; ++run) {
+      for (const PixelRun* run = runs; run != runs + run_count; ++run) {
         for (int64_t i = 0; i < run->count; ++i) {
           for (int64_t at = 0; at < floats; at += kLine) {
             __builtin_prefetch(channels + run->x + i * step + at, 0, 2);
@@ -522,9 +525,9 @@ void pack_x(const Conv2dProblem& p, const WgradPlan<V>& plan, const float* x, in
       for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
         float* const to = packed + (group * plan.tiles_a_tap + tile) * tile_floats +
                           phase * plan.chunk * plan.phase_pixels() * plan.rows;
-        const float* const from = x + group * cg + plan.tiles.begin(tile);
-        for (const SourceRun* run = runs; run != runs + run_count; ++run) {
-          pack_run<V>(from + run->x, step, run->count, plan.tiles.size(tile),
+        const float* const from = x + group * cg + plan.cut.begin(tile);
+        for (const PixelRun* run = runs; run != runs + run_count; ++run) {
+          pack_run<V>(from + run->x, step, run->count, plan.cut.size(tile),
                       to + run->pixel * plan.rows, plan.rows, end - run->pixel);
         }
       }
@@ -656,7 +659,7 @@ inline int64_t list_runs(const Conv2dProblem& p, const PixelsOfTap& at, int64_t 
                          int64_t x_pixel, PixelRun* runs) {
   const Span columns = AxisTaps{1, at.stride_w, at.column, 1, 0, 1}.met_by(0, p.ow, at.w);
   const int64_t step = at.stride_w * x_pixel;
-  int64_t count = 0;
+  PixelRun* runs_end = runs;
   int64_t row = begin / p.ow, j = begin % p.ow;
   for (int64_t pixel = begin; pixel < end; ++row, j = 0) {
     const int64_t stretch = min64(end - pixel, p.ow - j);
@@ -665,19 +668,11 @@ inline int64_t list_runs(const Conv2dProblem& p, const PixelsOfTap& at, int64_t 
     if (source_i >= 0 && source_i < at.h && from < to) {
       const int64_t x = at.first + n * at.image_pixels + source_i * at.row_pixels +
                         from * at.stride_w + at.column;
-      const PixelRun run{
-          .x = x * x_pixel, .pixel = pixel - begin + from - j, .count = to - from, .ahead = 0};
-      PixelRun* const before = count > 0 ? runs + count - 1 : nullptr;
-      if (before && before->x + before->count * step == run.x &&
-          before->pixel + before->count == run.pixel) {
-        before->count += run.count;
-      } else {
-        runs[count++] = run;
-      }
+      runs_end = add_run(x * x_pixel, pixel - begin + from - j, to - from, step, runs, runs_end);
     }
     pixel += stretch;
   }
-  return count;
+  return runs_end - runs;
 }
 
 // Of runs of pixels `step` floats apart, what a tile of `fetched` rows asks for: the line of the pixel that
@@ -1019,11 +1014,11 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
           const WgradTileFunctions<V> tile_of(vectors);
           int64_t tap = tiles.begin / plan.tiles_a_tap, tile = tiles.begin % plan.tiles_a_tap;
           t.next_sum =
-              sums + (part * plan.floats + tap * cg * p.k) + plan.tiles.begin(tile) * p.k + column;
+              sums + (part * plan.floats + tap * cg * p.k) + plan.cut.begin(tile) * p.k + column;
           for (int64_t left = tiles.size(); left > 0; ++tap, tile = 0) {
             const int64_t tile_end = min64(plan.tiles_a_tap, tile + left);
             left -= tile_end - tile;
-            const int64_t first_row = plan.tiles.begin(tile);
+            const int64_t first_row = plan.cut.begin(tile);
             if (plan.by_taps) {
               t.run_count = list_runs(p, pixels_of_tap(p, plan, tap / p.s, tap % p.s), begin, end,
                                       plan.packed ? plan.rows : p.c, runs);
@@ -1045,7 +1040,7 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
               return near ? WgradRows::near : WgradRows::fetched;
             };
             for (bool first = true; tile < tile_end; ++tile, first = false) {
-              const int64_t rows = plan.tiles.size(tile);
+              const int64_t rows = plan.cut.size(tile);
               t.sum = t.next_sum;
               if (left > 0 || tile + 1 < tile_end) t.next_sum += rows * p.k;
               tile_of(rows_are(first, rows), rows)(t);
