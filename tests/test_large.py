@@ -137,6 +137,15 @@ def test_grouped_batches_beyond_caches(channels, strides):
         assert_images_are_as_alone((24, 37, 41, 96), 96, 96 // channels, (3, 3), strides, (1, 1))
 
 
+@pytest.mark.parametrize(
+    "c, filters, strides", [(96, 24, (1, 1)), (91, 21, (1, 1)), (96, 40, (2, 1))]
+)
+def test_one_tap_batches_beyond_caches(c, filters, strides):
+    """The filter gradient reads the input where it lies, and asks for the next block of pixels."""
+    with running_on(algorithm="direct"):
+        assert_images_are_as_alone((24, 37, 41, c), filters, 1, (1, 1), strides, (1, 1))
+
+
 def assert_images_are_as_alone(shape, filters, groups, kernel, strides, rate):
     assert 4 * np.prod(shape) > 12 * 2**20
     rng = np.random.default_rng(2)
