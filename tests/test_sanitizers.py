@@ -87,7 +87,7 @@ def test_under_the_sanitizers(build, tmp_path):
     if not has_sanitizer(build, tmp_path):
         pytest.skip(f"this compiler or machine has no sanitizer for {build}")
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])  # pip's cmake
-    arguments = ["--only", build, "--scalar", "--problems", 150]
+    arguments = ["--only", build, "--quick", "--problems", 150]
     output = run("tools/sanitize.sh", *arguments, env={**os.environ, "PATH": path})
     assert "faults of our making, all found" in output
     assert_ran(output, 150, 800)
