@@ -25,32 +25,50 @@ struct SourceSteps {
         columns_3(hidden(3 * column)) {}
 };
 
-// The rows of the source that a row of the output meets, of taps `First` .. `End` - 1. Each has a
+// A Span that the compiler knows.
+template <int Begin, int End>
+struct KnownSpan {
+  static constexpr int64_t begin = Begin, end = End;
+};
+
+// Calls body(taps) with those of an axis that meet the source, where it has begin .. end - 1 of what they
+// may meet. Those of an edge with one line of padding are known; the rest is a matter of small images.
+template <class Body>
+inline __attribute__((always_inline)) void with_taps(int64_t begin, int64_t end, const Body& body) {
+  if (begin <= 0 && end >= 3) return body(KnownSpan<0, 3>{});
+  if (begin <= 0 && end == 2) return body(KnownSpan<0, 2>{});
+  if (begin == 1 && end >= 3) return body(KnownSpan<1, 3>{});
+  body(Span{begin, end});
+}
+
+// The rows of the source that a row of the output meets, of the taps of `Taps`, a Span. Each has a
 // pointer, and distances are in bytes: addresses that an x86 instruction adds up by itself.
-template <class V, int Step, int First, int End>
+template <class V, int Step, class Taps>
 struct SourceRows {
   const char* rows[3];
   int64_t column, columns_3;
+  Taps taps;
 
-  SourceRows(const float* source, const SourceSteps& steps)
-      : column(steps.column), columns_3(steps.columns_3) {
+  SourceRows(const float* source, const SourceSteps& steps, Taps which)
+      : column(steps.column), columns_3(steps.columns_3), taps(which) {
     const char* at = reinterpret_cast<const char*>(source);
     for (int r = 0; r < 3; ++r, at += steps.row) rows[r] = at;
   }
 
   // Calls body(r, s, j, source vector) for the taps of `Pixels` neighbours, j of 0 .. Pixels - 1, that
-  // meet columns `Begin` .. `Stop` - 1 of theirs. Then goes on to the next pixel.
-  template <int Pixels, int Begin, int Stop, class Channels, class Body>
-  __attribute__((always_inline)) void meet(const Channels& channels, const Body& body) {
+  // meet the columns `inside`, a Span, of theirs. Then goes on to the next pixel.
+  template <int Pixels, class Inside, class Channels, class Body>
+  __attribute__((always_inline)) void meet(Inside inside, const Channels& channels,
+                                           const Body& body) {
     constexpr int kOwn =
         Pixels == 1 ? 3 : Pixels * Step;  // before those of the next pixel's, if several
     const auto columns = [&]<int From, int To>() __attribute__((always_inline)) {
 #pragma GCC unroll 4
-      for (int r = First; r < End; ++r) {
+      for (int r = 0; r < 3; ++r) {
+        if (r < taps.begin || r >= taps.end) continue;
 #pragma GCC unroll 8
         for (int at = From; at < To; ++at) {
-          // NOLINTNEXTLINE(misc-redundant-expression): of a pixel that meets nothing
-          if (at < Begin || at >= Stop) continue;
+          if (at < inside.begin || at >= inside.end) continue;
           const int64_t apart = at - From == 3 ? columns_3 : (at - From) * column;
           auto a = channels.load(reinterpret_cast<const float*>(rows[r] + apart), 0);
           const int first_pixel = at < 3 ? 0 : (at - 3) / Step + 1, last_pixel = at / Step;
@@ -72,19 +90,6 @@ struct SourceRows {
   }
 };
 
-// Calls body<First, End>() with the taps of an axis that meet the source, where it has begin .. end - 1
-// of what they may meet.
-template <class Body>
-inline __attribute__((always_inline)) void with_taps(int64_t begin, int64_t end, const Body& body) {
-  if (begin <= 0 && end >= 3) return body.template operator()<0, 3>();
-  if (begin <= 0 && end == 2) return body.template operator()<0, 2>();
-  if (begin <= 0 && end == 1) return body.template operator()<0, 1>();
-  if (begin == 1 && end >= 3) return body.template operator()<1, 3>();
-  if (begin == 1 && end == 2) return body.template operator()<1, 2>();
-  if (begin == 2 && end >= 3) return body.template operator()<2, 3>();
-  return body.template operator()<0, 0>();
-}
-
 // The columns of a tile: those at the left edge of the source, within, and at the right edge.
 struct DepthwiseColumns {
   int64_t left, inner, right;
@@ -97,37 +102,34 @@ struct DepthwiseColumns {
     right = t.columns - left - inner;
   }
 
-  // Calls meet<pixels, begin, stop>() for neighbours that meet columns begin .. stop - 1 of theirs,
-  // mostly `Pixels` of them; and ask(pixels) before, if there is something to ask for.
+  // Calls meet<pixels>(inside) for neighbours that meet the columns `inside` of theirs, mostly for `Pixels`
+  // of them; and ask(pixels) before, if there is something to ask for.
   template <int Step, int Pixels, class Meet, class Ask>
   __attribute__((always_inline)) void walk(const Meet& meet, bool asks, const Ask& ask) const {
     const auto edge = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
       for (int64_t j = from; j < to; ++j) {
-        with_taps(begin - j * Step, end - j * Step,
-                  [&]<int Begin, int Stop>() __attribute__((always_inline)) {
-                    meet.template operator()<1, Begin, Stop>();
-                  });
+        meet.template operator()<1>(Span{begin - j * Step, end - j * Step});
       }
     };
     if (left == 1 && begin == 1 && end >= 3) {
-      meet.template operator()<1, 1, 3>();
+      meet.template operator()<1>(KnownSpan<1, 3>{});
     } else {
       edge(0, left);
     }
-    constexpr int kStop = (Pixels - 1) * Step + 3;
+    using All = KnownSpan<0, (Pixels - 1) * Step + 3>;
     int64_t some = inner;
     if (asks) {
       for (; some >= Pixels; some -= Pixels) {
         ask(std::integral_constant<int, Pixels>{});
-        meet.template operator()<Pixels, 0, kStop>();
+        meet.template operator()<Pixels>(All{});
       }
     } else {
-      for (; some >= Pixels; some -= Pixels) meet.template operator()<Pixels, 0, kStop>();
+      for (; some >= Pixels; some -= Pixels) meet.template operator()<Pixels>(All{});
     }
-    for (; some > 0; --some) meet.template operator()<1, 0, 3>();
+    for (; some > 0; --some) meet.template operator()<1>(KnownSpan<0, 3>{});
     const int64_t last = left + inner;
     if (right == 1 && begin <= last * Step && end - last * Step == 2) {
-      meet.template operator()<1, 0, 2>();
+      meet.template operator()<1>(KnownSpan<0, 2>{});
     } else {
       edge(last, last + right);
     }
@@ -175,17 +177,18 @@ void depthwise_rows(const DepthwiseTile& t) {
           float* out = out_row;
           with_taps(
               t.row_begin - i * Step, t.row_end - i * Step,
-              [&]<int First, int End>() __attribute__((always_inline)) {
-                SourceRows<V, Step, First, End> rows(source, steps);
+              [&]<class Taps>(Taps taps) __attribute__((always_inline)) {
+                SourceRows<V, Step, Taps> rows(source, steps, taps);
                 const auto meet =
-                    [&]<int Pixels, int Begin, int Stop>() __attribute__((always_inline)) {
+                    [&]<int Pixels, class Inside>(Inside inside) __attribute__((always_inline)) {
                       Reg sum[Pixels];
 #pragma GCC unroll 4
                       for (int j = 0; j < Pixels; ++j) sum[j] = start;
-                      rows.template meet<Pixels, Begin, Stop>(
-                          channels, [&](int r, int s, int j, Reg a) __attribute__((always_inline)) {
-                            sum[j] = V::fma(a, tap[r][s], sum[j]);
-                          });
+                      rows.template meet<Pixels>(inside, channels,
+                                                 [&](int r, int s, int j, Reg a)
+                                                     __attribute__((always_inline)) {
+                                                       sum[j] = V::fma(a, tap[r][s], sum[j]);
+                                                     });
                       if (t.relu) {
                         const Reg ceiling = V::set(t.ceiling);
 #pragma GCC unroll 4
@@ -302,23 +305,23 @@ void depthwise_wgrad_rows(const DepthwiseTile& t) {
           const float* dy = dy_row;
           const float* mask = Masked ? t.mask + i * t.out_row + c : nullptr;
           with_taps(t.row_begin - i * Step, t.row_end - i * Step,
-                    [&]<int First, int End>() __attribute__((always_inline)) {
-                      if constexpr (First < End) {
-                        SourceRows<V, Step, First, End> rows(source, steps);
-                        const auto meet =
-                            [&]<int Pixels, int Begin, int Stop>() __attribute__((always_inline)) {
-                              Reg b[Pixels];
+                    [&]<class Taps>(Taps taps) __attribute__((always_inline)) {
+                      if (taps.begin < taps.end) {
+                        SourceRows<V, Step, Taps> rows(source, steps, taps);
+                        const auto meet = [&]<int Pixels, class Inside>(
+                                              Inside inside) __attribute__((always_inline)) {
+                          Reg b[Pixels];
 #pragma GCC unroll 4
-                              for (int j = 0; j < Pixels; ++j)
-                                b[j] = channels.load(dy, mask, j * t.out_column, 0);
-                              rows.template meet<Pixels, Begin, Stop>(
-                                  channels,
-                                  [&](int r, int s, int j, Reg a) __attribute__((always_inline)) {
-                                    sum[r][s] = V::fma(a, b[j], sum[r][s]);
-                                  });
-                              dy = hidden(dy + Pixels * t.out_column);
-                              if (Masked) mask = hidden(mask + Pixels * t.out_column);
-                            };
+                          for (int j = 0; j < Pixels; ++j)
+                            b[j] = channels.load(dy, mask, j * t.out_column, 0);
+                          rows.template meet<Pixels>(inside, channels,
+                                                     [&](int r, int s, int j, Reg a)
+                                                         __attribute__((always_inline)) {
+                                                           sum[r][s] = V::fma(a, b[j], sum[r][s]);
+                                                         });
+                          dy = hidden(dy + Pixels * t.out_column);
+                          if (Masked) mask = hidden(mask + Pixels * t.out_column);
+                        };
                         const auto ask =
                             [&]<int Pixels>(std::integral_constant<int, Pixels>)
                                 __attribute__((always_inline)) {
