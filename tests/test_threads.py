@@ -325,6 +325,15 @@ ASK = """
     ],
 )
 def test_wrong_environment_is_a_value_error(name, value, script):
+    assert_refused(script, name, value)
+
+
+@pytest.mark.parametrize("value", ["yes", "10", "1 "])
+def test_wrong_flag_is_a_value_error(value):
+    assert_refused(CONVOLVE, "FASTCONV_GUARD_PAGES", value)
+
+
+def assert_refused(script, name, value):
     result = run_python(script, **{name: value})
     assert result.returncode == 1, result.stderr
     assert result.stdout == ""

@@ -11,13 +11,12 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
 
-#include "core/error.hpp"
+#include "core/environment.hpp"
 #include "core/packed_filter.hpp"
 #include "core/problem.hpp"
 
@@ -79,14 +78,7 @@ class KeptFilter {
            p.k_per_group() > kMostOfFew;
   }
   static bool is_allowed() {
-    static const bool allowed = [] {
-      const char* const value = std::getenv("FASTCONV_KEEP_FILTERS");
-      const std::string text = value ? value : "";
-      if (!text.empty() && text != "0" && text != "1") {
-        throw InvalidArgument("FASTCONV_KEEP_FILTERS must be 0 or 1. Received: " + text);
-      }
-      return text != "0";
-    }();
+    static const bool allowed = flag_from_environment("FASTCONV_KEEP_FILTERS", true);
     return allowed;
   }
 

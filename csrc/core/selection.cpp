@@ -3,11 +3,11 @@
 #include <pthread.h>
 
 #include <atomic>
-#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <utility>
 
+#include "core/environment.hpp"
 #include "core/error.hpp"
 #include "core/thread_pool.hpp"
 #include "cpu/bf16_kernels.hpp"
@@ -65,11 +65,6 @@ std::string parse_algorithm(const std::string& name, const char* source) {
   }
   throw InvalidArgument(std::string(source) + " must be one of " + names + ". Received: " + source +
                         "='" + name + "'");
-}
-
-std::string from_environment(const char* name, const char* otherwise) {
-  const char* value = std::getenv(name);
-  return value && *value ? value : otherwise;
 }
 
 // With g_mutex held. Throws, and stays unread, where a variable names nothing known.

@@ -12,6 +12,8 @@
 #include <mutex>
 #include <new>
 
+#include "core/environment.hpp"
+
 namespace fastconv {
 namespace {
 
@@ -59,10 +61,7 @@ std::atomic<std::size_t> g_in_use{0};
 // is such a page before it too. What lies between it and the pages must be as it was in the end.
 
 bool guarded() {
-  static const bool asked = [] {
-    const char* value = std::getenv("FASTCONV_GUARD_PAGES");
-    return value && *value == '1';
-  }();
+  static const bool asked = flag_from_environment("FASTCONV_GUARD_PAGES", false);
   return asked;
 }
 

@@ -12,7 +12,8 @@ class FASTCONV_API Workspace {
  public:
   static constexpr std::size_t kAlignment = 64;
 
-  // At least `bytes`, so aligned; contents undefined. Throws std::bad_alloc.
+  // At least `bytes`, so aligned; contents undefined. Throws std::bad_alloc; and InvalidArgument
+  // where FASTCONV_GUARD_PAGES makes no sense.
   explicit Workspace(std::size_t bytes);
   ~Workspace();
   Workspace(const Workspace&) = delete;
