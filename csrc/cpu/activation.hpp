@@ -42,7 +42,7 @@ typename V::Reg gate_of(typename V::Reg x) {
     return V::divide(one, V::add(one, exponential<V>(bounded)));
   } else {
     static_assert(Kind == Activation::hard_silu);
-    return V::min(one, V::relu(V::fma(x, V::set(1 / 6.0f), V::set(0.5f))));
+    return relu_to<V>(one, V::fma(x, V::set(1 / 6.0f), V::set(0.5f)));
   }
 }
 
@@ -53,7 +53,7 @@ typename V::Reg activated(typename V::Reg x) {
   } else if constexpr (Kind == Activation::relu) {
     return V::relu(x);
   } else if constexpr (Kind == Activation::relu6) {
-    return V::min(V::set(ceiling_of(Kind)), V::relu(x));
+    return relu_to<V>(V::set(ceiling_of(Kind)), x);
   } else {
     return V::multiply(x, gate_of<V, Kind>(x));
   }

@@ -167,7 +167,7 @@ inline __attribute__((always_inline)) void depthwise_vectors(const DepthwiseTile
     };
     if (relu) {
       const Reg ceiling = V::set(t.ceiling);
-      store_all([&](Reg value) { return V::min(ceiling, V::relu(value)); });
+      store_all([&](Reg value) { return relu_to<V>(ceiling, value); });
     } else {
       store_all([](Reg value) { return value; });
     }
@@ -965,10 +965,10 @@ struct DepthwiseConvolution {
 
   void divide() {
     // Tasks of some 10 us, yet enough of them for many threads as long as they take a few.
-    constexpr int64_t kMultiplyAdds = int64_t{1} << 19, kLeast = int64_t{1} << 16, kFewTasks = 32;
+    constexpr int64_t kMultiplyAdds = int64_t{1} << 19, kLeast = int64_t{1} << 16;
     const int64_t tile = max64(1, p.oh * p.ow * p.r * p.s * vectors * V::kWidth / tiles);
     const int64_t work = p.n * tiles * tile;
-    const int64_t tasks = max64(work / kMultiplyAdds, min64(work / kLeast, kFewTasks));
+    const int64_t tasks = max64(work / kMultiplyAdds, min64(work / kLeast, kTasksForMany));
     // Of neighbouring vectors: pixels are read in runs.
     constexpr int64_t kLeastVectors = 64 / V::kWidth;
     const int64_t most_blocks = max64(1, vectors / kLeastVectors);
@@ -988,7 +988,7 @@ struct DepthwiseConvolution {
       strips = ceil_div(tiles, strip);
       strips *= p.n;
     }
-    blocks = max64(1, min64(most_blocks, min64(tasks, kFewTasks) / max64(1, strips)));
+    blocks = max64(1, min64(most_blocks, min64(tasks, kTasksForMany) / max64(1, strips)));
     block = round_up(ceil_div(vectors, blocks), kernels.vectors);
     blocks = ceil_div(vectors, block);
   }

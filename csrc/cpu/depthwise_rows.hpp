@@ -192,7 +192,7 @@ void depthwise_rows(const DepthwiseTile& t) {
                       if (t.relu) {
                         const Reg ceiling = V::set(t.ceiling);
 #pragma GCC unroll 4
-                        for (int j = 0; j < Pixels; ++j) sum[j] = V::min(ceiling, V::relu(sum[j]));
+                        for (int j = 0; j < Pixels; ++j) sum[j] = relu_to<V>(ceiling, sum[j]);
                       }
 #pragma GCC unroll 4
                       for (int j = 0; j < Pixels; ++j)
@@ -272,7 +272,7 @@ void depthwise_rows_of_many_taps(const DepthwiseTile& t) {
         if (t.relu) {
           const Reg ceiling = V::set(t.ceiling);
 #pragma GCC unroll 8
-          for (int j = 0; j < kPixels; ++j) sum[j] = V::min(ceiling, V::relu(sum[j]));
+          for (int j = 0; j < kPixels; ++j) sum[j] = relu_to<V>(ceiling, sum[j]);
         }
 #pragma GCC unroll 8
         for (int j = 0; j < kPixels; ++j) {

@@ -101,6 +101,9 @@ inline bool mostly_padding(const Conv2dProblem& p, int64_t rows, int64_t columns
   return copy > kFloats && copy > kTimes * static_cast<double>(p.h * p.w * p.c);
 }
 
+// Tasks that are enough for many threads.
+constexpr int64_t kTasksForMany = 32;
+
 // How many tasks share some multiply-adds well: a few a thread, that none waits long for another, but
 // not so few multiply-adds a task that what goes around them counts.
 inline int64_t tasks_for(int64_t multiply_adds) {
@@ -284,14 +287,27 @@ typename V::Reg start_of_sum(const float* bias, int v, const typename V::Tail& t
   return v == Vectors - 1 ? V::load(bias + v * V::kWidth, tail) : V::load(bias + v * V::kWidth);
 }
 
+// 0 .. ceiling; NaN stays.
+template <class V>
+[[gnu::always_inline]] inline typename V::Reg relu_to(typename V::Reg ceiling, typename V::Reg x) {
+  return V::min(ceiling, V::relu(x));
+}
+
 // ReLU of a register tile's sums.
 template <class V, int Rows, int Vectors>
 [[gnu::always_inline]] inline void activate(typename V::Reg (&sum)[Rows][Vectors], float most) {
-  const typename V::Reg ceiling = V::set(most);
+  const auto each = [&](const auto& body) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
+    for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) sum[i][v] = V::min(ceiling, V::relu(sum[i][v]));
+      for (int v = 0; v < Vectors; ++v) sum[i][v] = body(sum[i][v]);
+  };
+  // Of few products, to compare with infinity shows.
+  if (most == std::numeric_limits<float>::infinity()) {
+    each([](typename V::Reg x) { return V::relu(x); });
+  } else {
+    each([ceiling = V::set(most)](typename V::Reg x) { return relu_to<V>(ceiling, x); });
+  }
 }
 
 // Calls body(tail) for vectors of so many lanes, or body() for whole ones where these are quicker. Asked

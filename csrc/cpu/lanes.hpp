@@ -313,7 +313,7 @@ inline __attribute__((always_inline)) void lane_vectors(const LaneTile& t, int64
     with_tail<V>(t.vectors[v + i].columns, [&](auto... tails) __attribute__((always_inline)) {
 #pragma GCC unroll 16
       for (int j = 0; j < Cols; ++j) {
-        const Reg out = t.relu ? V::min(V::set(t.ceiling), V::relu(sum[i][j])) : sum[i][j];
+        const Reg out = t.relu ? relu_to<V>(V::set(t.ceiling), sum[i][j]) : sum[i][j];
         V::store(y + j * t.y_column, out, tails...);
       }
     });
@@ -552,10 +552,9 @@ struct LanePlan {
                                                : kSecondLevel;
     blocks = ceil_div(vectors, max64(1, min64(vectors, most / filter)));
     if (lanes != Lanes::plain) {  // of few tiles, enough for many threads
-      constexpr int64_t kFewTasks = 32;
       const int64_t rows_of_task = sums ? 8 : 2;
       const int64_t tiles = g.images * ceil_div(g.out_h, rows_of_task) * ceil_div(g.out_w, columns);
-      blocks = max64(blocks, min64(vectors, ceil_div(kFewTasks, max64(1, tiles))));
+      blocks = max64(blocks, min64(vectors, ceil_div(kTasksForMany, max64(1, tiles))));
     }
     constexpr int64_t kLineVectors = max64(1, kLine / V::kWidth);
     block = min64(vectors, round_up(ceil_div(vectors, blocks), kLineVectors));
@@ -737,17 +736,17 @@ struct LaneConvolution {
     }
     const TapConvolution& g = classes[0].g;  // the largest
     // Tasks of some 10 us, yet enough of them for many threads.
-    constexpr int64_t kMultiplyAdds = int64_t{1} << 19, kLeast = int64_t{1} << 16, kFewTasks = 32;
+    constexpr int64_t kMultiplyAdds = int64_t{1} << 19, kLeast = int64_t{1} << 16;
     const int64_t row = g.out_w * plan.block * V::kWidth * plan.reduce * max64(1, taps);
     strips = ceil_div(g.out_h, max64(1, kMultiplyAdds / row));
-    if (g.images * strips * plan.blocks < kFewTasks) {
+    if (g.images * strips * plan.blocks < kTasksForMany) {
       strips = max64(strips, min64(ceil_div(g.out_h, 2),
-                                   ceil_div(kFewTasks, max64(1, g.images * plan.blocks))));
+                                   ceil_div(kTasksForMany, max64(1, g.images * plan.blocks))));
     }
     // Of few rows, those of one-dimensional data, parts of a row.
     const int64_t own_tasks = max64(1, g.images * strips * plan.blocks);
     const int64_t by_work = row * g.out_h / strips / kLeast;
-    spans = max64(1, min64(min64(tiles, by_work), kFewTasks / own_tasks));
+    spans = max64(1, min64(min64(tiles, by_work), kTasksForMany / own_tasks));
   }
 
   int64_t workspace_bytes() const { return round_up(packed_floats * 4, 64) + plan.table_bytes(); }
@@ -900,12 +899,12 @@ struct LaneWgrad {
     part_floats = plan.vectors * (vector_floats + (bias ? V::kWidth : 0));
     // Some 20 us a task at least; 4 MiB of sums at most, and fewer than the lines they are made of. More
     // sums than a quarter of what is read only for the sake of many threads.
-    constexpr int64_t kMultiplyAdds = int64_t{1} << 20, kFewTasks = 32, kMostTasks = 64;
+    constexpr int64_t kMultiplyAdds = int64_t{1} << 20, kMostTasks = 64;
     const int64_t line = p.ow * p.r * p.s * g.reduce * plan.block * V::kWidth;
     const int64_t by_work = lines * line / kMultiplyAdds;
     const int64_t by_bytes = (int64_t{4} << 20) / (part_floats * 4);
     const int64_t by_data =
-        max64((p.x_size() + p.y_size()) / (4 * part_floats), ceil_div(kFewTasks, plan.blocks));
+        max64((p.x_size() + p.y_size()) / (4 * part_floats), ceil_div(kTasksForMany, plan.blocks));
     const int64_t most =
         min64(min64(by_work, by_bytes), min64(by_data, ceil_div(kMostTasks, plan.blocks)));
     const int64_t line_parts = max64(1, min64(most, ceil_div(lines, 4)));

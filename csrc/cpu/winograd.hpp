@@ -125,8 +125,7 @@ struct WinogradOfTaps {
       if (direction == Direction::wgrad) return WinogradWgrad<V, Vertical, Horizontal>::blocking(p);
     }
     const Plan plan(p, direction);
-    return std::to_string(plan.tiles) + " tiles of " + std::to_string(kOutH) + " x " +
-           std::to_string(kOutW) + ", " + std::to_string(plan.block_tiles) + " a block" +
+    return tiles_in_words(plan.tiles, kOutH, kOutW, ", ", plan.block_tiles, " a block") +
            (plan.by_panels    ? ", filters transformed by panels"
             : plan.two_phases ? ", inputs transformed first"
                               : "");
@@ -643,7 +642,7 @@ struct WinogradOfTaps {
             if (j >= width) break;
             Reg sum = biased(i, j, out[j]);
             if (results.residual) sum = V::add(sum, V::load(results.residual + to, tail));
-            const Reg result = plan.relu ? V::min(V::set(plan.ceiling), V::relu(sum)) : sum;
+            const Reg result = plan.relu ? relu_to<V>(V::set(plan.ceiling), sum) : sum;
             if (valid == V::kWidth) {
               V::store(results.y + to, result);
             } else {

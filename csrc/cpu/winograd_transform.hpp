@@ -2,6 +2,8 @@
 // cut into tiles.
 #pragma once
 
+#include <string>
+
 #include "cpu/implicit_gemm.hpp"
 
 namespace fastconv::cpu {
@@ -195,6 +197,14 @@ struct WinogradTiles {
     return min64(outputs, ceil_div(size - first, dilation));
   }
 };
+
+// "12 tiles of 4 x 4, 6 a block": once, not in each of the templates.
+[[gnu::noinline]] inline std::string tiles_in_words(int64_t tiles, int64_t out_h, int64_t out_w,
+                                                    const char* before, int64_t number,
+                                                    const char* behind) {
+  return std::to_string(tiles) + " tiles of " + std::to_string(out_h) + " x " +
+         std::to_string(out_w) + before + std::to_string(number) + behind;
+}
 
 // The tiles of a batch of images.
 struct WinogradGrid {

@@ -152,8 +152,7 @@ struct WinogradWgrad {
 
   static std::string blocking(const Conv2dProblem& p) {
     const Plan plan(p, true);
-    return std::to_string(plan.tiles) + " tiles of " + std::to_string(kDyH) + " x " +
-           std::to_string(kDyW) + " in " + std::to_string(plan.parts) + " partial sums";
+    return tiles_in_words(plan.tiles, kDyH, kDyW, " in ", plan.parts, " partial sums");
   }
 
  private:
