@@ -331,4 +331,6 @@ adapter.conv2d(tf.ones({SHAPE}), tf.ones({FILTER}))
         text=True,
     )
     assert done.returncode != 0
-    assert "FASTCONV_KEEP_FILTERS must be 0 or 1. Received: FASTCONV_KEEP_FILTERS=off" in done.stderr
+    assert (
+        "FASTCONV_KEEP_FILTERS must be 0 or 1. Received: FASTCONV_KEEP_FILTERS=off" in done.stderr
+    )
