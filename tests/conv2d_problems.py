@@ -181,6 +181,26 @@ def magnitudes(problem, data):
     return solve_by_oracle(problem, data.absolute(), activation=None)
 
 
+# What is right of a problem, for the tests of all instruction sets and thread counts.
+
+
+@functools.lru_cache(maxsize=512)
+def exact_case(problem):
+    data = integers(problem)
+    return data, solve_by_oracle(problem, data)
+
+
+@functools.lru_cache(maxsize=512)
+def rounded_case(problem):
+    data = normals(problem)
+    return data, solve_by_oracle(problem, data)
+
+
+@functools.lru_cache(maxsize=512)
+def magnitudes_of_rounded(problem):
+    return magnitudes(problem, rounded_case(problem)[0])
+
+
 def assert_exact(results, expected):
     assert results.keys() == expected.keys()
     for name, result in results.items():

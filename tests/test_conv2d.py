@@ -17,9 +17,12 @@ from conv2d_problems import (
     assert_same_bits,
     assert_within,
     both_layouts,
+    exact_case,
     integers,
     magnitudes,
+    magnitudes_of_rounded,
     normals,
+    rounded_case,
     solve,
     solve_by_oracle,
     solve_by_reference,
@@ -161,18 +164,6 @@ over = functools.partial(pytest.mark.parametrize, "problem", ids=str)
 
 
 @functools.cache
-def exact_case(problem):
-    data = integers(problem)
-    return data, solve_by_oracle(problem, data)
-
-
-@functools.cache
-def rounded_case(problem):
-    data = normals(problem)
-    return data, solve_by_oracle(problem, data), magnitudes(problem, data)
-
-
-@functools.cache
 def reference_case(problem):
     return solve_by_reference(problem, rounded_case(problem)[0])
 
@@ -186,7 +177,7 @@ def test_reference_agrees_with_oracle(problem):
     """The reference sums in float64 and rounds once."""
     data, expected = exact_case(problem)
     assert_exact(solve_by_reference(problem, data), expected)
-    _, expected, magnitude = rounded_case(problem)
+    expected, magnitude = rounded_case(problem)[1], magnitudes_of_rounded(problem)
     assert_within(reference_case(problem), expected, magnitude, np.finfo(np.float32).eps / 2)
 
 
@@ -198,7 +189,7 @@ def test_integers_are_exact(problem, isa, threads):
 
 @over(SMALL)
 def test_rounding_is_bounded(problem, isa, threads):
-    data, expected, magnitude = rounded_case(problem)
+    (data, expected), magnitude = rounded_case(problem), magnitudes_of_rounded(problem)
     results = solve(problem, data)
     assert_within(results, expected, magnitude)
     assert_within(results, reference_case(problem), magnitude)
@@ -212,7 +203,7 @@ def test_large_integers_are_exact(problem, isa, threads):
 
 @over(LARGE)
 def test_large_rounding_is_bounded(problem, isa, threads):
-    data, expected, magnitude = rounded_case(problem)
+    (data, expected), magnitude = rounded_case(problem), magnitudes_of_rounded(problem)
     assert_within(solve(problem, data), expected, magnitude)
 
 
@@ -313,7 +304,7 @@ def test_every_epilogue(problem, activation, with_bias, isa):
 
 @over(VARIED + LARGE)
 def test_runs_and_thread_counts_agree_bit_for_bit(problem, isa):
-    data, _, _ = rounded_case(problem)
+    data, _ = rounded_case(problem)
     with running_on(threads=1):
         first = solve(problem, data)
     for threads in (1, 2, 3, 5):

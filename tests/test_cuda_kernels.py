@@ -21,6 +21,7 @@ from conv2d_problems import (
     assert_same_bits,
     assert_within,
     both_layouts,
+    exact_case,
     integers,
     magnitudes,
     normals,
@@ -94,12 +95,6 @@ def rounded(values, dtype):
 def type_of(values, dtype):
     """``values`` (float32) as the type's numbers, in float32."""
     return rounded(values.astype(np.float64), dtype).astype(np.float32)
-
-
-@functools.cache
-def exact_case(problem):
-    data = integers(problem)
-    return data, solve_by_oracle(problem, data)
 
 
 def algorithms(problem, dtype, direction):

@@ -13,11 +13,11 @@ from conv2d_problems import (
     assert_exact,
     assert_same_bits,
     assert_within,
-    integers,
-    magnitudes,
+    exact_case,
+    magnitudes_of_rounded,
     normals,
+    rounded_case,
     solve,
-    solve_by_oracle,
 )
 from fastconv import _core
 from running import running_on
@@ -116,11 +116,10 @@ over = pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 
 def assert_right(problem, **running):
     with running_on(algorithm="depthwise", **running):
-        data = integers(problem)
-        assert_exact(solve(problem, data), solve_by_oracle(problem, data))
-        data = normals(problem)
-        expected = solve_by_oracle(problem, data)
-        assert_within(solve(problem, data), expected, magnitudes(problem, data))
+        data, expected = exact_case(problem)
+        assert_exact(solve(problem, data), expected)
+        data, expected = rounded_case(problem)
+        assert_within(solve(problem, data), expected, magnitudes_of_rounded(problem))
 
 
 @over

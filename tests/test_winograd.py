@@ -8,7 +8,11 @@ import pytest
 
 import fastconv
 import oracle
-from conv2d_problems import Problem, normals, solve, solve_by_oracle
+from conv2d_problems import (
+    Problem,
+    rounded_case,
+    solve,
+)
 from running import running_on
 
 ALGORITHMS = ["winograd2", "winograd4"]
@@ -79,8 +83,7 @@ def largest_error(result, expected, least_scale=0.0):
 
 @pytest.mark.parametrize(("algorithm", "problem"), PROBLEMS_BY_ALGORITHM, ids=str)
 def test_against_float64(algorithm, problem, isa):
-    data = normals(problem)
-    expected = solve_by_oracle(problem, data)
+    data, expected = rounded_case(problem)
     with running_on(algorithm=algorithm):
         results = solve(problem, data)
     # The gradient by the filters has an algorithm of tiles of 4 x 4 alone.
