@@ -184,19 +184,19 @@ def magnitudes(problem, data):
 # What is right of a problem, for the tests of all instruction sets and thread counts.
 
 
-@functools.lru_cache(maxsize=512)
+@functools.cache
 def exact_case(problem):
     data = integers(problem)
     return data, solve_by_oracle(problem, data)
 
 
-@functools.lru_cache(maxsize=512)
+@functools.cache
 def rounded_case(problem):
     data = normals(problem)
     return data, solve_by_oracle(problem, data)
 
 
-@functools.lru_cache(maxsize=512)
+@functools.cache
 def magnitudes_of_rounded(problem):
     return magnitudes(problem, rounded_case(problem)[0])
 

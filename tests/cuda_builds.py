@@ -44,9 +44,8 @@ _COMMON = [
 _SANITIZERS = [
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=undefined",
-    # Without what AddressSanitizer finds as well, and with its checks as calls, the compiler takes two thirds
-    # of the time.
-    "-fno-sanitize=null,object-size,pointer-overflow",
+    # Without what AddressSanitizer finds as well, and with its checks as calls, the compiler is through sooner.
+    "-fno-sanitize=null,object-size",
     "--param=asan-instrumentation-with-call-threshold=0",
 ]
 # Of the kernels, and of the emulator itself.

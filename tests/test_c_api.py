@@ -341,7 +341,7 @@ def test_a_libstdcxx_that_is_linked_in_is_not_exported(tmp_path):
         "FASTCONV_DOORS": "OFF",
         "FASTCONV_SCALAR_ONLY": "ON",  # quick to compile
         "CMAKE_BUILD_TYPE": "Debug",
-        "CMAKE_CXX_FLAGS_DEBUG": "",
+        "CMAKE_CXX_FLAGS_DEBUG": "",  # nor is debug information looked at
         "CMAKE_SHARED_LINKER_FLAGS": "-static-libstdc++",
     }
     run(

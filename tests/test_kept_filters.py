@@ -307,9 +307,10 @@ def run_with(setting, program):
     )
 
 
-def test_it_can_be_turned_off():
+@pytest.mark.parametrize(("setting", "kept"), [("0", 0), ("1", 3)])
+def test_it_can_be_turned_off(setting, kept):
     done = run_with(
-        "0",
+        setting,
         f"""
 import numpy as np, tensorflow as tf
 from fastconv.adapters import tensorflow as adapter
@@ -320,7 +321,8 @@ for _ in range(5):
 print("kept", adapter.kept_filters())
 """,
     )
-    assert "kept 0\n" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert f"kept {kept}\n" in done.stdout, done.stderr
 
 
 def test_a_senseless_value_is_refused():

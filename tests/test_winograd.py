@@ -8,11 +8,7 @@ import pytest
 
 import fastconv
 import oracle
-from conv2d_problems import (
-    Problem,
-    rounded_case,
-    solve,
-)
+from conv2d_problems import Problem, rounded_case, solve
 from running import running_on
 
 ALGORITHMS = ["winograd2", "winograd4"]

@@ -304,9 +304,9 @@ struct WgradPlan {
     // Partial sums serve where tiles are too few for many threads, or where the input is read as it lies,
     // which tasks of the same pixels would each fetch from memory; and where pixels are enough to make up
     // for adding them up. 1 MiB of them at most.
-    constexpr int64_t kTilesATask = 4, kEnoughTasks = 32, kPixelsAPart = 512, kMostParts = 16;
+    constexpr int64_t kTilesATask = 4, kPixelsAPart = 512, kMostParts = 16;
     const int64_t whole_tasks = max64(ceil_div(q_tiles, kTilesATask) * panels * p.groups, 1);
-    const int64_t useful = packed || copied ? ceil_div(kEnoughTasks, whole_tasks) : kMostParts;
+    const int64_t useful = packed || copied ? ceil_div(kTasksForMany, whole_tasks) : kMostParts;
     parts = max64(1, min64(min64(useful, pixels / kPixelsAPart),
                            min64(kMostParts, (int64_t{1} << 20) / max64(floats * 4, 1))));
 
