@@ -1,11 +1,11 @@
 #include "core/cpu_features.hpp"
 
 #include <atomic>
-#include <cstdlib>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
+#include "core/environment.hpp"
 #include "core/error.hpp"
 
 namespace fastconv {
@@ -79,9 +79,9 @@ std::vector<Isa> available_isas() {
 Isa current_isa() {
   int isa = g_isa.load(std::memory_order_relaxed);
   if (isa == kUndecided) {
-    const char* forced = std::getenv("FASTCONV_ISA");
+    const std::string forced = from_environment("FASTCONV_ISA");
     const Isa initial =
-        forced && *forced ? parse(forced, "FASTCONV_ISA") : available_isas().front();
+        forced.empty() ? available_isas().front() : parse(forced, "FASTCONV_ISA");
     // Unless set_isa came first.
     if (g_isa.compare_exchange_strong(isa, static_cast<int>(initial))) return initial;
   }

@@ -4,11 +4,11 @@
 
 #include <atomic>
 #include <cstdio>
-#include <cstdlib>
 #include <mutex>
 #include <new>
 #include <utility>
 
+#include "core/environment.hpp"
 #include "core/error.hpp"
 
 namespace fastconv::cuda {
@@ -28,15 +28,16 @@ struct Opened {
   Availability availability;
 };
 
-std::string default_path() {
-  const char* const chosen = std::getenv("FASTCONV_CUDA_LIBRARY");
-  if (chosen != nullptr && *chosen != '\0') return chosen;
+// Of the module that a build with CUDA kernels has.
+std::string own_path() {
   Dl_info info{};
-  if (dladdr(reinterpret_cast<const void*>(&default_path), &info) == 0 || !info.dli_fname)
+  if (dladdr(reinterpret_cast<const void*>(&own_path), &info) == 0 || !info.dli_fname)
     return kModuleName;
   const std::string self = info.dli_fname;
   return self.substr(0, self.rfind('/') + 1) + kModuleName;
 }
+
+std::string default_path() { return from_environment("FASTCONV_CUDA_LIBRARY", own_path()); }
 
 bool is_file(const std::string& path) {
   std::FILE* const file = std::fopen(path.c_str(), "rb");
@@ -47,8 +48,7 @@ bool is_file(const std::string& path) {
 // The table of the module at `path`; null, with the reason, where it is none of ours.
 const Library* open_module(const std::string& path, std::string& reason) {
   if (!is_file(path)) {
-    reason = std::getenv("FASTCONV_CUDA_LIBRARY") != nullptr ? "there is no file " + path
-                                                             : "this build has no CUDA kernels";
+    reason = path == own_path() ? "this build has no CUDA kernels" : "there is no file " + path;
     return nullptr;
   }
   void* const module = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);

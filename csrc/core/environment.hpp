@@ -8,7 +8,7 @@
 
 namespace fastconv {
 
-inline std::string from_environment(const char* name, const char* otherwise) {
+inline std::string from_environment(const char* name, const std::string& otherwise = "") {
   const char* const value = std::getenv(name);
   return value && *value ? value : otherwise;
 }

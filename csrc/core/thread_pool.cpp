@@ -20,6 +20,7 @@
 #endif
 
 #include "core/cpu_limits.hpp"
+#include "core/environment.hpp"
 #include "core/error.hpp"
 
 namespace fastconv {
@@ -257,10 +258,10 @@ int checked_thread_count(long long threads, const char* name, const std::string&
 }
 
 int initial_num_threads() {
-  const char* text = std::getenv("FASTCONV_NUM_THREADS");
-  if (!text || !*text) return std::min(usable_cpus(), kMostThreads);
+  const std::string text = from_environment("FASTCONV_NUM_THREADS");
+  if (text.empty()) return std::min(usable_cpus(), kMostThreads);
   char* end = nullptr;
-  const long long value = std::strtoll(text, &end, 10);
+  const long long value = std::strtoll(text.c_str(), &end, 10);
   return checked_thread_count(*end ? 0 : value, "FASTCONV_NUM_THREADS", text);
 }
 
@@ -286,8 +287,8 @@ void set_num_threads(int threads) {
 }
 
 bool num_threads_is_default() {
-  const char* text = std::getenv("FASTCONV_NUM_THREADS");
-  return !(text && *text) && !g_threads_set.load(std::memory_order_relaxed);
+  return from_environment("FASTCONV_NUM_THREADS").empty() &&
+         !g_threads_set.load(std::memory_order_relaxed);
 }
 
 void parallel_for(int64_t tasks, int most_workers, TaskFunction function, void* context) {
