@@ -12,6 +12,7 @@ from fastconv.adapters import tensorflow as ops
 from fastconv.adapters import xla
 from fastconv.keras import (
     FastConv1D,
+    FastConv1DTranspose,
     FastConv2D,
     FastConv2DTranspose,
     FastDepthwiseConv1D,
@@ -114,6 +115,35 @@ CASES = [  # fast, stock, options, shape of the input, ops of a forward pass
         {"filters": 4, "depth_multiplier": 2, "strides": 2, "padding": "same", "use_bias": False},
         (2, 10, 3),
         {"FastconvConv2D": 2},
+    ),
+    (FastConv1DTranspose, L.Conv1DTranspose, {"filters": 4}, (2, 6, 3), TRANSPOSE),
+    (
+        FastConv1DTranspose,
+        L.Conv1DTranspose,
+        {"filters": 4, "strides": 2, "padding": "same", "activation": "relu"},
+        (2, 6, 3),
+        TRANSPOSE,
+    ),
+    (
+        FastConv1DTranspose,
+        L.Conv1DTranspose,
+        {"filters": 4, "strides": 3, "output_padding": 1, "use_bias": False},
+        (2, 6, 3),
+        TRANSPOSE,
+    ),
+    (
+        FastConv1DTranspose,
+        L.Conv1DTranspose,
+        {"filters": 4, "strides": 3, "padding": "same", "output_padding": 2, "kernel_size": 4},
+        (2, 6, 3),
+        TRANSPOSE,
+    ),
+    (
+        FastConv1DTranspose,
+        L.Conv1DTranspose,
+        {"filters": 4, "dilation_rate": 2, "activation": "gelu"},
+        (2, 6, 3),
+        TRANSPOSE,
     ),
     (FastConv2DTranspose, L.Conv2DTranspose, {"filters": 4}, (2, 5, 6, 3), TRANSPOSE),
     (
@@ -321,8 +351,10 @@ KINDS = [
     (FastConv1D, L.Conv1D, {"filters": 4, "kernel_size": 3}, (2, 6, 3)),
     (FastDepthwiseConv1D, L.DepthwiseConv1D, {"kernel_size": 3}, (2, 6, 3)),
     (FastSeparableConv1D, L.SeparableConv1D, {"filters": 4, "kernel_size": 3}, (2, 6, 3)),
+    (FastConv1DTranspose, L.Conv1DTranspose, {"filters": 4, "kernel_size": 3}, (2, 6, 3)),
     (FastConv2DTranspose, L.Conv2DTranspose, {"filters": 4, "kernel_size": 3}, (2, 6, 6, 3)),
 ]
+TRANSPOSED = (L.Conv1DTranspose, L.Conv2DTranspose)
 KIND_IDS = [kind[0].__qualname__ for kind in KINDS]
 
 
@@ -370,7 +402,7 @@ def test_errors_are_stocks(fast, stock, options, shape, draw):
         assert_same_failure(lambda bad=bad: fast(**bad), lambda bad=bad: stock(**bad))
     one, other = equal_layers(fast, stock, shape, **options, name="layer")
     for bad in [draw(*shape[:-1], 5), draw(*shape[1:]), draw(1, *[1] * (len(shape) - 2), 3)]:
-        if stock is L.Conv2DTranspose and bad.shape[-1] == 3 and bad.ndim == 4:
+        if stock in TRANSPOSED and bad.shape[-1] == 3 and bad.ndim == len(shape):
             continue  # a single pixel is no error to it
         assert_same_failure(lambda bad=bad: one(bad), lambda bad=bad: other(bad))
 

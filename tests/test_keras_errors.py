@@ -47,6 +47,12 @@ PAIRS = {
             (2, 9, 8, 4),
         ),
         (
+            fastconv.keras.FastConv1DTranspose,
+            L.Conv1DTranspose,
+            {"filters": 4, "kernel_size": 3},
+            (2, 6, 4),
+        ),
+        (
             fastconv.keras.FastConv2DTranspose,
             L.Conv2DTranspose,
             {"filters": 4, "kernel_size": 3},
@@ -70,6 +76,8 @@ PAIRS = {
         (fastconv.keras.FastAveragePooling2D, L.AveragePooling2D, {"pool_size": 2}, (2, 9, 8, 4)),
         (fastconv.keras.FastMaxPooling1D, L.MaxPooling1D, {}, (2, 9, 4)),
         (fastconv.keras.FastAveragePooling1D, L.AveragePooling1D, {"pool_size": 2}, (2, 9, 4)),
+        (fastconv.keras.FastGlobalMaxPooling1D, L.GlobalMaxPooling1D, {}, (2, 9, 4)),
+        (fastconv.keras.FastGlobalAveragePooling1D, L.GlobalAveragePooling1D, {}, (2, 9, 4)),
         (fastconv.keras.FastGlobalMaxPooling2D, L.GlobalMaxPooling2D, {}, (2, 9, 8, 4)),
         (fastconv.keras.FastGlobalAveragePooling2D, L.GlobalAveragePooling2D, {}, (2, 9, 8, 4)),
         (fastconv.keras.FastBatchNormalization, L.BatchNormalization, {}, (2, 9, 8, 4)),

@@ -9,7 +9,9 @@ from keras import layers as L
 from fastconv.keras import (
     FastAveragePooling1D,
     FastAveragePooling2D,
+    FastGlobalAveragePooling1D,
     FastGlobalAveragePooling2D,
+    FastGlobalMaxPooling1D,
     FastGlobalMaxPooling2D,
     FastMaxPooling1D,
     FastMaxPooling2D,
@@ -34,6 +36,10 @@ CASES = [
     *[(FastAveragePooling1D, L.AveragePooling1D, options) for options in SEQUENCES],
     *[(FastMaxPooling1D, L.MaxPooling1D, options) for options in SEQUENCES],
     *[(FastAveragePooling2D, L.AveragePooling2D, options) for options in WINDOWS],
+    (FastGlobalAveragePooling1D, L.GlobalAveragePooling1D, {}),
+    (FastGlobalAveragePooling1D, L.GlobalAveragePooling1D, {"keepdims": True}),
+    (FastGlobalMaxPooling1D, L.GlobalMaxPooling1D, {}),
+    (FastGlobalMaxPooling1D, L.GlobalMaxPooling1D, {"keepdims": True}),
     (FastGlobalAveragePooling2D, L.GlobalAveragePooling2D, {}),
     (FastGlobalAveragePooling2D, L.GlobalAveragePooling2D, {"keepdims": True}),
     (FastGlobalMaxPooling2D, L.GlobalMaxPooling2D, {}),
@@ -46,7 +52,9 @@ OPS = {  # forward, gradient
         *("FastconvMaxPool2DGrad", "FastconvMaxPool2DGradGrad"),
     },
     FastAveragePooling2D: {"FastconvAveragePool2D", "FastconvAveragePool2DGrad"},
+    FastGlobalAveragePooling1D: {"FastconvAveragePool2D", "FastconvAveragePool2DGrad"},
     FastGlobalAveragePooling2D: {"FastconvAveragePool2D", "FastconvAveragePool2DGrad"},
+    FastGlobalMaxPooling1D: {"FastconvMaxPool2D"},
     FastGlobalMaxPooling2D: {"FastconvMaxPool2D"},
 }
 
@@ -108,13 +116,45 @@ def test_empty_batches(fast_class):
     assert fast_class()(tf.zeros((0, 4, 5, 3))).shape == (0, 3)
 
 
+@pytest.mark.parametrize("fast_class", [FastGlobalAveragePooling1D, FastGlobalMaxPooling1D])
+def test_empty_batches_of_sequences(fast_class):
+    assert fast_class()(tf.zeros((0, 5, 3))).shape == (0, 3)
+
+
+@pytest.mark.parametrize("keepdims", [False, True])
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_masked_steps_do_not_count(data_format, keepdims, draw, executed):
+    options = {"data_format": data_format, "keepdims": keepdims}
+    x = draw(2, 3, 5) if data_format == "channels_first" else draw(2, 5, 3)
+    mask = tf.constant([[True, True, False, True, False], [False, True, False, False, False]])
+    fast = FastGlobalAveragePooling1D(**options)
+    np.testing.assert_array_equal(
+        fast(x, mask=mask), L.GlobalAveragePooling1D(**options)(x, mask=mask)
+    )
+    assert executed() == {}
+
+
+def test_a_mask_that_comes_with_the_input(executed):
+    """Of an Embedding: Keras hands it to the layers that say they take one."""
+    model = keras.Sequential(
+        [keras.Input((4,)), L.Embedding(7, 3, mask_zero=True), L.GlobalAveragePooling1D()]
+    )
+    words = np.array([[1, 2, 0, 0], [3, 0, 0, 0]])
+    wanted = model(words)
+    accelerate(model)
+    assert type(model.layers[-1]) is FastGlobalAveragePooling1D
+    np.testing.assert_array_equal(model(words), wanted)
+    assert executed() == {}
+
+
 @pytest.mark.parametrize(
     ("fast", "stock"),
     [
         (FastMaxPooling2D(), L.MaxPooling2D()),
         (FastGlobalMaxPooling2D(), L.GlobalMaxPooling2D()),
+        (L.TimeDistributed(FastGlobalMaxPooling1D()), L.TimeDistributed(L.GlobalMaxPooling1D())),
     ],
-    ids=["windows", "global"],
+    ids=["windows", "global", "global of rows"],
 )
 def test_ties(fast, stock):
     """Of a window, the first maximum gets the gradient; of a whole image, all share it: as stock."""

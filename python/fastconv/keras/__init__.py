@@ -22,12 +22,15 @@ from fastconv.keras._joining import (
 from fastconv.keras.average_pooling1d import FastAveragePooling1D
 from fastconv.keras.average_pooling2d import FastAveragePooling2D
 from fastconv.keras.conv1d import FastConv1D
+from fastconv.keras.conv1d_transpose import FastConv1DTranspose
 from fastconv.keras.conv2d import FastConv2D
 from fastconv.keras.conv2d_transpose import FastConv2DTranspose
 from fastconv.keras.conv_pool2d import FastConvPool2D
 from fastconv.keras.depthwise_conv1d import FastDepthwiseConv1D
 from fastconv.keras.depthwise_conv2d import FastDepthwiseConv2D
+from fastconv.keras.global_average_pooling1d import FastGlobalAveragePooling1D
 from fastconv.keras.global_average_pooling2d import FastGlobalAveragePooling2D
+from fastconv.keras.global_max_pooling1d import FastGlobalMaxPooling1D
 from fastconv.keras.global_max_pooling2d import FastGlobalMaxPooling2D
 from fastconv.keras.max_pooling1d import FastMaxPooling1D
 from fastconv.keras.max_pooling2d import FastMaxPooling2D
@@ -42,12 +45,15 @@ __all__ = [
     "FastAveragePooling2D",
     "FastBatchNormalization",
     "FastConv1D",
+    "FastConv1DTranspose",
     "FastConv2D",
     "FastConv2DTranspose",
     "FastConvPool2D",
     "FastDepthwiseConv1D",
     "FastDepthwiseConv2D",
+    "FastGlobalAveragePooling1D",
     "FastGlobalAveragePooling2D",
+    "FastGlobalMaxPooling1D",
     "FastGlobalMaxPooling2D",
     "FastMaxPooling1D",
     "FastMaxPooling2D",

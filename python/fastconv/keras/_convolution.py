@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from fastconv.keras._sequences import height_of_sequences
+from fastconv.keras._sequences import height_of_sequences, of_sequences
 from fastconv.keras._stand_in import (
+    JitWhereXlaServes,
+    adapter,
     has_empty_output,
     reason_against_arguments,
     reason_for_stock,
+    static_shape,
     tell,
 )
 
@@ -73,4 +76,42 @@ def reason_for_stock_code(layer: keras.layers.Layer, inputs: Tensor) -> str | No
     ]
     if has_empty_output(inputs, window, layer.padding, layer.data_format):
         return f"the output would be empty: input of shape {inputs.shape}"
+    return None
+
+
+class TransposedConvolution(JitWhereXlaServes):
+    """Mixin, before the stock layer of a transposed convolution."""
+
+    def call(self, inputs: Tensor) -> Tensor:
+        reason = _reason_against_transposed(self, inputs)
+        if reason is not None:
+            tell(self, reason)
+            return super().call(inputs)
+        if self.rank == 1:
+            outputs = of_sequences(inputs, self.data_format, self._convolve)
+        else:
+            outputs = self._convolve(inputs)
+        if self.use_bias:
+            extents = (1,) * self.rank
+            channels_first = self.data_format == "channels_first"
+            shape = (1, -1, *extents) if channels_first else (1, *extents, -1)
+            outputs = keras.ops.add(outputs, keras.ops.reshape(self.bias, shape))
+        return outputs if self.activation is None else self.activation(outputs)
+
+    def _convolve(self, images: Tensor) -> Tensor:
+        kernel, added = self.kernel, self.output_padding
+        if self.rank == 1:
+            kernel = keras.ops.expand_dims(kernel, 0)
+            added = None if added is None else (0, *added)
+        return adapter.conv2d_transpose(images, kernel, **geometry(self), output_padding=added)
+
+
+def _reason_against_transposed(layer: keras.layers.Layer, inputs: Tensor) -> str | None:
+    reason = reason_for_stock(
+        inputs, layer.compute_dtype, rank=layer.rank + 2
+    ) or reason_against_arguments(layer)
+    if reason is not None:
+        return reason
+    if 0 in static_shape(inputs)[1:]:
+        return f"the input is empty: {inputs.shape}"
     return None

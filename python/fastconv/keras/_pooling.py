@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from fastconv.keras._sequences import height_of_sequences
+from fastconv.keras._sequences import height_of_sequences, of_sequences
 from fastconv.keras._stand_in import (
     JitWhereXlaServes,
     has_empty_output,
@@ -83,15 +83,18 @@ class GlobalPooling(JitWhereXlaServes):
         if reason is not None:
             tell(self, reason)
             return super().call(inputs)
-        outputs = self._pool(inputs, data_format=self.data_format)
+        if self.input_spec.ndim == 3:
+            outputs = of_sequences(inputs, self.data_format, self._pool)
+        else:
+            outputs = self._pool(inputs)
         if self.keepdims:
             return outputs
-        axes = (2, 3) if self.data_format == "channels_first" else (1, 2)
-        return keras.ops.squeeze(outputs, axes)
+        first = 2 if self.data_format == "channels_first" else 1
+        return keras.ops.squeeze(outputs, tuple(range(first, first + self.input_spec.ndim - 2)))
 
 
 def _reason_against_global(layer: keras.layers.Layer, inputs: Tensor) -> str | None:
-    reason = reason_for_stock(inputs, layer.compute_dtype)
+    reason = reason_for_stock(inputs, layer.compute_dtype, layer.input_spec.ndim)
     if reason is not None:
         return reason
     if 0 in static_shape(inputs)[1:]:

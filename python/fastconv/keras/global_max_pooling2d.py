@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import keras
 
@@ -29,5 +29,5 @@ class FastGlobalMaxPooling2D(GlobalPooling, keras.layers.GlobalMaxPooling2D):
     channels, 1, 1).
     """
 
-    def _pool(self, inputs: Tensor, **options: Any) -> Tensor:
-        return adapter.global_max_pool2d(inputs, **options)
+    def _pool(self, images: Tensor) -> Tensor:
+        return adapter.global_max_pool2d(images, data_format=self.data_format)
