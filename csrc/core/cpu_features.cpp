@@ -80,8 +80,7 @@ Isa current_isa() {
   int isa = g_isa.load(std::memory_order_relaxed);
   if (isa == kUndecided) {
     const std::string forced = from_environment("FASTCONV_ISA");
-    const Isa initial =
-        forced.empty() ? available_isas().front() : parse(forced, "FASTCONV_ISA");
+    const Isa initial = forced.empty() ? available_isas().front() : parse(forced, "FASTCONV_ISA");
     // Unless set_isa came first.
     if (g_isa.compare_exchange_strong(isa, static_cast<int>(initial))) return initial;
   }
