@@ -25,6 +25,8 @@
 // tile's other pixels there would pass for activity that ReLU lets gradients through for.
 #pragma once
 
+#include <limits>
+
 #include "cpu/implicit_gemm.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/pool.hpp"
@@ -308,10 +310,8 @@ struct WinogradOfTaps {
       for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
         multiply(plan, v + slot * block_floats, group_u + plan.panel_offset(panel),
                  plan.filter_point(panel), panel, {0, plan.c}, end - begin, product);
-        for (int64_t tile = begin; tile < end; ++tile) {
-          transform_output(plan, product + (tile - begin) * kPanel, group, panel, t.bias,
-                           blanks[slot * plan.block_tiles + tile - begin], tile, results);
-        }
+        transform_outputs(plan, product, group, panel, t.bias, blanks + slot * plan.block_tiles,
+                          {begin, end}, results);
       }
     };
     if (plan.by_panels) {
@@ -333,10 +333,7 @@ struct WinogradOfTaps {
           }
           multiply(plan, v, own, plan.chunk_point(), panel, chunk, plan.tiles, product);
         }
-        for (int64_t tile = 0; tile < plan.tiles; ++tile) {
-          transform_output(plan, product + tile * kPanel, 0, panel, t.bias, blanks[tile], tile,
-                           results);
-        }
+        transform_outputs(plan, product, 0, panel, t.bias, blanks, {0, plan.tiles}, results);
       });
       return;
     }
@@ -596,11 +593,20 @@ struct WinogradOfTaps {
     }
   }
 
-  // A^T m A of one tile and panel, bias, ReLU and pooling.
+  // A^T m A of a panel of some tiles, bias, ReLU and pooling.
+  static void transform_outputs(const Plan& plan, const float* product, int64_t group,
+                                int64_t panel, const float* bias, const std::uint32_t* blanks,
+                                Span tiles, const Results& results) {
+    WinogradGrid::Walk walk(plan.grid, tiles.begin);
+    for (int64_t tile = 0; tile < tiles.size(); ++tile, walk.next()) {
+      transform_output(plan, product + tile * kPanel, group, panel, bias, blanks[tile],
+                       walk.corner(), results);
+    }
+  }
+
   static void transform_output(const Plan& plan, const float* product, int64_t group, int64_t panel,
-                               const float* bias, std::uint32_t blank, int64_t tile,
-                               const Results& results) {
-    const WinogradGrid::Corner corner = plan.grid.corner(tile);
+                               const float* bias, std::uint32_t blank,
+                               const WinogradGrid::Corner& corner, const Results& results) {
     const int64_t height = plan.grid.down.outputs_from(corner.row);
     const int64_t width = plan.grid.across.outputs_from(corner.column);
     const int64_t column = group * plan.k + panel * kPanel;
@@ -610,6 +616,12 @@ struct WinogradOfTaps {
     const int64_t first =
         (corner.n * (plan.grid.down.size >> shift) + (corner.row >> shift)) * row_floats +
         (corner.column >> shift) * plan.k_stride + column;
+    const int64_t next_row = plan.dilation_h * row_floats;
+    const int64_t next_pixel = plan.dilation_w * plan.k_stride;
+    // Nothing to ask of each pixel, which of a tile of one row takes as long as the transform.
+    const bool whole = height == kOutH && width == kOutW && blank == 0 && !results.residual &&
+                       !results.pooled &&
+                       !(plan.relu && plan.ceiling < std::numeric_limits<float>::infinity());
     for (int v = 0; v < plan.vectors_of(panel); ++v) {
       const int64_t at = int64_t{v} * V::kWidth;
       const int valid = static_cast<int>(min64(V::kWidth, plan.k - panel * kPanel - at));
@@ -627,6 +639,20 @@ struct WinogradOfTaps {
 #pragma GCC unroll 4
         for (int i = 0; i < kOutH; ++i) rows[i][j] = out[i];
       }
+      if (whole && valid == V::kWidth) {
+        float* y = results.y + first + at;
+#pragma GCC unroll 4
+        for (int i = 0; i < kOutH; ++i, y += next_row) {
+          Reg out[kOutW];
+          Horizontal::output(rows[i], out);
+#pragma GCC unroll 4
+          for (int j = 0; j < kOutW; ++j) {
+            const Reg sum = V::add(out[j], start);
+            V::store(y + j * next_pixel, plan.relu ? V::relu(sum) : sum);
+          }
+        }
+        continue;
+      }
       const auto biased = [&](int i, int j, Reg out) {
         return blank >> (i * kOutW + j) & 1 ? start : V::add(out, start);
       };
@@ -636,9 +662,9 @@ struct WinogradOfTaps {
           if (i >= height) break;
           Reg out[kOutW];
           Horizontal::output(rows[i], out);
-          int64_t to = first + i * plan.dilation_h * row_floats + at;
+          int64_t to = first + i * next_row + at;
 #pragma GCC unroll 4
-          for (int j = 0; j < kOutW; ++j, to += plan.dilation_w * plan.k_stride) {
+          for (int j = 0; j < kOutW; ++j, to += next_pixel) {
             if (j >= width) break;
             Reg sum = biased(i, j, out[j]);
             if (results.residual) sum = V::add(sum, V::load(results.residual + to, tail));

@@ -194,7 +194,8 @@ struct WinogradTiles {
   }
   // How many outputs there are of the tile that begins there.
   int64_t outputs_from(int64_t first) const {
-    return min64(outputs, ceil_div(size - first, dilation));
+    const int64_t left = size - first;
+    return min64(outputs, dilation == 1 ? left : ceil_div(left, dilation));
   }
 };
 
@@ -215,10 +216,27 @@ struct WinogradGrid {
   struct Corner {
     int64_t n, row, column;
   };
-  Corner corner(int64_t tile) const {
-    return {tile / across.count / down.count, down.first(tile / across.count % down.count),
-            across.first(tile % across.count)};
-  }
+  Corner corner(int64_t tile) const { return Walk(*this, tile).corner(); }
+
+  // From tile to tile, without a division a tile: beside one of few pixels those count.
+  class Walk {
+   public:
+    Walk(const WinogradGrid& grid, int64_t tile)
+        : grid_(grid), n_(tile / grid.across.count / grid.down.count),
+          down_(tile / grid.across.count % grid.down.count), across_(tile % grid.across.count) {}
+    Corner corner() const { return {n_, grid_.down.first(down_), grid_.across.first(across_)}; }
+    void next() {
+      if (++across_ < grid_.across.count) return;
+      across_ = 0;
+      if (++down_ < grid_.down.count) return;
+      down_ = 0;
+      ++n_;
+    }
+
+   private:
+    const WinogradGrid& grid_;
+    int64_t n_, down_, across_;
+  };
 };
 
 }  // namespace
