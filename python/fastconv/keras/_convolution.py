@@ -65,9 +65,7 @@ def activated(layer: keras.layers.Layer, outputs: Tensor) -> Tensor:
 
 def reason_for_stock_code(layer: keras.layers.Layer, inputs: Tensor) -> str | None:
     """Why the stock code must take ``inputs``; None if the kernels can."""
-    reason = reason_for_stock(
-        inputs, layer.compute_dtype, rank=layer.rank + 2
-    ) or reason_against_arguments(layer)
+    reason = _reason_against(layer, inputs)
     if reason is not None:
         return reason
     window = [
@@ -79,11 +77,19 @@ def reason_for_stock_code(layer: keras.layers.Layer, inputs: Tensor) -> str | No
     return None
 
 
+def _reason_against(layer: keras.layers.Layer, inputs: Tensor) -> str | None:
+    """As ``reason_for_stock_code()``, whatever extents ``inputs`` has."""
+    rank = layer.rank + 2
+    return reason_for_stock(inputs, layer.compute_dtype, rank) or reason_against_arguments(layer)
+
+
 class TransposedConvolution(JitWhereXlaServes):
     """Mixin, before the stock layer of a transposed convolution."""
 
     def call(self, inputs: Tensor) -> Tensor:
-        reason = _reason_against_transposed(self, inputs)
+        reason = _reason_against(self, inputs)
+        if reason is None and 0 in static_shape(inputs)[1:]:
+            reason = f"the input is empty: {inputs.shape}"
         if reason is not None:
             tell(self, reason)
             return super().call(inputs)
@@ -104,14 +110,3 @@ class TransposedConvolution(JitWhereXlaServes):
             kernel = keras.ops.expand_dims(kernel, 0)
             added = None if added is None else (0, *added)
         return adapter.conv2d_transpose(images, kernel, **geometry(self), output_padding=added)
-
-
-def _reason_against_transposed(layer: keras.layers.Layer, inputs: Tensor) -> str | None:
-    reason = reason_for_stock(
-        inputs, layer.compute_dtype, rank=layer.rank + 2
-    ) or reason_against_arguments(layer)
-    if reason is not None:
-        return reason
-    if 0 in static_shape(inputs)[1:]:
-        return f"the input is empty: {inputs.shape}"
-    return None
