@@ -66,7 +66,12 @@ TABLE = {
         (["--file", "{file}"], USAGE, "cannot be read"),
     ],
     ("bench", "--dir"): [(["--dir", "sideways"], USAGE, "sideways")],
-    ("bench", "--impl"): [(["--impl", "no_such_module"], FAILURE, "no_such_module")],
+    ("bench", "--impl"): [
+        (["--impl", "no_such_module"], FAILURE, "no_such_module"),
+        (["--impl", ""], USAGE, "must list names of modules"),
+        (["--impl", "fastconv,"], USAGE, "must list names of modules"),
+        (["--impl", ".x"], USAGE, "must list names of modules"),
+    ],
     ("bench", "--batch"): [(["--batch", "0"], USAGE, "0 is not in the range")],
     ("bench", "--threads"): [
         (["--threads", "0"], USAGE, "0 is not in the range 1<=x<=1024"),

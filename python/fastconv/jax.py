@@ -9,7 +9,7 @@ gathered first.
 
 Where float32 is written below, arrays may be of float16 or bfloat16 as well, all of a call of one of them;
 sums are float32, and results are rounded once. The kernels run on the CPU; with fastconv's CUDA module, on
-NVIDIA GPUs too, float32 alone.
+NVIDIA GPUs too.
 """
 
 from __future__ import annotations

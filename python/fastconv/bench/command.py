@@ -73,7 +73,7 @@ SUITE_NAMES = (
     "--isa", type=click.Choice(["scalar", "avx2", "avx512"]),
     help="Limit the instruction set, of the peers too; one that cannot be limited is left out.",
 )  # fmt: skip
-@click.option("--algorithm", metavar="NAME", help="Force fastconv's algorithm.")
+@click.option("--algorithm", metavar="NAME", help="Prefer this of fastconv's, wherever it serves.")
 @click.option(
     "--accuracy", type=click.Choice(["strict", "default", "fast"]), help="fastconv's setting."
 )
@@ -280,7 +280,13 @@ def _cases(
 def _names(text: str | None) -> list[str]:
     from fastconv.bench import adapters
 
-    return list(adapters.NAMES) if text is None else list(dict.fromkeys(text.split(",")))
+    if text is None:
+        return list(adapters.NAMES)
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise click.UsageError(f"--impl must list names of modules. Received: {text!r}")
+    return list(dict.fromkeys(names))
 
 
 def _measure(cases: list[CaseOfSuite], names: list[str], options: dict[str, Any]) -> Record:

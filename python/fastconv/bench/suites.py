@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastconv.bench.problem import DIRECTIONS, Problem, ProblemError, parse
+from fastconv.bench.problem import Problem, ProblemError, parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -281,8 +281,3 @@ def suite(name: str) -> list[Problem]:
         return list(SUITES[kind](*map(int, numbers)))
     except ValueError as error:
         raise ProblemError(f"random:SEED:COUNT must hold integers. Received: {name!r}") from error
-
-
-def first_layer_dgrad(problem: Problem, direction: str) -> bool:
-    """Whether training never asks for this: the gradient by the images themselves."""
-    return direction == DIRECTIONS[1] and not problem.is_pool and problem.c in (1, 3)

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 NAMES = ("fastconv", "tensorflow", "torch", "onnxruntime", "openvino", "onednn", "jax")
 
-# What to install for each, where its own name does not say it.
-PACKAGES = {"onednn": "onednn-devel-cpu-gomp", "onnxruntime": "onnxruntime onnx"}
-
 
 class Unsupported(Exception):
     """An implementation cannot do this; the message says why."""
