@@ -347,3 +347,16 @@ def test_patches_nest_and_end_with_errors():
             L.Conv2D(3, 0)
         assert type(L.Conv2D(3, 3)) is FastConv2D
     assert type(L.Conv2D(3, 3)) is L.Conv2D
+
+
+def test_restore_before_building():
+    """Keras binds build() where a layer is made, as one of the class that it then has."""
+    model = keras.Sequential([FastConv2D(4, 3)])
+    fastconv.restore(model)
+    x = tf.ones((2, 6, 6, 3))
+    assert model(x).shape == (2, 4, 4, 4)
+    assert type(model.layers[0]) is ImportedConv2D
+    assert model.layers[0].kernel.shape == (3, 3, 3, 4)
+    fastconv.accelerate(model)
+    assert type(model.layers[0]) is FastConv2D
+    assert model(x).shape == (2, 4, 4, 4)

@@ -80,6 +80,10 @@ class QuantizesToInt8(_Layer):
             self.dtype_policy = keras.dtype_policies.get(f"int8_from_{self.dtype_policy.name}")
 
     def build(self, input_shape: Sequence[int | None]) -> None:
+        # Keras binds a layer's build() where the layer is made; restore() changes its class behind that.
+        if not isinstance(self, QuantizesToInt8):
+            type(self).build(self, input_shape)
+            return
         super().build(input_shape)
         mode = self.quantization_mode
         if mode is not None:  # of a file: what was built is not what will be loaded
