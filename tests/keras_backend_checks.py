@@ -244,6 +244,18 @@ def test_data_parallel(digits, executed):
     assert runs_of_two == {name: 2 * count for name, count in runs.items() if count}
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="TensorFlow's is in test_keras_accelerate.py")
+def test_export(digits, tmp_path):
+    """JAX exports no call of a library: what is exported is the stock layers' code."""
+    tf = pytest.importorskip("tensorflow")
+    model = article(FAST)
+    x = digits[0][:5]
+    wanted = model.predict(x, verbose=0)
+    model.export(tmp_path, verbose=False)
+    found = tf.saved_model.load(tmp_path).serve(x)
+    assert_all_close([np.asarray(found)], [wanted])
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="jit_compile=True is torch.compile on torch alone")
 def test_torch_compile(digits, executed):
     import torch

@@ -496,6 +496,99 @@ def test_a_padding_that_is_an_output_too():
     assert_close(y, model(x)[0])
 
 
+def every_join():
+    inputs = keras.Input((16, 18, 3))
+    x = L.Conv2D(8, 3, activation="relu", name="pooled")(inputs)
+    x = L.MaxPooling2D(2)(x)
+    x = L.ZeroPadding2D(1, name="padding")(x)
+    x = normalized(x, L.Conv2D(8, 3, name="normalized"), name="activated")
+    shortcut = x = L.ReLU()(x)
+    x = normalized(x, L.Conv2D(8, 3, padding="same"), name="added")
+    x = L.Add(name="sum")([shortcut, x])
+    x = L.Reshape((-1, 8))(L.Activation("relu")(x))
+    x = normalized(x, L.Conv1D(5, 2, name="sequences"))
+    return keras.Model(inputs, L.ReLU()(x))
+
+
+LOOKED_AT = ["pooled", "padding", "normalized", "activated", "added", "sum", "sequences"]
+
+
+def gradient_by(model, layer, x, training=False):
+    """Of a model's output by that of one of its layers, as Grad-CAM takes it: in a graph."""
+    both = keras.Model(model.input, [model.get_layer(layer).output, model.output])
+
+    @tf.function
+    def run(x):
+        with tf.GradientTape() as tape:
+            within, y = both(x, training=training)
+            loss = tf.reduce_sum(y**3)
+        return tape.gradient(loss, within)
+
+    return run(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("layer", LOOKED_AT)
+def test_gradients_by_outputs_that_are_looked_at(layer, training):
+    stock, fast = pair(every_join)
+    x = images((16, 18, 3))
+    wanted, found = (gradient_by(model, layer, x, training) for model in (stock, fast))
+    assert_all_close([found], [wanted], 1e-4)
+
+
+@pytest.mark.parametrize("layer", LOOKED_AT)
+def test_gradients_by_outputs_of_a_nested_model(layer):
+    """The model that gives them out is a layer of the one that runs, and one of no graph of layers."""
+
+    class Subclassed(keras.Model):
+        def __init__(self, model):
+            super().__init__()
+            self.inner = keras.Model(model.input, [model.get_layer(layer).output, model.output])
+
+        def call(self, x):
+            with tf.GradientTape() as tape:
+                within, y = self.inner(x)
+                loss = tf.reduce_sum(y**3)
+            return tape.gradient(loss, within)
+
+    stock, fast = (Subclassed(model) for model in pair(every_join))
+    x = images((16, 18, 3))
+    assert_all_close([fast.predict(x, verbose=0)], [stock.predict(x, verbose=0)], 1e-4)
+
+
+@pytest.mark.parametrize("name", LOOKED_AT)
+def test_gradients_where_layers_are_called_by_hand(name):
+    def gradient(model):
+        @tf.function
+        def run(x):
+            seen = {}
+            with tf.GradientTape() as tape:
+                for layer in model.layers[1:]:
+                    x = layer([seen["activated"], x] if layer.name == "sum" else x)
+                    seen[layer.name] = x
+                loss = tf.reduce_sum(x**3)
+            return tape.gradient(loss, seen[name])
+
+        return run(images((16, 18, 3)))
+
+    stock, fast = pair(every_join)
+    assert_all_close([gradient(fast)], [gradient(stock)], 1e-4)
+
+
+def test_joined_in_what_runs(executed):
+    """A model that looks within changes nothing for the one that does not."""
+    _, fast = pair(every_join)
+    looking = keras.Model(fast.input, [fast.get_layer("normalized").output, fast.output])
+    x = images((16, 18, 3))
+    executed()
+    fast.predict(x, verbose=0)
+    assert executed() == {"FastconvConv2DMaxPool2D": 1, SCALED: 3}
+    looking.predict(x, verbose=0)
+    assert executed() == {
+        "FastconvConv2DMaxPool2D": 1, "FastconvConv2D": 1, NORMALIZED: 1, SCALED: 2
+    }  # fmt: skip
+
+
 def test_training_is_the_stock_layers(executed):
     stock, fast = pair(residual_block)
     x = images((10, 12, 16), 8)
@@ -615,15 +708,68 @@ def test_left_alone(make, executed):
     assert_close(fast.predict(x, verbose=0), stock.predict(x, verbose=0))
 
 
-def test_batches_of_two_inputs_may_differ():
-    """One image's features added to those of many: with two inputs, sums are not joined."""
+def two_inputs():
+    one, other = keras.Input((6, 6, 4)), keras.Input((6, 6, 4))
+    x = normalized(one, L.Conv2D(4, 1))
+    return keras.Model([one, other], L.Add()([normalized(other, L.Conv2D(4, 1)), x]))
 
+
+def first_of_the_batch(layer):
     def make():
-        one, other = keras.Input((6, 6, 4)), keras.Input((6, 6, 4))
-        x = normalized(one, L.Conv2D(4, 1))
-        return keras.Model([one, other], L.Add()([normalized(other, L.Conv2D(4, 1)), x]))
+        inputs = keras.Input((6, 6, 4))
+        many, one = (normalized(x, L.Conv2D(4, 1)) for x in (inputs, layer()(inputs)))
+        return keras.Model(inputs, L.Add()([many, one]))
 
+    return make
+
+
+@keras.saving.register_keras_serializable("tests")
+class FirstOfBatch(L.Layer):
+    def call(self, x):
+        return x[:1]
+
+    def compute_output_shape(self, shape):
+        return (None, *shape[1:])
+
+
+@pytest.mark.parametrize(
+    "make, counts",
+    [
+        (two_inputs, (3, 1)),
+        (first_of_the_batch(FirstOfBatch), (3,)),
+        (
+            first_of_the_batch(
+                lambda: L.Lambda(lambda x: x[:1], output_shape=lambda s: (None, *s[1:]))
+            ),
+            (3,),
+        ),
+    ],
+    ids=["inputs", "layer", "lambda"],
+)
+def test_batches_may_differ(make, counts):
+    """One image's features added to those of many: such sums are not joined."""
     stock, fast = pair(make)
     assert not [layer for layer in fast.layers if isinstance(layer, FastAdd)]
-    many, one = images((6, 6, 4), 3), images((6, 6, 4), 1)
-    assert_close(tf.function(fast)([many, one]).numpy(), tf.function(stock)([many, one]).numpy())
+    x = [images((6, 6, 4), count) for count in counts]
+    x = x if len(x) > 1 else x[0]
+    assert_close(tf.function(fast)(x).numpy(), tf.function(stock)(x).numpy())
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_batches_of_two_inputs_may_be_one(backwards, executed):
+    """What is made of the same inputs has the same batch, be it of several."""
+
+    def make():
+        inputs = [keras.Input((6, 6, 4)), keras.Input((6, 6, 4))]
+        x = L.Multiply()(inputs)
+        y = L.Multiply()([L.Rescaling(0.5)(each) for each in inputs[::-1]])
+        x = normalized(x, L.Conv2D(4, 1))
+        y = (y + 3.0) * 0.5
+        return keras.Model(inputs, L.Add()([y, x] if backwards else [x, y]))
+
+    stock, fast = pair(make)
+    x = [images((6, 6, 4), count) for count in (3, 1)]
+    executed()
+    found = tf.function(fast)(x).numpy()
+    assert executed() == {SCALED: 1}
+    assert_close(found, tf.function(stock)(x).numpy())

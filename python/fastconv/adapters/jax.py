@@ -126,6 +126,9 @@ def reason_against_kind(x: Any) -> str | None:
     """Why the kernels cannot take ``x``, whatever its shape and data type; None if they can."""
     if not isinstance(x, jax.Array):
         return f"the input is a {type(x).__name__}, not an array of JAX's"
+    # Nothing else traces Keras's models so, and JAX refuses to export calls of our library.
+    if not all(isinstance(extent, int) for extent in x.shape):
+        return f"the shape is symbolic, as where a model is exported: {x.shape}"
     return None
 
 

@@ -50,6 +50,7 @@ __all__ = [
     "global_max_pool2d",
     "inside_xla",
     "kept_filters",
+    "makes_graph",
     "mark_padded",
     "max_pool2d",
     "normalized_in_one",
@@ -102,6 +103,11 @@ def ops_executed() -> dict[str, int]:
 def kept_filters() -> int:
     """How many runs of convolutions so far found their filter as an earlier run had laid it out."""
     return int(_symbols.fastconv_tensorflow_kept_filters())
+
+
+def makes_graph() -> bool:
+    """Whether ops created now become part of a graph."""
+    return not tf.executing_eagerly()
 
 
 def inside_xla() -> bool:

@@ -49,7 +49,7 @@ def accelerate(model: Model) -> Model:
         if isinstance(part, keras.Model):
             # In the order of the graph: one joins the next.
             for layer in part.layers:
-                if type(layer) in JOINING and joins(layer, part):
+                if type(layer) in JOINING and joins(layer):
                     _change_class(layer, JOINING[type(layer)])
     return model
 

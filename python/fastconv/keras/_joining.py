@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from fastconv.keras._graph import have_one_batch, is_given_out, is_read_once, layers_before
 from fastconv.keras._sequences import of_sequences
 from fastconv.keras._stand_in import (
     JOINING,
     JOINS,
     Tensor,
     adapter,
+    makes_graph,
     reason_for_stock,
     stand_in_for,
     static_shape,
@@ -67,7 +69,13 @@ class FastBatchNormalization(keras.layers.BatchNormalization):
         beta = self.beta if self.center else None
         if training is True and not moving and mask is None and self._has_kernel(inputs):
             return self._by_own_moments(inputs, gamma, beta)
-        if moving and mask is None and _may_join(inputs) and _scales(self):
+        if (
+            moving
+            and mask is None
+            and _may_join(inputs)
+            and _scales(self)
+            and not is_given_out(layers_before(self)[0])
+        ):
             joined = adapter.normalized_in_one(
                 inputs,
                 self.moving_mean,
@@ -130,10 +138,15 @@ class FastAdd(keras.layers.Add):
     """
 
     def call(self, inputs: Sequence[Tensor]) -> Tensor:
-        before = _layers_before(self)
-        if isinstance(inputs, (list, tuple)) and len(inputs) == len(before) == 2 and _like(*inputs):
+        before = layers_before(self)
+        if (
+            isinstance(inputs, (list, tuple))
+            and len(inputs) == len(before) == 2
+            and _like(*inputs)
+            and have_one_batch(self)
+        ):
             for index in (1, 0):
-                if not _takes_sum(before[index]):
+                if not _takes_sum(before[index]) or is_given_out(before[index]):
                     continue
                 joined = adapter.added_in_one(inputs[index], inputs[1 - index])
                 if joined is not None:
@@ -178,26 +191,24 @@ class FastZeroPadding2D(keras.layers.ZeroPadding2D):
         outputs = super().call(inputs)
         # What Keras takes for an integer, an operation may refuse.
         plain = all(type(side) is int for sides in self.padding for side in sides)
-        if JOINS and plain and keras.ops.is_tensor(outputs):
+        if makes_graph() and plain and is_read_once(self) and not is_given_out(self):
             adapter.mark_padded(outputs, inputs, self.padding, self.data_format)
         return outputs
 
 
-def joins(layer: keras.layers.Layer, model: keras.Model) -> bool:
-    """Whether ``layer``, a stock layer of ``model``, whose convolutions are fast, is made faster.
+def joins(layer: keras.layers.Layer) -> bool:
+    """Whether ``layer``, a stock layer of a model whose convolutions are fast, is made faster.
 
     Nothing else may read the output of the layer it joins: that output does not exist then.
     """
     if not JOINS:
         return False
-    before = _layers_before(layer)
+    before = layers_before(layer)
     kind = type(layer)
     if kind is keras.layers.BatchNormalization:
         return _is_plain(layer) or _scales(layer)
     if kind is keras.layers.Add:
-        # Inputs of a model may have batches of different sizes.
-        single = len(getattr(model, "inputs", None) or ()) == 1
-        return single and len(before) == 2 and any(_takes_sum(b) for b in before)
+        return len(before) == 2 and have_one_batch(layer) and any(_takes_sum(b) for b in before)
     if kind in (keras.layers.Activation, keras.layers.ReLU):
         return (
             _activation_of(layer) is not None
@@ -215,15 +226,9 @@ def joins(layer: keras.layers.Layer, model: keras.Model) -> bool:
     return False
 
 
-def _layers_before(layer: keras.layers.Layer) -> list[Any]:
-    """The layers whose outputs ``layer`` reads, if it is called once in a functional model."""
-    nodes = layer._inbound_nodes
-    return [node.operation for node in nodes[0].parent_nodes] if len(nodes) == 1 else []
-
-
 def _is_alone(layer: Any, kind: type[Any] | tuple[type[Any], ...]) -> bool:
     """Whether ``layer`` is of ``kind`` and its output is read once."""
-    return isinstance(layer, kind) and len(layer._inbound_nodes) == len(layer._outbound_nodes) == 1
+    return isinstance(layer, kind) and is_read_once(layer)
 
 
 def _is_plain(layer: Any) -> bool:
@@ -243,7 +248,7 @@ def _is_plain(layer: Any) -> bool:
 
 def _scales(layer: keras.layers.Layer) -> bool:
     """Whether a batch normalisation scales what a convolution gives to it alone."""
-    befores = _layers_before(layer)
+    befores = layers_before(layer)
     if len(befores) != 1 or not _is_linear_convolution(befores[0]):
         return False
     last = befores[0].rank + 1
@@ -271,7 +276,10 @@ def _takes_sum(layer: Any) -> bool:
 def _joined_activation(layer: keras.layers.Layer, inputs: Tensor) -> Tensor | None:
     """The layer's output by what is before it; None where that cannot give it."""
     activation = _activation_of(layer)
-    if activation is None or not _may_join(inputs):
+    before = layers_before(layer)
+    if activation is None or not _may_join(inputs) or len(before) != 1:
+        return None
+    if not is_read_once(before[0]) or is_given_out(before[0]):
         return None
     return adapter.activated_in_one(inputs, activation)
 
@@ -288,8 +296,8 @@ def _activation_of(layer: keras.layers.Layer) -> str | None:
 
 
 def _may_join(*tensors: Tensor) -> bool:
-    """Whether they are float32, on a backend that can join."""
-    return JOINS and all(
+    """Whether they are float32, in a graph in which layers can be joined."""
+    return makes_graph() and all(
         keras.ops.is_tensor(x) and keras.backend.standardize_dtype(x.dtype) == "float32"
         for x in tensors
     )

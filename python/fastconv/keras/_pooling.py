@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from fastconv.keras._graph import is_given_out, is_read_once, layers_before
 from fastconv.keras._sequences import height_of_sequences, of_sequences
 from fastconv.keras._stand_in import (
     JitWhereXlaServes,
     has_empty_output,
+    makes_graph,
     reason_against_arguments,
     reason_for_stock,
     static_shape,
@@ -63,15 +65,14 @@ def follows_one_convolution(layer: keras.layers.Layer) -> bool:
 
     Nothing else may need that output: computed in one op with the pooling, it does not exist.
     """
-    nodes = layer._inbound_nodes
-    if len(nodes) != 1 or len(nodes[0].parent_nodes) != 1:
-        return False
-    before = nodes[0].parent_nodes[0].operation
+    before = layers_before(layer)
     return (
-        isinstance(before, FastConv2D)
-        and len(before._inbound_nodes) == len(before._outbound_nodes) == 1
-        and before.activity_regularizer is None
-        and before.data_format == layer.data_format
+        len(before) == 1
+        and isinstance(before[0], FastConv2D)
+        and before[0].activity_regularizer is None
+        and before[0].data_format == layer.data_format
+        and is_read_once(before[0])
+        and not (makes_graph() and is_given_out(before[0]))
     )
 
 

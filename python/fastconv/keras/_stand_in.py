@@ -50,6 +50,7 @@ __all__ = [
     "Tensor",
     "adapter",
     "has_empty_output",
+    "makes_graph",
     "reason_against_arguments",
     "reason_for_stock",
     "reason_for_stock_always",
@@ -167,6 +168,11 @@ def reason_for_stock_always(layer: keras.layers.Layer) -> str | None:
             f"the data type is not {_listed(served)}: the layer computes in {layer.compute_dtype}"
         )
     return cast("str | None", adapter.reason_against_all()) or reason_against_arguments(layer)
+
+
+def makes_graph() -> bool:
+    """Whether layers called now become part of a graph in which they can still be joined."""
+    return JOINS and bool(adapter.makes_graph())
 
 
 def _listed(words: Sequence[str]) -> str:

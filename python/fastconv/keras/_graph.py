@@ -1,0 +1,125 @@
+"""What Keras's graph of layers tells: which layer reads the output of which, and who else does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from fastconv.keras._stand_in import JOINING, STAND_INS
+
+# Layers, beside those that there are fast ones for, whose output has the batch of their input, or where
+# there are several inputs, the batch that these broadcast to.
+_KEEP_THE_BATCH = (
+    keras.layers.Average,
+    keras.layers.CenterCrop,
+    keras.layers.Cropping1D,
+    keras.layers.Cropping2D,
+    keras.layers.Dense,
+    keras.layers.Dropout,
+    keras.layers.ELU,
+    keras.layers.Flatten,
+    keras.layers.GroupNormalization,
+    keras.layers.LayerNormalization,
+    keras.layers.LeakyReLU,
+    keras.layers.Maximum,
+    keras.layers.Minimum,
+    keras.layers.Multiply,
+    keras.layers.Normalization,
+    keras.layers.PReLU,
+    keras.layers.Permute,
+    keras.layers.Rescaling,
+    keras.layers.Reshape,
+    keras.layers.Resizing,
+    keras.layers.Softmax,
+    keras.layers.SpatialDropout1D,
+    keras.layers.SpatialDropout2D,
+    keras.layers.Subtract,
+    keras.layers.UpSampling1D,
+    keras.layers.UpSampling2D,
+    keras.layers.ZeroPadding1D,
+    keras.layers.ZeroPadding2D,
+)
+# Likewise, by the names of their classes, operations such as `x + 3.0` and keras.ops.sigmoid(x) are.
+_OPERATIONS_KEEP_THE_BATCH = (
+    "Add",
+    "Divide",
+    "HardSigmoid",
+    "HardSilu",
+    "Multiply",
+    "Relu",
+    "Relu6",
+    "Sigmoid",
+    "Silu",
+    "Subtract",
+    "TrueDivide",
+)
+
+
+def layers_before(layer: keras.layers.Layer) -> list[Any]:
+    """The layers whose outputs ``layer`` reads, if it is called once in a functional model."""
+    nodes = layer._inbound_nodes
+    return [node.operation for node in nodes[0].parent_nodes] if len(nodes) == 1 else []
+
+
+def is_read_once(layer: Any) -> bool:
+    """Whether ``layer`` is called once and one layer alone reads its output."""
+    return len(layer._inbound_nodes) == len(layer._outbound_nodes) == 1
+
+
+def is_given_out(layer: Any) -> bool:
+    """Whether the model that runs now may give out the output of ``layer``, which is called once.
+
+    Its reader may leave the output unread else: a gradient by it would be None then. What runs without a
+    model that is known to have the layer, by hand or in a ``keras.Function``, may do anything.
+    """
+    running = layer._get_call_context().entry_layer
+    models = [
+        model
+        for model in {id(part): part for part in running._flatten_layers()}.values()
+        if isinstance(model, keras.Model)
+        and getattr(model, "outputs", None) is not None
+        and any(layer is part for part in model.layers)
+    ]
+    outputs = {id(output) for model in models for output in model.outputs}
+    (node,) = layer._inbound_nodes
+    return not models or any(id(output) in outputs for output in node.output_tensors)
+
+
+def have_one_batch(layer: keras.layers.Layer) -> bool:
+    """Whether all that ``layer``, called once, reads has one batch, as the graph of layers tells."""
+    nodes = layer._inbound_nodes
+    if len(nodes) != 1:
+        return False
+    seen: dict[int, frozenset[int]] = {}
+    first, *others = (_origins(tensor, seen) for tensor in nodes[0].input_tensors)
+    return all(other == first for other in others)
+
+
+def _origins(tensor: Any, seen: dict[int, frozenset[int]]) -> frozenset[int]:
+    """By their ids, the tensors whose batches broadcast to that of ``tensor``."""
+    pending = [tensor]
+    while pending:  # no recursion: networks are deep
+        current = pending[-1]
+        history = getattr(current, "_keras_history", None)
+        parents = []
+        if history is not None and _keeps_the_batch(history.operation):
+            parents = history.operation._inbound_nodes[history.node_index].input_tensors
+        missing = [parent for parent in parents if id(parent) not in seen]
+        if missing:
+            pending += missing
+            continue
+        pending.pop()
+        own = frozenset([id(current)])
+        seen[id(current)] = frozenset().union(*(seen[id(p)] for p in parents)) if parents else own
+    return seen[id(tensor)]
+
+
+def _keeps_the_batch(operation: Any) -> bool:
+    kind = type(operation)
+    if isinstance(operation, keras.layers.Layer):
+        tables = (STAND_INS, JOINING)
+        known = {each for table in tables for pair in table.items() for each in pair}
+        return kind in known or kind in _KEEP_THE_BATCH
+    own = kind.__module__.startswith("keras.src.ops.")
+    return own and kind.__name__ in _OPERATIONS_KEEP_THE_BATCH
