@@ -252,7 +252,8 @@ def test_export(digits, tmp_path):
     x = digits[0][:5]
     wanted = model.predict(x, verbose=0)
     model.export(tmp_path, verbose=False)
-    found = tf.saved_model.load(tmp_path).serve(x)
+    exported = tf.saved_model.load(tmp_path)
+    found = exported.serve(x)
     assert_all_close([np.asarray(found)], [wanted])
 
 

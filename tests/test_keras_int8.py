@@ -187,6 +187,13 @@ def test_accelerated_and_restored(draw):
         stock.layers[0].quantize("int8")
 
 
+def test_layers_of_a_policy_of_int8_are_not_accelerated(draw):
+    """No file makes them; what they compute is told where they are called, as without us."""
+    layer = fastconv.accelerate(keras.layers.Conv2D(2, 1, dtype="int8_from_float32"))
+    with pytest.raises(NotImplementedError, match="_int8_call"):
+        layer(draw(1, 4, 4, 1))
+
+
 class Mine(FastConv2D):
     pass
 

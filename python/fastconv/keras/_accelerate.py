@@ -57,7 +57,8 @@ def accelerate(model: Model) -> Model:
 def restore(model: Model) -> Model:
     """Makes every fast layer of ``model`` the stock layer it stands in for: undoes accelerate().
 
-    Layers that compute in int8 (``FastConv2D.quantize``) remain: there is no stock layer that does.
+    Layers that there are no stock ones for remain: those that compute in int8 (``FastConv2D.quantize``),
+    and ``FastConvPool2D``.
 
     Args:
         model: a Keras model, or a layer.
@@ -151,7 +152,8 @@ def _layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
 def _change_classes(model: Model, classes: dict[type[Any], type[Any]]) -> Model:
     layers = _layers(model)
     for layer in layers:
-        if type(layer) in classes and not getattr(layer, "_is_quantized", False):
+        # Quantised or to be: no stock layer of these classes computes so.
+        if type(layer) in classes and layer.quantization_mode is None:
             _change_class(layer, classes[type(layer)])
     for layer in layers:
         if isinstance(layer, keras.Model):
