@@ -17,6 +17,7 @@ import fastconv
 from fastconv import _core
 from fastconv.bench import compare, files, reference, statistics, suites
 from fastconv.bench.problem import ProblemError, parse, parse_direction, parse_lines
+from fastconv.bench.session import Conditions
 from fastconv.cli import main
 
 SMALL = "mb2ic3ih9iw8oc4oh9ow8kh3ph1"
@@ -424,6 +425,46 @@ def test_one_that_dies_is_left_out_and_named(tmp_path):
     run = files.read_json(path)
     assert "status 7" in run["conditions"]["absent"]["dying_peer"]
     assert set(run["results"][0]["implementations"]) == {"fastconv"}
+
+
+def test_who_is_left_out_of_a_case_is_told(tmp_path):
+    result = invoke(
+        *QUICK, SMALL, "--dir", "fprop,dgrad", "--impl", "fastconv,fprop_peer", "--brief"
+    )
+    assert result.exit_code == 0, result.output
+    assert "fprop_peer is left out in 1 of 2 cases: fprop alone" in result.output
+    assert "ratio: " in result.output
+    assert "bandw.: " not in result.output, "of a column that --brief does not show"
+
+
+def test_what_memory_cannot_hold_loses_no_other_case(tmp_path):
+    path = tmp_path / "run.json"
+    huge = "mb2147483647ic64ih99oc64kh3ph1"
+    result = invoke(*QUICK, huge, SMALL, "--dir", "fprop", "--impl", "fastconv", "--json", path)
+    assert result.exit_code == 1
+    assert "fastconv could not be measured in 1 of 2 cases" in result.output
+    assert "no room for its arrays" in result.output
+    lost, kept = files.read_json(path)["results"]
+    assert (set(lost["implementations"]), set(kept["implementations"])) == (set(), {"fastconv"})
+
+
+def test_a_variable_that_only_a_run_shows_to_be_wrong(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTCONV_GUARD_PAGES", "2")
+    result = invoke(*QUICK, SMALL, "--dir", "fprop", "--impl", "fastconv")
+    assert result.exit_code == 1
+    assert "FASTCONV_GUARD_PAGES must be 0 or 1" in result.output
+
+
+def test_an_algorithm_that_does_not_serve_is_told():
+    arguments = ("--algorithm", "depthwise", "--dir", "fprop", "--impl", "fastconv")
+    result = invoke(*QUICK, SMALL, *arguments)
+    assert "depthwise does not serve 1 of 1 cases, computed by: " in result.output
+
+
+def test_a_case_is_repeated_as_it_was_measured():
+    conditions = Conditions(2, seed=3, rounds=4)
+    assert conditions.options == "--threads 2 --rounds 4 --seed 3"
+    assert Conditions(1).options == "--threads 1"
 
 
 def test_nobody_to_measure():

@@ -59,7 +59,11 @@ TABLE = {
         ([f"mb{'9' * 5000}ic1ih5oc5kh3"], USAGE, "mb must be below 2**31"),
         (["g3ic8ih5oc5kh3"], USAGE, "g3"),
     ],
-    ("bench", "--suite"): [(["--suite", "nonsense"], USAGE, "nonsense")],
+    ("bench", "--suite"): [
+        (["--suite", "nonsense"], USAGE, "nonsense"),
+        (["--suite", "random:1:0"], USAGE, "no problem in what was asked for"),
+        (["--suite", "pooling", "--dir", "wgrad"], USAGE, "no problem of direction wgrad"),
+    ],
     ("bench", "--file"): [
         (["--file", "{missing}"], USAGE, "does not exist"),
         (["--file", "{directory}"], USAGE, "is a directory"),
@@ -90,6 +94,8 @@ TABLE = {
     ("bench", "--seconds"): [
         (["--seconds", "0"], USAGE, "is not in the range x>0"),
         (["--seconds", "soon"], USAGE, "'soon' is not a valid float range"),
+        (["--seconds", "nan"], USAGE, "nan is not a finite number"),
+        (["--seconds", "inf"], USAGE, "inf is not a finite number"),
     ],
     ("bench", "--seed"): [(["--seed", "-1"], USAGE, "-1 is not in the range x>=0")],
     ("bench", "--json"): [
@@ -105,7 +111,10 @@ TABLE = {
         (["--compare", "{file}"], USAGE, "requires 2 arguments"),
         (["--compare", "{file}", "{file}"], FAILURE, "cannot be read"),
     ],
-    ("bench", "--threshold"): [(["--threshold", "-0.1"], USAGE, "is not in the range x>=0")],
+    ("bench", "--threshold"): [
+        (["--threshold", "-0.1"], USAGE, "is not in the range x>=0"),
+        (["--threshold", "nan"], USAGE, "nan is not a finite number"),
+    ],
     ("bench", "--plot"): [(["--plot", "{file}"], USAGE, "is a file")],
     ("bench", "--from"): [
         (["--from", "{missing}"], USAGE, "does not exist"),

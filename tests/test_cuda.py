@@ -403,6 +403,12 @@ def test_too_large():
         gpu_functions.explain((2**31, 1, 1, 1), (1, 1, 1, 1), dtype="float16")
 
 
+@pytest.mark.parametrize("dtype, error", [("int8", ValueError), (1, TypeError)])
+def test_explain_knows_three_types(dtype, error):
+    with pytest.raises(error, match=f"`dtype` must be .*Received: dtype={dtype!r}"):
+        gpu_functions.explain((2, 9, 9, 8), (3, 3, 8, 8), dtype=dtype)
+
+
 def test_signatures_and_docstrings():
     for name in ("conv2d", "conv2d_grad_filter", "avg_pool2d"):
         function = getattr(gpu_functions, name)

@@ -153,3 +153,17 @@ def test_environment(variable, value, printed):
         check=True,
     )
     assert printed in result.stdout
+
+
+def test_what_is_no_layer_imports_no_framework():
+    script = (
+        "import sys, numpy as np, fastconv\n"
+        "try:\n"
+        "    fastconv.explain(np.zeros((3, 99)))\n"
+        "except TypeError as error:\n"
+        "    print(error, sorted({'keras', 'tensorflow'} & set(sys.modules)))\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.endswith("Received: <ndarray of shape (3, 99)> []\n"), found.stdout

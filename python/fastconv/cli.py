@@ -55,7 +55,7 @@ def info(as_json: bool) -> None:
         _print_facts(facts)
 
 
-@main.command()
+@main.command(short_help="Train the article's network on MNIST.")
 @click.option(
     "--epochs",
     type=click.IntRange(min=1),

@@ -26,8 +26,10 @@ from fastconv._arguments import (
     conv2d_options,
     normalize_algorithm,
     normalize_direction,
+    normalize_dtype_name,
     normalize_integer,
     normalize_shape,
+    shown,
 )
 from fastconv._core.cuda import CudaError, DeviceArray
 
@@ -132,7 +134,9 @@ def _handle(stream: Any) -> int:
             return int(getattr(stream, attribute))
     handle = normalize_integer(stream, "stream")
     if handle < 0:
-        raise ValueError(f"`stream` must be a stream or its handle. Received: stream={stream!r}")
+        raise ValueError(
+            f"`stream` must be a stream or its handle. Received: stream={shown(stream)}"
+        )
     return handle
 
 
@@ -155,6 +159,8 @@ def using_stream(stream: Any) -> Iterator[None]:
     ------
     TypeError
         If it is none of these.
+    ValueError
+        If it is a negative integer.
     """
     handle = _handle(stream)
     before = _core.cuda.set_stream(handle, None if isinstance(stream, int) else stream)
@@ -305,12 +311,21 @@ def explain(
     candidates
         Dicts of ``algorithm``, ``blocking`` (in words), ``workspace_bytes`` and
         ``predicted_seconds`` (an estimate, no measurement).
+
+    Raises
+    ------
+    TypeError
+        If an option is not of the kind ``conv2d`` takes.
+    ValueError
+        If the shapes or options do not make a convolution, or there is no such device.
+    CudaError
+        If there are no CUDA kernels, or CUDA fails.
     """
     return _core.cuda.candidates(
         normalize_shape(input_shape, "input_shape"),
         normalize_shape(filter_shape, "filter_shape"),
         normalize_direction(direction),
-        dtype,
+        normalize_dtype_name(dtype),
         normalize_integer(device, "device"),
         **conv2d_options(strides, padding, dilation_rate, groups, activation, data_format),
         algorithm=normalize_algorithm(algorithm),

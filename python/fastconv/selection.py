@@ -6,6 +6,7 @@ so that results stay the same bits for any.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from fastconv import _core
@@ -15,6 +16,7 @@ from fastconv._arguments import (
     normalize_direction,
     normalize_dtype_name,
     normalize_shape,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -115,7 +117,13 @@ def explain(
             raise TypeError(
                 "`filter_shape` must be given with an input shape. Received: filter_shape=None"
             )
-        from fastconv import keras  # says what is missing where TensorFlow is
+        # Of what was not imported, which takes seconds, it can be no layer.
+        if "keras" not in sys.modules:
+            raise TypeError(
+                "The argument must be an input shape, with a `filter_shape`, or a Keras layer. "
+                f"Received: {shown(input_shape)}"
+            )
+        from fastconv import keras
 
         return keras.explain_layer(input_shape)
     return _core.explain(

@@ -745,7 +745,7 @@ void set_num_threads(int64_t threads) {
   // What no int holds would reach the core as another number.
   if (threads != static_cast<int>(threads)) {
     throw fastconv::InvalidArgument(
-        text("num_threads must be an integer from 1 to 1024. Received: num_threads=", threads));
+        text("`num_threads` must be an integer from 1 to 1024. Received: num_threads=", threads));
   }
   fastconv::set_num_threads(static_cast<int>(threads));
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import shlex
 import sys
@@ -34,7 +35,19 @@ SUITE_NAMES = (
 )
 
 
-@click.command()
+class FiniteRange(click.FloatRange):
+    """A range of numbers, of which "nan" and "inf" are none."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return float(number)
+
+
+@click.command(short_help="Measure kernels beside other libraries'.")
 @click.argument("problems", nargs=-1, metavar="[PROBLEM]...")
 @click.option("--suite", "suites", multiple=True, metavar="NAME", help=f"{SUITE_NAMES}, or all.")
 @click.option(
@@ -88,7 +101,7 @@ SUITE_NAMES = (
 )  # fmt: skip
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
 @click.option(
-    "--seconds", type=click.FloatRange(min=0, min_open=True), default=0.1, show_default=True,
+    "--seconds", type=FiniteRange(min=0, min_open=True), default=0.1, show_default=True,
     help="Timed for an implementation and a case, in all rounds together.",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
@@ -103,7 +116,7 @@ SUITE_NAMES = (
     help="Measure nothing; name what became slower, and exit with 1 where something did.",
 )
 @click.option(
-    "--threshold", type=click.FloatRange(min=0), default=0.1, show_default=True,
+    "--threshold", type=FiniteRange(min=0), default=0.1, show_default=True,
     help="Of --compare: by how much a case may become slower.",
 )  # fmt: skip
 @click.option(
@@ -173,6 +186,10 @@ def bench(
     _show(run, options, report_path)
     if not run["complete"]:
         sys.exit(_INTERRUPTED)
+    if failed := run["failed"]:
+        raise click.ClickException(
+            f"fastconv could not be measured in {len(failed)} of {len(cases)} cases. {failed[0]}"
+        )
 
 
 def _read(path: str, times_alone: bool = False) -> Record:
@@ -273,7 +290,8 @@ def _cases(
             if direction in problem.directions:
                 cases.setdefault((problem, direction), suite)
     if not cases:
-        raise problems.ProblemError(f"There is nothing to measure in {directions}")
+        asked = f"of direction {directions}" if directions else "in what was asked for"
+        raise problems.ProblemError(f"There is no problem {asked}, so nothing to measure")
     return [(*case, suite) for case, suite in cases.items()]
 
 
@@ -320,6 +338,7 @@ def _measure(cases: list[CaseOfSuite], names: list[str], options: dict[str, Any]
             except KeyboardInterrupt:
                 progress.note("interrupted: what was measured is kept")
             run["conditions"] = session.describe()
+            run["failed"] = session.failed
     run["seconds"] = time.monotonic() - start
     return run
 

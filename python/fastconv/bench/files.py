@@ -55,7 +55,7 @@ def read_json(path: str | os.PathLike[str], times_alone: bool = False) -> Record
     try:
         run = json.loads(Path(path).read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise FileError(f"{path} cannot be read: {error}") from error
+        raise FileError(f"{path} cannot be read as JSON: {error}") from error
     rule = f"{path} must hold results of fastconv bench, format {FORMAT}"
     if not isinstance(run, dict) or run.get("format") != FORMAT:
         raise FileError(rule)
@@ -121,9 +121,10 @@ _CONDITIONS: dict[str, Check] = {
     "absent": _texts, "malloc": _or_none(_text), "cold": _truth, "layout": _text, "dtype": _text,
     "rounds": _count, "when": _text,
 }  # fmt: skip
+_OPTIONAL_CONDITIONS: dict[str, Check] = {"algorithm": _text, "others": _count}
 _RESULT: dict[str, Check] = {
     "kind": _text, "suite": _file_name, "flops": _count, "read": _positive, "written": _positive,
-    "repeat": _text,
+    "repeat": _text, "left_out": _texts,
 }  # fmt: skip
 _RECORD: dict[str, Check] = {
     "algorithm": _or_none(_text),
@@ -142,8 +143,9 @@ def _check_run(run: Record, times_alone: bool) -> None:
     if not times_alone:
         _check(conditions, "conditions", {**_CONDITIONS, "limits": lambda _: True})
         _check(run, "the run", {"command": _text, "seconds": _count})
-        if not _or_none(_count)(conditions.get("others")):
-            raise _Wrong(f"others={conditions['others']!r} in conditions")
+        for name, check in _OPTIONAL_CONDITIONS.items():
+            if not _or_none(check)(conditions.get(name)):
+                raise _Wrong(f"{name}={reprlib.repr(conditions[name])} in conditions")
         if run.get("complete") is False:
             _check(run, "the run", {"planned": _count})
     results = run.get("results")

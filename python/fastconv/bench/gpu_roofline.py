@@ -189,7 +189,7 @@ def rows_of(
             )
 
 
-@click.command()
+@click.command(short_help="Estimate what the CUDA kernels allow at most.")
 @click.option(
     "--suite", "names", multiple=True, default=("resnet50",), show_default=True, metavar="NAME",
     help="mnist, vgg16, ... as of fastconv bench.",

@@ -84,6 +84,10 @@ class Conditions:
             words.append(f"--layout {self.layout}")
         if self.cold:
             words.append("--cache cold")
+        for field in dataclasses.fields(self):
+            if field.name in ("rounds", "seconds", "seed"):
+                value = getattr(self, field.name)
+                words += [f"--{field.name} {value}"] if value != field.default else []
         return " ".join(words)
 
 
@@ -229,6 +233,7 @@ class Session:
         self._log = tempfile.TemporaryFile()
         self._workers: list[Worker] = []
         self.absent: dict[str, str] = {}
+        self.failed: list[str] = []  # cases that we could not compute, and why
         self._floors: dict[tuple[str, bool, str], float] = {}
         self.limits: dict[str, float] | None = None
         self._started = time.monotonic()
@@ -319,7 +324,13 @@ class Session:
         WrongResult
             If a result is not what float64 gives; nothing is timed then.
         """
-        prepared, left_out = self._prepare(problem, direction)
+        expected = OURS in self.names
+        try:
+            prepared, left_out = self._prepare(problem, direction)
+        except (MemoryError, OSError) as error:  # the arrays lie in a file system in memory
+            prepared = []
+            left_out = dict.fromkeys(self._names, f"no room for its arrays: {error}")
+            left_out |= self.absent
         allowed = reference.tolerance(problem, direction, self.conditions.accuracy or "default")
         for worker, answer in prepared:
             if not answer["error"] <= allowed:
@@ -348,6 +359,9 @@ class Session:
                 ]
                 record["kernel"] = {**statistics.summary(shifted), "estimated": True}
             implementations[worker.name] = record
+        left_out |= {worker.name: worker.absent for worker, _ in prepared if worker.absent}
+        if expected and OURS not in implementations:
+            self.failed.append(f"{direction} {problem}: {left_out[OURS]}")
         return {
             "problem": str(problem),
             "name": problem.name,
@@ -374,14 +388,7 @@ class Session:
         self, problem: Problem, direction: str, floor: bool = False
     ) -> tuple[list[tuple[Worker, Record]], dict[str, str]]:
         """([(worker, its answer)], {name: why not}): all workers at once, before any is timed."""
-        arrays = problem.draw(self.conditions.seed)
-        right = reference.expected(problem, direction, arrays)
-        files = {}
-        everything: dict[str, NDArray[Any]] = {**arrays, "right": right}
-        for name, array in everything.items():
-            files[name] = str(self._directory / f"{name}.npy")
-            np.save(files[name], array)
-        del arrays, right, everything
+        files = self._files(problem, direction)
         workers = [worker for worker in self._workers if worker.absent is None]
         for worker in workers:
             worker.send("prepare", problem=str(problem), direction=direction, files=files)
@@ -404,6 +411,21 @@ class Session:
                     prepared.append((worker, answer))
         prepared.sort(key=lambda pair: self._names.index(pair[0].name))
         return prepared, left_out
+
+    def _files(self, problem: Problem, direction: str) -> dict[str, str]:
+        """The case's arrays and its right result, by their names."""
+        arrays = problem.draw(self.conditions.seed)
+        right = reference.expected(problem, direction, arrays)
+        everything: dict[str, NDArray[Any]] = {**arrays, "right": right}
+        files = {name: self._directory / f"{name}.npy" for name in everything}
+        try:
+            for name, array in everything.items():
+                np.save(files[name], array)
+        except OSError:
+            for path in files.values():
+                path.unlink(missing_ok=True)
+            raise
+        return {name: str(path) for name, path in files.items()}
 
     def _rounds(
         self,

@@ -21,20 +21,25 @@ if TYPE_CHECKING:
 # The share of CPU time taken by others from which on times mean little.
 BUSY = 0.05
 
-_LEGEND = """\
-kernel: time inside the library; ~ estimated: the call, less a call with next to nothing to compute, \
-at most by half.
-peak: share of the measured FMA peak, every tap counted, so that Winograd can be beyond 100 %.
-bandw.: share of the time that moving every array once takes at the measured speed; beyond 100 % \
-in a cache.
-error: largest difference to float64 / largest value.
-ratio: the best peer's kernel time / ours, median of the rounds (95 % bootstrap interval)."""
+# By the column that it is of.
+_LEGEND = {
+    "kernel us": "kernel: time inside the library; ~ estimated: the call, less a call with next to "
+    "nothing to compute, at most by half.",
+    "peak": "peak: share of the measured FMA peak, every tap counted, so that Winograd can be beyond "
+    "100 %.",
+    "bandw.": "bandw.: share of the time that moving every array once takes at the measured speed; "
+    "beyond 100 % in a cache.",
+    "error": "error: largest difference to float64 / largest value.",
+    "ratio": "ratio: the best peer's kernel time / ours, median of the rounds (95 % bootstrap "
+    "interval).",
+}
 
 
 def results(run: Record, width: int, details: bool = True) -> Group:
     """A table of all cases, and one of geometric means."""
     shown = [cases(run, width)] if details else []
-    return Group(conditions(run), *shown, means(run), _notes(run))
+    columns = _columns(width) if details else ["ratio"]
+    return Group(conditions(run), *shown, means(run), _notes(run, columns))
 
 
 def conditions(run: Record) -> Text:
@@ -67,11 +72,15 @@ def conditions(run: Record) -> Text:
 _WIDE = {"IQR": 150, "call us": 120, "bandw.": 110, "algorithm": 140, "error": 100}
 
 
+def _columns(width: int) -> list[str]:
+    titles = ["kernel us", "IQR", "GFLOP/s", "peak", "bandw.", "call us", "error", "ratio"]
+    return [title for title in [*titles, "algorithm"] if width >= _WIDE.get(title, 0)]
+
+
 def cases(run: Record, width: int) -> Table:
     """A row for each implementation of each case, the fastest first; ``width`` in characters."""
     limits = run["conditions"]["limits"]
-    titles = ["kernel us", "IQR", "GFLOP/s", "peak", "bandw.", "call us", "error", "ratio"]
-    titles = [t for t in [*titles, "algorithm"] if width >= _WIDE.get(t, 0)]
+    titles = _columns(width)
     table = _table("implementation")
     for title in titles:
         left = title == "algorithm"
@@ -181,20 +190,52 @@ def comparison(found: Comparison, threshold: float) -> Group:
         total = f"; geometric mean of new / old {mean:.3f}"
     parts.append(
         Text(
-            f"{len(found.changes)} cases of both runs: {len(found.regressions)} slower and "
+            f"{len(found.changes)} case{'s' if len(found.changes) != 1 else ''} of both runs: "
+            f"{len(found.regressions)} slower and "
             f"{len(found.improvements)} faster by more than {100 * threshold:g} %{total}"
         )
     )
     return Group(*parts)
 
 
-def _notes(run: Record) -> Text:
-    lines = _LEGEND.splitlines()
+def _notes(run: Record, columns: list[str]) -> Text:
+    lines = [text for column, text in _LEGEND.items() if column in columns]
+    lines += [*_left_out(run), *_other_algorithms(run)]
     if not run.get("complete", True):
         lines.append(f"Interrupted: {len(run['results'])} of {run['planned']} cases.")
     elif run["results"]:
         lines.append(f"Repeat a case: {run['results'][0]['repeat']}")
     return Text("\n".join(lines), style="dim")
+
+
+def _left_out(run: Record) -> list[str]:
+    """Who is missing in which cases, and why; who is missing in all is told with the conditions."""
+    counts: dict[tuple[str, str], int] = {}
+    for result in run["results"]:
+        for name, why in result["left_out"].items():
+            if name not in run["conditions"]["absent"]:
+                counts[(name, why)] = counts.get((name, why), 0) + 1
+    return [
+        f"{name} is left out in {_of(count, len(run['results']))}: {why}"
+        for (name, why), count in counts.items()
+    ]
+
+
+def _other_algorithms(run: Record) -> list[str]:
+    """Where what --algorithm names did not serve."""
+    wanted = run["conditions"].get("algorithm")
+    if wanted in (None, "auto"):
+        return []
+    ours = [r["implementations"][OURS] for r in run["results"] if OURS in r["implementations"]]
+    others = [record["algorithm"] for record in ours if record["algorithm"] != wanted]
+    if not others:
+        return []
+    names = ", ".join(sorted({str(name) for name in others}))
+    return [f"{wanted} does not serve {_of(len(others), len(ours))}, computed by: {names}"]
+
+
+def _of(count: int, total: int) -> str:
+    return f"{count} of {total} cases"
 
 
 def _table(*columns: str) -> Table:

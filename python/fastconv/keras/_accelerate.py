@@ -11,6 +11,7 @@ import keras
 from rich.console import Console
 from rich.table import Table
 
+from fastconv._arguments import shown
 from fastconv.keras._explain import explain_layer
 from fastconv.keras._joining import joins
 from fastconv.keras._stand_in import JOINING, STAND_INS
@@ -43,6 +44,9 @@ def accelerate(model: Model) -> Model:
 
     Returns:
         ``model``, which was changed in place.
+
+    Raises:
+        TypeError: if it is neither.
     """
     _change_classes(model, STAND_INS)
     for part in _layers(model):
@@ -65,6 +69,9 @@ def restore(model: Model) -> Model:
 
     Returns:
         ``model``, which was changed in place.
+
+    Raises:
+        TypeError: if it is neither.
     """
     classes = {**STAND_INS, **JOINING}
     return _change_classes(model, {fast: stock for stock, fast in classes.items()})
@@ -79,9 +86,14 @@ def summary(model: keras.layers.Layer, console: Console | None = None) -> list[E
 
     Returns:
         The list of Explanations that the table shows.
+
+    Raises:
+        TypeError: if ``model`` is no Keras model or layer, or ``console`` no console.
     """
     if console is not None and not callable(getattr(console, "print", None)):
-        raise TypeError(f"`console` must be a rich.console.Console. Received: console={console!r}")
+        raise TypeError(
+            f"`console` must be a rich.console.Console. Received: console={shown(console)}"
+        )
     explanations = [
         explain_layer(layer)
         for layer in _layers(model)
@@ -144,7 +156,7 @@ def _maker(stock: type[Any], fast: type[Any]) -> Callable[..., Any]:
 def _layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
     """``model`` and all layers within, each once."""
     if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"`model` must be a Keras model or layer. Received: model={model!r}")
+        raise TypeError(f"`model` must be a Keras model or layer. Received: model={shown(model)}")
     unique = {id(layer): layer for layer in model._flatten_layers()}
     return list(unique.values())
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import keras
 
+from fastconv._arguments import shown
 from fastconv.keras._joining import FastZeroPadding2D
 from fastconv.keras._stand_in import (
     JOINING,
@@ -55,9 +56,12 @@ def explain_layer(layer: keras.layers.Layer) -> Explanation:
 
     Returns:
         An Explanation, which prints as a sentence.
+
+    Raises:
+        TypeError: if it is no Keras layer.
     """
     if not isinstance(layer, keras.layers.Layer):
-        raise TypeError(f"`layer` must be a Keras layer. Received: layer={layer!r}")
+        raise TypeError(f"`layer` must be a Keras layer. Received: layer={shown(layer)}")
     served_by, reason = _explain(layer)
     return Explanation(layer.name, type(layer).__qualname__, served_by, reason)
 
