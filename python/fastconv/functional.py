@@ -97,7 +97,7 @@ def conv2d(
         channels, height, width) with ``data_format="channels_first"``. The batch may be 0.
     w
         Array of the dtype of ``x`` and shape (rows, columns, channels / groups, filters); or, for
-        float32, a :class:`PackedFilter` of one, which many calls use faster.
+        float32, a :class:`~fastconv.PackedFilter` of one, which many calls use faster.
     bias
         Array of that dtype and shape (filters,), or None for none.
     strides
@@ -277,7 +277,7 @@ def conv2d_grad_input(
     dy
         Gradient of the result: array of the shape and dtype that ``conv2d`` returned.
     w
-        The filters ``conv2d`` was given; of float32, also a :class:`PackedFilter` of them.
+        The filters ``conv2d`` was given; of float32, also a :class:`~fastconv.PackedFilter` of them.
     input_shape
         Shape of the input ``x`` that ``conv2d`` was given.
     strides, padding, dilation_rate, groups, data_format
