@@ -269,7 +269,10 @@ def _draw(rng):
 
     operation = pick("conv", "conv", "conv", "conv_pool", "max_pool", "avg_pool")
     is_conv = operation.startswith("conv")
-    kind = pick("any", "any", "winograd", "pointwise", "depthwise", "first", "far")
+    kind = pick(
+        "any", "any", "winograd", "pointwise", "depthwise", "first", "far", "batch", "shifted"
+    )
+    n = pick(1, 1, 2, 3, up_to(8), 0)
     c, k = int(pick(*CHANNELS)), int(pick(*CHANNELS))
     if rng.random() < 0.3:
         c, k = up_to(20), up_to(40)
@@ -299,6 +302,14 @@ def _draw(rng):
         strides = (up_to(12), up_to(12))
         dilations = pick((1, 1), (up_to(9), up_to(9)))
         w = pick(w, 1, s)
+    elif kind == "batch":  # in chunks, of which the last may be small
+        n, h, w, c, k, groups = up_to(6000), up_to(4), up_to(4), up_to(12), up_to(20), 1
+    elif kind == "shifted":  # by single taps, as many pixels as there are, but others
+        r = s = 1
+        strides, dilations = (up_to(4), up_to(4)), (1, 1)
+        down, across = ((stride - 1) * (size - 1) for stride, size in zip(strides, (h, w)))
+        top, left = up_to(down, 0), up_to(across, 0)
+        pads = (top, down - top, left, across - left)
     if not is_conv:
         dilations, groups, k = (1, 1), 1, 1
         if pick(False, False, False, True):  # all of an image
@@ -313,7 +324,7 @@ def _draw(rng):
         values = "x_not_finite"
     return Case(
         operation,
-        pick(1, 1, 2, 3, up_to(8), 0),
+        n,
         c,
         h,
         w,

@@ -125,6 +125,10 @@ EDGES = both_layouts(
         Problem((2, 12, 13, 3), 17, kernel=(3, 2), dilation_rate=(2, 3)),
         Problem((2, 12, 13, 2), 9, kernel=(2, 3)),
         Problem((2, 12, 13, 1), 33, kernel=(2, 3), dilation_rate=(1, 2)),
+        # As many pixels as the input has, but not these.
+        Problem((2, 9, 9, 64), 8, kernel=(1, 1), strides=(2, 2), padding=((4, 4), (4, 4))),
+        Problem((20, 1, 9, 64), 8, kernel=(1, 1), strides=(1, 2), padding=((0, 0), (4, 4))),
+        Problem((20, 3, 9, 64), 8, kernel=(1, 1), padding=((1, 0), (0, 2))),
     ]
 )
 SMALL = WINDOWS + CHANNELS + DILATIONS + GROUPS + FEW_FILTERS + EDGES
@@ -158,6 +162,11 @@ LARGE = [
     Problem((3, 20, 21, 128), 128, groups=4, padding=((2, 0), (1, 1))),
     Problem((2, 27, 25, 48), 40, padding="same", data_format="channels_first"),
     Problem((32, 13, 13, 32), 64, data_format="channels_first"),
+    # Batches in chunks, the last of which has fewer pixels than a filter's gradient has parts.
+    Problem((5462, 2, 2, 3), 8, padding="same"),
+    Problem((1311, 3, 3, 8), 16, padding="same"),
+    Problem((1537, 3, 3, 64), 64),
+    Problem((2101, 300, 2, 1), 3, kernel=(3, 3), strides=(299, 1), padding=((1, 1), (1, 1))),
 ]
 
 over = functools.partial(pytest.mark.parametrize, "problem", ids=str)

@@ -34,6 +34,8 @@ LARGE = [
     Problem((32, 13, 13, 32), 64),
     Problem((1, 96, 95, 24), 64, padding="same"),
     Problem((1, 224, 224, 3), 64, padding="same"),
+    # A batch in chunks, the last of which has fewer pixels than the filter's gradient has parts.
+    Problem((2428, 4, 4, 3), 8, padding="same"),
 ]
 # Whose gradients may be computed from lists of what is not zero.
 SPARSE = [

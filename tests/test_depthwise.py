@@ -94,6 +94,18 @@ PROBLEMS = [
         for taps in (4, 6, 8, 9, 10, 11, 15, 17, 31)
         for padding in ["same", ((0, 1), (20, 33))]
     ),
+    # One row of taps, which stay in registers; rows in the padding, and lines that crowd a cache.
+    *(
+        depthwise((2, 3, width, 19), kernel=(1, taps), padding=padding)
+        for taps in (3, 5, 7)
+        for width in (7, 8, 14, 15, 17, 70)
+        for padding in ["same", "valid", ((2, 1), (9, 4))]
+    ),
+    *(
+        depthwise((1, 5, 41, channels), kernel=(1, taps), padding="same")
+        for taps in (3, 5, 7)
+        for channels in (1, 8, 128, 256, 500, 512, 1024)
+    ),
     depthwise((1, 3, 12, 20), kernel=(2, 31), padding="same"),
     depthwise((1, 3, 70, 20), 2, kernel=(1, 9), padding="same", dilation_rate=(1, 2)),
     depthwise((1, 1, 1500, 70), kernel=(1, 31), padding="same"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import fastconv
 import tensorflow_oracle as oracle
 from fastconv.adapters import tensorflow as ops
 from tensorflow_oracle import assert_all_close, orders
@@ -327,6 +328,24 @@ def test_ops_called_in_the_raw(call, message):
     with pytest.raises(tf.errors.InvalidArgumentError) as raised:
         call(ops._ops, tf.zeros((1, 5, 5, 3)), tf.zeros((3, 3, 3, 4)))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("shape, filters", [((2, 13, 13, 32), 64), ((3, 9, 8, 1), 5)], ids=str)
+def test_an_argmax_that_names_no_pixel(shape, filters, rng):
+    """It is data, which may be anything: such a maximum has no pixel for its gradient to go to."""
+    x, w = rng.standard_normal(shape, "f"), rng.standard_normal((3, 3, shape[3], filters), "f")
+    y, argmax = fastconv.conv2d_max_pool2d(x, w, activation="relu", return_argmax=True)
+    dy, lost = rng.standard_normal(y.shape, "f"), rng.random(y.shape) < 0.2
+    wrong = np.where(lost, rng.integers(4, 256, y.shape), argmax).astype(np.uint8)
+
+    def gradients(dy, argmax):
+        return ops._ops.fastconv_conv2d_max_pool2d_grad(
+            x, w, dy, y, argmax, wanted=[1, 0], num_dx=1, num_bias=0, activation="RELU"
+        )
+
+    found, wanted = gradients(dy, wrong), gradients(np.where(lost, 0, dy), argmax)
+    for a, b in zip(tf.nest.flatten(found), tf.nest.flatten(wanted), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @in_eager_mode_and_graphs

@@ -111,10 +111,8 @@ int64_t images_within(int64_t budget_bytes, int64_t image_floats, int64_t images
 // batch that is converted can be as small as the caches would have them. Not where few channels, or each
 // by itself, have kernels that go along a row.
 Conv2dProblem of_single_pixels(const Conv2dProblem& p) {
-  const bool sees_each_once = p.r == 1 && p.s == 1 && p.stride_h == 1 && p.stride_w == 1 &&
-                              p.oh == p.h && p.ow == p.w && p.pad_top == 0 && p.pad_left == 0;
   const bool is_converted = p.dtype != DataType::float32 && p.layout == Layout::nhwc;
-  if (!sees_each_once || !is_converted || p.groups > 1 || p.c <= 4) return p;
+  if (!p.sees_each_pixel_once() || !is_converted || p.groups > 1 || p.c <= 4) return p;
   Conv2dProblem small = p;
   small.n = p.n * p.h * p.w;
   small.h = small.w = small.oh = small.ow = 1;

@@ -50,6 +50,12 @@ struct Conv2dProblem {
   FASTCONV_API std::array<std::int64_t, 4> y_shape() const;
   std::array<std::int64_t, 4> filter_shape() const { return {r, s, c_per_group(), k}; }
 
+  // Whether output pixel i meets input pixel i alone.
+  bool sees_each_pixel_once() const {
+    return r == 1 && s == 1 && stride_h == 1 && stride_w == 1 && oh == h && ow == w &&
+           pad_top == 0 && pad_left == 0;
+  }
+
   bool operator==(const Conv2dProblem&) const = default;
 };
 

@@ -1,6 +1,6 @@
 // Depthwise convolutions: one input channel a group. Those of square filters of 3, 5 or 7 taps a
-// side, stride 1 or 2 and channel multiplier 1 have the kernels below; what computes the others is
-// in lanes.hpp.
+// side, stride 1 or 2 and channel multiplier 1 have the kernels below, with 16 registers also fprop and
+// dgrad of one row of as many taps, stride 1; what computes the others is in lanes.hpp.
 //
 // A multiply-add of a depthwise convolution has two operands of its own: what counts is how often a
 // vector is loaded, and from which cache. A tile is some rows of some columns of one to four vectors
@@ -643,12 +643,12 @@ DepthwiseKernels depthwise_kernels_with(bool masked) {
 }
 
 // Row by row: a tile's rows are as many as have lines, of columns that lie `apart` floats, which stay
-// in the first-level cache for the next vector, and no more than `most`; 0 for none.
-inline int64_t depthwise_rows_that_stay(int64_t taps, int64_t step, int64_t columns, int64_t apart,
-                                        int64_t most) {
+// in the first-level cache for the next vector, and no more than `most`; 0 for none. Of a filter of R x S
+// taps.
+inline int64_t depthwise_rows_that_stay(int64_t r, int64_t s, int64_t step, int64_t columns,
+                                        int64_t apart, int64_t most) {
   int64_t rows = most;
-  while (rows > 0 &&
-         crowds_cache(((rows - 1) * step + taps) * ((columns - 1) * step + taps), apart)) {
+  while (rows > 0 && crowds_cache(((rows - 1) * step + r) * ((columns - 1) * step + s), apart)) {
     --rows;
   }
   return rows;
@@ -683,13 +683,13 @@ DepthwiseKernels depthwise_kernels(int64_t channels, int64_t columns, int64_t ap
   const bool whole_lines = kLineVectors != kVectors && channels % (kLineVectors * V::kWidth) == 0;
   if constexpr (kWalk == DepthwiseWalk::wgrad && R == 3 && kByRows<V>) {
     constexpr int64_t kMost = 4, kAnyway = 3;
-    const int64_t stay = depthwise_rows_that_stay(R, Step, columns, apart, kMost);
+    const int64_t stay = depthwise_rows_that_stay(R, R, Step, columns, apart, kMost);
     return stay == 0 && whole_lines
                ? depthwise_kernels_with<V, kWalk, R, Step, kLineVectors>(masked)
                : depthwise_kernels_by_rows<V, kWalk, R, Step>(stay > 0 ? stay : kAnyway, masked);
   } else if constexpr (kWalk == DepthwiseWalk::gather && R > 3 && kByRows<V>) {
     constexpr int64_t kMost = 8, kAnyway = 4;
-    const int64_t stay = depthwise_rows_that_stay(R, Step, columns, apart, kMost);
+    const int64_t stay = depthwise_rows_that_stay(R, R, Step, columns, apart, kMost);
     DepthwiseKernels out =
         depthwise_kernels_by_rows<V, kWalk, R, Step>(stay > 0 ? stay : kAnyway, masked);
     out.stages = stay == 0;
@@ -704,20 +704,51 @@ DepthwiseKernels depthwise_kernels(int64_t channels, int64_t columns, int64_t ap
   }
 }
 
+template <class V>
+DepthwiseKernels depthwise_kernels_of_one_row(int64_t taps, int64_t columns, int64_t apart) {
+  constexpr int64_t kMost = 4;
+  const int64_t rows = max64(1, depthwise_rows_that_stay(1, taps, 1, columns, apart, kMost));
+  return {.vectors = 1,
+          .rows = rows,
+          .source_rows = rows,
+          .source_step = 1,
+          .cell = 1,
+          .missing = 0,
+          .whole = taps == 3   ? depthwise_rows_of_one<V, 3>
+                   : taps == 5 ? depthwise_rows_of_one<V, 5>
+                               : depthwise_rows_of_one<V, 7>,
+          .edge = {},
+          .by_rows = true};
+}
+
 // `columns`: of a tile.
 template <class V, DepthwiseWalk kWalk, int Step>
 DepthwiseKernels depthwise_kernels(const Conv2dProblem& p, int64_t columns, int64_t apart,
                                    bool masked) {
+  if constexpr (kByRows<V> && kWalk == DepthwiseWalk::gather && Step == 1) {
+    if (p.r == 1) return depthwise_kernels_of_one_row<V>(p.s, columns, apart);
+  }
   if (p.r == 3) return depthwise_kernels<V, kWalk, 3, Step>(p.c, columns, apart, masked);
   if (p.r == 5) return depthwise_kernels<V, kWalk, 5, Step>(p.c, columns, apart, masked);
   return depthwise_kernels<V, kWalk, 7, Step>(p.c, columns, apart, masked);
 }
 
-inline bool has_depthwise_kernels(const Conv2dProblem& p) {
+// `masked`: dgrad or wgrad of what an activation gave.
+template <class V>
+bool has_depthwise_kernels(const Conv2dProblem& p, Direction direction, bool masked) {
   const bool dilated = p.dilation_h > 1 || p.dilation_w > 1;
-  return p.c_per_group() == 1 && p.k_per_group() == 1 && p.r == p.s &&
-         (p.r == 3 || p.r == 5 || p.r == 7) && p.stride_h == p.stride_w &&
-         p.stride_h <= (dilated ? 1 : 2);
+  if (p.c_per_group() != 1 || p.k_per_group() != 1 || (p.s != 3 && p.s != 5 && p.s != 7) ||
+      p.stride_h != p.stride_w) {
+    return false;
+  }
+  // Of one row, the lanes mask as they read, have a wgrad that is as fast, and take all channels of eight
+  // pixels where those of more would not stay in a cache; of a dilated one, those of a whole tile.
+  if (p.r == 1) {
+    const int64_t pixels = dilated ? 32 : pixels_of_one_row(p.s);
+    return kByRows<V> && direction != Direction::wgrad && !masked && p.stride_h == 1 &&
+           one_row_stays(pixels, p.s, p.dilation_w * p.c);
+  }
+  return p.r == p.s && p.stride_h <= (dilated ? 1 : 2);
 }
 
 template <class V>
@@ -1044,7 +1075,9 @@ struct Depthwise {
   }
 
   static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
-    if (!has_depthwise_kernels(p)) return run_lanes<V>(p, direction, t);
+    if (!has_depthwise_kernels<V>(p, direction, t.y != nullptr)) {
+      return run_lanes<V>(p, direction, t);
+    }
     if (t.y && !depthwise_kernels_mask(p.r)) {
       const Workspace dz(static_cast<std::size_t>(p.y_size()) * 4);
       activation_grad<V>(p.n * p.oh * p.ow, p.k, t.dy, t.y, dz.floats(), t.dbias);
@@ -1063,7 +1096,7 @@ struct Depthwise {
   }
 
   static Estimate estimate(const Conv2dProblem& p, Direction direction) {
-    if (!has_depthwise_kernels(p)) return estimate_lanes<V>(p, direction);
+    if (!has_depthwise_kernels<V>(p, direction, false)) return estimate_lanes<V>(p, direction);
     constexpr double kATap = 1.1, kAPixel = 3;
     const DepthwiseConvolution<V> convolution(p, direction, true, true);
     const double pixels = static_cast<double>(p.n * p.oh * p.ow);
@@ -1075,7 +1108,7 @@ struct Depthwise {
   }
 
   static std::string blocking(const Conv2dProblem& p, Direction direction) {
-    if (!has_depthwise_kernels(p)) return describe_lanes<V>(p, direction);
+    if (!has_depthwise_kernels<V>(p, direction, false)) return describe_lanes<V>(p, direction);
     const DepthwiseConvolution<V> convolution(p, direction, true, true);
     std::string text =
         std::to_string(convolution.kernels.rows) + " rows x " +

@@ -209,6 +209,126 @@ void depthwise_rows(const DepthwiseTile& t) {
       });
 }
 
+// sum[j] += what a row of taps makes of pixel j, of neighbours whose first source column is at `row`. Of
+// their source columns those of `inside`, a Span, exist.
+template <class V, int Step, int Taps, int Pixels, class Inside, class Channels>
+inline __attribute__((always_inline)) void add_row_of_taps(const char* row,
+                                                           const SourceSteps& steps, Inside inside,
+                                                           const Channels& channels,
+                                                           const typename V::Reg (&tap)[Taps],
+                                                           typename V::Reg (&sum)[Pixels]) {
+  const char* four = row;
+#pragma GCC unroll 32
+  for (int at = 0; at < (Pixels - 1) * Step + Taps; ++at) {
+    if (at >= inside.begin && at < inside.end) {
+      const int64_t apart = at % 4 == 3 ? steps.columns_3 : at % 4 * steps.column;
+      const auto a = V::held(channels.load(reinterpret_cast<const float*>(four + apart), 0));
+#pragma GCC unroll 8
+      for (int j = 0; j < Pixels; ++j) {
+        const int s = at - j * Step;
+        if (s >= 0 && s < Taps) sum[j] = V::fma(a, tap[s], sum[j]);
+      }
+    }
+    if (at % 4 == 3) four = hidden(four + 4 * steps.column);
+  }
+}
+
+// sum[j], with the tile's activation.
+template <class V, int Pixels>
+inline __attribute__((always_inline)) void activate_pixels(const DepthwiseTile& t,
+                                                           typename V::Reg (&sum)[Pixels]) {
+  if (!t.relu) return;
+  const typename V::Reg ceiling = V::set(t.ceiling);
+#pragma GCC unroll 8
+  for (int j = 0; j < Pixels; ++j) sum[j] = relu_to<V>(ceiling, sum[j]);
+}
+
+// Neighbouring pixels whose sums, beside a row of taps, are in registers.
+constexpr int pixels_of_one_row(int64_t taps) { return taps == 7 ? 7 : 8; }
+
+// Whether the lines that so many pixels meet, of the source and of the output, stay in the first-level cache
+// for their next vector.
+inline bool one_row_stays(int64_t pixels, int64_t taps, int64_t apart) {
+  return !crowds_cache(2 * pixels - 1 + taps, apart);
+}
+
+// Of so many columns of a tile that its lines stay in the first-level cache for the next vector.
+template <class V, int Taps>
+inline __attribute__((always_inline)) void depthwise_columns_of_one_row(const DepthwiseTile& t) {
+  constexpr int kPixels = pixels_of_one_row(Taps), kColumns = kPixels - 1 + Taps;
+  using Reg = typename V::Reg;
+  const SourceSteps steps(t);
+  for_each_channel_vector<V, 1>(
+      t.channels, [&](int64_t c, const auto& channels) __attribute__((always_inline)) {
+        Reg tap[Taps];
+#pragma GCC unroll 8
+        for (int s = 0; s < Taps; ++s) {
+          tap[s] = V::held(channels.load(t.filter + s * t.filter_column + c, 0));
+        }
+        const Reg start = V::held(t.bias ? channels.load(t.bias + c, 0) : V::zero());
+        for (int64_t i = 0; i < t.rows; ++i) {
+          const char* const source = reinterpret_cast<const char*>(t.source + i * t.source_row + c);
+          float* const out = t.out + i * t.out_row + c;
+          const bool exists = t.row_begin <= i && i < t.row_end;
+          const Span own{exists ? t.column_begin : 0, exists ? t.column_end : 0};
+          const auto meet = [&]<int Pixels>(int64_t pixel,
+                                            auto inside) __attribute__((always_inline)) {
+            Reg sum[Pixels];
+#pragma GCC unroll 8
+            for (int j = 0; j < Pixels; ++j) sum[j] = start;
+            add_row_of_taps<V, 1>(source + pixel * steps.column, steps, inside, channels, tap, sum);
+            activate_pixels<V>(t, sum);
+#pragma GCC unroll 8
+            for (int j = 0; j < Pixels; ++j) {
+              channels.store(out + (pixel + j) * t.out_column, sum[j], 0);
+            }
+          };
+          const int64_t inner = max64(0, min64(t.columns, own.begin));
+          const int64_t inner_end = max64(inner, min64(t.columns, own.end - Taps + 1));
+          const auto edge = [&](int64_t pixel, int64_t end) __attribute__((always_inline)) {
+            for (; pixel < end; ++pixel) {
+              meet.template operator()<1>(pixel, Span{own.begin - pixel, own.end - pixel});
+            }
+          };
+          edge(0, inner);
+          if (inner_end - inner < kPixels) {
+            edge(inner, inner_end);
+          } else {
+            // The last ones once more, if their number does not fit.
+            for (int64_t pixel = inner; pixel < inner_end; pixel += kPixels) {
+              meet.template operator()<kPixels>(min64(pixel, inner_end - kPixels),
+                                                KnownSpan<0, kColumns>{});
+            }
+          }
+          edge(inner_end, t.columns);
+        }
+      });
+}
+
+// fprop and dgrad of stride 1, of filters of one row: its taps stay in registers for all pixels. Signals
+// in one dimension are such.
+template <class V, int Taps>
+void depthwise_rows_of_one(const DepthwiseTile& t) {
+  constexpr int64_t kPixels = pixels_of_one_row(Taps);
+  int64_t columns = round_up(t.columns, kPixels);
+  // Of the source and of the output, which may lie in the same sets, and half as many to spare.
+  while (columns > kPixels && crowds_cache(3 * columns, t.source_column)) {
+    columns = round_up(columns / 2, kPixels);
+  }
+  columns = min64(columns, t.columns);
+  for (int64_t done = 0; done < t.columns; done += columns) {
+    // Likewise.
+    const int64_t first = min64(done, t.columns - columns);
+    DepthwiseTile some = t;
+    some.source += first * t.source_column;
+    some.out += first * t.out_column;
+    some.column_begin -= first;
+    some.column_end -= first;
+    some.columns = columns;
+    depthwise_columns_of_one_row<V, Taps>(some);
+  }
+}
+
 // fprop, and dgrad of stride 1, of more taps than there are registers for: a row of them at a time, for
 // `kPixels` neighbours, whose sums are in registers.
 template <class V, int R, int Step>
@@ -238,42 +358,23 @@ void depthwise_rows_of_many_taps(const DepthwiseTile& t) {
         const Reg start = V::load(t.scratch + R * R * V::kWidth);
 #pragma GCC unroll 8
         for (int j = 0; j < kPixels; ++j) sum[j] = start;
-        const auto add =
-            [&]<bool Checked>(std::bool_constant<Checked>) __attribute__((always_inline)) {
-              const char* row = reinterpret_cast<const char*>(at_pixel) + first * steps.row;
-              const float* taps = t.scratch + first * R * V::kWidth;
-              for (int64_t r = first; r < end; ++r, row += steps.row, taps += R * V::kWidth) {
-                Reg tap[R];
+        const auto add = [&](auto inside) __attribute__((always_inline)) {
+          const char* row = reinterpret_cast<const char*>(at_pixel) + first * steps.row;
+          const float* taps = t.scratch + first * R * V::kWidth;
+          for (int64_t r = first; r < end; ++r, row += steps.row, taps += R * V::kWidth) {
+            Reg tap[R];
 #pragma GCC unroll 8
-                for (int s = 0; s < R; ++s) tap[s] = V::held(V::load(taps + s * V::kWidth));
-                const char* four = row;
-#pragma GCC unroll 32
-                for (int at = 0; at < (kPixels - 1) * Step + R; ++at) {
-                  if (!Checked || (at >= column_begin && at < column_end)) {
-                    const int64_t apart = at % 4 == 3 ? steps.columns_3 : at % 4 * steps.column;
-                    const Reg a =
-                        V::held(channels.load(reinterpret_cast<const float*>(four + apart), 0));
-#pragma GCC unroll 8
-                    for (int j = 0; j < kPixels; ++j) {
-                      const int s = at - j * Step;
-                      if (s >= 0 && s < R) sum[j] = V::fma(a, tap[s], sum[j]);
-                    }
-                  }
-                  if (at % 4 == 3) four = hidden(four + 4 * steps.column);
-                }
-              }
-            };
-        const bool whole = column_begin <= 0 && column_end == (kPixels - 1) * Step + R;
-        if (whole) {
-          add(std::false_type{});
+            for (int s = 0; s < R; ++s) tap[s] = V::held(V::load(taps + s * V::kWidth));
+            add_row_of_taps<V, Step>(row, steps, inside, channels, tap, sum);
+          }
+        };
+        constexpr int kColumns = (kPixels - 1) * Step + R;
+        if (column_begin <= 0 && column_end == kColumns) {
+          add(KnownSpan<0, kColumns>{});
         } else {
-          add(std::true_type{});
+          add(Span{column_begin, column_end});
         }
-        if (t.relu) {
-          const Reg ceiling = V::set(t.ceiling);
-#pragma GCC unroll 8
-          for (int j = 0; j < kPixels; ++j) sum[j] = relu_to<V>(ceiling, sum[j]);
-        }
+        activate_pixels<V>(t, sum);
 #pragma GCC unroll 8
         for (int j = 0; j < kPixels; ++j) {
           if (j < pixels) channels.store(out + j * t.out_column, sum[j], 0);

@@ -322,9 +322,10 @@ struct PoolGradient {
           const std::uint8_t* const argmax = tensors.argmax + at;
           Nonzero* list = lists;
           for (int64_t k = 0; k < p.k; ++k, list += plan.capacity) {
-            // Without a branch: nobody can guess which are zero.
-            list[counts[k]] = {values[k], pixels[argmax[k]]};
-            counts[k] += values[k] != 0.0f;
+            // Without a branch: nobody can guess which are zero. An argmax is data, of which some names no
+            // pixel.
+            list[counts[k]] = {values[k], pixels[argmax[k] & 3]};
+            counts[k] += static_cast<int>(values[k] != 0.0f) & static_cast<int>(argmax[k] < 4);
           }
         }
   }

@@ -379,8 +379,8 @@ double share_of_tile(int64_t channels) {
 template <class V>
 bool better_turned(const Conv2dProblem& p) {
   constexpr int64_t kPixels = 128;  // that make up for the transposition
-  return p.r * p.s == 1 && p.h == p.oh && p.w == p.ow && p.groups == 1 &&
-         p.n * p.h * p.w >= kPixels && share_of_tile<V>(p.c) > 1.1 * share_of_tile<V>(p.k);
+  return p.sees_each_pixel_once() && p.groups == 1 && p.n * p.h * p.w >= kPixels &&
+         share_of_tile<V>(p.c) > 1.1 * share_of_tile<V>(p.k);
 }
 
 inline Conv2dProblem turned(Conv2dProblem p) {
@@ -969,10 +969,11 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
       t.sum_row = p.k;
       const int64_t line_spacing = std::gcd(t.x_step, kLine);
       const bool lines_stay = !crowds_cache(plan.pixels_a_block, t.x_step);
-      // `first` must zero the sums even where a part has no pixels in this chunk.
-      for (int64_t begin = part_begin, end = 0; begin == part_begin || begin < part_end;
-           begin = end) {
-        end = min64(begin + plan.pixels_a_block, part_end);
+      // A chunk may have fewer pixels than there are parts. In the first one the sums are zeroed all the same.
+      if (part_begin == part_end && image > 0) return;
+      int64_t begin = part_begin;
+      do {
+        int64_t end = min64(begin + plan.pixels_a_block, part_end);
         const int64_t image_at = begin / (p.oh * p.ow);
         if (!plan.by_taps) end = min64(end, (image_at + 1) * p.oh * p.ow);
         if (plan.asks_ahead) ahead.go_to(begin, end < part_end ? end : begin);
@@ -1049,7 +1050,8 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
             }
           }
         }
-      }
+        begin = end;
+      } while (begin < part_end);
     });
   }
 
