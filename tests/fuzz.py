@@ -307,7 +307,7 @@ def _draw(rng):
     elif kind == "shifted":  # by single taps, as many pixels as there are, but others
         r = s = 1
         strides, dilations = (up_to(4), up_to(4)), (1, 1)
-        down, across = ((stride - 1) * (size - 1) for stride, size in zip(strides, (h, w)))
+        down, across = (strides[0] - 1) * (h - 1), (strides[1] - 1) * (w - 1)
         top, left = up_to(down, 0), up_to(across, 0)
         pads = (top, down - top, left, across - left)
     if not is_conv:
