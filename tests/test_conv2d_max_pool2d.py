@@ -240,6 +240,18 @@ def test_parts_of_an_image(isa):
         assert np.mean(argmax == expected_argmax) > 0.999  # roundings may decide near ties
 
 
+@over([
+    Problem((1, 128, 64, 24), 80, (3, 1), padding="same"),
+    Problem((1, 128, 64, 24), 80, padding="same", dilation_rate=(2, 2)),
+])  # fmt: skip
+def test_strips_begin_where_tiles_do(problem, isa):
+    """Where a convolution does not pool by itself, its parts have the bits of the whole."""
+    data = normals(problem)
+    with running_on(algorithm="winograd4"):
+        _, expected, _ = apart(problem, data, "relu")
+        np.testing.assert_array_equal(fused(problem, data, "relu"), expected)
+
+
 @over([*PROBLEMS[:8], *LARGE[:3], *SPARSE[1:5], Problem((37, 13, 13, 32), 64)])
 def test_thread_counts_agree_bit_for_bit(problem, isa):
     data = normals(problem)

@@ -468,7 +468,8 @@ void avg_pool2d_bprop(const Pool2dProblem& p, const void* dy, void* dx) {
 namespace {
 
 // Rows of the convolution's output that are computed at a time where an algorithm does not pool: whole
-// images, or a part of one.
+// images, or a part of one. Where a part begins a tile of Winograd's does, of up to four rows: elsewhere it
+// would round otherwise than in the whole.
 struct PoolStrips {
   int64_t images, rows;
 
@@ -476,7 +477,8 @@ struct PoolStrips {
     constexpr int64_t kBytes = int64_t{2} << 20;  // what stays in the caches of a few cores
     const int64_t row_bytes = std::max<int64_t>(4 * p.ow * p.k, 1);
     images = std::clamp<int64_t>(kBytes / (row_bytes * p.oh), 1, p.n);
-    rows = images > 1 ? p.oh : std::clamp<int64_t>(kBytes / row_bytes / 2 * 2, 2, p.oh);
+    const int64_t tile = 4 * p.dilation_h;
+    rows = images > 1 ? p.oh : std::min(p.oh, std::max(tile, kBytes / row_bytes / tile * tile));
   }
 };
 
