@@ -22,7 +22,7 @@ using TaskFunction = void (*)(void* context, std::int64_t task, int worker);
 // tells the threads of one call apart: 0 .. at most `most_workers` - 1, so that each can have scratch
 // memory of its own. From inside a task, or while another thread's parallel_for has the workers, the
 // tasks run on the caller alone: no deadlock, no more threads than num_threads(). Tasks run with
-// denormals flushed to zero and must not throw.
+// denormals flushed to zero, on x86, and must not throw.
 FASTCONV_API void parallel_for(std::int64_t tasks, int most_workers, TaskFunction function,
                                void* context);
 
