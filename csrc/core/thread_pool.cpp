@@ -184,7 +184,7 @@ class Pool {
     if (sched_getaffinity(0, sizeof set, &set) != 0) return;
     CPU_CLR(cpu, &set);
     // A caller that is bound to a few CPUs does not crowd the workers on the rest of these.
-    if (CPU_COUNT(&set) < static_cast<int>(handles_.size())) return;
+    if (CPU_COUNT(&set) < std::max(1, num_threads() - 1)) return;
     for (const auto handle : handles_) pthread_setaffinity_np(handle, sizeof set, &set);
     avoided_cpu_ = cpu;
 #endif
