@@ -755,6 +755,15 @@ def test_batches_may_differ(make, counts):
     assert_close(tf.function(fast)(x).numpy(), tf.function(stock)(x).numpy())
 
 
+@pytest.mark.parametrize("axis, joined", [(-1, True), (3, True), (0, False), (-4, False)])
+def test_sums_behind_a_concatenation(axis, joined):
+    """As in NASNet: along the batch, what is concatenated has another one."""
+    inputs = keras.Input((6, 6, 4))
+    x = normalized(L.Concatenate(axis=axis)([inputs, inputs]), L.Conv2D(4, 1))
+    model = accelerate(keras.Model(inputs, L.Add()([inputs, x])))
+    assert (FastAdd in classes(model)) == joined
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 def test_batches_of_two_inputs_may_be_one(backwards, executed):
     """What is made of the same inputs has the same batch, be it of several."""

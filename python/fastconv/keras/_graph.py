@@ -38,7 +38,6 @@ _KEEP_THE_BATCH = (
     keras.layers.UpSampling1D,
     keras.layers.UpSampling2D,
     keras.layers.ZeroPadding1D,
-    keras.layers.ZeroPadding2D,
 )
 # Likewise, by the names of their classes, operations such as `x + 3.0` and keras.ops.sigmoid(x) are.
 _OPERATIONS_KEEP_THE_BATCH = (
@@ -118,8 +117,10 @@ def _origins(tensor: Any, seen: dict[int, frozenset[int]]) -> frozenset[int]:
 def _keeps_the_batch(operation: Any) -> bool:
     kind = type(operation)
     if isinstance(operation, keras.layers.Layer):
-        tables = (STAND_INS, JOINING)
-        known = {each for table in tables for pair in table.items() for each in pair}
-        return kind in known or kind in _KEEP_THE_BATCH
+        if kind is keras.layers.Concatenate:
+            return operation.axis == -1 or operation.axis > 0
+        return kind in _KEEP_THE_BATCH or any(
+            kind in table or kind in table.values() for table in (STAND_INS, JOINING)
+        )
     own = kind.__module__.startswith("keras.src.ops.")
     return own and kind.__name__ in _OPERATIONS_KEEP_THE_BATCH
