@@ -84,10 +84,9 @@ class Conditions:
             words.append(f"--layout {self.layout}")
         if self.cold:
             words.append("--cache cold")
-        for field in dataclasses.fields(self):
-            if field.name in ("rounds", "seconds", "seed"):
-                value = getattr(self, field.name)
-                words += [f"--{field.name} {value}"] if value != field.default else []
+        for name in ("rounds", "seconds", "seed"):
+            if (value := getattr(self, name)) != getattr(Conditions, name):
+                words.append(f"--{name} {value}")
         return " ".join(words)
 
 
