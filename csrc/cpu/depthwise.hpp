@@ -742,9 +742,10 @@ bool has_depthwise_kernels(const Conv2dProblem& p, Direction direction, bool mas
     return false;
   }
   // Of one row, the lanes mask as they read, have a wgrad that is as fast, and take all channels of eight
-  // pixels where those of more would not stay in a cache; of a dilated one, those of a whole tile.
+  // pixels where those of more would not stay in a cache; of a dilated one, or of seven taps, those of a whole
+  // tile.
   if (p.r == 1) {
-    const int64_t pixels = dilated ? 32 : pixels_of_one_row(p.s);
+    const int64_t pixels = dilated || p.s == 7 ? 32 : pixels_of_one_row(p.s);
     return kByRows<V> && direction != Direction::wgrad && !masked && p.stride_h == 1 &&
            one_row_stays(pixels, p.s, p.dilation_w * p.c);
   }
