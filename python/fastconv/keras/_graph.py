@@ -118,7 +118,7 @@ def _keeps_the_batch(operation: Any) -> bool:
     kind = type(operation)
     if isinstance(operation, keras.layers.Layer):
         if kind is keras.layers.Concatenate:
-            return operation.axis == -1 or operation.axis > 0
+            return bool(operation.axis == -1 or operation.axis > 0)
         return kind in _KEEP_THE_BATCH or any(
             kind in table or kind in table.values() for table in (STAND_INS, JOINING)
         )
