@@ -881,182 +881,278 @@ bool reversed_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands) {
   return true;
 }
 
+// The gradient of a plan. A task goes through the pixels of its part in blocks: of each, all tiles of its
+// panels and rows add to their sums.
+template <class V>
+class ImplicitGemmWgrad {
+ public:
+  ImplicitGemmWgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
+      : p_(p), operands_(operands), unit_(operands.argmax_of_y ? 4 : 1),
+        plan_(plan_of(p, operands)), workers_(workers_for(plan_.tasks(p))),
+        workspace_(static_cast<std::size_t>(plan_.workspace_bytes(workers_))) {
+    char* at = reinterpret_cast<char*>(workspace_.floats());
+    const auto take = [&at](int64_t bytes) {
+      char* here = at;
+      at += bytes;
+      return here;
+    };
+    offsets_ = reinterpret_cast<int64_t*>(take(plan_.offsets_bytes));
+    sums_ = reinterpret_cast<float*>(take(plan_.sums_bytes));
+    if (plan_.parts == 1) sums_ = operands.out;
+    bias_sums_ = reinterpret_cast<float*>(take(plan_.bias_bytes));
+    copy_ = reinterpret_cast<float*>(take(plan_.copy_bytes));
+    scratch_ = take(workers_ * plan_.worker_bytes());
+    if (!plan_.by_taps) list_offsets();
+  }
+
+  void run() {
+    if (operands_.dbias) std::memset(bias_sums_, 0, static_cast<std::size_t>(plan_.bias_bytes));
+    for (int64_t image = 0; image < p_.n; image += plan_.chunk) add_images(image);
+    if (plan_.parts > 1) add_parts<V>(sums_, plan_.parts, plan_.floats, operands_.out);
+    if (operands_.dbias) add_parts<V>(bias_sums_, plan_.parts, p_.k, operands_.dbias);
+  }
+
+ private:
+  // The images that are copied at a time.
+  struct Chunk {
+    const float* source;  // the input, or the copy of it
+    int64_t first_pixel, pixels;
+  };
+
+  struct Task {
+    int64_t group, part, q_group;
+    Span panels, tiles;
+    float* packed;  // dy of a block
+    PixelRun* runs;
+    LinesAhead<V> ahead;
+  };
+
+  // Pixels begin .. end - 1 of a chunk.
+  struct Block {
+    int64_t begin, end;
+    int64_t image, in_image;  // of the chunk; the first pixel in it
+    bool first;               // of all that a task adds
+  };
+
+  static WgradPlan<V> plan_of(const Conv2dProblem& p, const Conv2dOperands& operands) {
+    WgradPlan<V> plan(p, operands.dbias != nullptr);
+    if (operands.argmax_of_y) plan.make_blocks_of_windows(p);
+    return plan;
+  }
+
+  void list_offsets() {
+    int64_t* to = offsets_;
+    for (int64_t r = 0; r < p_.r; ++r)
+      for (int64_t s = 0; s < p_.s; ++s)
+        for (int64_t c = 0; c < p_.c_per_group(); ++c) {
+          *to++ = (r * p_.dilation_h * plan_.source_w + s * p_.dilation_w) * p_.c + c;
+        }
+    if (!operands_.argmax_of_y) return;
+    // Window by window: where the pixels of an image are.
+    window_pixels_ = to;
+    for (int64_t i = 0; i < p_.oh; ++i)
+      for (int64_t j = 0; j < p_.ow; ++j) {
+        to[(i / 2 * (p_.ow / 2) + j / 2) * 4 + i % 2 * 2 + j % 2] =
+            (i * p_.stride_h * plan_.source_w + j * p_.stride_w) * p_.c;
+      }
+  }
+
+  void add_images(int64_t image) {
+    const int64_t images = min64(plan_.chunk, p_.n - image), image_pixels = p_.oh * p_.ow;
+    const float* const x = operands_.x + image * p_.h * p_.w * p_.c;
+    if (plan_.copied) copy_padded(p_, x, images, plan_.source_h, plan_.source_w, copy_);
+    if (plan_.packed) pack_x<V>(p_, plan_, x, images, copy_);
+    const Chunk chunk{plan_.copied ? copy_ : x, image * image_pixels, images * image_pixels};
+    parallel_for(plan_.tasks(p_), workers_,
+                 [&](int64_t task, int worker) { add_task(chunk, task, worker); });
+  }
+
+  void add_task(const Chunk& chunk, int64_t number, int worker) {
+    const int64_t q_group = number % plan_.q_groups;
+    const int64_t panel_group = number / plan_.q_groups % plan_.panel_groups;
+    const int64_t group = number / plan_.q_groups / plan_.panel_groups % p_.groups;
+    const int64_t part = number / plan_.q_groups / plan_.panel_groups / p_.groups;
+    const Span panels = part_of(plan_.panels, plan_.panel_groups, panel_group);
+    const Span tiles = part_of(plan_.q_tiles, plan_.q_groups, q_group);
+    char* const scratch = scratch_ + worker * plan_.worker_bytes();
+    Task task{.group = group,
+              .part = part,
+              .q_group = q_group,
+              .panels = panels,
+              .tiles = tiles,
+              .packed = reinterpret_cast<float*>(scratch),
+              .runs = reinterpret_cast<PixelRun*>(scratch + plan_.block_bytes),
+              .ahead = LinesAhead<V>(p_, plan_, operands_, group, panels, tiles)};
+    const Span units = part_of(chunk.pixels / unit_, plan_.parts, part);
+    const int64_t part_begin = units.begin * unit_, part_end = units.end * unit_;
+    // A chunk may have fewer pixels than there are parts. In the first one the sums are zeroed all the same.
+    if (part_begin == part_end && chunk.first_pixel > 0) return;
+    const int64_t image_pixels = p_.oh * p_.ow;
+    Block block{};
+    block.end = part_begin;
+    do {
+      block.begin = block.end;
+      block.end = min64(block.begin + plan_.pixels_a_block, part_end);
+      block.image = block.begin / image_pixels;
+      block.in_image = block.begin % image_pixels;
+      block.first = chunk.first_pixel == 0 && block.begin == part_begin;
+      if (!plan_.by_taps) block.end = min64(block.end, (block.image + 1) * image_pixels);
+      if (plan_.asks_ahead) {
+        task.ahead.go_to(block.begin, block.end < part_end ? block.end : block.begin);
+      }
+      for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+        add_panel(chunk, task, block, panel);
+      }
+    } while (block.end < part_end);
+  }
+
+  void add_panel(const Chunk& chunk, Task& task, const Block& block, int64_t panel) {
+    const int64_t kg = p_.k_per_group();
+    const int64_t column = task.group * kg + panel * plan_.panel;
+    const int64_t width = min64(kg - panel * plan_.panel, plan_.panel);
+    const int vectors = static_cast<int>(ceil_div(width, V::kWidth));
+    WgradTile t{};
+    t.runs = task.runs;
+    t.x_step = x_step_;
+    t.sum_row = p_.k;
+    t.valid = static_cast<int>(width - (vectors - 1) * V::kWidth);
+    t.first = block.first;
+    const bool in_place = place_dy(chunk, task, block, column, vectors, t);
+    if (plan_.by_taps) {
+      add_taps(chunk, task, block, column, vectors, t);
+    } else {
+      add_across_taps(chunk, task, block, column, vectors, in_place, t);
+    }
+  }
+
+  // Sets where the tiles read dy: where it lies, or a packed copy. Returns whether it is the former.
+  bool place_dy(const Chunk& chunk, const Task& task, const Block& block, int64_t column,
+                int vectors, WgradTile& t) const {
+    const int64_t from = (chunk.first_pixel + block.begin) / unit_ * p_.k + column;
+    const float* const dy = operands_.dy + from;
+    const float* const y = operands_.y ? operands_.y + from : nullptr;
+    float* const own_bias =
+        operands_.dbias && task.q_group == 0 ? bias_sums_ + task.part * p_.k + column : nullptr;
+    // A copy for a few tiles would cost more than it saves. Pixels that lie a multiple of 8 lines
+    // apart fall into few sets of the first-level cache, and are worth one sooner; so are those whose
+    // vectors lie in two lines, where a tile takes few products of each.
+    constexpr bool kFewProducts = V::kRegisters < 32;
+    const bool split =
+        kFewProducts && reinterpret_cast<std::uintptr_t>(dy) % sizeof(typename V::Reg) != 0;
+    const int64_t few_tiles = p_.k % (8 * 16) == 0 || split ? 3 : kFewProducts ? 24 : 16;
+    const bool in_place = task.tiles.size() <= few_tiles && !y && !own_bias &&
+                          !operands_.argmax_of_y && t.valid == V::kWidth;
+    t.dy_step = in_place ? p_.k : int64_t{vectors} * V::kWidth;
+    t.dy = in_place ? dy : task.packed;
+    const int64_t pixels = block.end - block.begin;
+    if (operands_.argmax_of_y) {
+      pack_pooled_dy<V>(dy, y, operands_.argmax_of_y + from, pixels / 4, p_.k, vectors, t.valid,
+                        task.packed, own_bias);
+    } else if (!in_place) {
+      pack_dy<V>(dy, y, pixels, p_.k, vectors, t.valid, task.packed, own_bias);
+    }
+    return in_place;
+  }
+
+  float* sum_of(const Task& task, int64_t row, int64_t column) const {
+    return sums_ + task.part * plan_.floats + row * p_.k + column;
+  }
+
+  // Tiles whose rows are channels of one tap.
+  void add_taps(const Chunk& chunk, Task& task, const Block& block, int64_t column, int vectors,
+                WgradTile& t) const {
+    const int64_t cg = p_.c_per_group();
+    const WgradTileFunctions<V> tile_of(vectors);
+    int64_t tap = task.tiles.begin / plan_.tiles_a_tap, tile = task.tiles.begin % plan_.tiles_a_tap;
+    t.next_sum = sum_of(task, tap * cg + plan_.cut.begin(tile), column);
+    for (int64_t left = task.tiles.size(); left > 0; ++tap, tile = 0) {
+      const int64_t tile_end = min64(plan_.tiles_a_tap, tile + left);
+      left -= tile_end - tile;
+      t.run_count = list_runs(p_, pixels_of_tap(p_, plan_, tap / p_.s, tap % p_.s), block.begin,
+                              block.end, plan_.packed ? plan_.rows : p_.c, task.runs);
+      if (!plan_.packed) t.run_count = ask_ahead(t.run_count, x_step_, pixels_ahead_, task.runs);
+      t.x = plan_.packed ? copy_ + (task.group * plan_.tiles_a_tap + tile) * packed_tile_
+                         : chunk.source + task.group * cg + plan_.cut.begin(tile);
+      for (bool first = true; tile < tile_end; ++tile, first = false) {
+        const int64_t rows = plan_.cut.size(tile);
+        t.sum = t.next_sum;
+        if (left > 0 || tile + 1 < tile_end) t.next_sum += rows * p_.k;
+        WgradRows where = WgradRows::packed;
+        if (!plan_.packed) {
+          const bool near = !first && lines_stay_ && !meets_a_line(t.x, rows, line_spacing_);
+          where = plan_.asks_ahead && task.ahead.next_tile(t) ? WgradRows::fetched_ahead
+                  : near                                      ? WgradRows::near
+                                                              : WgradRows::fetched;
+        }
+        tile_of(where, rows)(t);
+        t.x += plan_.packed ? packed_tile_ : rows;
+      }
+    }
+  }
+
+  // Tiles whose rows are of several taps, of a block's pixels, which are of one image.
+  void add_across_taps(const Chunk& chunk, const Task& task, const Block& block, int64_t column,
+                       int vectors, bool in_place, WgradTile& t) const {
+    t.x = chunk.source + block.image * plan_.image_floats + task.group * p_.c_per_group();
+    t.pixels = block.end - block.begin;
+    if (window_pixels_) {
+      t.x_pixels = window_pixels_ + block.in_image;
+    } else {
+      t.run_count = list_runs(p_, pixels_of_tap(p_, plan_, 0, 0), block.in_image,
+                              block.in_image + t.pixels, p_.c, task.runs);
+    }
+    const WgradTileFunctions<V> tile_of(vectors);
+    t.next_sum = sum_of(task, plan_.cut.begin(task.tiles.begin), column);
+    for (int64_t tile = task.tiles.begin; tile < task.tiles.end; ++tile) {
+      const int64_t rows = plan_.cut.size(tile);
+      t.offsets = offsets_ + plan_.cut.begin(tile);
+      t.sum = t.next_sum;
+      if (tile + 1 < task.tiles.end) t.next_sum += rows * p_.k;
+      const bool once = in_place && tile == task.tiles.begin;
+      tile_of(window_pixels_ ? WgradRows::listed
+              : once         ? WgradRows::apart_once
+                             : WgradRows::apart,
+              rows)(t);
+    }
+  }
+
+  const Conv2dProblem& p_;
+  const Conv2dOperands& operands_;
+  const int64_t unit_;  // behind a pooling, pixels are counted window by window; windows have four
+  const WgradPlan<V> plan_;
+  const int workers_;
+  const Workspace workspace_;
+  const int64_t packed_tile_ = plan_.packed ? plan_.packed_tile_floats() : 0;
+  const int64_t x_step_ =
+      plan_.packed ? plan_.rows : p_.stride_w * p_.c;  // floats, to the next pixel
+  // Pixels that lie multiples of 16 lines apart fall into few sets of the first-level cache, where what is
+  // asked for too early is gone when it is used.
+  const int64_t pixels_ahead_ = kPixelsAhead / (p_.c % (16 * 16) == 0 ? 2 : 1);
+  const int64_t line_spacing_ = std::gcd(x_step_, kLine);
+  const bool lines_stay_ = !crowds_cache(plan_.pixels_a_block, x_step_);
+  int64_t* offsets_;
+  int64_t* window_pixels_ = nullptr;
+  float *sums_, *bias_sums_, *copy_;
+  char* scratch_;
+};
+
 template <class V>
 void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands) {
-  const float* const x = operands.x;
-  const float* const dy = operands.dy;
-  const float* const y = operands.y;
-  float* const dfilter = operands.out;
-  float* const dbias = operands.dbias;
-  // Behind a pooling, pixels are counted window by window; windows have four.
-  const std::uint8_t* const argmax = operands.argmax_of_y;
-  const int64_t unit = argmax ? 4 : 1;
   if (p.n * p.oh * p.ow == 0) {
-    std::memset(dfilter, 0, static_cast<std::size_t>(p.filter_size()) * 4);
-    if (dbias) std::memset(dbias, 0, static_cast<std::size_t>(p.k) * 4);
+    std::memset(operands.out, 0, static_cast<std::size_t>(p.filter_size()) * 4);
+    if (operands.dbias) std::memset(operands.dbias, 0, static_cast<std::size_t>(p.k) * 4);
     return;
   }
-  if (better_turned<V>(p) && !y && !dbias && !argmax) {
+  const bool pooled = operands.argmax_of_y != nullptr;
+  if (better_turned<V>(p) && !operands.y && !operands.dbias && !pooled) {
     const Workspace transposed(static_cast<std::size_t>(p.filter_size()) * 4);
-    implicit_gemm_wgrad<V>(turned(p), {.x = dy, .dy = x, .out = transposed.floats()});
-    transpose<V>(1, p.k, p.c, transposed.floats(), dfilter);
+    implicit_gemm_wgrad<V>(turned(p),
+                           {.x = operands.dy, .dy = operands.x, .out = transposed.floats()});
+    transpose<V>(1, p.k, p.c, transposed.floats(), operands.out);
     return;
   }
-  if (better_reversed<V>(p) && !argmax && reversed_wgrad<V>(p, operands)) return;
-  WgradPlan<V> plan(p, dbias != nullptr);
-  if (argmax) plan.make_blocks_of_windows(p);
-  const int64_t cg = p.c_per_group(), kg = p.k_per_group();
-  const int workers = workers_for(plan.tasks(p));
-  const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes(workers)));
-  char* at = reinterpret_cast<char*>(workspace.floats());
-  const auto take = [&at](int64_t bytes) {
-    char* here = at;
-    at += bytes;
-    return here;
-  };
-  int64_t* offsets = reinterpret_cast<int64_t*>(take(plan.offsets_bytes));
-  float* sums = reinterpret_cast<float*>(take(plan.sums_bytes));
-  if (plan.parts == 1) sums = dfilter;
-  float* bias_sums = reinterpret_cast<float*>(take(plan.bias_bytes));
-  float* copy = reinterpret_cast<float*>(take(plan.copy_bytes));
-  char* const scratch = take(workers * plan.worker_bytes());
-  const int64_t packed_tile = plan.packed ? plan.packed_tile_floats() : 0;
-  if (dbias) std::memset(bias_sums, 0, static_cast<std::size_t>(plan.bias_bytes));
-  if (!plan.by_taps) {
-    for (int64_t r = 0, q = 0; r < p.r; ++r)
-      for (int64_t s = 0; s < p.s; ++s)
-        for (int64_t c = 0; c < cg; ++c, ++q) {
-          offsets[q] = (r * p.dilation_h * plan.source_w + s * p.dilation_w) * p.c + c;
-        }
-  }
-  // Window by window: where the pixels of an image are.
-  int64_t* const image_pixels = offsets + p.r * p.s * cg;
-  for (int64_t i = 0; argmax && i < p.oh; ++i)
-    for (int64_t j = 0; j < p.ow; ++j) {
-      image_pixels[(i / 2 * (p.ow / 2) + j / 2) * 4 + i % 2 * 2 + j % 2] =
-          (i * p.stride_h * plan.source_w + j * p.stride_w) * p.c;
-    }
-
-  for (int64_t image = 0; image < p.n; image += plan.chunk) {
-    const int64_t images = min64(plan.chunk, p.n - image);
-    const float* source = x + image * p.h * p.w * p.c;
-    if (plan.copied) {
-      copy_padded(p, source, images, plan.source_h, plan.source_w, copy);
-      source = copy;
-    }
-    if (plan.packed) pack_x<V>(p, plan, source, images, copy);
-    const int64_t skipped = image * p.oh * p.ow / unit * p.k;
-    const int64_t chunk_pixels = images * p.oh * p.ow;
-    parallel_for(plan.tasks(p), workers, [&](int64_t task, int worker) {
-      const int64_t q_group = task % plan.q_groups;
-      const int64_t panel_group = task / plan.q_groups % plan.panel_groups;
-      const int64_t group = task / plan.q_groups / plan.panel_groups % p.groups;
-      const int64_t part = task / plan.q_groups / plan.panel_groups / p.groups;
-      const Span panels = part_of(plan.panels, plan.panel_groups, panel_group);
-      const Span tiles = part_of(plan.q_tiles, plan.q_groups, q_group);
-      const Span units = part_of(chunk_pixels / unit, plan.parts, part);
-      const int64_t part_begin = units.begin * unit, part_end = units.end * unit;
-      float* packed = reinterpret_cast<float*>(scratch + worker * plan.worker_bytes());
-      PixelRun* const runs =
-          reinterpret_cast<PixelRun*>(scratch + worker * plan.worker_bytes() + plan.block_bytes);
-      LinesAhead<V> ahead(p, plan, operands, group, panels, tiles);
-      WgradTile t{};
-      t.runs = runs;
-      t.x_step = plan.packed ? plan.rows : p.stride_w * p.c;
-      // Pixels that lie multiples of 16 lines apart fall into few sets of the first-level cache, where
-      // what is asked for too early is gone when it is used.
-      const int64_t pixels_ahead = kPixelsAhead / (p.c % (16 * 16) == 0 ? 2 : 1);
-      t.sum_row = p.k;
-      const int64_t line_spacing = std::gcd(t.x_step, kLine);
-      const bool lines_stay = !crowds_cache(plan.pixels_a_block, t.x_step);
-      // A chunk may have fewer pixels than there are parts. In the first one the sums are zeroed all the same.
-      if (part_begin == part_end && image > 0) return;
-      int64_t begin = part_begin;
-      do {
-        int64_t end = min64(begin + plan.pixels_a_block, part_end);
-        const int64_t image_at = begin / (p.oh * p.ow);
-        if (!plan.by_taps) end = min64(end, (image_at + 1) * p.oh * p.ow);
-        if (plan.asks_ahead) ahead.go_to(begin, end < part_end ? end : begin);
-        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-          const int64_t column = group * kg + panel * plan.panel;
-          const int64_t width = min64(kg - panel * plan.panel, plan.panel);
-          const int vectors = static_cast<int>(ceil_div(width, V::kWidth));
-          t.valid = static_cast<int>(width - (vectors - 1) * V::kWidth);
-          const int64_t from = skipped + begin / unit * p.k + column;
-          float* own_bias = dbias && q_group == 0 ? bias_sums + part * p.k + column : nullptr;
-          // A copy for a few tiles would cost more than it saves. Pixels that lie a multiple of 8 lines
-          // apart fall into few sets of the first-level cache, and are worth one sooner; so are those whose
-          // vectors lie in two lines, where a tile takes few products of each.
-          constexpr bool kFewProducts = V::kRegisters < 32;
-          const bool split =
-              kFewProducts &&
-              reinterpret_cast<std::uintptr_t>(dy + from) % sizeof(typename V::Reg) != 0;
-          const int64_t few_tiles = p.k % (8 * 16) == 0 || split ? 3 : kFewProducts ? 24 : 16;
-          const bool in_place =
-              tiles.size() <= few_tiles && !y && !own_bias && !argmax && t.valid == V::kWidth;
-          t.dy_step = in_place ? p.k : int64_t{vectors} * V::kWidth;
-          t.dy = in_place ? dy + from : packed;
-          if (argmax) {
-            pack_pooled_dy<V>(dy + from, y ? y + from : nullptr, argmax + from, (end - begin) / 4,
-                              p.k, vectors, t.valid, packed, own_bias);
-          } else if (!in_place) {
-            pack_dy<V>(dy + from, y ? y + from : nullptr, end - begin, p.k, vectors, t.valid,
-                       packed, own_bias);
-          }
-          t.first = image == 0 && begin == part_begin;
-          if (argmax) {
-            t.x_pixels = image_pixels + begin % (p.oh * p.ow);
-            t.pixels = end - begin;
-          } else if (!plan.by_taps) {
-            const int64_t in_image = begin % (p.oh * p.ow);
-            t.run_count = list_runs(p, pixels_of_tap(p, plan, 0, 0), in_image,
-                                    in_image + end - begin, p.c, runs);
-          }
-          const WgradTileFunctions<V> tile_of(vectors);
-          int64_t tap = tiles.begin / plan.tiles_a_tap, tile = tiles.begin % plan.tiles_a_tap;
-          t.next_sum =
-              sums + (part * plan.floats + tap * cg * p.k) + plan.cut.begin(tile) * p.k + column;
-          for (int64_t left = tiles.size(); left > 0; ++tap, tile = 0) {
-            const int64_t tile_end = min64(plan.tiles_a_tap, tile + left);
-            left -= tile_end - tile;
-            const int64_t first_row = plan.cut.begin(tile);
-            if (plan.by_taps) {
-              t.run_count = list_runs(p, pixels_of_tap(p, plan, tap / p.s, tap % p.s), begin, end,
-                                      plan.packed ? plan.rows : p.c, runs);
-              if (!plan.packed) t.run_count = ask_ahead(t.run_count, t.x_step, pixels_ahead, runs);
-              t.x = plan.packed ? copy + (group * plan.tiles_a_tap + tile) * packed_tile
-                                : source + group * cg + first_row;
-            } else {
-              t.x = source + image_at * plan.image_floats + group * cg;
-              t.offsets = offsets + first_row;
-            }
-            const auto rows_are = [&](bool first, int64_t rows) {
-              if (argmax) return WgradRows::listed;
-              if (plan.packed) return WgradRows::packed;
-              if (!plan.by_taps) {
-                return first && in_place ? WgradRows::apart_once : WgradRows::apart;
-              }
-              if (plan.asks_ahead && ahead.next_tile(t)) return WgradRows::fetched_ahead;
-              const bool near = !first && lines_stay && !meets_a_line(t.x, rows, line_spacing);
-              return near ? WgradRows::near : WgradRows::fetched;
-            };
-            for (bool first = true; tile < tile_end; ++tile, first = false) {
-              const int64_t rows = plan.cut.size(tile);
-              t.sum = t.next_sum;
-              if (left > 0 || tile + 1 < tile_end) t.next_sum += rows * p.k;
-              tile_of(rows_are(first, rows), rows)(t);
-              t.x += plan.packed ? packed_tile : plan.by_taps ? rows : 0;
-              if (!plan.by_taps) t.offsets += rows;
-            }
-          }
-        }
-        begin = end;
-      } while (begin < part_end);
-    });
-  }
-
-  if (plan.parts > 1) add_parts<V>(sums, plan.parts, plan.floats, dfilter);
-  if (dbias) add_parts<V>(bias_sums, plan.parts, p.k, dbias);
+  if (better_reversed<V>(p) && !pooled && reversed_wgrad<V>(p, operands)) return;
+  ImplicitGemmWgrad<V>(p, operands).run();
 }
 
 }  // namespace
