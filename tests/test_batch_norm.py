@@ -100,6 +100,34 @@ def test_moments(isa):
     np.testing.assert_array_equal(adapter.batch_norm(constant, None, None, epsilon=1.0)[2], 0)
 
 
+@pytest.mark.parametrize("isa", _core.available_isas())
+@pytest.mark.parametrize("unlike", ["pixel", "rows"])
+@pytest.mark.parametrize("mean, other", [(0, 1e4), (1000, 0), (0, 1e3), (100, 0), (30, 0)])
+def test_moments_of_images_that_begin_unlike_the_rest(isa, unlike, mean, other):
+    """The origin of sums is no outlier's: squares would be mostly what the mean takes away again."""
+    rng = np.random.default_rng(4)
+    for shape in [(1, 128, 128, 1), (2, 90, 100, 33)]:
+        x = rng.normal(mean, 1, shape).astype("float32")
+        x[0, :2] = x[0, :2] if unlike == "pixel" else other
+        x[0, 0, 0] = other
+        with running_on(isa):
+            _, found, variance = adapter.batch_norm(x, None, None, epsilon=EPSILON)
+        deviation = x.std((0, 1, 2), "float64")
+        np.testing.assert_array_less(np.abs(found - x.mean((0, 1, 2), "float64")), 2e-5 * deviation)
+        np.testing.assert_allclose(variance, deviation**2, rtol=5e-5)
+
+
+def test_sums_of_like_terms():
+    """A gradient that is the same everywhere, of which each addition would be rounded the same way."""
+    x = np.random.default_rng(5).standard_normal((1, 128, 128, 1)).astype("float32")
+    beta = tf.zeros(1)
+    with tf.GradientTape() as tape:
+        tape.watch(beta)
+        y, _, _ = adapter.batch_norm(tf.constant(x), tf.ones(1), beta, epsilon=EPSILON)
+    dbeta = tape.gradient(y, beta, tf.fill(x.shape, 0.1))
+    np.testing.assert_allclose(dbeta, x.size * float(np.float32(0.1)), rtol=5e-6)
+
+
 def test_values_that_are_no_numbers():
     x = np.ones((1, 4, 4, 20), "float32")
     x[0, 1, 1, 3], x[0, 2, 2, 7] = np.nan, np.inf

@@ -74,28 +74,63 @@ void store_column(float* at, int v, typename V::Reg value, typename V::Tail tail
   }
 }
 
-// Sums of x - x0 and of its square, x0 being the block's first row: one pass, and no digits are lost
-// where the mean is large beside the deviation.
+// Rows whose sums are taken by themselves before they join a block's: in a long sum of like terms every
+// addition is rounded the same way.
+constexpr int64_t kRowsAtOnce = 64;
+
+// Of a block's rows: some value near their mean, the mean's distance from it, and the sum of the squares
+// of what the rows are apart from the mean. One pass: of kRowsAtOnce rows the sums of x - x0 and of its
+// square, x0 being the first of them, so that no digits are lost where the mean is large beside the
+// deviation; these are joined as blocks are. Were x0 one row of the whole block, and it unlike all others,
+// the square's sum would be mostly what the mean's takes away again.
 template <class V, int Vectors>
 void moments_of_block(int64_t rows, int64_t channels, const float* x, typename V::Tail tail,
-                      float* sums, float* squares) {
-  typename V::Reg origin[Vectors], sum[Vectors], square[Vectors];
+                      float* origins, float* means, float* squares) {
+  typename V::Reg near[Vectors], mean[Vectors], square[Vectors];
 #pragma GCC unroll 4
-  for (int v = 0; v < Vectors; ++v) {
-    origin[v] = load_column<V, Vectors>(x, v, tail);
-    sum[v] = square[v] = V::zero();
-  }
-  for (int64_t row = 0; row < rows; ++row, x += channels) {
+  for (int v = 0; v < Vectors; ++v) near[v] = mean[v] = square[v] = V::zero();
+  for (int64_t before = 0; before < rows; before += kRowsAtOnce) {
+    const int64_t some = min64(kRowsAtOnce, rows - before);
+    typename V::Reg first[Vectors], sum[Vectors], own[Vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
-      const typename V::Reg apart = V::subtract(load_column<V, Vectors>(x, v, tail), origin[v]);
-      sum[v] = V::add(sum[v], apart);
-      square[v] = V::fma(apart, apart, square[v]);
+      first[v] = load_column<V, Vectors>(x, v, tail);
+      sum[v] = own[v] = V::zero();
+    }
+    for (int64_t row = 0; row < some; ++row, x += channels) {
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        const typename V::Reg apart = V::subtract(load_column<V, Vectors>(x, v, tail), first[v]);
+        sum[v] = V::add(sum[v], apart);
+        own[v] = V::fma(apart, apart, own[v]);
+      }
+    }
+    const auto number = [](double value) {
+      const auto rounded = static_cast<float>(value);
+      return V::broadcast(&rounded);
+    };
+    const auto count = static_cast<double>(some), earlier = static_cast<double>(before);
+    const typename V::Reg a_row = number(1 / count), share = number(count / (earlier + count));
+    const typename V::Reg weight = number(earlier * count / (earlier + count));
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      const typename V::Reg moved = V::multiply(sum[v], a_row);
+      const typename V::Reg spread = V::subtract(own[v], V::multiply(moved, sum[v]));
+      if (before == 0) {
+        near[v] = V::add(first[v], moved);
+        square[v] = spread;
+        continue;
+      }
+      const typename V::Reg apart =
+          V::subtract(V::add(V::subtract(first[v], near[v]), moved), mean[v]);
+      mean[v] = V::fma(apart, share, mean[v]);
+      square[v] = V::add(square[v], V::fma(V::multiply(apart, apart), weight, spread));
     }
   }
 #pragma GCC unroll 4
   for (int v = 0; v < Vectors; ++v) {
-    store_column<V, Vectors>(sums, v, sum[v], tail);
+    store_column<V, Vectors>(origins, v, near[v], tail);
+    store_column<V, Vectors>(means, v, mean[v], tail);
     store_column<V, Vectors>(squares, v, square[v], tail);
   }
 }
@@ -104,14 +139,15 @@ template <class V>
 void batch_norm_moments(const BatchNormProblem& p, const float* x, float* mean, float* variance) {
   const NormBlocks parts(p);
   const int64_t floats = parts.blocks * p.channels;
-  const Workspace workspace(static_cast<std::size_t>(2 * floats) * sizeof(float));
-  float* const sums = workspace.floats();
-  float* const squares = sums + floats;
+  const Workspace workspace(static_cast<std::size_t>(3 * floats) * sizeof(float));
+  float* const origins = workspace.floats();
+  float* const means = origins + floats;  // less the origins
+  float* const squares = means + floats;
   parts.for_each([&](int64_t block, int64_t rows, int64_t at, int64_t first, int64_t channels) {
     const int64_t to = block * p.channels + first;
     for_each_column<V>(channels, [&]<int Vectors>(int64_t c, typename V::Tail tail) {
-      moments_of_block<V, Vectors>(rows, p.channels, x + at + c, tail, sums + to + c,
-                                   squares + to + c);
+      moments_of_block<V, Vectors>(rows, p.channels, x + at + c, tail, origins + to + c,
+                                   means + to + c, squares + to + c);
     });
   });
   parts.for_each_piece([&](int64_t begin, int64_t end) {
@@ -120,12 +156,11 @@ void batch_norm_moments(const BatchNormProblem& p, const float* x, float* mean, 
       for (int64_t block = 0; block < parts.blocks; ++block) {
         const int64_t before = block * parts.rows;
         const double count = static_cast<double>(min64(parts.rows, p.rows - before));
-        const double shift = sums[block * p.channels + c] / count;
         const double total = static_cast<double>(before) + count;
-        const double apart = x[before * p.channels + c] + shift - average;
+        const int64_t at = block * p.channels + c;
+        const double apart = double{origins[at]} + double{means[at]} - average;
         average += apart * count / total;
-        squared += squares[block * p.channels + c] - shift * shift * count +
-                   apart * apart * static_cast<double>(before) * count / total;
+        squared += squares[at] + apart * apart * static_cast<double>(before) * count / total;
       }
       mean[c] = static_cast<float>(average);
       // Rounding may leave a trifle below 0; NaN stays.
@@ -241,25 +276,36 @@ struct BatchNormBprop {
       const int64_t to = block * p.channels + first;
       for_each_column<V>(channels, [&]<int Vectors>(int64_t c, typename V::Tail tail) {
         const Column<Vectors, Mask, Kind> column(*this, first + c, tail);
-        typename V::Reg sum[Vectors], product[Vectors];
+        typename V::Reg sums_of_block[Vectors], products_of_block[Vectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) sum[v] = product[v] = V::zero();
-        for (int64_t row = 0, here = at + c; row < rows; ++row, here += p.channels) {
+        for (int v = 0; v < Vectors; ++v) sums_of_block[v] = products_of_block[v] = V::zero();
+        for (int64_t row = 0, here = at + c; row < rows;) {
+          typename V::Reg sum[Vectors], product[Vectors];
+#pragma GCC unroll 4
+          for (int v = 0; v < Vectors; ++v) sum[v] = product[v] = V::zero();
+          const int64_t end = min64(rows, row + kRowsAtOnce);
+          for (; row < end; ++row, here += p.channels) {
+#pragma GCC unroll 4
+            for (int v = 0; v < Vectors; ++v) {
+              const typename V::Reg apart = column.apart(here, v);
+              const typename V::Reg dz = column.through(here, v, apart);
+              if constexpr (Mask == NormMask::by_y) {
+                store_column<V, Vectors>(t.dresidual + here, v, dz, tail);
+              }
+              sum[v] = V::add(sum[v], dz);
+              product[v] = V::fma(dz, apart, product[v]);
+            }
+          }
 #pragma GCC unroll 4
           for (int v = 0; v < Vectors; ++v) {
-            const typename V::Reg apart = column.apart(here, v);
-            const typename V::Reg dz = column.through(here, v, apart);
-            if constexpr (Mask == NormMask::by_y) {
-              store_column<V, Vectors>(t.dresidual + here, v, dz, tail);
-            }
-            sum[v] = V::add(sum[v], dz);
-            product[v] = V::fma(dz, apart, product[v]);
+            sums_of_block[v] = V::add(sums_of_block[v], sum[v]);
+            products_of_block[v] = V::add(products_of_block[v], product[v]);
           }
         }
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) {
-          store_column<V, Vectors>(sums + to + c, v, sum[v], tail);
-          store_column<V, Vectors>(products + to + c, v, product[v], tail);
+          store_column<V, Vectors>(sums + to + c, v, sums_of_block[v], tail);
+          store_column<V, Vectors>(products + to + c, v, products_of_block[v], tail);
         }
       });
     });
