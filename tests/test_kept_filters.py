@@ -101,6 +101,72 @@ def test_a_change_of_the_array_that_was_assigned():
             np.testing.assert_array_equal(model.predict(x, verbose=0), wanted)
 
 
+def aligned(array):
+    """A copy of it where TensorFlow takes memory as it is: at a multiple of 64 bytes."""
+    room = np.empty(array.nbytes + 64, "uint8")
+    at = -room.ctypes.data % 64
+    room = room[at : at + array.nbytes].view(array.dtype).reshape(array.shape)
+    room[...] = array
+    return room
+
+
+def test_memory_that_somebody_else_writes_to():
+    """A filter that an array shares by DLPack is the one that it holds now."""
+    x, w = arrays(SHAPE, FILTER)
+    w = aligned(w)
+    shared = tf.experimental.dlpack.from_dlpack(w.__dlpack__())
+    captured = convolution(shared)
+    given = tf.function(lambda x, w: adapter.conv2d(x, w, padding="same"), autograph=False)
+
+    @tf.function(autograph=False)
+    def reshaped(x, w):
+        return adapter.conv2d(x, tf.identity(tf.reshape(w, FILTER)), padding="same")
+
+    kept = Kept()
+    for _ in range(5):
+        w *= 0.5
+        wanted = fastconv.conv2d(x, w, padding="same")
+        for run in (captured, lambda x: given(x, shared), lambda x: reshaped(x, shared)):
+            np.testing.assert_array_equal(run(x), wanted)
+        np.testing.assert_array_equal(adapter.conv2d(x, shared, padding="same"), wanted)
+    assert kept() == 0
+
+
+def test_a_session_of_tensorflow_1():
+    """What it is fed it takes as it is; to a reference variable it assigns in place."""
+    x, w = arrays(SHAPE, FILTER)
+    fed = aligned(w)
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        place = tf.compat.v1.placeholder("float32", FILTER)
+        variables = [tf.compat.v1.Variable(w, use_resource=kind) for kind in (False, True)]
+        assigned = [variable.assign(place) for variable in variables]
+        ys = [adapter.conv2d(x, filters, padding="same") for filters in (place, *variables)]
+        session.run(tf.compat.v1.global_variables_initializer())
+        kept = Kept()
+        for _ in range(4):
+            fed *= -0.5
+            session.run([tensor.op for tensor in assigned], {place: fed})
+            wanted = fastconv.conv2d(x, fed, padding="same")
+            for _ in range(4):
+                for found in session.run(ys, {place: fed}):
+                    np.testing.assert_array_equal(found, wanted)
+        assert 0 < kept() <= 4 * 3  # of the resource variable
+
+
+def test_what_a_graph_knows_to_stay():
+    x, w = arrays(SHAPE, FILTER)
+    constant = tf.function(lambda x: adapter.conv2d(x, tf.constant(w), padding="same"))
+    variable = tf.Variable(w.reshape(9, 24, 40))
+    reshaped = tf.function(
+        lambda x: adapter.conv2d(x, tf.reshape(variable, FILTER), padding="same"), autograph=False
+    )
+    kept = Kept()
+    for run in (constant, reshaped):
+        for _ in range(5):
+            np.testing.assert_array_equal(run(x), fastconv.conv2d(x, w, padding="same"))
+        assert kept() == 3
+
+
 def test_changes_at_each_call_give_it_up():
     """As in training: what is held would cost each assignment a copy."""
     x, w = arrays(SHAPE, FILTER)

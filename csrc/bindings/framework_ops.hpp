@@ -314,9 +314,10 @@ class Conv2dKernel {
 
 class Conv2d : public Conv2dKernel {
  public:
-  using Conv2dKernel::Conv2dKernel;
+  template <class Attributes>
+  explicit Conv2d(const Attributes& attributes) : Conv2dKernel(attributes), kept_(attributes) {}
   static constexpr const char* kName = "FastconvConv2D";
-  static constexpr std::array kOwnAttributes{"num_bias: int >= 0 = 0"};
+  static constexpr std::array kOwnAttributes{"num_bias: int >= 0 = 0", kKeepFilterAttribute};
   static constexpr std::array kInputs{"x: T", "filter: T", "bias: num_bias * T"};
   static constexpr std::array kOutputs{"y: T"};
   static constexpr int kOutputLikeInput = -1;
@@ -349,10 +350,10 @@ class Conv2dScaled : public Conv2dKernel {
  public:
   template <class Attributes>
   explicit Conv2dScaled(const Attributes& attributes)
-      : Conv2dKernel(attributes, wide_activation_attribute(attributes)) {}
+      : Conv2dKernel(attributes, wide_activation_attribute(attributes)), kept_(attributes) {}
   static constexpr const char* kName = "FastconvConv2DScaled";
   static constexpr std::array kAttributes{"dilations: list(int) = [1, 1]", kWideActivation};
-  static constexpr std::array kOwnAttributes{"num_residual: int >= 0 = 0"};
+  static constexpr std::array kOwnAttributes{"num_residual: int >= 0 = 0", kKeepFilterAttribute};
   static constexpr std::array kInputs{"x: T", "filter: T", "scale: T", "bias: T",
                                       "residual: num_residual * T"};
   static constexpr std::array kOutputs{"y: T"};
@@ -381,7 +382,9 @@ class Conv2dScaled : public Conv2dKernel {
 // What computes dx, and keeps what it made of the filter: the op's input 1.
 class Conv2dDgradKernel : public Conv2dKernel {
  protected:
-  using Conv2dKernel::Conv2dKernel;
+  template <class Attributes>
+  explicit Conv2dDgradKernel(const Attributes& attributes)
+      : Conv2dKernel(attributes), kept_(attributes) {}
 
   void dgrad(const auto& context, const Conv2dProblem& p, const auto& dy, const auto& filter,
              const void* mask, const auto& dx) const {
@@ -399,9 +402,10 @@ class Conv2dDgradKernel : public Conv2dKernel {
 
 class Conv2dGradInput : public Conv2dDgradKernel {
  public:
-  using Conv2dDgradKernel::Conv2dDgradKernel;
+  template <class Attributes>
+  explicit Conv2dGradInput(const Attributes& attributes) : Conv2dDgradKernel(attributes) {}
   static constexpr const char* kName = "FastconvConv2DGradInput";
-  static constexpr std::array kOwnAttributes{"num_output: int >= 0 = 0"};
+  static constexpr std::array kOwnAttributes{"num_output: int >= 0 = 0", kKeepFilterAttribute};
   static constexpr std::array kInputs{"x: T", "filter: T", "dy: T", "output: num_output * T"};
   static constexpr std::array kOutputs{"dx: T"};
   static constexpr int kOutputLikeInput = 0;
@@ -465,7 +469,8 @@ class Conv2dTranspose : public Conv2dDgradKernel {
     }
   }
   static constexpr const char* kName = "FastconvConv2DTranspose";
-  static constexpr std::array kOwnAttributes{"output_offset: list(int) = [0, 0]"};
+  static constexpr std::array kOwnAttributes{"output_offset: list(int) = [0, 0]",
+                                             kKeepFilterAttribute};
   static constexpr std::array kInputs{"x: T", "filter: T"};
   static constexpr std::array kOutputs{"y: T"};
   static constexpr int kOutputLikeInput = -1;
@@ -704,9 +709,12 @@ class AveragePool2dGrad : public Pool2dKernel {
 // argmax as of MaxPool2dWithArgmax, where it is asked for.
 class Conv2dMaxPool2d : public Conv2dKernel {
  public:
-  using Conv2dKernel::Conv2dKernel;
+  template <class Attributes>
+  explicit Conv2dMaxPool2d(const Attributes& attributes)
+      : Conv2dKernel(attributes), kept_(attributes) {}
   static constexpr const char* kName = "FastconvConv2DMaxPool2D";
-  static constexpr std::array kOwnAttributes{"num_bias: int >= 0 = 0", "num_argmax: int >= 0 = 0"};
+  static constexpr std::array kOwnAttributes{"num_bias: int >= 0 = 0", "num_argmax: int >= 0 = 0",
+                                             kKeepFilterAttribute};
   static constexpr std::array kInputs{"x: T", "filter: T", "bias: num_bias * T"};
   static constexpr std::array kOutputs{"y: T", "argmax: num_argmax * uint8"};
   static constexpr int kOutputLikeInput = -1;

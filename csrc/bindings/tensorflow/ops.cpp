@@ -139,6 +139,14 @@ class Attributes {
     return values;
   }
 
+  bool flag(const char* name) const {
+    const Status status;
+    unsigned char value = 0;
+    TF_OpKernelConstruction_GetAttrBool(construction_, name, &value, status.get());
+    status.check();
+    return value != 0;
+  }
+
   float real(const char* name) const {
     const Status status;
     float value = 0;

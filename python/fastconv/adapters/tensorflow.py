@@ -695,6 +695,30 @@ _INPUTS_BEFORE_THE_LIST = {
 }
 
 
+# Ops that may keep what they made of their filter, input 1, from run to run.
+_KEEPS_ITS_FILTER = (
+    _operations.CONV2D,
+    _operations.CONV2D_SCALED,
+    _operations.CONV2D_GRAD_INPUT,
+    _operations.CONV2D_TRANSPOSE,
+    _operations.CONV2D_MAX_POOL2D,
+)
+_SAME_MEMORY = ("Identity", "Reshape", "ExpandDims", "Squeeze")  # ops of TensorFlow's, of input 0
+
+
+def _is_of_a_variable(tensor: tf.Tensor) -> bool:
+    """Whether a tensor of a graph is a resource variable's value or a constant, perhaps of another shape.
+
+    Nobody writes to the memory of these while an op holds on to it. What is fed to a graph or captured by it
+    may be an array's that NumPy changes in place.
+    """
+    if tf.executing_eagerly():
+        return False
+    while tensor.op.type in _SAME_MEMORY:
+        tensor = tensor.op.inputs[0]
+    return tensor.op.type in ("ReadVariableOp", "Const")
+
+
 def _run_op(
     name: str, inputs: list[tf.Tensor], attributes: Attributes, outputs: Outputs
 ) -> list[tf.Tensor]:
@@ -708,6 +732,8 @@ def _run_op(
     if (count := _INPUTS_BEFORE_THE_LIST.get(name)) is not None:
         arguments = [*inputs[:count], inputs[count:]]
     own: dict[str, Any] = {}
+    if name in _KEEPS_ITS_FILTER:
+        own["keep_filter"] = _is_of_a_variable(inputs[1])
     if name == _operations.MAX_POOL2D_WITH_ARGMAX:
         own["Targmax"] = tf.as_dtype(outputs[1][0])
     results: list[tf.Tensor] = tf.nest.flatten(
