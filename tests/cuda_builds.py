@@ -112,6 +112,7 @@ def build_by_nvcc(nvcc, architecture):
     folder = ROOT / "build" / "nvcc" / f"sm_{architecture}"
     folder.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++20", "-O3", f"-arch=sm_{architecture}", f"-I{ROOT / 'csrc'}"]
+    flags += [f"-DFASTCONV_CUDA_{code}={architecture}" for code in ("CODE", "PTX")]
     flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-O0"]
     # PyPI's packages keep the libraries in lib, where nvcc looks for lib64.
     libraries = Path(nvcc).resolve().parent.parent / "lib"

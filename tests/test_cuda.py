@@ -306,6 +306,38 @@ def test_dlpack_says_what_it_holds():
     assert tensor.byte_offset == 0
 
 
+class Managed(ctypes.Structure):
+    """DLManagedTensor, as far as its deleter."""
+
+    _fields_ = [("tensor", ctypes.c_byte * 48), ("context", ctypes.c_void_p)]
+    _fields_ += [("deleter", ctypes.c_void_p)]
+
+
+@pytest.mark.parametrize("handle", [-1, LEGACY, PER_THREAD])
+def test_let_go_by_a_thread_without_the_gil(pair, handle):
+    """As a consumer's own threads do."""
+    x, w, y = pair
+    stream = gpu_functions.Stream()
+    ended = weakref.ref(stream)
+    array = gpu_functions.conv2d(x, w, stream=stream)
+    assert_close(array, y)
+    capsule = array.__dlpack__(stream=handle)
+    api = ctypes.pythonapi
+    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
+    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    api.PyCapsule_SetName.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    managed = api.PyCapsule_GetPointer(capsule, b"dltensor")
+    used = b"used_dltensor"
+    api.PyCapsule_SetName(capsule, used)
+    del array, stream
+    gc.collect()
+    assert ended() is not None
+    deleter = Managed.from_address(managed).deleter
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(deleter)(managed)  # which releases the GIL
+    gc.collect()
+    assert ended() is None
+
+
 def test_dlpack_refuses():
     array = gpu_functions.array(np.zeros(3, np.float32))
     assert array.__dlpack_device__() == (2, 0)
@@ -392,6 +424,32 @@ def test_empty_batch(pair):
     dw, dbias = fastconv.conv2d_grad_filter(x, dy, w.shape, return_bias_grad=True)
     assert not dw.numpy().any()
     assert not dbias.numpy().any()
+
+
+@pytest.mark.parametrize("compute_capability", [70, 72, 87, 110, 121])
+def test_a_device_that_there_are_no_kernels_for(gpu, compute_capability):
+    """Machine code serves later devices of its major number, PTX of 12.0 all later ones."""
+    if gpu == "cuda":
+        pytest.skip("a device is what it is")
+    path = cuda_support.library(gpu)
+    with emulating(compute_capability=compute_capability):
+        if compute_capability in (87, 121):
+            _core.cuda.use_library(path)
+            assert fastconv.cuda.is_available()
+        else:
+            reason = f"of emulated device, {compute_capability // 10}.{compute_capability % 10}"
+            with pytest.raises(fastconv.cuda.CudaError, match=f"no kernels for the .*{reason}"):
+                _core.cuda.use_library(path)
+    _core.cuda.use_library(path)
+
+
+@pytest.mark.parametrize("axis, name", [(0, "height"), (1, "width")])
+def test_a_pooling_s_coordinates(axis, name):
+    x = gpu_functions.array(np.ones((1, 3, 3, 1), np.float32))
+    pool, strides, padding = [1, 1], [1, 1], [(0, 0), (0, 0)]
+    pool[axis], strides[axis], padding[axis] = 2**30, 2**29, (2**30 - 1, 2**30 - 1)
+    with pytest.raises(ValueError, match=rf"the {name} of a pooling's input must be below 2\*\*30"):
+        gpu_functions.avg_pool2d(x, pool, strides=strides, padding=padding)
 
 
 def test_too_large():
@@ -524,11 +582,100 @@ def test_a_lazy_stream_has_done_nothing_before_somebody_waits(gpu, pair):
         pytest.skip("a device does not wait to be waited for")
     x, w, y = pair
     stream = gpu_functions.Stream()
-    out = gpu_functions.array(np.zeros(y.shape, np.float16))
+    out = gpu_functions.array(np.zeros(y.shape, np.float16), stream=stream)
+    # Of the default stream, which does not wait for this one.
+    view = gpu_functions.asarray(Interface(out, stream=None))
     gpu_functions.conv2d(x, w, out=out, stream=stream)
-    assert not out.numpy().any()  # of the default stream, which does not wait for this one
+    assert not view.numpy().any()
     stream.synchronize()
+    assert_close(view, y)
+
+
+@pytest.mark.usefixtures("emulated_streams")
+@pytest.mark.parametrize("of_stream", [False, True], ids=["of the default stream", "of a stream"])
+def test_out_is_read_in_the_order_of_its_own_stream(pair, of_stream):
+    x, w, y = pair
+    ones = gpu_functions.array(np.eye(16, dtype=np.float16).reshape(1, 1, 16, 16))
+    stream, third = gpu_functions.Stream(), gpu_functions.Stream()
+    own = gpu_functions.Stream() if of_stream else None
+    for read in (
+        lambda out: out,
+        lambda out: gpu_functions.conv2d(out, ones),
+        lambda out: gpu_functions.conv2d(out, ones, stream=third),
+        lambda out: gpu_functions.asarray(Interface(out), stream=third),
+        lambda out: gpu_functions.asarray(Dlpack(out), stream=third),
+    ):
+        out = gpu_functions.array(np.zeros(y.shape, np.float16), stream=own)
+        before = out.stream
+        assert gpu_functions.conv2d(x, w, out=out, stream=stream) is out
+        assert out.stream == before
+        assert_close(read(out), y)
+
+
+@pytest.mark.usefixtures("emulated_streams")
+def test_out_of_another_library_is_read_in_the_order_of_its_stream(pair):
+    x, w, y = pair
+    producer, stream = gpu_functions.Stream(), gpu_functions.Stream()
+    out = gpu_functions.array(np.zeros(y.shape, np.float16), stream=producer)
+    gpu_functions.conv2d(x, w, out=Interface(out), stream=stream)
     assert_close(out, y)
+
+
+@pytest.mark.usefixtures("emulated_streams")
+def test_out_of_the_exchange_api_is_read_in_the_order_of_its_stream(exchange, pair, monkeypatch):
+    x, w, y = pair
+    producer, stream = gpu_functions.Stream(), gpu_functions.Stream()
+    out = gpu_functions.array(np.zeros(y.shape, np.float16), stream=producer)
+    monkeypatch.setattr(ByExchange, "stream", producer.handle)
+    gpu_functions.conv2d(x, w, out=ByExchange(out), stream=stream)
+    assert_close(out, y)
+
+
+@pytest.mark.usefixtures("emulated_streams")
+@pytest.mark.parametrize("foreign", [Interface, Dlpack])
+def test_a_view_of_one_stream_used_on_another(pair, foreign):
+    x, w, y = pair
+    ones = gpu_functions.array(np.eye(16, dtype=np.float16).reshape(1, 1, 16, 16))
+    producer, first, second = (gpu_functions.Stream() for _ in range(3))
+    made = gpu_functions.conv2d(x, w, stream=producer)
+    view = gpu_functions.asarray(foreign(made), stream=first)
+    assert_close(gpu_functions.conv2d(view, ones, stream=second), y)
+
+
+def test_a_view_outlives_its_producer_s_stream(pair):
+    """It is of the stream on which it was asked for."""
+    x, w, y = pair
+    producer = gpu_functions.Stream()
+    out = gpu_functions.asarray(
+        Interface(gpu_functions.array(np.zeros(y.shape, np.float16)), stream=producer.handle)
+    )
+    del producer
+    gc.collect()
+    assert_close(gpu_functions.conv2d(x, w, out=out, stream=gpu_functions.Stream()), y)
+
+
+def test_uses_on_another_stream_take_no_memory_each():
+    """An array remembers the latest use alone: the one of a filter, in a loop on a stream."""
+    heap = ctypes.CDLL(None)
+    if not hasattr(heap, "mallinfo2"):
+        pytest.skip("glibc tells how much memory is in use")
+
+    class Mallinfo(ctypes.Structure):
+        _fields_ = [(str(i), ctypes.c_size_t) for i in range(10)]
+
+    heap.mallinfo2.restype = Mallinfo
+    x = gpu_functions.array(np.ones((1, 1, 1, 1), np.float32))
+    stream = gpu_functions.Stream()
+
+    def run(times):
+        for _ in range(times):
+            gpu_functions.max_pool2d(x, 1, stream=stream)
+            stream.synchronize()
+        gc.collect()
+        return getattr(heap.mallinfo2(), "7")
+
+    before = run(100)
+    assert run(2000) - before < 2000 * 24
 
 
 def test_memory_of_others_is_held_until_it_has_been_read(pair):
@@ -563,9 +710,16 @@ def test_streams_of_other_libraries():
         def __cuda_stream__(self):
             return 0, 9
 
-    for stream, handle in [(Torch, 7), (Cupy, 8), (Protocol(), 9), (0, LEGACY), (2, PER_THREAD)]:
+    class PerThread:
+        ptr = PER_THREAD
+
+    for stream, handle in [(Torch, 7), (Cupy, 8), (Protocol(), 9), (0, LEGACY), (1, LEGACY)]:
         with gpu_functions.using_stream(stream):
             assert _core.cuda.stream() == handle
+    for stream in (PER_THREAD, PerThread):
+        with pytest.raises(ValueError, match=r"`stream` must not be cudaStreamPerThread"), \
+                gpu_functions.using_stream(stream):  # fmt: skip
+            pass
     with pytest.raises(TypeError, match=r"`stream` must be an integer"), \
             gpu_functions.using_stream("x"):  # fmt: skip
         pass
@@ -576,7 +730,7 @@ def test_streams_of_other_libraries():
 
 def test_the_current_stream_is_the_thread_s():
     seen = []
-    with gpu_functions.using_stream(PER_THREAD):
+    with gpu_functions.using_stream(gpu_functions.Stream()):
         thread = threading.Thread(target=lambda: seen.append(_core.cuda.stream()))
         thread.start()
         thread.join()

@@ -91,3 +91,34 @@ def test_this_build():
     assert run.returncode == 0, run.stderr
     assert "'available': True" in run.stdout or "'reason': '" in run.stdout
     assert "there is no file" not in run.stdout  # a variable set to nothing names none
+
+
+FORK_MEANWHILE = """
+import os, signal, sys, threading, time
+import fastconv
+waiting, answers = sys.argv[1:]
+os.environ["FASTCONV_CUDA_LIBRARY"] = waiting  # whoever opens it waits for somebody to write
+thread = threading.Thread(target=fastconv.cuda.is_available)
+thread.start()
+time.sleep(0.5)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    os.environ["FASTCONV_CUDA_LIBRARY"] = answers
+    assert fastconv.info()["cuda"]["reason"].startswith("there is no file")
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+with open(waiting, "w"):
+    pass
+thread.join()
+assert not fastconv.cuda.is_available()
+"""
+
+
+def test_a_process_forked_while_the_module_is_opened(tmp_path):
+    """Opening takes seconds where a driver starts: the child does not wait for a thread it has not."""
+    waiting = tmp_path / "waiting.so"
+    os.mkfifo(waiting)
+    command = [sys.executable, "-W", "ignore", "-c", FORK_MEANWHILE, waiting, tmp_path / "none.so"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert run.returncode == 0, run.stderr

@@ -1,7 +1,9 @@
 #include "core/cuda_backend.hpp"
 
 #include <dlfcn.h>
+#include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <mutex>
@@ -93,29 +95,50 @@ Opened open(const std::string& path) {
     facts.reason = "there is no CUDA device";
     return opened;
   }
+  const auto has_kernels = [](const DeviceDescription& device) { return device.has_kernels; };
+  if (std::none_of(facts.devices.begin(), facts.devices.end(), has_kernels)) {
+    const DeviceDescription& first = facts.devices.front();
+    facts.reason = "this build has no kernels for the compute capability of ";
+    facts.reason.append(first.name).append(", ");
+    facts.reason.append(std::to_string(first.compute_capability / 10)).append(".");
+    facts.reason.append(std::to_string(first.compute_capability % 10));
+    return opened;
+  }
   facts.available = true;
   opened.library = found;
   return opened;
 }
 
-std::mutex mutex;
+// Leaked, as is what it guards: calls may still run while static objects are destroyed.
+std::mutex& mutex = *new std::mutex;
+Opened* current = nullptr;  // null: nobody has asked yet
 
-// Under the mutex.
-Opened& current() {
-  static Opened* const opened = new Opened(open(default_path()));  // outlives static destructors
-  return *opened;
+// A child forked while another thread holds it would find it locked for ever.
+[[maybe_unused]] const int registered =
+    pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
+
+// What is open, for as long as `lock`. Opening takes long, and a fork waits for who holds the mutex: it is
+// done without, perhaps by two threads, of which one is listened to.
+const Opened& opened_under(std::unique_lock<std::mutex>& lock) {
+  lock = std::unique_lock(mutex);
+  if (current != nullptr) return *current;
+  lock.unlock();
+  auto made = std::make_unique<Opened>(open(default_path()));
+  lock.lock();
+  if (current == nullptr) current = made.release();
+  return *current;
 }
 
 }  // namespace
 
 Availability availability() {
-  const std::lock_guard lock(mutex);
-  return current().availability;
+  std::unique_lock<std::mutex> lock;
+  return opened_under(lock).availability;
 }
 
 const Library& library() {
-  const std::lock_guard lock(mutex);
-  const Opened& opened = current();
+  std::unique_lock<std::mutex> lock;
+  const Opened& opened = opened_under(lock);
   if (opened.library == nullptr)
     throw CudaError("There is no GPU to compute on: " + opened.availability.reason);
   return *opened.library;
@@ -125,8 +148,9 @@ void use_library(const std::string& path) {
   Opened opened = open(path.empty() ? default_path() : path);
   if (!path.empty() && opened.library == nullptr)
     throw CudaError("There is no GPU to compute on: " + opened.availability.reason);
+  auto made = std::make_unique<Opened>(std::move(opened));
   const std::lock_guard lock(mutex);
-  current() = std::move(opened);
+  delete std::exchange(current, made.release());
 }
 
 namespace {
@@ -152,18 +176,29 @@ Memory::Memory(const Library& library, int device, void* stream, std::size_t byt
 
 Memory::~Memory() {
   // Nobody is there to hear of errors; those of kernels are heard by who waits.
-  for (void* point : uses_) {
-    library_.order_after(device_, point, stream_);
-    library_.forget(device_, point);
+  for (const Use& use : uses_) {
+    library_.order_after(device_, use.point, stream_);
+    library_.forget(device_, use.point);
   }
   library_.release(device_, stream_, data_);
 }
 
 void Memory::note_use(void* stream) {
   if (stream == stream_) return;
+  const std::lock_guard lock(mutex_);
+  uses_.reserve(uses_.size() + 1);
+  const auto known = std::find_if(uses_.begin(), uses_.end(),
+                                  [&](const Use& use) { return use.stream == stream; });
+  // The new point stands for the old one too, even if another stream has got the handle since.
+  if (known != uses_.end()) check(library_, library_.order_after(device_, known->point, stream));
   void* point = nullptr;
   check(library_, library_.record(device_, stream, &point));
-  uses_.push_back(point);
+  if (known == uses_.end()) {
+    uses_.push_back({stream, point});
+    return;
+  }
+  library_.forget(device_, known->point);
+  known->point = point;
 }
 
 void conv2d(const Library& library, int device, void* stream, const Conv2dCall& call) {

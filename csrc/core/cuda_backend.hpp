@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -59,7 +60,7 @@ class FASTCONV_API Memory {
   void* data() const { return data_; }
   int device() const { return device_; }
   void* stream() const { return stream_; }
-  // It has been used in the order of another stream: who gets it next must wait for that.
+  // It has been used in the order of another stream: who gets it next must wait for that. Of any thread.
   void note_use(void* stream);
 
  private:
@@ -67,7 +68,12 @@ class FASTCONV_API Memory {
   int device_;
   void* stream_;
   void* data_ = nullptr;
-  std::vector<void*> uses_;  // points of other streams
+  struct Use {
+    void* stream;
+    void* point;  // behind all uses in that stream's order
+  };
+  std::mutex mutex_;
+  std::vector<Use> uses_;  // of other streams
 };
 
 // A convolution with the workspace that it needs; and one with pooling behind it.

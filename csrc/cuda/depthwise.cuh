@@ -74,17 +74,17 @@ __global__ __launch_bounds__(kDepthwiseThreads,
 #pragma unroll 1
   for (int r = 0; r < rows.taps; ++r) {
     const unsigned y = top + unsigned(r * rows.dilation);
-    const T* weights =
-        p.filter +
-        (unsigned((rows.tap + r * rows.tap_step) * g.columns.taps + columns.tap) * unsigned(g.k) +
-         unsigned(filter));
+    unsigned weights =
+        unsigned((rows.tap + r * rows.tap_step) * g.columns.taps + columns.tap) * unsigned(g.k) +
+        unsigned(filter);
+    const unsigned next_weights = unsigned(columns.tap_step) * unsigned(g.k);
     unsigned x = left;
     for (int s = 0; s < columns.taps;
-         ++s, x += unsigned(columns.dilation), weights += columns.tap_step * g.k) {
+         ++s, x += unsigned(columns.dilation), weights += next_weights) {
       if (x >= in_columns) continue;
       for (int m = 0; m < (kForward ? 1 : multiplier); ++m) {
         float weight[kVector];
-        load<kVector>(weights + m, weight);
+        load<kVector>(p.filter + (weights + unsigned(m)), weight);
 #pragma unroll
         for (int l = 0; l < kDepthwiseRows; ++l) {
           const unsigned here = y + unsigned(l * rows.stride);

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <exception>
 #include <initializer_list>
+#include <map>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -117,6 +119,37 @@ Device device_at(int index) {
 #endif
 }
 
+#if defined(FASTCONV_CUDA_EMULATE)
+#define FASTCONV_CUDA_CODE 75_80_86_89_90_100_120
+#define FASTCONV_CUDA_PTX 120
+#endif
+#define FASTCONV_TEXT_OF(numbers) #numbers
+#define FASTCONV_TEXT(numbers) FASTCONV_TEXT_OF(numbers)
+
+// Whether one of the numbers in a text such as "75_80" is such.
+template <class Is>
+bool any_number(const char* text, const Is& is_such) {
+  int number = 0;
+  for (; *text != '\0'; ++text) {
+    const bool is_digit = *text >= '0' && *text <= '9';
+    number = is_digit ? 10 * number + (*text - '0') : 0;
+    const bool ends = text[1] < '0' || text[1] > '9';
+    if (is_digit && ends && is_such(number)) return true;
+  }
+  return false;
+}
+
+// Whether the module has machine code for a compute capability, which serves later ones of the same major
+// number, or PTX for it or an earlier one. To ask CUDA would make a context on the device.
+bool has_kernels_for(int compute_capability) {
+  return any_number(FASTCONV_TEXT(FASTCONV_CUDA_CODE),
+                    [&](int code) {
+                      return code / 10 == compute_capability / 10 && code <= compute_capability;
+                    }) ||
+         any_number(FASTCONV_TEXT(FASTCONV_CUDA_PTX),
+                    [&](int code) { return code <= compute_capability; });
+}
+
 // --- devices --------------------------------------------------------------------------------------
 
 const char* message() { return t_message.c_str(); }
@@ -145,6 +178,7 @@ Status describe(int device, DeviceDescription* description) {
     description->compute_capability = 10 * properties.major + properties.minor;
     description->multiprocessors = properties.multiProcessorCount;
     description->memory_bytes = properties.totalGlobalMem;
+    description->has_kernels = has_kernels_for(description->compute_capability);
   });
 }
 
@@ -165,28 +199,26 @@ Status device_of(const void* pointer, int* device) {
 
 #if !defined(FASTCONV_CUDA_EMULATE)
 // A pool of our own that keeps what is given back: the device's default pool belongs to the whole
-// process, and hands memory back to the system at each synchronisation. Null where the device has
-// no pools.
+// process, and hands memory back to the system at each synchronisation. Made when the device is first
+// asked for memory; null where it has no pools.
 cudaMemPool_t pool_of(int device) {
-  static const std::vector<cudaMemPool_t> pools = [] {
-    int count = 0;
-    check(cudaGetDeviceCount(&count), "counting devices");
-    std::vector<cudaMemPool_t> all(static_cast<std::size_t>(count), nullptr);
-    for (int i = 0; i < count; ++i) {
-      if (attribute(cudaDevAttrMemoryPoolsSupported, i) == 0) continue;
-      cudaMemPoolProps properties{};
-      properties.allocType = cudaMemAllocationTypePinned;
-      properties.location.type = cudaMemLocationTypeDevice;
-      properties.location.id = i;
-      cudaMemPool_t& pool = all[static_cast<std::size_t>(i)];
-      check(cudaMemPoolCreate(&pool, &properties), "making a memory pool");
-      std::uint64_t keep_all = UINT64_MAX;
-      check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep_all),
-            "setting up a memory pool");
-    }
-    return all;
-  }();
-  return pools.at(static_cast<std::size_t>(device));
+  static std::mutex mutex;
+  static auto* const pools = new std::map<int, cudaMemPool_t>;  // outlives static destructors
+  const std::lock_guard lock(mutex);
+  if (const auto known = pools->find(device); known != pools->end()) return known->second;
+  cudaMemPool_t pool = nullptr;
+  if (attribute(cudaDevAttrMemoryPoolsSupported, device) != 0) {
+    cudaMemPoolProps properties{};
+    properties.allocType = cudaMemAllocationTypePinned;
+    properties.location.type = cudaMemLocationTypeDevice;
+    properties.location.id = device;
+    check(cudaMemPoolCreate(&pool, &properties), "making a memory pool");
+    std::uint64_t keep_all = UINT64_MAX;
+    check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep_all),
+          "setting up a memory pool");
+  }
+  (*pools)[device] = pool;
+  return pool;
 }
 #endif
 
@@ -329,6 +361,15 @@ void check_size(const char* name, std::int64_t elements) {
                         std::string(name) + "` of " + std::to_string(elements));
 }
 
+// Pooling's coordinates are int.
+void check_extent(const char* name, std::int64_t size, std::int64_t before, std::int64_t after) {
+  if (size + before + after < std::int64_t{1} << 30) return;
+  throw InvalidArgument("On a GPU the " + std::string(name) +
+                        " of a pooling's input must be below 2**30, padding included. Received: " +
+                        std::to_string(size) + " with padding (" + std::to_string(before) + ", " +
+                        std::to_string(after) + ")");
+}
+
 void check_sizes(const Conv2dProblem& p) {
   check_size("x", p.x_size());
   check_size("w", p.filter_size());
@@ -437,6 +478,8 @@ Status pool2d(int device, void* stream, const Pool2dCall* call) {
     const Pool2dProblem& p = call->problem;
     check_size("x", p.x_size());
     check_size("y", p.y_size());
+    check_extent("height", p.h, p.pad_top, p.pad_bottom);
+    check_extent("width", p.w, p.pad_left, p.pad_right);
     if (p.n == 0) return;
     const Call where{device_at(device), stream_of(stream), nullptr};
     const bool is_max = call->pooling == Pooling::max;

@@ -31,6 +31,7 @@ struct DeviceDescription {
   int compute_capability;  // 10 * major + minor
   int multiprocessors;
   std::uint64_t memory_bytes;
+  bool has_kernels;  // the module has code that runs there
 };
 
 // One convolution, as conv2d_fprop, conv2d_dgrad and conv2d_wgrad of core/operations.hpp: the same
@@ -89,7 +90,7 @@ using CandidateFunction = void (*)(void* context, const char* name, const char* 
 
 struct Library {
   // What the two sides must agree on before anything else is read.
-  static constexpr std::uint32_t kVersion = 3;
+  static constexpr std::uint32_t kVersion = 4;
   std::uint32_t version = kVersion;
   std::uint32_t bytes = sizeof(Library);
   std::uint32_t conv2d_call_bytes = sizeof(Conv2dCall);

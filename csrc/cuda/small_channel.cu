@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <limits>
+#include <optional>
 
 #include "cuda/kernels.hpp"
 #include "cuda/small_channel.cuh"
@@ -22,6 +23,7 @@ bool aligned(const void* pointer, std::size_t bytes) {
 
 // What a launch of either direction consists of.
 struct Plan {
+  std::optional<Patch> patch;
   int filters = 0, tile_rows = 0;  // of a tile
   int taps = 0;                    // wgrad: of a thread
   int64_t filter_tiles = 0, depth_tiles = 1, tile_rows_count = 0, tile_columns_count = 0;
@@ -29,8 +31,9 @@ struct Plan {
   double products = 0;  // of all blocks, idle lanes and all
 };
 
-Plan plan(const Conv2dSpec& spec, const Device& device, const ConvGeometry& g) {
+Plan make_plan(const Conv2dSpec& spec, const Device& device) {
   const Conv2dProblem& p = spec.problem;
+  const ConvGeometry g(p);
   const int64_t depth = p.r * p.s * p.c_per_group(), k = p.k_per_group();
   Plan plan;
   plan.tile_columns_count = ceil_div(p.ow, kPatchColumns);
@@ -47,7 +50,7 @@ Plan plan(const Conv2dSpec& spec, const Device& device, const ConvGeometry& g) {
   plan.filter_tiles = ceil_div(k, plan.filters);
   plan.tile_rows_count = ceil_div(p.oh, plan.tile_rows);
   plan.tiles = p.n * plan.tile_rows_count * plan.tile_columns_count;
-  const int64_t patch = Patch(p, g, plan.tile_rows).words(g.c_per_group);
+  const int64_t patch = plan.patch.emplace(p, g, plan.tile_rows).words(g.c_per_group);
   const int64_t outputs = plan.tiles * plan.tile_rows * kPatchColumns;
   plan.products = double(p.groups * plan.filter_tiles * plan.filters) * double(outputs);
   if (spec.direction == Direction::fprop) {
@@ -66,6 +69,23 @@ Plan plan(const Conv2dSpec& spec, const Device& device, const ConvGeometry& g) {
   return plan;
 }
 
+// A call asks for its plan several times, and the patch takes microseconds to lay out: each thread keeps
+// those that it used last.
+const Plan& plan(const Conv2dSpec& spec, const Device& device) {
+  struct Made {
+    Conv2dProblem problem;
+    int multiprocessors = 0;
+    std::optional<Plan> plan;
+  };
+  thread_local Made latest[3];
+  Made& made = latest[static_cast<std::size_t>(spec.direction)];
+  if (!made.plan || made.multiprocessors != device.multiprocessors ||
+      !(made.problem == spec.problem)) {
+    made = {spec.problem, device.multiprocessors, make_plan(spec, device)};
+  }
+  return *made.plan;
+}
+
 // Whether the patch is small, before its size is taken for an int.
 bool patch_fits(const Conv2dProblem& p) {
   const int64_t rows = 15 * p.stride_h + (p.r - 1) * p.dilation_h + 1;
@@ -79,13 +99,13 @@ bool serves(const Conv2dSpec& spec, const Device& device) {
       !patch_fits(p)) {
     return false;
   }
-  const Plan chosen = plan(spec, device, ConvGeometry(p));
+  const Plan& chosen = plan(spec, device);
   return chosen.shared_bytes <= kMostShared && chosen.blocks <= std::numeric_limits<int>::max() &&
          chosen.tiles <= std::numeric_limits<int>::max();
 }
 
 std::size_t workspace_bytes(const Conv2dSpec& spec, const Device& device) {
-  const Plan chosen = plan(spec, device, ConvGeometry(spec.problem));
+  const Plan& chosen = plan(spec, device);
   return chosen.splits > 1
              ? std::size_t(chosen.splits) * std::size_t(spec.problem.filter_size()) * sizeof(float)
              : 0;
@@ -94,7 +114,7 @@ std::size_t workspace_bytes(const Conv2dSpec& spec, const Device& device) {
 double estimate(const Conv2dSpec& spec, const Device& device) {
   const Conv2dProblem& p = spec.problem;
   const Throughput speed = throughput(device);
-  const Plan chosen = plan(spec, device, ConvGeometry(p));
+  const Plan& chosen = plan(spec, device);
   const double multiprocessors = std::max(device.multiprocessors, 1);
   // Whole rounds of blocks; two of four warps fill a multiprocessor.
   const double in_turn = double(ceil_div(chosen.blocks, int64_t(multiprocessors)));
@@ -107,7 +127,7 @@ double estimate(const Conv2dSpec& spec, const Device& device) {
 }
 
 std::string blocking(const Conv2dSpec& spec, const Device& device) {
-  const Plan chosen = plan(spec, device, ConvGeometry(spec.problem));
+  const Plan& chosen = plan(spec, device);
   std::string text = std::to_string(chosen.tile_rows) + "x" + std::to_string(kPatchColumns) +
                      " outputs x " + std::to_string(chosen.filters) + " filters";
   if (chosen.taps > 0) text += ", " + std::to_string(chosen.taps) + "x8 weights a thread";
@@ -118,8 +138,7 @@ std::string blocking(const Conv2dSpec& spec, const Device& device) {
 template <class T>
 cudaError_t run(const Conv2dSpec& spec, const Conv2dOperands& operands, const Call& call) {
   const Conv2dProblem& p = spec.problem;
-  const ConvGeometry g(p);
-  const Plan chosen = plan(spec, call.device, g);
+  const Plan& chosen = plan(spec, call.device);
   const bool forward = spec.direction == Direction::fprop, split = chosen.splits > 1;
   const void* vectors = forward ? operands.out : operands.dy;  // read or written in fours
   const SmallChannelArguments<T> arguments{
@@ -129,8 +148,8 @@ cudaError_t run(const Conv2dSpec& spec, const Conv2dOperands& operands, const Ca
       .dy = static_cast<const T*>(operands.dy),
       .out = static_cast<T*>(operands.out),
       .partials = split ? static_cast<float*>(call.workspace) : nullptr,
-      .g = g,
-      .patch = Patch(p, g, chosen.tile_rows),
+      .g = ConvGeometry(p),
+      .patch = *chosen.patch,
       .depth = int(p.r * p.s * p.c_per_group()),
       .tiles = int(chosen.tiles),
       .splits = int(chosen.splits),

@@ -277,7 +277,10 @@ struct PixelRows : S {
         if (kDirection == Direction::fprop || (i < h.count && j < w.count)) {
           h0[pass] = h.origin + i * h.stride;
           w0[pass] = w.origin + j * w.stride;
-          base[pass] = n * strides.image + h0[pass] * strides.row + w0[pass] * strides.column;
+          // Far outside, beyond what an int holds.
+          base[pass] = int(unsigned(n) * unsigned(strides.image) +
+                           unsigned(h0[pass]) * unsigned(strides.row) +
+                           unsigned(w0[pass]) * unsigned(strides.column));
         }
       }
     }
@@ -292,7 +295,9 @@ struct PixelRows : S {
     Step step;
     step.h = taps.r * dilation_h;
     step.w = taps.s * dilation_w;
-    step.offset = step.h * strides.row + step.w * strides.column + taps.channel * strides.channel;
+    step.offset =
+        int(unsigned(step.h) * unsigned(strides.row) + unsigned(step.w) * unsigned(strides.column) +
+            unsigned(taps.channel) * unsigned(strides.channel));
     step.count = taps.inside() ? p.sum_channels - taps.channel : 0;
     return step;
   }
@@ -303,7 +308,8 @@ struct PixelRows : S {
     const bool inside = static_cast<unsigned>(h0[pass] + step.h) < static_cast<unsigned>(height) &&
                         static_cast<unsigned>(w0[pass] + step.w) < static_cast<unsigned>(width) &&
                         step.count > 0;
-    return {inside ? image + (base[pass] + step.offset) : image, inside ? step.count : 0,
+    const int offset = int(unsigned(base[pass]) + unsigned(step.offset));
+    return {inside ? image + offset : image, inside ? step.count : 0,
             image_strides<kDirection>(p.g).channel};
   }
 };

@@ -7,7 +7,9 @@ whatever the type. The functions have the names, arguments and messages of fastc
 such arrays too; those here take ``stream`` besides.
 
 Everything is enqueued on a stream and nothing waits for it but ``DeviceArray.numpy()`` and
-``Stream.synchronize()``. What other streams have been given to do with the inputs comes first.
+``Stream.synchronize()``. What other streams have been given to do with the inputs comes first, and what
+reads ``out`` in its own stream's order finds the result. Only of an ``out`` that is handed over by the
+methods of DLPack nobody knows that stream: its owner must wait for the one that computes.
 
 They have run on an H200; in the tests the kernels run on an emulator.
 """
@@ -125,17 +127,27 @@ class Stream:
                 _core.cuda.destroy_stream(self.device, self.handle)
 
 
+_PER_THREAD = 2  # cudaStreamPerThread
+
+
 def _handle(stream: Any) -> int:
     """The handle of a stream of ours, CuPy's, PyTorch's, or one that is a handle itself."""
+    attributes = ("cuda_stream", "ptr")  # of torch.cuda.Stream, of cupy.cuda.Stream
+    found = [name for name in attributes if hasattr(stream, name)]
     if hasattr(stream, "__cuda_stream__"):
-        return int(stream.__cuda_stream__()[1])
-    for attribute in ("cuda_stream", "ptr"):  # of torch.cuda.Stream, of cupy.cuda.Stream
-        if hasattr(stream, attribute):
-            return int(getattr(stream, attribute))
-    handle = normalize_integer(stream, "stream")
+        handle = int(stream.__cuda_stream__()[1])
+    elif found:
+        handle = int(getattr(stream, found[0]))
+    else:
+        handle = normalize_integer(stream, "stream")
     if handle < 0:
         raise ValueError(
             f"`stream` must be a stream or its handle. Received: stream={shown(stream)}"
+        )
+    if handle == _PER_THREAD:
+        raise ValueError(
+            "`stream` must not be cudaStreamPerThread, which is another stream in every thread "
+            f"that uses or frees the arrays. Received: stream={shown(stream)}"
         )
     return handle
 
@@ -160,7 +172,7 @@ def using_stream(stream: Any) -> Iterator[None]:
     TypeError
         If it is none of these.
     ValueError
-        If it is a negative integer.
+        If it is a negative integer, or ``cudaStreamPerThread`` (2).
     """
     handle = _handle(stream)
     before = _core.cuda.set_stream(handle, None if isinstance(stream, int) else stream)

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -38,6 +39,7 @@ thread_local PyObject* t_stream_object = nullptr;
 void* stream_of_handle(std::uintptr_t handle) {
   return handle == 1 ? nullptr : reinterpret_cast<void*>(handle);
 }
+constexpr int64_t kPerThread = 2;  // the handle of each thread's own default stream
 std::uintptr_t handle_of_stream(void* stream) {
   return stream == nullptr ? 1 : reinterpret_cast<std::uintptr_t>(stream);
 }
@@ -75,9 +77,23 @@ cuda::DataType data_type(Element element) {
 
 // --- arrays ---------------------------------------------------------------------------------------
 
+bool interpreter_ends() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return !Py_IsInitialized() || Py_IsFinalizing();
+#else
+  return !Py_IsInitialized() || _Py_IsFinalizing();
+#endif
+}
+
+// To be let go by any thread, with the GIL or without it: a consumer of DLPack may free what it took in a
+// thread of its own. At the interpreter's end such a thread would wait for ever: the object is left.
 std::shared_ptr<void> python_owner(const py::object& object) {
-  return {object.inc_ref().ptr(),
-          [](void* pointer) { Py_DECREF(static_cast<PyObject*>(pointer)); }};
+  return {object.inc_ref().ptr(), [](void* pointer) {
+            if (interpreter_ends() && (!Py_IsInitialized() || !PyGILState_Check())) return;
+            const PyGILState_STATE state = PyGILState_Ensure();
+            Py_DECREF(static_cast<PyObject*>(pointer));
+            PyGILState_Release(state);
+          }};
 }
 
 // What keeps the current stream alive; null where it is a mere handle. Called with the GIL.
@@ -98,6 +114,9 @@ class DeviceArray {
   bool read_only = false;
   std::shared_ptr<Memory> memory;  // ours; else
   std::shared_ptr<void> owner;     // what keeps the memory of another library
+  // Of what another library hands over to one call: its own stream, where it says which.
+  std::optional<void*> producer;
+  bool anywhere = false;  // empty, and nobody knows of which device
 
   std::size_t size() const {
     std::size_t count = 1;
@@ -165,8 +184,8 @@ void release_held() {
   // Owners are let go here, behind the loop: that may call Python, and Python us.
 }
 
-// The stream has been given work that reads or writes the arrays, which are all of one device.
-void note_use(const std::vector<ArrayPointer>& arrays, void* stream) {
+// The stream has been given work that reads or writes the arrays, which are all of the device.
+void note_use(const std::vector<ArrayPointer>& arrays, int device, void* stream) {
   std::vector<std::shared_ptr<void>> owners;
   for (const ArrayPointer& array : arrays) {
     if (array->memory)
@@ -175,9 +194,9 @@ void note_use(const std::vector<ArrayPointer>& arrays, void* stream) {
       owners.push_back(array->owner);
   }
   if (owners.empty()) return;
-  const DeviceArray& first = *arrays.front();
-  Held one{first.library, first.device, stream, nullptr, owner_of_stream(), std::move(owners)};
-  cuda::check(*first.library, first.library->record(first.device, stream, &one.point));
+  const Library& library = *arrays.front()->library;
+  Held one{&library, device, stream, nullptr, owner_of_stream(), std::move(owners)};
+  cuda::check(library, library.record(device, stream, &one.point));
   const std::lock_guard lock(held_mutex);
   held().push_back(std::move(one));
 }
@@ -298,7 +317,8 @@ ArrayPointer import_interface(const py::object& object, const py::dict& interfac
     for (int64_t& stride : strides) stride /= static_cast<int64_t>(bytes_of(array->element));
     require_dense(*array, strides, name);
   }
-  if (array->size() > 0) {
+  array->anywhere = array->size() == 0;
+  if (!array->anywhere) {
     cuda::check(*array->library, array->library->device_of(array->data, &array->device));
     if (array->device < 0) {
       throw InvalidArgument(
@@ -306,8 +326,8 @@ ArrayPointer import_interface(const py::object& object, const py::dict& interfac
     }
   }
   if (interface.contains("stream") && !interface["stream"].is_none()) {
-    void* const producer = stream_of_handle(interface["stream"].cast<std::uintptr_t>());
-    cuda::check(*array->library, array->library->order(array->device, producer, t_stream));
+    array->producer = stream_of_handle(interface["stream"].cast<std::uintptr_t>());
+    cuda::check(*array->library, array->library->order(array->device, *array->producer, t_stream));
   }
   return array;
 }
@@ -351,6 +371,7 @@ ArrayPointer import_by_exchange(const py::object& object, const char* name) {
       exchange->managed_from_object(object.ptr(), &managed) != 0)
     throw py::error_already_set();
   ArrayPointer array = import_managed(managed, name);
+  array->producer = producer;
   cuda::check(*array->library, array->library->order(array->device, producer, t_stream));
   return array;
 }
@@ -375,6 +396,13 @@ ArrayPointer import_array(const py::object& object, const char* name) {
     return import_interface(object, object.attr("__cuda_array_interface__"), name);
   throw py::type_error(text("`", name, "` must be an array on a CUDA device. Received: ", name,
                             " of type ", type_name(object)));
+}
+
+// One that stays: from now on it is of the current stream, and its producer's may end.
+ArrayPointer import_to_stay(const py::object& object, const char* name) {
+  ArrayPointer array = import_array(object, name);
+  array->producer.reset();
+  return array;
 }
 
 // --- to other libraries ---------------------------------------------------------------------------
@@ -447,6 +475,8 @@ py::capsule to_dlpack(const ArrayPointer& array, const py::object& stream,
   if (handle != -1) {
     consumer = stream_of_handle(static_cast<std::uintptr_t>(handle));
     cuda::check(*array->library, array->library->order(array->device, array->stream, consumer));
+    // Another thread may let it go, whose default stream is another one. The legacy one waits for all.
+    if (handle == kPerThread) consumer = nullptr;
   }
   if (!max_version.is_none() && max_version.cast<std::pair<int, int>>().first >= 1)
     return export_capsule<dlpack::VersionedTensor>(array, consumer, dlpack::kVersionedName);
@@ -603,38 +633,57 @@ class Arrays {
         throw InvalidArgument("`out` must not share memory with an input. Received: out that does");
       }
     }
+    readers_.push_back(array.stream);
+    if (array.producer) readers_.push_back(*array.producer);
     return all_.back();
   }
   template <std::size_t Rank>
   ArrayPointer result(Element element, const std::array<int64_t, Rank>& shape) {
     const DeviceArray& first = *all_.front();
-    results_.push_back(new_array(*first.library, first.device, owner_of_stream(), element, shape));
+    results_.push_back(new_array(*first.library, device(), owner_of_stream(), element, shape));
     return results_.back();
   }
 
   const Library& library() const { return *all_.front()->library; }
-  int device() const { return all_.front()->device; }
+  int device() const {
+    const auto found = std::find_if(all_.begin(), all_.end(), is_somewhere);
+    return found == all_.end() ? 0 : (*found)->device;
+  }
   cuda::DataType type() const { return data_type(all_.front()->element); }
 
-  // Runs enqueue() behind what the arrays wait for, without the GIL, and notes what it uses.
+  // Runs enqueue() behind what the arrays wait for, without the GIL, and notes what it uses. What reads
+  // `out` in its own stream's order finds the result.
   template <class Enqueue>
   void run(const Enqueue& enqueue) {
-    {
+    try {
       const GilReleased unlocked;
       for (const ArrayPointer& array : all_) {
-        if (array->memory) cuda::check(library(), library().order(device(), array->stream, stream));
+        cuda::check(library(), library().order(device(), array->stream, stream));
       }
       enqueue();
+      for (void* reader : readers_)
+        cuda::check(library(), library().order(device(), stream, reader));
+    } catch (...) {
+      // Some of it may run all the same. The first error is the one to hear of.
+      try {
+        note_use(all_, device(), stream);
+      } catch (...) {  // NOLINT(bugprone-empty-catch)
+      }
+      throw;
     }
-    note_use(all_, stream);
+    note_use(all_, device(), stream);
   }
 
   void* const stream = t_stream;
 
  private:
+  static bool is_somewhere(const ArrayPointer& array) { return !array->anywhere; }
+
   const DeviceArray& add(const py::object& object, const char* name) {
     ArrayPointer array = import_array(object, name);
-    if (!all_.empty() && (array->device != device() || array->library != all_.front()->library)) {
+    const bool alone = array->anywhere || std::none_of(all_.begin(), all_.end(), is_somewhere);
+    if ((!alone && array->device != device()) ||
+        (!all_.empty() && array->library != all_.front()->library)) {
       throw InvalidArgument(text("All arrays must be on one device. Received: ", name,
                                  " on device ", array->device, ", the first array on device ",
                                  device()));
@@ -645,6 +694,7 @@ class Arrays {
 
   std::vector<ArrayPointer> all_;
   std::vector<ArrayPointer> results_;
+  std::vector<void*> readers_;  // streams in whose order `out` is read
 };
 
 const void* output_data(Arrays& arrays, const Conv2dProblem& problem, const py::object& output) {
@@ -975,7 +1025,8 @@ void define_cuda(py::module_& m) {
       m, "DeviceArray",
       "A dense array in the memory of a GPU: what the functions of fastconv.cuda return. Other\n"
       "libraries take it by DLPack (``torch.from_dlpack``, ``cupy.from_dlpack``,\n"
-      "``jax.dlpack.from_dlpack``) or ``__cuda_array_interface__``, without a copy.")
+      "``jax.dlpack.from_dlpack``) or ``__cuda_array_interface__``, without a copy. A stream that\n"
+      "``__dlpack__`` is given must be there as long as what has been made of the array.")
       .def_property_readonly(
           "shape", [](const DeviceArray& a) { return py::tuple(py::cast(a.shape)); },
           "Extent of each dimension.")
@@ -1010,7 +1061,7 @@ void define_cuda(py::module_& m) {
 
   define_operations<OnDevice>(m);
   m.def("is_device_array", &is_device_array, py::arg("object"));
-  m.def("import_array", &import_array, py::arg("object"), py::arg("name"));
+  m.def("import_array", &import_to_stay, py::arg("object"), py::arg("name"));
   m.def("from_numpy", &from_numpy, py::arg("array"), py::arg("type"), py::arg("device"));
   m.def("availability", &availability);
   m.def("use_library", &cuda::use_library, py::arg("path"));
