@@ -98,7 +98,7 @@ import os, signal, sys, threading, time
 import fastconv
 waiting, answers = sys.argv[1:]
 os.environ["FASTCONV_CUDA_LIBRARY"] = waiting  # whoever opens it waits for somebody to write
-thread = threading.Thread(target=fastconv.cuda.is_available)
+thread = threading.Thread(target=fastconv.cuda.is_available, daemon=True)
 thread.start()
 time.sleep(0.5)
 child = os.fork()
@@ -108,8 +108,8 @@ if child == 0:
     assert fastconv.info()["cuda"]["reason"].startswith("there is no file")
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
-with open(waiting, "w"):
-    pass
+# Open for both, it lets nobody wait; what is read of it is no library.
+os.write(os.open(waiting, os.O_RDWR | os.O_NONBLOCK), bytes(2048))
 thread.join()
 assert not fastconv.cuda.is_available()
 """
