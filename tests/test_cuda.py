@@ -167,12 +167,13 @@ class ExchangeApi(ctypes.Structure):
     ]
 
 
-TENSOR_OFFSET, TENSOR_BYTES = 32, 48  # behind version, context, deleter and flags
+# Behind version and context; behind these, the deleter and flags.
+DELETER_OFFSET, TENSOR_OFFSET, TENSOR_BYTES = 16, 32, 48
 
 
-def managed(array):
+def managed(array, stream=-1):
     """The address of a managed tensor that is the caller's to give back."""
-    capsule = array.__dlpack__(stream=-1, max_version=(1, 0))
+    capsule = array.__dlpack__(stream=stream, max_version=(1, 0))
     python = ctypes.pythonapi
     python.PyCapsule_GetPointer.restype = ctypes.c_void_p
     python.PyCapsule_GetPointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
@@ -306,13 +307,6 @@ def test_dlpack_says_what_it_holds():
     assert tensor.byte_offset == 0
 
 
-class Managed(ctypes.Structure):
-    """DLManagedTensor, as far as its deleter."""
-
-    _fields_ = [("tensor", ctypes.c_byte * 48), ("context", ctypes.c_void_p)]
-    _fields_ += [("deleter", ctypes.c_void_p)]
-
-
 @pytest.mark.parametrize("handle", [-1, LEGACY, PER_THREAD])
 def test_let_go_by_a_thread_without_the_gil(pair, handle):
     """As a consumer's own threads do."""
@@ -321,19 +315,12 @@ def test_let_go_by_a_thread_without_the_gil(pair, handle):
     ended = weakref.ref(stream)
     array = gpu_functions.conv2d(x, w, stream=stream)
     assert_close(array, y)
-    capsule = array.__dlpack__(stream=handle)
-    api = ctypes.pythonapi
-    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
-    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-    api.PyCapsule_SetName.argtypes = [ctypes.py_object, ctypes.c_char_p]
-    managed = api.PyCapsule_GetPointer(capsule, b"dltensor")
-    used = b"used_dltensor"
-    api.PyCapsule_SetName(capsule, used)
+    address = managed(array, handle)
     del array, stream
     gc.collect()
     assert ended() is not None
-    deleter = Managed.from_address(managed).deleter
-    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(deleter)(managed)  # which releases the GIL
+    deleter = ctypes.c_void_p.from_address(address + DELETER_OFFSET).value
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(deleter)(address)  # which releases the GIL
     gc.collect()
     assert ended() is None
 
