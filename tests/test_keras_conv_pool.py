@@ -14,7 +14,11 @@ FUSED = {"FastconvConv2DMaxPool2D", "FastconvConv2DMaxPool2DGrad"}
 
 
 def through(layer, **options):
-    return lambda x, *weights: layer.stateless_call(weights, [], x, **options)[0]
+    def call(x, *weights):
+        with keras.StatelessScope(list(zip(layer.weights, weights, strict=True))):
+            return layer(x, **options)
+
+    return call
 
 
 def stock_pair(layer):

@@ -575,6 +575,83 @@ def test_gradients_where_layers_are_called_by_hand(name):
     assert_all_close([gradient(fast)], [gradient(stock)], 1e-4)
 
 
+@pytest.mark.parametrize("name", LOOKED_AT)
+@pytest.mark.parametrize("of_another", [False, True], ids=["by hand", "another model"])
+def test_gradients_where_a_model_calls_the_layers_of_one_it_has(name, of_another):
+    """As Grad-CAM and extractors of features do; or in another model of those layers, of no layer."""
+
+    def gradient(model):
+        both = keras.Model(model.input, [model.get_layer(name).output, model.output])
+
+        class Looking(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.base = model
+
+            def call(self, x):
+                if of_another:
+                    return both(x)
+                seen = {}
+                for layer in self.base.layers[1:]:
+                    x = layer([seen["activated"], x] if layer.name == "sum" else x)
+                    seen[layer.name] = x
+                return seen[name], x
+
+        looking = Looking()
+
+        @tf.function
+        def run(x):
+            with tf.GradientTape() as tape:
+                within, y = looking(x)
+                loss = tf.reduce_sum(y**3)
+            return tape.gradient(loss, within)
+
+        return run(images((16, 18, 3)))
+
+    stock, fast = pair(every_join)
+    assert_all_close([gradient(fast)], [gradient(stock)], 1e-4)
+
+
+def test_sums_of_two_batches_where_a_model_calls_the_layers_of_one_it_has():
+    """Within the model that has the layers both batches are one."""
+    inputs = keras.Input((8, 8, 3))
+    first, second, total = L.Conv2D(4, 3, padding="same"), L.Conv2D(4, 1), L.Add()
+    model = accelerate(keras.Model(inputs, total([first(inputs), second(inputs)])))
+
+    class Calling(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.base = model
+
+        def call(self, both):
+            return total([first(both[0]), second(both[1])])
+
+    of_any_batch = tf.TensorSpec((None, 8, 8, 3))
+    calling = tf.function(Calling(), input_signature=[[of_any_batch, of_any_batch]])
+    many, one = images((8, 8, 3), 4), images((8, 8, 3), 1)
+    assert_close(calling([many, one]), first(many) + second(one))
+
+
+def test_layers_called_by_hand_leave_no_trace():
+    """No training of one call is left for the next, as it is in no stock layer."""
+    _, fast = pair(residual_block)
+    x = images((10, 12, 16))
+    normalization = next(each for each in fast.layers if isinstance(each, L.BatchNormalization))
+
+    @tf.function
+    def run(x):
+        for layer in fast.layers[1:]:
+            if layer is normalization:
+                break
+            x = layer(x)
+        normalization.call(x, training=False)
+        flatten(x, training=True)
+        return dropout(x) - x
+
+    flatten, dropout = L.Flatten(), L.Dropout(0.5)
+    assert not np.any(run(x))
+
+
 def test_joined_in_what_runs(executed):
     """A model that looks within changes nothing for the one that does not."""
     _, fast = pair(every_join)

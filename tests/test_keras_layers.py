@@ -18,9 +18,12 @@ import tensorflow_oracle as oracle
 from fastconv.adapters import xla
 from fastconv.keras import (
     FastAveragePooling2D,
+    FastBatchNormalization,
     FastConv2D,
+    FastConvPool2D,
     FastGlobalAveragePooling2D,
     FastGlobalMaxPooling2D,
+    FastMaxPooling1D,
     FastMaxPooling2D,
     _stand_in,
 )
@@ -557,6 +560,54 @@ def test_rematerialization(recompute, draw):
             loss = tf.reduce_sum(tf.sin(one(x)))
         gradients.append(tape.gradient(loss, one.trainable_variables))
     assert_all_close(*gradients)
+
+
+@pytest.mark.skipif(not hasattr(keras, "RematScope"), reason="Keras 3.8 has no RematScope")
+def test_rematerialization_in_a_graph(data):
+    """TensorFlow rematerialises no call with keywords, of which ``training`` would be one."""
+
+    def network(*layers):
+        return keras.Sequential([keras.Input((12, 12, 2)), *layers])
+
+    def results(model):
+        function = tf.function(lambda x: model(x, training=True))
+        return outputs_and_gradients(function, [tf.constant(data[0])])
+
+    with keras.RematScope(mode="full"):
+        fast = [FastConv2D(3, 3, activation="relu"), FastMaxPooling2D(2)]
+        pooled = [FastConvPool2D(3, 3, activation="relu")]
+        sequences = [FastMaxPooling1D(3)]
+    stock = network(keras.layers.Conv2D(3, 3, activation="relu"), keras.layers.MaxPooling2D(2))
+    for layers in (fast, pooled):
+        model = network(*layers)
+        model.set_weights(stock.get_weights())
+        assert_all_close(results(model), results(stock), 1e-5)
+    reshape = keras.layers.Reshape((72, 4))
+    stock = network(reshape, keras.layers.MaxPooling1D(3))
+    assert_all_close(results(network(reshape, *sequences)), results(stock))
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_autograph_reads_what_is_called_by_hand(jit_compile, data, caplog):
+    """Keras keeps AutoGraph from the layers, but where a function of TensorFlow's calls ``call()``."""
+    layers = [
+        FastConv2D(3, 3),
+        FastConvPool2D(4, 1),
+        FastBatchNormalization(),
+        FastMaxPooling2D(padding="same"),
+        FastAveragePooling2D(2),
+        FastGlobalMaxPooling2D(),
+    ]
+    keras.Sequential([keras.Input((12, 12, 2)), *layers])
+
+    @tf.function(jit_compile=jit_compile)
+    def by_hand(x):
+        for layer in layers:
+            x = layer.call(x)
+        return x
+
+    assert by_hand(data[0]).shape == (64, 4)
+    assert "AutoGraph" not in caplog.text
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -138,7 +138,8 @@ def reason_against_kind(x: object) -> str | None:
 def reason_against_place(x: object) -> str | None:
     """Why the kernels cannot run where ``x`` is; None if they can."""
     del x
-    if (reason := reason_against_all()) is not None:
+    reason = reason_against_all()
+    if reason is not None:
         return reason
     if _gpus() and not inside_xla():
         return "TensorFlow sees a GPU, where the kernels run inside XLA alone (jit_compile=True)"
@@ -152,7 +153,8 @@ def reason_against_place(x: object) -> str | None:
 
 def reason_against_all() -> str | None:
     """Why the kernels serve nothing in this process, as far as it is known; None if they may."""
-    if _gpus() and (reason := xla.reason_against_gpus()) is not None:
+    reason = xla.reason_against_gpus() if _gpus() else None
+    if reason is not None:
         return f"TensorFlow sees a GPU, on which the kernels cannot run here: {reason}"
     return None
 
@@ -364,7 +366,8 @@ def added_in_one(y: tf.Tensor, residual: tf.Tensor) -> tf.Tensor | None:
         A tensor of ``y``'s shape, or None.
     """
     call = _extensible(y)
-    if call is None and (plain := _replaceable(y)) is not None:
+    plain = _replaceable(y) if call is None else None
+    if plain is not None:
         filters = tf.shape(plain.inputs[1])[3]
         scaled = scaled_in_one(y, tf.ones(filters), tf.zeros(filters))
         call = None if scaled is None else _made_by(scaled)
@@ -526,7 +529,8 @@ def max_pool2d(
     attributes = _operations.pool2d_attributes(pool_size, strides, padding, data_format)
     name = _operations.MAX_POOL2D_WITH_ARGMAX if keep_argmax else _operations.MAX_POOL2D
     (x,) = _tensors(x)
-    if (padded := _padded(x, attributes)) is not None and padded.serves_max_pool(attributes):
+    padded = _padded(x, attributes)
+    if padded is not None and padded.serves_max_pool(attributes):
         x, attributes = padded.x, padded.joined(attributes)
     return _framework.run(name, [x], attributes)[0]
 
@@ -729,7 +733,8 @@ def _run_op(
     arguments: list[Any] = inputs
     if name == _operations.BATCH_NORM_GRAD:  # what follows from the number of inputs
         attributes = {key: value for key, value in attributes.items() if key != "num_output"}
-    if (count := _INPUTS_BEFORE_THE_LIST.get(name)) is not None:
+    count = _INPUTS_BEFORE_THE_LIST.get(name)
+    if count is not None:
         arguments = [*inputs[:count], inputs[count:]]
     own: dict[str, Any] = {}
     if name in _KEEPS_ITS_FILTER:
@@ -926,7 +931,8 @@ def _extensible(y: tf.Tensor) -> _Call | None:
 
 def _conv2d(inputs: list[tf.Tensor], attributes: Attributes) -> tf.Tensor:
     graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-    if (padded := _padded(inputs[0], attributes)) is not None:
+    padded = _padded(inputs[0], attributes)
+    if padded is not None:
         inputs, attributes = [padded.x, *inputs[1:]], padded.joined(attributes)
     return _Conv2dCall(graph, inputs, attributes).run()
 

@@ -135,10 +135,8 @@ def call(
     Returns:
         A list of tensors.
     """
-    shapes = [
-        shape for _, extents in outputs if (shape := static_extents(extents, inputs)) is not None
-    ]
-    if len(shapes) < len(outputs):
+    shapes = [static_extents(extents, inputs) for _, extents in outputs]
+    if None in shapes:
         raise ValueError(
             "Inside XLA the rank of every tensor must be known. Received: "
             f"{', '.join(str(tensor.shape) for tensor in inputs)}"

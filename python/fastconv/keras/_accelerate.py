@@ -175,13 +175,8 @@ def _change_classes(model: Model, classes: dict[type[Any], type[Any]]) -> Model:
 
 def _change_class(layer: keras.layers.Layer, cls: Any) -> None:
     # Not by Keras's __setattr__, which looks for variables in what it sets.
+    # What Keras notes in each layer of the parameters of call() stays true: they are the stock layer's.
     object.__setattr__(layer, "__class__", cls)
-    # Keras notes in each layer what its call() takes. Another layer of the class knows it.
-    other = cls.__new__(cls)
-    keras.layers.Layer.__init__(other, name="other")
-    for name, value in vars(other).items():
-        if name.startswith(("_call_", "call_signature")):
-            layer.__dict__[name] = value
     layer.__dict__["quantize"] = _quantize_of(layer, cls)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 import keras
 
 from fastconv.keras._stand_in import JOINING, STAND_INS
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 # Layers, beside those that there are fast ones for, whose output has the batch of their input, or where
 # there are several inputs, the batch that these broadcast to.
@@ -54,6 +58,9 @@ _OPERATIONS_KEEP_THE_BATCH = (
     "TrueDivide",
 )
 
+# What calls the layers of a graph one by one. Without it nothing joins.
+_RUNNING = getattr(getattr(keras.Function, "_run_through_graph", None), "__code__", None)
+
 
 def layers_before(layer: keras.layers.Layer) -> list[Any]:
     """The layers whose outputs ``layer`` reads, if it is called once in a functional model."""
@@ -67,22 +74,31 @@ def is_read_once(layer: Any) -> bool:
 
 
 def is_given_out(layer: Any) -> bool:
-    """Whether the model that runs now may give out the output of ``layer``, which is called once.
+    """Whether anything but its reader may get the output of ``layer``, which is called once.
 
-    Its reader may leave the output unread else: a gradient by it would be None then. What runs without a
-    model that is known to have the layer, by hand or in a ``keras.Function``, may do anything.
+    Its reader may leave the output unread else: a gradient by it would be None then. The graph of layers
+    that runs now tells. Where none runs that has the layer, it is called by hand, as in the ``call()`` of
+    a subclassed model, and its output may go anywhere.
     """
-    running = layer._get_call_context().entry_layer
-    models = [
-        model
-        for model in {id(part): part for part in running._flatten_layers()}.values()
-        if isinstance(model, keras.Model)
-        and getattr(model, "outputs", None) is not None
-        and any(layer is part for part in model.layers)
-    ]
-    outputs = {id(output) for model in models for output in model.outputs}
+    graph = _running_graph()
+    if graph is None or all(layer is not operation for operation in graph.operations):
+        return True
+    given_out = {id(output) for output in graph.outputs}
     (node,) = layer._inbound_nodes
-    return not models or any(id(output) in outputs for output in node.output_tensors)
+    return any(id(output) in given_out for output in node.output_tensors)
+
+
+def _running_graph() -> Any:
+    """The innermost ``keras.Function`` (a functional model is one) that runs now; None if none does.
+
+    Keras keeps no record of it: the stack of calls is asked, while TensorFlow traces a graph.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _RUNNING:
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    return None
 
 
 def have_one_batch(layer: keras.layers.Layer) -> bool:

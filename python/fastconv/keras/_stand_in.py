@@ -9,6 +9,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import keras
+from keras.src.backend.common import global_state
 
 # By the backend's name, the module that brings the operations to its tensors.
 _ADAPTERS = {
@@ -58,6 +59,7 @@ __all__ = [
     "stand_in_for",
     "static_shape",
     "tell",
+    "trains",
 ]
 
 Class = TypeVar("Class", bound=type)
@@ -92,7 +94,8 @@ def stand_in_for(
     ``.weights.h5`` and ``.keras`` files. The class takes over that of the stock layer, so that both
     give the same names and weights can be loaded from one into the other. Its own name remains its
     ``__qualname__`` and the name it is registered by. ``accelerate()`` and ``patch()`` know it
-    from now on, or whoever reads ``table``.
+    from now on, or whoever reads ``table``. Its ``call()`` must have the parameters of the stock layer's,
+    for ``accelerate()`` gives the class to layers of which Keras has noted them.
     """
 
     def decorate(cls: Class) -> Class:
@@ -173,6 +176,17 @@ def reason_for_stock_always(layer: keras.layers.Layer) -> str | None:
 def makes_graph() -> bool:
     """Whether layers called now become part of a graph in which they can still be joined."""
     return JOINS and bool(adapter.makes_graph())
+
+
+def trains() -> bool:
+    """Whether the layer that is called now is called with ``training=True``.
+
+    Pooling layers and convolutions have no such argument, and Keras gives ``call()`` what it takes. One
+    that took more than the stock layer's could not be rematerialised as that is.
+    """
+    context = global_state.get_global_attribute("current_call_ctx")
+    # It may be a tensor, whose value is not known yet.
+    return getattr(context, "training", None) is True
 
 
 def _listed(words: Sequence[str]) -> str:

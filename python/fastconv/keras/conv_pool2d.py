@@ -8,7 +8,7 @@ import keras
 
 from fastconv.keras._convolution import epilogue, fused_activation, geometry, leaves_to_stock
 from fastconv.keras._pooling import window_behind
-from fastconv.keras._stand_in import adapter
+from fastconv.keras._stand_in import adapter, trains
 from fastconv.keras.conv2d import FastConv2D
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class FastConvPool2D(FastConv2D):
     new_height // 2, new_width // 2), of which new_height and new_width are those of the convolution.
     """
 
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+    def call(self, inputs: Tensor) -> Tensor:
         if not self._in_one_op(inputs):
             window = window_behind(self.data_format)
             return keras.ops.max_pool(super().call(inputs), **window)
@@ -42,7 +42,7 @@ class FastConvPool2D(FastConv2D):
             self.kernel,
             **epilogue(self),
             **geometry(self),
-            keep_argmax=training is True,
+            keep_argmax=trains(),
         )
 
     def _in_one_op(self, inputs: Tensor) -> bool:

@@ -8,7 +8,7 @@ import keras
 
 from fastconv.keras._pooling import reason_against_window, window
 from fastconv.keras._sequences import of_sequences
-from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for, tell
+from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for, tell, trains
 
 if TYPE_CHECKING:
     from fastconv.keras._stand_in import Tensor
@@ -29,13 +29,12 @@ class FastMaxPooling1D(JitWhereXlaServes, keras.layers.MaxPooling1D):
     Output shape: (batch, new_steps, channels), or (batch, channels, new_steps).
     """
 
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+    def call(self, inputs: Tensor) -> Tensor:
         reason = reason_against_window(self, inputs)
         if reason is not None:
             tell(self, reason)
             return super().call(inputs)
-        # `training` may be a tensor, whose value is not known yet.
-        options = {**window(self), "keep_argmax": training is True}
+        options = {**window(self), "keep_argmax": trains()}
         return of_sequences(
             inputs, self.data_format, lambda images: adapter.max_pool2d(images, **options)
         )

@@ -12,7 +12,7 @@ from fastconv.keras._pooling import (
     window,
     window_behind,
 )
-from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for, tell
+from fastconv.keras._stand_in import JitWhereXlaServes, adapter, stand_in_for, tell, trains
 
 if TYPE_CHECKING:
     from fastconv.keras._stand_in import Tensor
@@ -37,13 +37,12 @@ class FastMaxPooling2D(JitWhereXlaServes, keras.layers.MaxPooling2D):
     new_width).
     """
 
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+    def call(self, inputs: Tensor) -> Tensor:
         reason = reason_against_window(self, inputs)
         if reason is not None:
             tell(self, reason)
             return super().call(inputs)
-        # `training` may be a tensor, whose value is not known yet.
-        keep_argmax = training is True
+        keep_argmax = trains()
         if window(self) == window_behind(self.data_format) and follows_one_convolution(self):
             pooled = adapter.pooled_in_one(inputs, keep_argmax=keep_argmax)
             if pooled is not None:
