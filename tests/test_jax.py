@@ -241,6 +241,7 @@ def test_vmap(draw, executed):
         one_by_one(fast, xs, ws).swapaxes(0, 1),
         0,
     )
+    assert jax.vmap(fast, (0, None))(xs[:0], ws[0]).shape == (0, *actual.shape[1:])
     assert_all_close(jax.vmap(jax.vmap(fast, (0, None)), (0, None))(xs[None], ws[0])[0], actual, 0)
 
     # Gradients for each, and the gradient through the map.

@@ -244,7 +244,10 @@ def test_ops_are_sound(draw):
         (lambda x, w: ops.conv2d(x.double(), w), TypeError, "`x` must be of float32"),
         (lambda x, w: ops.conv2d(x.numpy(), w), TypeError, "`input` must be a torch.Tensor"),
         (lambda x, w: ops.conv2d(x, w, stride=2, padding="same"), ValueError, "`stride` must be 1"),
+        (lambda x, w: ops.conv2d(x, w.numpy()), TypeError, "`weight` must be a torch.Tensor"),
         (lambda x, w: ops.conv2d(x, w, padding="full"), ValueError, "`padding` must be"),
+        (lambda x, w: ops.conv2d(x, w, padding="SAME"), ValueError, "`padding` must be"),
+        (lambda x, w: ops.conv2d(x, w, stride=(1, 1, 1)), ValueError, "`stride` must be"),
         (lambda x, w: ops.max_pool2d(x, 9), ValueError, "`pool_size` must not be larger"),
         (lambda x, w: ops.max_pool2d(x, 2, dilation=2), ValueError, "`dilation` must be 1"),
         (
@@ -293,6 +296,76 @@ def test_accelerate(draw, executed):
     assert executed()["FastconvConv2D"] == 4
     ops.restore(model)
     assert [type(module) for module in model] == [type(module) for module in stock]
+
+
+def test_tuples_of_one(draw):
+    x, w = draw(2, 3, 9, 8), draw(4, 3, 2, 2)
+    options = {"stride": (2,), "padding": [1], "dilation": (2,)}
+    assert_all_close([ops.conv2d(x, w, **options)], [functional.conv2d(x, w, **options)])
+    for name in ("max_pool2d", "avg_pool2d"):
+        options = {"kernel_size": (3,), "stride": [2], "padding": (1,), "ceil_mode": False}
+        actual, wanted = (getattr(each, name)(x, **options) for each in (ops, functional))
+        assert_all_close([actual], [wanted])
+    stock = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2, (1,)), torch.nn.MaxPool2d((2,), (2,)))
+    assert_all_close([ops.accelerate(copy.deepcopy(stock))(x)], [stock(x)])
+
+
+def two_models():
+    stock = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.MaxPool2d(2), torch.nn.Conv2d(4, 2, 3)
+    )
+    return stock, ops.accelerate(copy.deepcopy(stock))
+
+
+def by_vmap(model, x):
+    return torch.func.vmap(lambda image: model(image[None])[0])(x)
+
+
+def by_gradients_of_samples(model, x):
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, (image[None],)).sin().sum()
+
+    slopes = torch.func.grad(loss)
+    return tuple(torch.func.vmap(slopes, (None, 0))(dict(model.named_parameters()), x).values())
+
+
+def by_jvp(model, x):
+    return torch.func.jvp(model, (x,), (x,))
+
+
+def by_dual_numbers(model, x):
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        return tuple(torch.autograd.forward_ad.unpack_dual(model(dual)))
+
+
+def by_autocast(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(x).float()  # which has rounded it
+
+
+@pytest.mark.parametrize(
+    "transformed", [by_vmap, by_gradients_of_samples, by_jvp, by_dual_numbers, by_autocast]
+)
+def test_transforms_are_left_to_torch(transformed, draw, executed):
+    stock, fast = two_models()
+    x = draw(2, 3, 8, 9)
+    wanted, actual = ([*transformed(model, x)] for model in (stock, fast))
+    assert_all_close(actual, wanted, 0)
+    assert not executed()
+    fast(x)
+    assert executed()
+
+
+def test_jit_trace(draw, executed):
+    stock, fast = two_models()
+    x = draw(2, 3, 8, 9)
+    traced = torch.jit.trace(fast, x)  # which compares what it traced
+    executed_before = executed()["FastconvConv2D"]
+    inputs = [draw(5, 3, 8, 9)]
+    wanted, actual = (two_orders(model, inputs) for model in (stock, traced))
+    assert_all_close(actual, wanted)
+    assert executed()["FastconvConv2D"] > executed_before
 
 
 @FORMATS

@@ -51,7 +51,7 @@ def conv2d(
     bias
         float32 tensor of shape (filters,), or None.
     stride, dilation
-        An integer, or a pair for height and width.
+        An integer, or a pair for height and width; a sequence of one stands for the integer.
     padding
         Rows and columns of zeros on each side: an integer or a pair; or ``"valid"`` for none; or
         ``"same"`` for an output of the input's height and width, which needs a stride of 1.
@@ -76,6 +76,8 @@ def conv2d(
     """
     groups = normalize_integer(groups, "groups")
     x, unbatched = _batched(input)
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"`weight` must be a torch.Tensor. Received: weight={shown(weight)}")
     if weight.dim() != 4 or groups < 1 or x.shape[1] != weight.shape[1] * groups:
         raise ValueError(
             "`weight` must have 4 dimensions, of which the second times `groups` is the number of "
@@ -86,9 +88,9 @@ def conv2d(
         _in_one_format(x, weight),
         weight.permute(2, 3, 1, 0),
         bias,
-        strides=stride,
+        strides=_pair(stride, "stride"),
         padding=_conv2d_padding(padding, stride),
-        dilation_rate=dilation,
+        dilation_rate=_pair(dilation, "dilation"),
         activation=activation,
         data_format="channels_first",
     )
@@ -136,13 +138,13 @@ def max_pool2d(
         If the tensor is not on the CPU, the window does not fit it, or an option has none of the
         values stated above.
     """
-    if tuple(normalize_pair(dilation, "dilation")) != (1, 1):
+    if _pair(dilation, "dilation") != (1, 1):
         raise ValueError(f"`dilation` must be 1. Received: dilation={dilation!r}")
     x, unbatched = _batched(input)
     y = _adapter.max_pool2d(
         _in_one_format(x),
-        kernel_size,
-        strides=stride,
+        _pair(kernel_size, "kernel_size"),
+        strides=None if stride is None else _pair(stride, "stride"),
         padding=_pool2d_padding(x, kernel_size, stride, padding, ceil_mode),
         data_format="channels_first",
     )
@@ -182,7 +184,7 @@ def avg_pool2d(
         As :func:`max_pool2d` does.
     """
     x, unbatched = _batched(input)
-    rows, columns = normalize_pair(padding, "padding")
+    rows, columns = _pair(padding, "padding")
     if count_include_pad and (rows or columns):
         if ceil_mode:
             raise ValueError(
@@ -193,12 +195,18 @@ def avg_pool2d(
         padding = 0
     y = _adapter.avg_pool2d(
         _in_one_format(x),
-        kernel_size,
-        strides=stride,
+        _pair(kernel_size, "kernel_size"),
+        strides=None if stride is None else _pair(stride, "stride"),
         padding=_pool2d_padding(x, kernel_size, stride, padding, ceil_mode),
         data_format="channels_first",
     )
     return y.squeeze(0) if unbatched else y
+
+
+def _pair(value: Any, name: str) -> tuple[int, int]:
+    """The values for height and width: an integer, or a sequence of one, stands for both."""
+    alone = isinstance(value, (tuple, list)) and len(value) == 1
+    return normalize_pair(value[0] if alone else value, name)
 
 
 def _batched(input: Tensor) -> tuple[Tensor, bool]:  # noqa: A002
@@ -231,13 +239,18 @@ def _in_one_format(x: Tensor, weight: Tensor | None = None) -> Tensor:
 
 def _conv2d_padding(padding: IntegerOrPair | str, stride: IntegerOrPair) -> Sides | str:
     if isinstance(padding, str):
-        if padding == "same" and tuple(normalize_pair(stride, "stride")) != (1, 1):
+        if padding not in ("valid", "same"):
+            raise ValueError(
+                "`padding` must be 'valid', 'same', an integer or a pair of integers. "
+                f"Received: padding={shown(padding)}"
+            )
+        if padding == "same" and _pair(stride, "stride") != (1, 1):
             raise ValueError(
                 "`stride` must be 1 where `padding` is 'same'. "
                 f"Received: stride={stride!r}, padding='same'"
             )
         return padding
-    rows, columns = normalize_pair(padding, "padding")
+    rows, columns = _pair(padding, "padding")
     return (rows, rows), (columns, columns)
 
 
@@ -247,9 +260,9 @@ def _pool2d_padding(
     sides = []
     for size, window, step, before in zip(
         x.shape[2:],
-        normalize_pair(kernel_size, "kernel_size"),
-        normalize_pair(kernel_size if stride is None else stride, "stride"),
-        normalize_pair(padding, "padding"),
+        _pair(kernel_size, "kernel_size"),
+        _pair(kernel_size if stride is None else stride, "stride"),
+        _pair(padding, "padding"),
         strict=True,
     ):
         after = before
@@ -272,6 +285,16 @@ def _is_served(input: Any, weight: Tensor | None = None) -> bool:  # noqa: A002
         and (weight is None or weight.dtype == input.dtype)
         and input.device.type == "cpu"
         and input.layout == torch.strided
+        and not _is_transformed()
+    )
+
+
+def _is_transformed() -> bool:
+    """Whether calls are to do more than to compute, which our ops cannot tell PyTorch how to."""
+    return (
+        torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()  # vmap and what else torch.func has
+        or torch.autograd.forward_ad._current_level >= 0
     )
 
 
@@ -299,7 +322,9 @@ def accelerate(module: torch.nn.Module) -> torch.nn.Module:
 
     Modules change their class and nothing else: parameters, hooks, ``state_dict()`` and optimizers
     stay. Subclasses are left alone. What the kernels do not serve (another data type or device, a
-    padding mode other than zeros, indices of maxima, dilated pooling) is computed by PyTorch.
+    padding mode other than zeros, indices of maxima, dilated pooling) is computed by PyTorch, and so is
+    what is called under ``torch.autocast``, the transforms of ``torch.func`` or forward-mode
+    differentiation. ``torch.jit.script`` reads stock modules alone: :func:`restore` them first.
 
     Parameters
     ----------

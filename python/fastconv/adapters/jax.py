@@ -401,7 +401,12 @@ def _batched(name: str, frozen: FrozenAttributes, ranks: tuple[int, ...]) -> Any
                     for array, is_so, batch in zip(inputs, is_mapped, has_batch, strict=True)
                 )
             )
-            outputs = tuple(array.reshape(axis_size, -1, *array.shape[1:]) for array in outputs)
+            size = next(
+                array.shape[int(is_so)]
+                for array, is_so, batch in zip(inputs, is_mapped, has_batch, strict=True)
+                if batch
+            )
+            outputs = tuple(array.reshape(axis_size, size, *array.shape[1:]) for array in outputs)
         return outputs, tuple(True for _ in outputs)
 
     return run

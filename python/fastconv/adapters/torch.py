@@ -282,7 +282,9 @@ def ops_executed() -> dict[str, int]:
 
 class _Torch(_operations.Framework):
     def run(self, name: str, inputs: Sequence[Tensor], attributes: Attributes) -> list[Tensor]:
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        # A trace is run again without gradients, to be compared: it is to have the same ops.
+        if differentiable and not torch.jit.is_tracing():
             name, attributes = _operations.variant_for_gradient(name, attributes)
         num_inputs = _SIGNATURES[name][0].count(",") + 1
         arguments = [*inputs, *[None] * (num_inputs - len(inputs))]
