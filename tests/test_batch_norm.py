@@ -255,6 +255,26 @@ def test_two_orders(activation, adds):
     assert_all_close(found, wanted, tolerance=3e-5)
 
 
+def test_three_orders():
+    """The gradient's gradient by TensorFlow's own operations has one as well."""
+
+    def slope(function):
+        def by_x(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                # Weights all alike would leave next to nothing: sums over the batch are normalised too.
+                loss = tf.reduce_sum(tf.sin(function(x)) * tf.cast(weights, x.dtype))
+            return tape.gradient(loss, x)
+
+        return by_x
+
+    x, gamma, beta, weights = (tf.constant(array) for array in arrays((2, 4, 4, 2)))
+    found = slope(slope(slope(lambda x: joined(x, gamma, beta))))(x)
+    x, gamma, beta = (tf.cast(each, tf.float64) for each in (x, gamma, beta))
+    wanted = slope(slope(slope(lambda x: by_tensorflow(x, gamma, beta))))(x)
+    assert_all_close([found], [tf.cast(wanted, tf.float32)], tolerance=1e-5)
+
+
 def test_the_moments_have_a_gradient():
     x = tf.constant(arrays((2, 6, 7, 5))[0])
 

@@ -1061,7 +1061,9 @@ def _batch_norm_grad_rule(
     x, _, _, gamma, beta, dy, *output = call.inputs
     with tf.GradientTape() as tape:
         tape.watch([x, gamma, beta, dy])
-        mean, variance = tf.nn.moments(x, [0, 1, 2])
+        # Not tf.nn.moments, whose gradient leaves out what the mean does in orders above the first.
+        mean = tf.reduce_mean(x, [0, 1, 2])
+        variance = tf.reduce_mean((x - mean) ** 2, [0, 1, 2])
         factor = tf.math.rsqrt(variance + call.attributes["epsilon"])
         normalized = (x - mean) * factor
         value = output[0] if output else normalized * gamma + beta
