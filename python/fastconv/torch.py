@@ -291,7 +291,7 @@ def _is_served(input: Any, weight: Tensor | None = None) -> bool:  # noqa: A002
 
 def _is_transformed() -> bool:
     """Whether calls are to do more than to compute, which our ops cannot tell PyTorch how to."""
-    return (
+    return bool(
         torch.is_autocast_enabled("cpu")
         or torch._C._are_functorch_transforms_active()  # vmap and what else torch.func has
         or torch.autograd.forward_ad._current_level >= 0

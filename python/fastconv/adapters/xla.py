@@ -135,8 +135,10 @@ def call(
     Returns:
         A list of tensors.
     """
-    shapes = [static_extents(extents, inputs) for _, extents in outputs]
-    if None in shapes:
+    # Not by ":=", which AutoGraph cannot read.
+    known = (static_extents(extents, inputs) for _, extents in outputs)
+    shapes = [shape for shape in known if shape is not None]
+    if len(shapes) < len(outputs):
         raise ValueError(
             "Inside XLA the rank of every tensor must be known. Received: "
             f"{', '.join(str(tensor.shape) for tensor in inputs)}"
