@@ -1,6 +1,8 @@
 """Filters that are kept: the same bits as of the array, from whichever layout a call asks for."""
 
+import copy
 import itertools
+import pickle
 import threading
 
 import numpy as np
@@ -157,6 +159,19 @@ def test_the_array_is_copied():
     w[:] = 2
     x = np.ones((1, 2, 2, 8), np.float32)
     assert fastconv.conv2d(x, packed).max() == 8
+
+
+def test_copies_and_pickles():
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((3, 3, 64, 64), "float32")
+    x = rng.standard_normal((1, 9, 9, 64), "float32")
+    packed = PackedFilter(w)
+    wanted = fastconv.conv2d(x, packed)
+    for twin in (copy.copy(packed), copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert twin.shape == packed.shape
+        assert twin.nbytes == w.nbytes
+        np.testing.assert_array_equal(fastconv.conv2d(x, twin), wanted)
+    assert packed.nbytes > w.nbytes
 
 
 def test_strided_arrays_are_taken():

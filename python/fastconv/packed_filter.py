@@ -63,6 +63,10 @@ class PackedFilter:
         """The bytes held now, of the filter and of all layouts made so far."""
         return self._filter.nbytes
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles have the filter alone, of which they make their own layouts."""
+        return type(self), (self._filter.array(),)
+
     def __repr__(self) -> str:
         return f"PackedFilter(shape={self.shape}, nbytes={self.nbytes})"
 

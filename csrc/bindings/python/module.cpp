@@ -738,7 +738,10 @@ void define_packed_filter(py::module_& m) {
            py::arg("w"))
       .def_property_readonly(
           "shape", [](const PackedFilter& filter) { return py::tuple(py::cast(filter.shape())); })
-      .def_property_readonly("nbytes", [](const PackedFilter& filter) { return filter.bytes(); });
+      .def_property_readonly("nbytes", [](const PackedFilter& filter) { return filter.bytes(); })
+      .def("array", [](const PackedFilter& filter) {
+        return py::array_t<float>(filter.shape(), filter.values());  // a copy
+      });
 }
 
 void set_num_threads(int64_t threads) {
