@@ -614,7 +614,11 @@ class Expected:
         if self._mask is not None:
             dy = np.where(self._mask > 0, dy, 0)
         axes = (0, 2, 3) if self._case.nchw else (0, 1, 2)
-        sound = np.isfinite(self._factors["x"]).all(axes)[:, None] & np.isfinite(dy).all(axes)
+        of_x, of_dy = (
+            np.isfinite(array).all(axes).reshape(self._case.groups, -1)
+            for array in (self._factors["x"], dy)
+        )
+        sound = (of_x.T[:, :, None] & of_dy).reshape(result.shape[2:])  # of each channel and filter
         sound = np.broadcast_to(sound, result.shape)
         _assert_close(name, result[sound], expected[sound], allowed[sound])
 
