@@ -1,5 +1,6 @@
 """What the tests of the Keras layers share."""
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -23,6 +24,19 @@ def equal_layers(fast_class, stock_class, shape, **options):
     fast.set_weights(weights)
     stock.set_weights(weights)
     return fast, stock
+
+
+def through(layer, **call_options):
+    """The layer as a function of its input and its weights.
+
+    It is called as in a model: stateless_call() gives `training` to `call()`, which need not take it.
+    """
+
+    def call(x, *weights):
+        with keras.StatelessScope(list(zip(layer.weights, weights, strict=True))):
+            return layer(x, **call_options)
+
+    return call
 
 
 def two_orders(function):

@@ -7,18 +7,10 @@ import tensorflow as tf
 from keras import layers as L
 
 from fastconv.keras import FastConv2D, FastConvPool2D, FastMaxPooling2D, accelerate
-from keras_support import two_orders
+from keras_support import through, two_orders
 from tensorflow_oracle import assert_all_close
 
 FUSED = {"FastconvConv2DMaxPool2D", "FastconvConv2DMaxPool2DGrad"}
-
-
-def through(layer, **options):
-    def call(x, *weights):
-        with keras.StatelessScope(list(zip(layer.weights, weights, strict=True))):
-            return layer(x, **options)
-
-    return call
 
 
 def stock_pair(layer):

@@ -21,7 +21,7 @@ from fastconv.keras import (
     FastSeparableConv1D,
     FastSeparableConv2D,
 )
-from keras_support import equal_layers, two_orders
+from keras_support import equal_layers, through, two_orders
 from tensorflow_oracle import assert_all_close
 
 L = keras.layers
@@ -196,11 +196,6 @@ def inputs_of(layer, shape, draw):
     """An input and weights."""
     layer.build(shape)
     return [tf.constant(draw(*one)) for one in [shape, *(w.shape for w in layer.weights)]]
-
-
-def through(layer, **call_options):
-    """The layer as a function of its input and its weights."""
-    return lambda x, *weights: layer.stateless_call(weights, [], x, **call_options)[0]
 
 
 @pytest.mark.parametrize("case", CASES, ids=identify)
