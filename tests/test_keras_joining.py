@@ -1,5 +1,6 @@
 """Layers that become part of a convolution: batch normalisations, sums, activations, paddings."""
 
+import functools
 import itertools
 
 import keras
@@ -513,14 +514,27 @@ def every_join():
 LOOKED_AT = ["pooled", "padding", "normalized", "activated", "added", "sum", "sequences"]
 
 
-def gradient_by(model, layer, x, training=False):
-    """Of a model's output by that of one of its layers, as Grad-CAM takes it: in a graph."""
-    both = keras.Model(model.input, [model.get_layer(layer).output, model.output])
+def with_output_of(model, layer):
+    """A model that gives out what one of the layers does, and the output."""
+    return keras.Model(model.input, [model.get_layer(layer).output, model.output])
+
+
+def layer_by_layer(model, layer, x):
+    """The same of ``x``, by hand."""
+    seen = {}
+    for each in model.layers[1:]:
+        x = each([seen["activated"], x] if each.name == "sum" else x)
+        seen[each.name] = x
+    return seen[layer], x
+
+
+def gradient_of_last(both, x):
+    """Of the second output by the first, as Grad-CAM takes it: in a graph."""
 
     @tf.function
     def run(x):
         with tf.GradientTape() as tape:
-            within, y = both(x, training=training)
+            within, y = both(x)
             loss = tf.reduce_sum(y**3)
         return tape.gradient(loss, within)
 
@@ -532,7 +546,10 @@ def gradient_by(model, layer, x, training=False):
 def test_gradients_by_outputs_that_are_looked_at(layer, training):
     stock, fast = pair(every_join)
     x = images((16, 18, 3))
-    wanted, found = (gradient_by(model, layer, x, training) for model in (stock, fast))
+    wanted, found = (
+        gradient_of_last(functools.partial(with_output_of(model, layer), training=training), x)
+        for model in (stock, fast)
+    )
     assert_all_close([found], [wanted], 1e-4)
 
 
@@ -543,7 +560,7 @@ def test_gradients_by_outputs_of_a_nested_model(layer):
     class Subclassed(keras.Model):
         def __init__(self, model):
             super().__init__()
-            self.inner = keras.Model(model.input, [model.get_layer(layer).output, model.output])
+            self.inner = with_output_of(model, layer)
 
         def call(self, x):
             with tf.GradientTape() as tape:
@@ -558,58 +575,34 @@ def test_gradients_by_outputs_of_a_nested_model(layer):
 
 @pytest.mark.parametrize("name", LOOKED_AT)
 def test_gradients_where_layers_are_called_by_hand(name):
-    def gradient(model):
-        @tf.function
-        def run(x):
-            seen = {}
-            with tf.GradientTape() as tape:
-                for layer in model.layers[1:]:
-                    x = layer([seen["activated"], x] if layer.name == "sum" else x)
-                    seen[layer.name] = x
-                loss = tf.reduce_sum(x**3)
-            return tape.gradient(loss, seen[name])
-
-        return run(images((16, 18, 3)))
-
-    stock, fast = pair(every_join)
-    assert_all_close([gradient(fast)], [gradient(stock)], 1e-4)
+    x = images((16, 18, 3))
+    wanted, found = (
+        gradient_of_last(functools.partial(layer_by_layer, model, name), x)
+        for model in pair(every_join)
+    )
+    assert_all_close([found], [wanted], 1e-4)
 
 
 @pytest.mark.parametrize("name", LOOKED_AT)
-@pytest.mark.parametrize("of_another", [False, True], ids=["by hand", "another model"])
-def test_gradients_where_a_model_calls_the_layers_of_one_it_has(name, of_another):
+@pytest.mark.parametrize(
+    "look",
+    [layer_by_layer, lambda model, layer, x: with_output_of(model, layer)(x)],
+    ids=["by hand", "another model"],
+)
+def test_gradients_where_a_model_calls_the_layers_of_one_it_has(name, look):
     """As Grad-CAM and extractors of features do; or in another model of those layers, of no layer."""
 
-    def gradient(model):
-        both = keras.Model(model.input, [model.get_layer(name).output, model.output])
+    class Looking(keras.Model):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
 
-        class Looking(keras.Model):
-            def __init__(self):
-                super().__init__()
-                self.base = model
+        def call(self, x):
+            return look(self.base, name, x)
 
-            def call(self, x):
-                if of_another:
-                    return both(x)
-                seen = {}
-                for layer in self.base.layers[1:]:
-                    x = layer([seen["activated"], x] if layer.name == "sum" else x)
-                    seen[layer.name] = x
-                return seen[name], x
-
-        looking = Looking()
-
-        @tf.function
-        def run(x):
-            with tf.GradientTape() as tape:
-                within, y = looking(x)
-                loss = tf.reduce_sum(y**3)
-            return tape.gradient(loss, within)
-
-        return run(images((16, 18, 3)))
-
-    stock, fast = pair(every_join)
-    assert_all_close([gradient(fast)], [gradient(stock)], 1e-4)
+    x = images((16, 18, 3))
+    wanted, found = (gradient_of_last(Looking(model), x) for model in pair(every_join))
+    assert_all_close([found], [wanted], 1e-4)
 
 
 def test_sums_of_two_batches_where_a_model_calls_the_layers_of_one_it_has():

@@ -493,8 +493,11 @@ struct SmallChannel {
       const int64_t below = p.stride_h * strip.source_w * p.c;
       for (int64_t first = 0; first < panels.panels; first += panels_a_pass) {
         const int64_t last = min64(panels.panels, first + panels_a_pass);
-        // Panels of two widths follow one another: over as many tiles as stay in the first-level cache.
+        // Tiles of a call at most. Panels of two widths follow one another over as many as stay in the
+        // first-level cache.
         const bool alike = panels.vectors_of(first) == panels.vectors_of(last - 1);
+        const int64_t kept = max64(1, (int64_t{4} << 10) / (tiles.size(0) * p.k));
+        const int64_t most = Pooled ? 1 : alike ? tiles.count : kept;
         for (int64_t i = begin; i < end; i += kUnit) {
           // The filter's rows that meet the image, with one of the output's rows at least.
           int64_t r = 0, r_end = 0, last_r = 0, last_r_end = 0;
@@ -510,8 +513,7 @@ struct SmallChannel {
           int64_t at = (n * p.oh + i) / kUnit * columns * p.k;
           for (int64_t tile = 0; tile < tiles.count; tile += t.tiles) {
             const int count = static_cast<int>(tiles.size(tile));
-            const int64_t kept = max64(1, (int64_t{4} << 10) / (count * p.k));
-            t.tiles = Pooled ? 1 : min64(tiles.alike(tile), alike ? tiles.count : kept);
+            t.tiles = min64(tiles.alike(tile), most);
             // Panels of one width, which mostly are all, take turns within a call.
             for (int64_t panel = first; panel < last; panel += t.panels) {
               const int64_t column = panels.first_column(panel);

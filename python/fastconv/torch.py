@@ -142,11 +142,7 @@ def max_pool2d(
         raise ValueError(f"`dilation` must be 1. Received: dilation={dilation!r}")
     x, unbatched = _batched(input)
     y = _adapter.max_pool2d(
-        _in_one_format(x),
-        _pair(kernel_size, "kernel_size"),
-        strides=None if stride is None else _pair(stride, "stride"),
-        padding=_pool2d_padding(x, kernel_size, stride, padding, ceil_mode),
-        data_format="channels_first",
+        _in_one_format(x), **_pool2d_options(x, kernel_size, stride, padding, ceil_mode)
     )
     return y.squeeze(0) if unbatched else y
 
@@ -194,11 +190,7 @@ def avg_pool2d(
         x = torch.nn.functional.pad(x, (columns, columns, rows, rows))
         padding = 0
     y = _adapter.avg_pool2d(
-        _in_one_format(x),
-        _pair(kernel_size, "kernel_size"),
-        strides=None if stride is None else _pair(stride, "stride"),
-        padding=_pool2d_padding(x, kernel_size, stride, padding, ceil_mode),
-        data_format="channels_first",
+        _in_one_format(x), **_pool2d_options(x, kernel_size, stride, padding, ceil_mode)
     )
     return y.squeeze(0) if unbatched else y
 
@@ -254,16 +246,15 @@ def _conv2d_padding(padding: IntegerOrPair | str, stride: IntegerOrPair) -> Side
     return (rows, rows), (columns, columns)
 
 
-def _pool2d_padding(
+def _pool2d_options(
     x: Tensor, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool
-) -> Sides:
+) -> dict[str, Any]:
+    """The adapter's arguments of a pooling."""
+    windows = _pair(kernel_size, "kernel_size")
+    steps = windows if stride is None else _pair(stride, "stride")
     sides = []
     for size, window, step, before in zip(
-        x.shape[2:],
-        _pair(kernel_size, "kernel_size"),
-        _pair(kernel_size if stride is None else stride, "stride"),
-        _pair(padding, "padding"),
-        strict=True,
+        x.shape[2:], windows, steps, _pair(padding, "padding"), strict=True
     ):
         after = before
         if ceil_mode and step > 0:
@@ -272,7 +263,12 @@ def _pool2d_padding(
                 number -= 1
             after = max(before, (number - 1) * step + window - size - before)
         sides.append((before, after))
-    return sides[0], sides[1]
+    return {
+        "pool_size": windows,
+        "strides": steps,
+        "padding": (sides[0], sides[1]),
+        "data_format": "channels_first",
+    }
 
 
 # --- modules --------------------------------------------------------------------------------------

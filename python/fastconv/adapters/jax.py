@@ -401,11 +401,7 @@ def _batched(name: str, frozen: FrozenAttributes, ranks: tuple[int, ...]) -> Any
                     for array, is_so, batch in zip(inputs, is_mapped, has_batch, strict=True)
                 )
             )
-            size = next(
-                array.shape[int(is_so)]
-                for array, is_so, batch in zip(inputs, is_mapped, has_batch, strict=True)
-                if batch
-            )
+            size = inputs[0].shape[int(is_mapped[0])]  # the first input always has a batch
             outputs = tuple(array.reshape(axis_size, size, *array.shape[1:]) for array in outputs)
         return outputs, tuple(True for _ in outputs)
 
