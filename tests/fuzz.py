@@ -553,11 +553,7 @@ class Expected:
         _, magnitudes, flushed = self._direction(direction)
         magnitude = magnitudes[name]
         if algorithm.startswith("winograd") and name != "dbias":
-            largest = magnitude.max(initial=0)
-            if direction == "wgrad":
-                # A tile's transforms bring together pixels that no tap does.
-                x, dy = (abs(_finite(self._factors[n])).max(initial=0) for n in ("x", "dy"))
-                largest = max(largest, x * dy)
+            largest = max(magnitude.max(initial=0), self._largest_of_tiles(direction))
             allowed = np.full_like(magnitude, WINOGRAD_BOUND * largest) + 100 * flushed[name]
             overflow = LARGEST / 1e4
         else:
@@ -570,6 +566,26 @@ class Expected:
                 allowed = np.zeros_like(magnitude)
             largest, overflow = magnitude, LARGEST / 2
         return np.where(largest > overflow, np.inf, allowed)
+
+    def _largest_of_tiles(self, direction):
+        """The largest of what Winograd's tiles add up and take away again.
+
+        Their transforms bring together pixels, and taps, that no result does. Counted as if a tile
+        were a whole image.
+        """
+        case = self._case
+        pixels = (2, 3) if case.nchw else (1, 2)
+        x, dy = (_finite(self._factors[name]) for name in ("x", "dy"))
+        if direction == "wgrad":
+            return float(x.max(initial=0)) * float(dy.max(initial=0))
+        source = (x if direction == "fprop" else dy).max(pixels, initial=0)  # [n, channel]
+        taps = _finite(self._factors["w"]).max((0, 1))  # [channel of a group, filter]
+        sources = np.split(source.astype(np.float64), case.groups, 1)
+        products = [
+            one @ (group if direction == "fprop" else group.T)
+            for one, group in zip(sources, np.split(taps, case.groups, 1), strict=True)
+        ]
+        return np.max(products, initial=0)
 
     def check(self, direction, algorithm, results):
         case = self._case
