@@ -131,7 +131,16 @@ EDGES = both_layouts(
         Problem((20, 3, 9, 64), 8, kernel=(1, 1), padding=((1, 0), (0, 2))),
     ]
 )
-SMALL = WINDOWS + CHANNELS + DILATIONS + GROUPS + FEW_FILTERS + EDGES
+# Depthwise, of one row of taps: few channels, some, and so many that lines of the cache do not stay.
+ONE_ROW = [
+    Problem((2, 1, 45, 30), 30, (1, taps), groups=30, padding="same") for taps in range(2, 14)
+] + [
+    Problem(x, x[3], (1, taps), (1, 1), padding, (1, rate), groups=x[3])
+    for x in [(2, 1, 45, 12), (1, 3, 37, 40), (1, 1, 70, 512)]
+    for taps, rate in [(3, 1), (3, 5), (7, 2), (9, 1), (9, 3), (31, 1)]
+    for padding in ["same", ((2, 0), (6, 33))]
+]
+SMALL = WINDOWS + CHANNELS + DILATIONS + GROUPS + FEW_FILTERS + EDGES + ONE_ROW
 
 # Large enough for several cache blocks, channel chunks, tiles for each thread and partial sums.
 LARGE = [
@@ -167,6 +176,9 @@ LARGE = [
     Problem((1311, 3, 3, 8), 16, padding="same"),
     Problem((1537, 3, 3, 64), 64),
     Problem((2101, 300, 2, 1), 3, kernel=(3, 3), strides=(299, 1), padding=((1, 1), (1, 1))),
+    # First layers whose output is so large that the filter's gradient asks for it ahead.
+    Problem((80, 28, 30, 1), 32),
+    Problem((61, 30, 31, 3), 40, padding="same"),
 ]
 
 over = functools.partial(pytest.mark.parametrize, "problem", ids=str)

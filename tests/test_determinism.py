@@ -23,6 +23,9 @@ from running import running_on
 CONVOLUTIONS = [
     Problem((5, 13, 14, 20), 37, padding="same"),
     Problem((7, 26, 25, 1), 32),
+    # A first layer whose filter's gradient asks for dy ahead.
+    Problem((80, 28, 30, 1), 32),
+    Problem((3, 2, 90, 72), 72, kernel=(1, 9), groups=72, padding="same"),
     Problem((2, 23, 20, 3), 40, kernel=(7, 5), strides=(2, 3), padding="same"),
     Problem((4, 15, 16, 40), 40, groups=40, padding="same"),
     Problem((2, 15, 16, 160), 160, groups=160, padding="same"),

@@ -54,8 +54,8 @@ struct WgradTile {
   const PixelRun* runs;
   int64_t run_count;
   int64_t x_step;  // floats, from one pixel of a run to the next
-  // What a tile of `fetched_ahead` rows asks for meanwhile: a line a pixel, whose pixels lie as those of x
-  // do or else `ahead_step` apart.
+  // What a tile of `..._ahead` rows asks for meanwhile, a line or two a pixel: of pixels that lie as those of
+  // x do, or else `ahead_step` apart.
   const float* ahead;
   int64_t ahead_step;
   bool ahead_as_x;
@@ -73,11 +73,27 @@ struct WgradTile {
 
 // Where a tile's rows are. `near`: they follow one another in the input itself, of which the tile uses a
 // few floats of a pixel, of lines that a tile before it has read. `fetched`: of the next lines. Pixels lie
-// too far apart for the hardware to ask for them in time. `fetched_ahead`: and it asks for t.ahead.
-// `apart_once`: apart, and dy comes from memory, not from a packed block or an earlier tile. `listed`:
-// apart, and so are the pixels.
-enum class WgradRows { packed, near, fetched, fetched_ahead, apart, apart_once, listed };
+// too far apart for the hardware to ask for them in time. `..._ahead`: and it asks for t.ahead.
+// `apart_once`: apart, and dy is read where it lies, for the first time. `listed`: apart, and so are the
+// pixels.
+enum class WgradRows {
+  packed,
+  near,
+  fetched,
+  fetched_ahead,
+  apart,
+  apart_once,
+  apart_ahead,
+  listed,
+  listed_ahead,
+};
 constexpr int64_t kPixelsAhead = 24;  // of their use
+
+// Lines that a tile of `apart_ahead` rows asks for, a pixel, at most; others ask for one.
+template <class V>
+constexpr int64_t wgrad_lines_ahead(int64_t vectors) {
+  return max64(1, vectors * V::kWidth / (2 * kLine));
+}
 
 template <class V, int Rows, int Vectors, WgradRows Where>
 void wgrad_tile(const WgradTile& t) {
@@ -101,10 +117,14 @@ void wgrad_tile(const WgradTile& t) {
     for (int at = 0; at < Vectors * V::kWidth; at += kLine) {
       __builtin_prefetch(t.next_sum + i * t.sum_row + at, 1, 3);
     }
-  constexpr bool kAsksAhead = Where == WgradRows::fetched_ahead;
-  constexpr bool kFetches = Where == WgradRows::fetched || kAsksAhead;
+  constexpr bool kFetchesAhead = Where == WgradRows::fetched_ahead;
+  constexpr bool kListed = Where == WgradRows::listed || Where == WgradRows::listed_ahead;
+  constexpr bool kAsksAhead =
+      kFetchesAhead || Where == WgradRows::apart_ahead || Where == WgradRows::listed_ahead;
+  constexpr bool kFetches = Where == WgradRows::fetched || kFetchesAhead;
   constexpr bool kFollow = Where == WgradRows::packed || Where == WgradRows::near || kFetches;
   constexpr int kAtOnce = kFollow && !kAsksAhead ? V::kProductsAtOnce : 1;
+  constexpr int kLinesAhead = kFetchesAhead ? 1 : wgrad_lines_ahead<V>(Vectors);
   const auto add_pixel = [&](const float* x, const float* dy, const auto& offset) {
     add_row_of_products<V, (kAtOnce > 1)>(
         [&](int i) __attribute__((always_inline)) { return x + offset(i); }, dy, sum);
@@ -113,9 +133,10 @@ void wgrad_tile(const WgradTile& t) {
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) offsets[i] = kFollow ? i : t.offsets[i];
   const auto offset = [&](int i) { return kFollow ? i : offsets[i]; };
-  if constexpr (Where == WgradRows::listed) {
+  if constexpr (kListed) {
     const int64_t* const x_pixels = t.x_pixels;
     for (int64_t j = 0; j < t.pixels; ++j) {
+      if constexpr (kAsksAhead) __builtin_prefetch(t.ahead + j * t.ahead_step, 0, 2);
       add_pixel(t.x + x_pixels[j], t.dy + j * t.dy_step, offset);
     }
   } else {
@@ -129,11 +150,16 @@ void wgrad_tile(const WgradTile& t) {
       const auto add = [&](int pixel) __attribute__((always_inline)) {
         const float* const from = x + pixel * t.x_step;
         if constexpr (kFetches) __builtin_prefetch(from + (Rows - 1) + run->ahead);
-        if constexpr (kAsksAhead) __builtin_prefetch(ahead + pixel * t.ahead_step, 0, 2);
         if constexpr (Where == WgradRows::apart_once) {
 #pragma GCC unroll 4
           for (int v = 0; v < Vectors; ++v) {
             __builtin_prefetch(dy + (pixel + kPixelsAhead) * t.dy_step + v * V::kWidth);
+          }
+        }
+        if constexpr (kAsksAhead) {
+#pragma GCC unroll 2
+          for (int line = 0; line < kLinesAhead; ++line) {
+            __builtin_prefetch(ahead + pixel * t.ahead_step + line * kLine, 0, 2);
           }
         }
         add_pixel(from, dy + pixel * t.dy_step, offset);
@@ -183,7 +209,7 @@ class WgradTileFunctions {
   }
 
  private:
-  static constexpr std::size_t kPlaces = static_cast<std::size_t>(WgradRows::listed) + 1;
+  static constexpr std::size_t kPlaces = static_cast<std::size_t>(WgradRows::listed_ahead) + 1;
 
   template <std::size_t... I>
   WgradTileFunctions(int vectors, std::index_sequence<I...>)
@@ -242,6 +268,7 @@ struct WgradPlan {
   LikeTiles cut;         // of its rows into tiles
   int64_t panel_groups;  // of panels that a task has one after the other
   bool asks_ahead;       // for the next block
+  bool asks_for_dy;      // of the next block, where tiles span taps
   int64_t pixels_a_block;
   int64_t offsets_bytes, sums_bytes, bias_bytes, copy_bytes, block_bytes, lists_bytes;
 
@@ -306,14 +333,21 @@ struct WgradPlan {
     // for adding them up. 1 MiB of them at most.
     constexpr int64_t kTilesATask = 4, kPixelsAPart = 512, kMostParts = 16;
     const int64_t whole_tasks = max64(ceil_div(q_tiles, kTilesATask) * panels * p.groups, 1);
-    const int64_t useful = packed || copied ? ceil_div(kTasksForMany, whole_tasks) : kMostParts;
+    // What a task asks for is a stretch of memory, of all panels. For less than this the questions cost more
+    // than they bring.
+    constexpr int64_t kNearFloats = int64_t{3} << 19;
+    asks_for_dy = !by_taps && p.groups == 1 && p.y_size() > kNearFloats;
+    const int64_t most = asks_for_dy ? kTasksForMany : kMostParts;
+    const int64_t useful =
+        !asks_for_dy && (packed || copied) ? ceil_div(kTasksForMany, whole_tasks) : most;
     parts = max64(1, min64(min64(useful, pixels / kPixelsAPart),
-                           min64(kMostParts, (int64_t{1} << 20) / max64(floats * 4, 1))));
+                           min64(most, (int64_t{1} << 20) / max64(floats * 4, 1))));
 
     // The panels of a task share a block of the input, its tiles one of dy. How many tasks there are
     // changes no sum.
     const int64_t wanted_tasks = tasks_for(pixels * floats);
-    panel_groups = min64(panels, ceil_div(wanted_tasks, parts * p.groups * q_groups));
+    panel_groups =
+        asks_for_dy ? 1 : min64(panels, ceil_div(wanted_tasks, parts * p.groups * q_groups));
     q_groups =
         max64(q_groups, min64(q_tiles, ceil_div(wanted_tasks, parts * p.groups * panel_groups)));
 
@@ -931,6 +965,7 @@ class ImplicitGemmWgrad {
   struct Block {
     int64_t begin, end;
     int64_t image, in_image;  // of the chunk; the first pixel in it
+    int64_t next_pixels;      // of the block behind it, at most
     bool first;               // of all that a task adds
   };
 
@@ -997,6 +1032,7 @@ class ImplicitGemmWgrad {
       block.in_image = block.begin % image_pixels;
       block.first = chunk.first_pixel == 0 && block.begin == part_begin;
       if (!plan_.by_taps) block.end = min64(block.end, (block.image + 1) * image_pixels);
+      block.next_pixels = min64(plan_.pixels_a_block, part_end - block.end);
       if (plan_.asks_ahead) {
         task.ahead.go_to(block.begin, block.end < part_end ? block.end : block.begin);
       }
@@ -1021,7 +1057,7 @@ class ImplicitGemmWgrad {
     if (plan_.by_taps) {
       add_taps(chunk, task, block, column, vectors, t);
     } else {
-      add_across_taps(chunk, task, block, column, vectors, in_place, t);
+      add_across_taps(chunk, task, block, panel, vectors, in_place, t);
     }
   }
 
@@ -1052,6 +1088,23 @@ class ImplicitGemmWgrad {
       pack_dy<V>(dy, y, pixels, p_.k, vectors, t.valid, task.packed, own_bias);
     }
     return in_place;
+  }
+
+  // What the `pass`th tile of a block asks for: its share of the next block's dy, and of y. Left to the tile
+  // that reads them first, memory would idle while the others compute. Returns whether there is any.
+  bool ask_for_dy(const Chunk& chunk, const Task& task, const Block& block, int64_t pass,
+                  int vectors, WgradTile& t) const {
+    if (!plan_.asks_for_dy || block.next_pixels == 0) return false;
+    const int64_t passes = plan_.panels * task.tiles.size();
+    const int64_t of_y = operands_.y ? passes / 2 : 0, of_dy = passes - of_y;
+    const bool asks_for_y = pass >= of_dy;
+    const int64_t share =
+        ceil_div(block.next_pixels / unit_ * p_.k, asks_for_y ? of_y : of_dy);  // in floats
+    t.ahead = (asks_for_y ? operands_.y : operands_.dy) +
+              (chunk.first_pixel + block.end) / unit_ * p_.k +
+              (asks_for_y ? pass - of_dy : pass) * share;
+    t.ahead_step = min64(ceil_div(share, t.pixels), wgrad_lines_ahead<V>(vectors) * kLine);
+    return true;
   }
 
   float* sum_of(const Task& task, int64_t row, int64_t column) const {
@@ -1091,8 +1144,10 @@ class ImplicitGemmWgrad {
   }
 
   // Tiles whose rows are of several taps, of a block's pixels, which are of one image.
-  void add_across_taps(const Chunk& chunk, const Task& task, const Block& block, int64_t column,
+  void add_across_taps(const Chunk& chunk, const Task& task, const Block& block, int64_t panel,
                        int vectors, bool in_place, WgradTile& t) const {
+    const int64_t column = task.group * p_.k_per_group() + panel * plan_.panel;
+    const int64_t passed = (panel - task.panels.begin) * task.tiles.size() - task.tiles.begin;
     t.x = chunk.source + block.image * plan_.image_floats + task.group * p_.c_per_group();
     t.pixels = block.end - block.begin;
     if (window_pixels_) {
@@ -1108,8 +1163,10 @@ class ImplicitGemmWgrad {
       t.offsets = offsets_ + plan_.cut.begin(tile);
       t.sum = t.next_sum;
       if (tile + 1 < task.tiles.end) t.next_sum += rows * p_.k;
+      const bool asks = ask_for_dy(chunk, task, block, passed + tile, vectors, t);
       const bool once = in_place && tile == task.tiles.begin;
-      tile_of(window_pixels_ ? WgradRows::listed
+      tile_of(window_pixels_ ? (asks ? WgradRows::listed_ahead : WgradRows::listed)
+              : asks         ? WgradRows::apart_ahead
               : once         ? WgradRows::apart_once
                              : WgradRows::apart,
               rows)(t);
