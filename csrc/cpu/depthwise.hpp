@@ -704,21 +704,42 @@ DepthwiseKernels depthwise_kernels(int64_t channels, int64_t columns, int64_t ap
   }
 }
 
+// Of so many taps in a row, how many are in registers at a time: all of them, or parts of like sizes.
+constexpr int64_t taps_of_part(int64_t taps) {
+  constexpr int64_t kMost = 5;
+  return taps <= kMost || taps == 7 ? taps : ceil_div(taps, ceil_div(taps, kMost));
+}
+
+// Whether many taps meet more lines, of the source and of the output, than stay in the first-level cache until
+// the next vector is computed.
+inline bool one_row_crowds(int64_t taps, int64_t apart) {
+  const int64_t part = taps_of_part(taps);
+  return part < taps && crowds_cache(2 * pixels_of_one_row(part) - 1 + taps, apart);
+}
+
 template <class V>
-DepthwiseKernels depthwise_kernels_of_one_row(int64_t taps, int64_t columns, int64_t apart) {
-  constexpr int64_t kMost = 4;
-  const int64_t rows = max64(1, depthwise_rows_that_stay(1, taps, 1, columns, apart, kMost));
+DepthwiseKernels depthwise_kernels_of_one_row(int64_t taps, int64_t apart) {
+  const int64_t part = taps_of_part(taps);
+  const bool stages = one_row_crowds(taps, apart);
+  const int64_t rows = stages ? 1 : 4;
+  const auto function = [&]<int Taps>() {
+    return part < taps ? depthwise_rows_of_one<V, Taps, true>
+                       : depthwise_rows_of_one<V, Taps, false>;
+  };
   return {.vectors = 1,
           .rows = rows,
           .source_rows = rows,
           .source_step = 1,
           .cell = 1,
           .missing = 0,
-          .whole = taps == 3   ? depthwise_rows_of_one<V, 3>
-                   : taps == 5 ? depthwise_rows_of_one<V, 5>
-                               : depthwise_rows_of_one<V, 7>,
+          .whole = part == 7   ? depthwise_rows_of_one<V, 7, false>
+                   : part == 5 ? function.template operator()<5>()
+                   : part == 4 ? function.template operator()<4>()
+                   : part == 3 ? function.template operator()<3>()
+                               : depthwise_rows_of_one<V, 2, false>,
           .edge = {},
-          .by_rows = true};
+          .by_rows = true,
+          .stages = stages};
 }
 
 // `columns`: of a tile.
@@ -726,7 +747,7 @@ template <class V, DepthwiseWalk kWalk, int Step>
 DepthwiseKernels depthwise_kernels(const Conv2dProblem& p, int64_t columns, int64_t apart,
                                    bool masked) {
   if constexpr (kByRows<V> && kWalk == DepthwiseWalk::gather && Step == 1) {
-    if (p.r == 1) return depthwise_kernels_of_one_row<V>(p.s, columns, apart);
+    if (p.r == 1) return depthwise_kernels_of_one_row<V>(p.s, apart);
   }
   if (p.r == 3) return depthwise_kernels<V, kWalk, 3, Step>(p.c, columns, apart, masked);
   if (p.r == 5) return depthwise_kernels<V, kWalk, 5, Step>(p.c, columns, apart, masked);
@@ -737,18 +758,16 @@ DepthwiseKernels depthwise_kernels(const Conv2dProblem& p, int64_t columns, int6
 template <class V>
 bool has_depthwise_kernels(const Conv2dProblem& p, Direction direction, bool masked) {
   const bool dilated = p.dilation_h > 1 || p.dilation_w > 1;
-  if (p.c_per_group() != 1 || p.k_per_group() != 1 || (p.s != 3 && p.s != 5 && p.s != 7) ||
-      p.stride_h != p.stride_w) {
-    return false;
-  }
-  // Of one row, the lanes mask as they read, have a wgrad that is as fast, and take all channels of eight
-  // pixels where those of more would not stay in a cache; of a dilated one, or of seven taps, those of a whole
-  // tile.
+  if (p.c_per_group() != 1 || p.k_per_group() != 1) return false;
+  // Of one row, the lanes mask as they read, have a wgrad that is as fast, and read what no cache holds in its
+  // order, where a line of channels would be copied.
   if (p.r == 1) {
-    const int64_t pixels = dilated || p.s == 7 ? 32 : pixels_of_one_row(p.s);
-    return kByRows<V> && direction != Direction::wgrad && !masked && p.stride_h == 1 &&
-           one_row_stays(pixels, p.s, p.dilation_w * p.c);
+    const bool far =
+        one_row_crowds(p.s, p.dilation_w * p.c) && beyond_caches(p.x_size() + p.y_size());
+    return kByRows<V> && direction != Direction::wgrad && !masked && !far && p.s > 1 &&
+           p.stride_h == 1 && p.stride_w == 1;
   }
+  if ((p.s != 3 && p.s != 5 && p.s != 7) || p.stride_h != p.stride_w) return false;
   return p.r == p.s && p.stride_h <= (dilated ? 1 : 2);
 }
 
@@ -767,6 +786,7 @@ struct DepthwiseConvolution {
   int64_t step, first_row, first_column, apart_h, apart_w;
   int64_t residues_h, residues_w;   // of rows and columns, by what lies between a tile's
   int64_t row_tiles, column_tiles;  // of one residue
+  int64_t neighbours;               // whose columns no two tiles share
   int64_t tiles;                    // of an image
   int64_t vectors;                  // of all channels, a multiple of a tile's
   int64_t strip, strips;            // tiles of a task; such strips of all images, or parts
@@ -801,6 +821,7 @@ struct DepthwiseConvolution {
     residues_h = min64(apart_h, rows);
     residues_w = min64(apart_w, columns);
     const int64_t own_columns = ceil_div(columns, residues_w);
+    neighbours = p.r == 1 ? pixels_of_one_row(taps_of_part(p.s)) : 1;
     column_tiles = ceil_div(own_columns, kColumns);
     const auto of = [&]<DepthwiseWalk kWalk, int Step>() {
       return depthwise_kernels<V, kWalk, Step>(p, ceil_div(own_columns, column_tiles),
@@ -843,6 +864,7 @@ struct DepthwiseConvolution {
     DepthwiseTile common{};
     common.filter_row = p.s * p.c;
     common.filter_column = p.c;
+    common.taps = p.s;
     if (direction == Direction::dgrad && !scatter) {
       filter += (p.r * p.s - 1) * p.c;
       common.filter_row = -common.filter_row;
@@ -983,6 +1005,8 @@ struct DepthwiseConvolution {
       const float* in = from + i * row + columns.begin * column;
       float* out = to + i * to_row + columns.begin * kLine;
       for (int64_t j = columns.begin; j < columns.end; ++j, in += column, out += kLine) {
+        // Of the next line, for pixels lie too far apart for the hardware to ask in time.
+        __builtin_prefetch(in + kLine, 0, 2);
         int64_t c = 0;
         for (; c + V::kWidth <= channels; c += V::kWidth) V::store(out + c, V::load(in + c));
         const auto tail = V::tail(static_cast<int>(channels - c));
@@ -1031,6 +1055,13 @@ struct DepthwiseConvolution {
     return first;
   }
 
+  // Of so many, those of a tile.
+  Span columns_of(int64_t tile, int64_t count) const {
+    if (neighbours == 1) return part_of(count, column_tiles, tile);
+    const Span own = part_of(ceil_div(count, neighbours), column_tiles, tile);
+    return {min64(count, own.begin * neighbours), min64(count, own.end * neighbours)};
+  }
+
   // Of what is not negative, for a division takes long.
   static int64_t steps(int64_t distance, int64_t apart) {
     return apart == 1 ? max64(0, distance) : ceil_div(max64(0, distance), apart);
@@ -1048,7 +1079,7 @@ struct DepthwiseConvolution {
       const int64_t i = tile / tiles_of_row, j = tile % tiles_of_row;
       const int64_t row = i / row_tiles + i % row_tiles * kernels.rows * apart_h;
       const int64_t residue = j % residues_w;
-      const Span own = part_of(steps(columns - residue, apart_w), column_tiles, j / residues_w);
+      const Span own = columns_of(j / residues_w, steps(columns - residue, apart_w));
       const int64_t column = residue + own.begin * apart_w;
       // A residue may have a tile less than the first.
       t.rows = min64(kernels.rows, steps(rows - row, apart_h));

@@ -233,99 +233,148 @@ inline __attribute__((always_inline)) void add_row_of_taps(const char* row,
   }
 }
 
-// sum[j], with the tile's activation.
 template <class V, int Pixels>
-inline __attribute__((always_inline)) void activate_pixels(const DepthwiseTile& t,
+inline __attribute__((always_inline)) void activate_pixels(bool relu, typename V::Reg ceiling,
                                                            typename V::Reg (&sum)[Pixels]) {
-  if (!t.relu) return;
-  const typename V::Reg ceiling = V::set(t.ceiling);
+  if (!relu) return;
 #pragma GCC unroll 8
   for (int j = 0; j < Pixels; ++j) sum[j] = relu_to<V>(ceiling, sum[j]);
+}
+
+// Neighbouring taps of a row, to registers.
+template <class V, int Taps, class Channels>
+inline __attribute__((always_inline)) void load_taps(const float* filter, int64_t column,
+                                                     const Channels& channels,
+                                                     typename V::Reg (&tap)[Taps]) {
+#pragma GCC unroll 8
+  for (int s = 0; s < Taps; ++s) tap[s] = V::held(channels.load(filter + s * column, 0));
 }
 
 // Neighbouring pixels whose sums, beside a row of taps, are in registers.
 constexpr int pixels_of_one_row(int64_t taps) { return taps == 7 ? 7 : 8; }
 
-// Whether the lines that so many pixels meet, of the source and of the output, stay in the first-level cache
-// for their next vector.
-inline bool one_row_stays(int64_t pixels, int64_t taps, int64_t apart) {
-  return !crowds_cache(2 * pixels - 1 + taps, apart);
-}
-
-// Of so many columns of a tile that its lines stay in the first-level cache for the next vector.
-template <class V, int Taps>
-inline __attribute__((always_inline)) void depthwise_columns_of_one_row(const DepthwiseTile& t) {
-  constexpr int kPixels = pixels_of_one_row(Taps), kColumns = kPixels - 1 + Taps;
-  using Reg = typename V::Reg;
-  const SourceSteps steps(t);
-  for_each_channel_vector<V, 1>(
-      t.channels, [&](int64_t c, const auto& channels) __attribute__((always_inline)) {
-        Reg tap[Taps];
-#pragma GCC unroll 8
-        for (int s = 0; s < Taps; ++s) {
-          tap[s] = V::held(channels.load(t.filter + s * t.filter_column + c, 0));
-        }
-        const Reg start = V::held(t.bias ? channels.load(t.bias + c, 0) : V::zero());
-        for (int64_t i = 0; i < t.rows; ++i) {
-          const char* const source = reinterpret_cast<const char*>(t.source + i * t.source_row + c);
-          float* const out = t.out + i * t.out_row + c;
-          const bool exists = t.row_begin <= i && i < t.row_end;
-          const Span own{exists ? t.column_begin : 0, exists ? t.column_end : 0};
-          const auto meet = [&]<int Pixels>(int64_t pixel,
-                                            auto inside) __attribute__((always_inline)) {
-            Reg sum[Pixels];
-#pragma GCC unroll 8
-            for (int j = 0; j < Pixels; ++j) sum[j] = start;
-            add_row_of_taps<V, 1>(source + pixel * steps.column, steps, inside, channels, tap, sum);
-            activate_pixels<V>(t, sum);
-#pragma GCC unroll 8
-            for (int j = 0; j < Pixels; ++j) {
-              channels.store(out + (pixel + j) * t.out_column, sum[j], 0);
-            }
-          };
-          const int64_t inner = max64(0, min64(t.columns, own.begin));
-          const int64_t inner_end = max64(inner, min64(t.columns, own.end - Taps + 1));
-          const auto edge = [&](int64_t pixel, int64_t end) __attribute__((always_inline)) {
-            for (; pixel < end; ++pixel) {
-              meet.template operator()<1>(pixel, Span{own.begin - pixel, own.end - pixel});
-            }
-          };
-          edge(0, inner);
-          if (inner_end - inner < kPixels) {
-            edge(inner, inner_end);
-          } else {
-            // The last ones once more, if their number does not fit.
-            for (int64_t pixel = inner; pixel < inner_end; pixel += kPixels) {
-              meet.template operator()<kPixels>(min64(pixel, inner_end - kPixels),
-                                                KnownSpan<0, kColumns>{});
-            }
-          }
-          edge(inner_end, t.columns);
-        }
-      });
-}
-
-// fprop and dgrad of stride 1, of filters of one row: its taps stay in registers for all pixels. Signals
-// in one dimension are such.
-template <class V, int Taps>
+// fprop and dgrad of stride 1, of filters of one row, as those of signals in one dimension are. Of some
+// neighbouring pixels all channels come before the next pixels': so memory is read and written nearly in
+// its order, and what neighbours share is still in the first-level cache, even where pixels lie a power of
+// two apart. Of few channels it is all pixels for each vector, whose taps stay in registers. `Many`: taps
+// are taken in parts, of Taps or one less, beside sums that stay.
+template <class V, int Taps, bool Many>
 void depthwise_rows_of_one(const DepthwiseTile& t) {
-  constexpr int64_t kPixels = pixels_of_one_row(Taps);
-  int64_t columns = round_up(t.columns, kPixels);
-  // Of the source and of the output, which may lie in the same sets, and half as many to spare.
-  while (columns > kPixels && crowds_cache(3 * columns, t.source_column)) {
-    columns = round_up(columns / 2, kPixels);
-  }
-  columns = min64(columns, t.columns);
-  for (int64_t done = 0; done < t.columns; done += columns) {
-    // Likewise.
-    const int64_t first = min64(done, t.columns - columns);
-    DepthwiseTile some = t;
-    some.source += first * t.source_column;
-    some.out += first * t.out_column;
-    some.column_begin -= first;
-    some.column_end -= first;
-    some.columns = columns;
-    depthwise_columns_of_one_row<V, Taps>(some);
+  constexpr int kPixels = pixels_of_one_row(Taps);
+  constexpr int64_t kFewChannels = Many ? 0 : 3 * V::kWidth;
+  using Reg = typename V::Reg;
+  constexpr std::integral_constant<int, kPixels> kAllStored;
+  constexpr std::integral_constant<int, Taps> kTaps;
+  static constexpr float kNoBias[V::kWidth] = {};
+  const SourceSteps steps(t);
+  // Not read anew behind each store.
+  const int64_t out_column = hidden(t.out_column), filter_column = hidden(t.filter_column);
+  const int64_t columns = t.columns, channel_count = t.channels, taps = t.taps;
+  const float* const first_bias = t.bias ? t.bias : kNoBias;
+  const int64_t bias_step = t.bias ? V::kWidth : 0;
+  const bool relu = t.relu;
+  const Reg ceiling = V::set(t.ceiling);
+
+  // A vector of kPixels pixels. `add`: the products of all taps to the sums, where `inside` exists.
+  const auto pixels_of = [&](Reg start, float* out, const auto& channels, auto stored,
+                             const auto& add) __attribute__((always_inline)) {
+    Reg sum[kPixels];
+#pragma GCC unroll 8
+    for (int j = 0; j < kPixels; ++j) sum[j] = start;
+    add(sum);
+    activate_pixels<V>(relu, ceiling, sum);
+#pragma GCC unroll 8
+    for (int j = 0; j < kPixels; ++j) {
+      if (j < stored) channels.store(out + j * out_column, sum[j], 0);
+    }
+  };
+  // All channels of kPixels pixels.
+  const auto all_channels = [&](const float* source, float* out, auto inside,
+                                auto stored) __attribute__((always_inline)) {
+    const float *filter = t.filter, *bias = first_bias;
+    const auto vector = [&](const auto& channels) __attribute__((always_inline)) {
+      pixels_of(channels.load(bias, 0), out, channels, stored,
+                [&](Reg(&sum)[kPixels]) __attribute__((always_inline)) {
+                  const char* row = reinterpret_cast<const char*>(source);
+                  const float* from = filter;
+                  int64_t done = 0;
+                  const auto part = [&](auto count) __attribute__((always_inline)) {
+                    Reg tap[count];
+                    load_taps<V>(from, filter_column, channels, tap);
+                    add_row_of_taps<V, 1>(row, steps, inside(done, count), channels, tap, sum);
+                    row += count * steps.column;
+                    from += count * filter_column;
+                    done += count;
+                  };
+                  if constexpr (Many) {
+                    const int64_t parts = ceil_div(taps, Taps);
+                    const int64_t whole_parts = taps - parts * (Taps - 1);
+                    for (int64_t i = 0; i < whole_parts; ++i) part(kTaps);
+                    for (int64_t i = whole_parts; i < parts; ++i)
+                      part(std::integral_constant<int, Taps - 1>{});
+                  } else {
+                    part(kTaps);
+                  }
+                });
+    };
+    int64_t left = channel_count;
+    for (; left >= V::kWidth; left -= V::kWidth) {
+      vector(ChannelVectors<V, 1, true>(V::kWidth));
+      source = hidden(source + V::kWidth);
+      out = hidden(out + V::kWidth);
+      filter = hidden(filter + V::kWidth);
+      bias += bias_step;
+    }
+    if (left > 0) vector(ChannelVectors<V, 1, false>(left));
+  };
+  // Of few channels, `count` pixels within the source.
+  const auto few_channels = [&](const float* first_source, float* first_out, int64_t count) {
+    for_each_channel_vector<V, 1>(
+        channel_count, [&](int64_t c, const auto& channels) __attribute__((always_inline)) {
+          Reg tap[Taps];
+          load_taps<V>(t.filter + c, filter_column, channels, tap);
+          const Reg start = V::held(channels.load(first_bias + (bias_step > 0 ? c : 0), 0));
+          for (int64_t done = 0; done < count; done += kPixels) {
+            const int64_t pixel = min64(done, count - kPixels);
+            const char* const row =
+                reinterpret_cast<const char*>(first_source + c) + pixel * steps.column;
+            pixels_of(start, first_out + pixel * out_column + c, channels, kAllStored,
+                      [&](Reg(&sum)[kPixels]) __attribute__((always_inline)) {
+                        add_row_of_taps<V, 1>(row, steps, KnownSpan<0, kPixels - 1 + Taps>{},
+                                              channels, tap, sum);
+                      });
+          }
+        });
+  };
+
+  const int64_t pixels = min64(kPixels, columns);
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const float* const source = t.source + i * t.source_row;
+    float* const out = t.out + i * t.out_row;
+    const bool exists = t.row_begin <= i && i < t.row_end;
+    const Span own{exists ? t.column_begin : 0, exists ? t.column_end : 0};
+    const int64_t inner_end = min64(columns, own.end - taps + 1);
+    for (int64_t done = 0; done < columns;) {
+      // The last ones once more, if their number does not fit.
+      const int64_t pixel = min64(done, columns - pixels);
+      const float* const from = source + pixel * t.source_column;
+      float* const to = out + pixel * out_column;
+      done = pixel + pixels;
+      if (own.begin > pixel || done > inner_end || pixels < kPixels) {
+        // Fewer pixels than there are sums for meet fewer columns, of which alone there may be a copy.
+        const Span met{own.begin - pixel, min64(own.end - pixel, pixels - 1 + taps)};
+        all_channels(
+            from, to, [&](int64_t tap, auto) { return Span{met.begin - tap, met.end - tap}; },
+            pixels);
+      } else if (channel_count > kFewChannels) {
+        all_channels(
+            from, to, [](int64_t, auto count) { return KnownSpan<0, kPixels - 1 + count>{}; },
+            kAllStored);
+      } else {
+        few_channels(from, to, inner_end - pixel);
+        done = inner_end;
+      }
+    }
   }
 }
 
@@ -374,7 +423,7 @@ void depthwise_rows_of_many_taps(const DepthwiseTile& t) {
         } else {
           add(Span{column_begin, column_end});
         }
-        activate_pixels<V>(t, sum);
+        activate_pixels<V>(t.relu, V::set(t.ceiling), sum);
 #pragma GCC unroll 8
         for (int j = 0; j < kPixels; ++j) {
           if (j < pixels) channels.store(out + j * t.out_column, sum[j], 0);
