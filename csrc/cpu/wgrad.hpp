@@ -6,7 +6,8 @@
 // With channels enough to fill a tile, a tile's rows are channels of one tap, and its list leaves out
 // the pixels that meet padding. The input is packed first where enough tiles read it, the channels of a
 // tile side by side: from the input itself a tile would use a few floats of every cache line, of lines
-// that fall into few sets of the first-level cache. With fewer channels, a tile spans taps, and the
+// that fall into few sets of the first-level cache. Of one tap, tiles of a task's first panel pack what they
+// read, block by block: what another core packed would take longer to fetch. With fewer channels, a tile spans taps, and the
 // input is copied with its padding first, unless taps or windows lie so far apart that the copy would
 // be mostly padding.
 //
@@ -63,6 +64,10 @@ struct WgradTile {
   // Instead of runs, where pixels are `listed`: floats from x, a pixel.
   const int64_t* x_pixels;
   int64_t pixels;
+  // Where tiles of `packing_...` rows put what they read: of x, `packed_step` floats a pixel; of dy, whole
+  // vectors.
+  float *packed_x, *packed_dy;
+  int64_t packed_step;
 
   float* sum;
   int64_t sum_row;
@@ -74,10 +79,15 @@ struct WgradTile {
 // Where a tile's rows are. `near`: they follow one another in the input itself, of which the tile uses a
 // few floats of a pixel, of lines that a tile before it has read. `fetched`: of the next lines. Pixels lie
 // too far apart for the hardware to ask for them in time. `..._ahead`: and it asks for t.ahead.
+// `packing_...`: as `fetched`, or packed, and x or dy or both are packed meanwhile, which takes no time
+// beside the products.
 // `apart_once`: apart, and dy is read where it lies, for the first time. `listed`: apart, and so are the
 // pixels.
 enum class WgradRows {
   packed,
+  packing_x,
+  packing_dy,
+  packing_both,
   near,
   fetched,
   fetched_ahead,
@@ -93,6 +103,19 @@ constexpr int64_t kPixelsAhead = 24;  // of their use
 template <class V>
 constexpr int64_t wgrad_lines_ahead(int64_t vectors) {
   return max64(1, vectors * V::kWidth / (2 * kLine));
+}
+
+// `Count` floats, to where there is room for whole vectors.
+template <class V, int Count>
+[[gnu::always_inline]] inline void copy_few(const float* from, float* to) {
+  constexpr int kLast = (Count - 1) / V::kWidth * V::kWidth;
+  const auto tail = V::tail(Count - kLast);
+  for (int i = 0; i < kLast; i += V::kWidth) V::store(to + i, V::load(from + i));
+  if constexpr (2 * (Count - kLast) <= V::kWidth && requires { V::copy_half(from, tail, to); }) {
+    V::copy_half(from + kLast, tail, to + kLast);
+  } else {
+    V::store(to + kLast, V::load(from + kLast, tail));
+  }
 }
 
 template <class V, int Rows, int Vectors, WgradRows Where>
@@ -121,9 +144,13 @@ void wgrad_tile(const WgradTile& t) {
   constexpr bool kListed = Where == WgradRows::listed || Where == WgradRows::listed_ahead;
   constexpr bool kAsksAhead =
       kFetchesAhead || Where == WgradRows::apart_ahead || Where == WgradRows::listed_ahead;
-  constexpr bool kFetches = Where == WgradRows::fetched || kFetchesAhead;
-  constexpr bool kFollow = Where == WgradRows::packed || Where == WgradRows::near || kFetches;
-  constexpr int kAtOnce = kFollow && !kAsksAhead ? V::kProductsAtOnce : 1;
+  constexpr bool kPacksX = Where == WgradRows::packing_x || Where == WgradRows::packing_both;
+  constexpr bool kPacksDy = Where == WgradRows::packing_dy || Where == WgradRows::packing_both;
+  constexpr bool kFetches = Where == WgradRows::fetched || kFetchesAhead || kPacksX;
+  constexpr bool kFollow =
+      Where == WgradRows::packed || Where == WgradRows::near || kFetches || kPacksDy;
+  constexpr int kAtOnce =
+      kFollow && !kAsksAhead && !kPacksX && !kPacksDy ? V::kProductsAtOnce : 1;
   constexpr int kLinesAhead = kFetchesAhead ? 1 : wgrad_lines_ahead<V>(Vectors);
   const auto add_pixel = [&](const float* x, const float* dy, const auto& offset) {
     add_row_of_products<V, (kAtOnce > 1)>(
@@ -147,10 +174,14 @@ void wgrad_tile(const WgradTile& t) {
       if constexpr (kAsksAhead) {
         ahead = t.ahead + (t.ahead_as_x ? run->x : run->pixel * t.ahead_step);
       }
+      [[maybe_unused]] float *packed_x = nullptr, *packed_dy = nullptr;
+      if constexpr (kPacksX) packed_x = t.packed_x + run->pixel * t.packed_step;
+      if constexpr (kPacksDy) packed_dy = t.packed_dy + run->pixel * (Vectors * V::kWidth);
       const auto add = [&](int pixel) __attribute__((always_inline)) {
         const float* const from = x + pixel * t.x_step;
         if constexpr (kFetches) __builtin_prefetch(from + (Rows - 1) + run->ahead);
-        if constexpr (Where == WgradRows::apart_once) {
+        if constexpr (kPacksX) copy_few<V, Rows>(from, packed_x);
+        if constexpr (Where == WgradRows::apart_once || kPacksDy) {
 #pragma GCC unroll 4
           for (int v = 0; v < Vectors; ++v) {
             __builtin_prefetch(dy + (pixel + kPixelsAhead) * t.dy_step + v * V::kWidth);
@@ -162,11 +193,26 @@ void wgrad_tile(const WgradTile& t) {
             __builtin_prefetch(ahead + pixel * t.ahead_step + line * kLine, 0, 2);
           }
         }
-        add_pixel(from, dy + pixel * t.dy_step, offset);
+        const float* const row = dy + pixel * t.dy_step;
+        if constexpr (kPacksDy) {
+          typename V::Reg b[Vectors];
+#pragma GCC unroll 4
+          for (int v = 0; v < Vectors; ++v) {
+            const float* const at = row + v * V::kWidth;
+            b[v] = v == Vectors - 1 ? V::load(at, tail) : V::load(at);
+            V::store(packed_dy + v * V::kWidth, b[v]);
+          }
+#pragma GCC unroll 16
+          for (int i = 0; i < Rows; ++i) add_products<V, false>(from + i, b, sum[i]);
+        } else {
+          add_pixel(from, row, offset);
+        }
       };
       unrolled<kAtOnce>(run->count, add, [&](int64_t count) {
         x += count * t.x_step;
         if constexpr (kAsksAhead) ahead += count * t.ahead_step;
+        if constexpr (kPacksX) packed_x += count * t.packed_step;
+        if constexpr (kPacksDy) packed_dy += count * (Vectors * V::kWidth);
         // GCC 12 vectorises scalar code here to load two pixels at once, of which the last one's
         // neighbour may be in no memory.
         dy = hidden(dy + count * t.dy_step);
@@ -262,6 +308,7 @@ struct WgradPlan {
   bool by_taps;           // a tile's rows are channels of one tap
   int64_t source_h, source_w, image_floats, chunk;  // the copy, where there is one
   bool copied, packed;
+  bool packs_blocks;  // packed by the tasks themselves, of a block what their tiles read
   PhasedAxis down, across;  // packed: [group][tile][phase][image][row][column][plan.rows]
   int64_t parts, q_tiles, q_groups;
   int64_t tiles_a_tap;   // or of all taps, if tiles span them
@@ -270,7 +317,8 @@ struct WgradPlan {
   bool asks_ahead;       // for the next block
   bool asks_for_dy;      // of the next block, where tiles span taps
   int64_t pixels_a_block;
-  int64_t offsets_bytes, sums_bytes, bias_bytes, copy_bytes, block_bytes, lists_bytes;
+  int64_t offsets_bytes, sums_bytes, bias_bytes, copy_bytes;
+  int64_t block_bytes, packed_block_bytes, list_bytes;  // of a worker; there are two lists
 
   WgradPlan(const Conv2dProblem& p, bool with_bias)
       : down(p.h, p.stride_h, p.dilation_h, p.pad_top, p.r),
@@ -304,12 +352,16 @@ struct WgradPlan {
     // or two of the first-level cache.
     const bool narrow = kGemmVectors<V> * V::kWidth < 64;  // panels, each of which reads all
     const auto in_few_sets = [&p](int64_t sets) { return p.c * sets % (64 * kLine) == 0; };
+    const bool beyond = beyond_caches(p.x_size() + p.y_size());
     const int64_t tiles_a_packing = taps > 1         ? 4
-                                    : !narrow        ? (p.c <= 128 ? 8 : 4)
+                                    : !narrow        ? (p.c <= 128 ? 8
+                                                        : beyond   ? 4
+                                                                   : 2)
                                     : in_few_sets(1) ? 3
                                     : in_few_sets(2) ? 5
                                                      : 8;
     packed = cg >= rows && taps * panels / tiles_a_packing >= down.count * across.count;
+    packs_blocks = packed && taps == 1;
     // As many images at a time as fit in the second-level cache, or have pixels for whole blocks; all of
     // them where none is copied. Each block takes the sums from memory and back, which of several taps are
     // many: then blocks had better be whole even if the copy is large.
@@ -321,11 +373,11 @@ struct WgradPlan {
         min64(kMostBytes / image_bytes, ceil_div(kChunkPixels, p.oh * p.ow));
     const int64_t fitting = max64(int64_t{1} << 20, 512 * p.c * 4) / image_bytes;
     const int64_t images = packed && taps > 1 ? max64(fitting, of_whole_blocks) : fitting;
-    chunk = copied || packed ? max64(1, min64(p.n, images)) : p.n;
+    chunk = copied || (packed && !packs_blocks) ? max64(1, min64(p.n, images)) : p.n;
     // Tasks share dy: each packs what it needs, which some tiles of work make up for. What they read of a
     // block stays in the second-level cache, of which processors without AVX-512 may have 512 KiB: that is
     // the channels of a tap or two, for taps of one phase meet the same pixels.
-    const bool few_rows = V::kRegisters < 32 && packed && taps > 1 && cg * across.count > 192;
+    const bool few_rows = V::kRegisters < 32 && packed && cg * across.count > 192;
     const int64_t rows_a_task = few_rows ? 192 : 432;
     q_groups = ceil_div(q_tiles, rows_a_task / rows);
     // Partial sums serve where tiles are too few for many threads, or where the input is read as it lies,
@@ -338,23 +390,30 @@ struct WgradPlan {
     constexpr int64_t kNearFloats = int64_t{3} << 19;
     asks_for_dy = !by_taps && p.groups == 1 && p.y_size() > kNearFloats;
     const int64_t most = asks_for_dy ? kTasksForMany : kMostParts;
-    const int64_t useful =
-        !asks_for_dy && (packed || copied) ? ceil_div(kTasksForMany, whole_tasks) : most;
+    // Where a task packs its own, parts keep two from fetching the same pixels from memory.
+    constexpr int64_t kPartsFromMemory = 8;
+    const int64_t useful = packs_blocks && beyond              ? kPartsFromMemory
+                           : !asks_for_dy && (packed || copied) ? ceil_div(kTasksForMany, whole_tasks)
+                                                                : most;
     parts = max64(1, min64(min64(useful, pixels / kPixelsAPart),
                            min64(most, (int64_t{1} << 20) / max64(floats * 4, 1))));
 
     // The panels of a task share a block of the input, its tiles one of dy. How many tasks there are
     // changes no sum.
-    const int64_t wanted_tasks = tasks_for(pixels * floats);
-    panel_groups =
-        asks_for_dy ? 1 : min64(panels, ceil_div(wanted_tasks, parts * p.groups * q_groups));
-    q_groups =
-        max64(q_groups, min64(q_tiles, ceil_div(wanted_tasks, parts * p.groups * panel_groups)));
+    if (packs_blocks) {
+      cut_by_packing(p);
+    } else {
+      const int64_t wanted_tasks = tasks_for(pixels * floats);
+      panel_groups =
+          asks_for_dy ? 1 : min64(panels, ceil_div(wanted_tasks, parts * p.groups * q_groups));
+      q_groups =
+          max64(q_groups, min64(q_tiles, ceil_div(wanted_tasks, parts * p.groups * panel_groups)));
+    }
 
     const int64_t part_pixels = ceil_div(min64(chunk, p.n) * p.oh * p.ow, parts);
     const bool by_lines = by_taps && !packed && taps == 1;
     // Processors without AVX-512 have the next block in time where a cache holds it.
-    asks_ahead = by_lines && (V::kRegisters == 32 || beyond_caches(p.x_size() + p.y_size()));
+    asks_ahead = by_lines && (V::kRegisters == 32 || beyond);
     // Few tiles are through with a block soon: it should still be in the first-level cache. To begin and
     // end a tile takes as long as some ten pixels: where a block of many channels does not stay there
     // anyway, and is not asked for ahead, it has as many pixels as the second-level cache keeps.
@@ -369,13 +428,34 @@ struct WgradPlan {
     offsets_bytes = by_taps ? 0 : round_up(taps * cg * 8, 64);
     sums_bytes = parts == 1 ? 0 : round_up(parts * floats * 4, 64);
     bias_bytes = with_bias ? round_up(parts * p.k * 4, 64) : 0;
-    copy_bytes = packed   ? p.groups * tiles_a_tap * packed_tile_floats() * 4
-                 : copied ? round_up(chunk * image_floats * 4, 64)
-                          : 0;
+    copy_bytes = packs_blocks ? 0
+                 : packed     ? p.groups * tiles_a_tap * packed_tile_floats() * 4
+                 : copied     ? round_up(chunk * image_floats * 4, 64)
+                              : 0;
+    packed_block_bytes =
+        packs_blocks ? ceil_div(q_tiles, q_groups) * packed_tile_floats() * 4 : 0;
     block_bytes = round_up(pixels_a_block * panel * 4, 64);
     // A block may begin and end in the middle of a row.
     const int64_t runs = min64(pixels_a_block, pixels_a_block / p.ow + 2) + 1;
-    lists_bytes = round_up(runs * int64_t{sizeof(PixelRun)}, 64);
+    list_bytes = round_up(runs * int64_t{sizeof(PixelRun)}, 64);
+  }
+
+  // Tasks that each pack their own: tiles of x for all their panels, and dy for all their tiles. The cut that
+  // has them pack least.
+  void cut_by_packing(const Conv2dProblem& p) {
+    const int64_t threads = num_threads(), wanted = threads == 1 ? 1 : 2 * threads;
+    const int64_t least = q_groups, others = parts * p.groups;
+    int64_t fewest_floats = std::numeric_limits<int64_t>::max();
+    for (int64_t of_panels = 1; of_panels <= panels; ++of_panels) {
+      if (panels % of_panels != 0) continue;
+      const int64_t tasks = round_up(max64(wanted, others * of_panels * least), threads);
+      const int64_t of_tiles = min64(q_tiles, ceil_div(tasks, others * of_panels));
+      const int64_t floats_a_pixel = of_tiles * p.k_per_group() + of_panels * p.c_per_group();
+      if (floats_a_pixel >= fewest_floats) continue;
+      fewest_floats = floats_a_pixel;
+      panel_groups = of_panels;
+      q_groups = of_tiles;
+    }
   }
 
   // Of an image, in all phases.
@@ -383,7 +463,7 @@ struct WgradPlan {
   int64_t phase_pixels() const { return down.length * across.length; }
   // From the packed channels of one tile to the next: all of them are written to in turns.
   int64_t packed_tile_floats() const {
-    return odd_lines(chunk * packed_pixels() * rows + V::kWidth);
+    return odd_lines((packs_blocks ? pixels_a_block : chunk * packed_pixels()) * rows + V::kWidth);
   }
 
   void make_blocks_of_windows(const Conv2dProblem& p) {
@@ -392,7 +472,7 @@ struct WgradPlan {
     block_bytes = round_up(pixels_a_block * panel * 4, 64);
   }
   int64_t tasks(const Conv2dProblem& p) const { return parts * p.groups * panel_groups * q_groups; }
-  int64_t worker_bytes() const { return block_bytes + lists_bytes; }
+  int64_t worker_bytes() const { return block_bytes + packed_block_bytes + 2 * list_bytes; }
   int64_t workspace_bytes(int workers) const {
     return offsets_bytes + sums_bytes + bias_bytes + copy_bytes + workers * worker_bytes();
   }
@@ -661,10 +741,10 @@ struct PixelsOfTap {
   int64_t h, w, stride_h, stride_w, row, column;
 };
 
-// Of what tiles read: the input, a copy of it with its padding, or the phase that is packed.
+// Of what tiles read or pack: the input, a copy of it with its padding, or the phase that is packed.
 template <class V>
 PixelsOfTap pixels_of_tap(const Conv2dProblem& p, const WgradPlan<V>& plan, int64_t r, int64_t s) {
-  if (!plan.packed) {
+  if (!plan.packed || plan.packs_blocks) {
     return {.first = 0,
             .image_pixels = plan.source_h * plan.source_w,
             .row_pixels = plan.source_w,
@@ -956,8 +1036,9 @@ class ImplicitGemmWgrad {
   struct Task {
     int64_t group, part, q_group;
     Span panels, tiles;
-    float* packed;  // dy of a block
-    PixelRun* runs;
+    float *packed_dy, *packed_x;  // of a block
+    PixelRun *runs, *packed_runs;
+    int64_t run_count, packed_run_count;
     LinesAhead<V> ahead;
   };
 
@@ -996,7 +1077,7 @@ class ImplicitGemmWgrad {
     const int64_t images = min64(plan_.chunk, p_.n - image), image_pixels = p_.oh * p_.ow;
     const float* const x = operands_.x + image * p_.h * p_.w * p_.c;
     if (plan_.copied) copy_padded(p_, x, images, plan_.source_h, plan_.source_w, copy_);
-    if (plan_.packed) pack_x<V>(p_, plan_, x, images, copy_);
+    if (plan_.packed && !plan_.packs_blocks) pack_x<V>(p_, plan_, x, images, copy_);
     const Chunk chunk{plan_.copied ? copy_ : x, image * image_pixels, images * image_pixels};
     parallel_for(plan_.tasks(p_), workers_,
                  [&](int64_t task, int worker) { add_task(chunk, task, worker); });
@@ -1010,13 +1091,18 @@ class ImplicitGemmWgrad {
     const Span panels = part_of(plan_.panels, plan_.panel_groups, panel_group);
     const Span tiles = part_of(plan_.q_tiles, plan_.q_groups, q_group);
     char* const scratch = scratch_ + worker * plan_.worker_bytes();
+    char* const lists = scratch + plan_.block_bytes + plan_.packed_block_bytes;
     Task task{.group = group,
               .part = part,
               .q_group = q_group,
               .panels = panels,
               .tiles = tiles,
-              .packed = reinterpret_cast<float*>(scratch),
-              .runs = reinterpret_cast<PixelRun*>(scratch + plan_.block_bytes),
+              .packed_dy = reinterpret_cast<float*>(scratch),
+              .packed_x = reinterpret_cast<float*>(scratch + plan_.block_bytes),
+              .runs = reinterpret_cast<PixelRun*>(lists),
+              .packed_runs = reinterpret_cast<PixelRun*>(lists + plan_.list_bytes),
+              .run_count = 0,
+              .packed_run_count = 0,
               .ahead = LinesAhead<V>(p_, plan_, operands_, group, panels, tiles)};
     const Span units = part_of(chunk.pixels / unit_, plan_.parts, part);
     const int64_t part_begin = units.begin * unit_, part_end = units.end * unit_;
@@ -1054,14 +1140,17 @@ class ImplicitGemmWgrad {
     t.valid = static_cast<int>(width - (vectors - 1) * V::kWidth);
     t.first = block.first;
     const bool in_place = place_dy(chunk, task, block, column, vectors, t);
-    if (plan_.by_taps) {
+    if (plan_.packs_blocks) {
+      add_packing(chunk, task, block, column, vectors, panel == task.panels.begin, t);
+    } else if (plan_.by_taps) {
       add_taps(chunk, task, block, column, vectors, t);
     } else {
       add_across_taps(chunk, task, block, panel, vectors, in_place, t);
     }
   }
 
-  // Sets where the tiles read dy: where it lies, or a packed copy. Returns whether it is the former.
+  // Sets where the tiles read dy: where it lies, or a packed copy, which a first tile may make. Returns
+  // whether it is the former.
   bool place_dy(const Chunk& chunk, const Task& task, const Block& block, int64_t column,
                 int vectors, WgradTile& t) const {
     const int64_t from = (chunk.first_pixel + block.begin) / unit_ * p_.k + column;
@@ -1076,16 +1165,19 @@ class ImplicitGemmWgrad {
     const bool split =
         kFewProducts && reinterpret_cast<std::uintptr_t>(dy) % sizeof(typename V::Reg) != 0;
     const int64_t few_tiles = p_.k % (8 * 16) == 0 || split ? 3 : kFewProducts ? 24 : 16;
-    const bool in_place = task.tiles.size() <= few_tiles && !y && !own_bias &&
-                          !operands_.argmax_of_y && t.valid == V::kWidth;
+    const bool as_it_is = !y && !own_bias && !operands_.argmax_of_y;
+    const bool tile_packs = as_it_is && plan_.packs_blocks;
+    const bool in_place = tile_packs || (as_it_is && task.tiles.size() <= few_tiles &&
+                                         t.valid == V::kWidth);
+    t.packed_dy = tile_packs ? task.packed_dy : nullptr;
     t.dy_step = in_place ? p_.k : int64_t{vectors} * V::kWidth;
-    t.dy = in_place ? dy : task.packed;
+    t.dy = in_place ? dy : task.packed_dy;
     const int64_t pixels = block.end - block.begin;
     if (operands_.argmax_of_y) {
       pack_pooled_dy<V>(dy, y, operands_.argmax_of_y + from, pixels / 4, p_.k, vectors, t.valid,
-                        task.packed, own_bias);
+                        task.packed_dy, own_bias);
     } else if (!in_place) {
-      pack_dy<V>(dy, y, pixels, p_.k, vectors, t.valid, task.packed, own_bias);
+      pack_dy<V>(dy, y, pixels, p_.k, vectors, t.valid, task.packed_dy, own_bias);
     }
     return in_place;
   }
@@ -1109,6 +1201,48 @@ class ImplicitGemmWgrad {
 
   float* sum_of(const Task& task, int64_t row, int64_t column) const {
     return sums_ + task.part * plan_.floats + row * p_.k + column;
+  }
+
+  // Tiles of the only tap. Those of the first panel pack what they read of x, the first one dy if nobody
+  // has.
+  void add_packing(const Chunk& chunk, Task& task, const Block& block, int64_t column, int vectors,
+                   bool first_panel, WgradTile& t) const {
+    const int64_t x_step = p_.stride_w * p_.c;
+    if (first_panel) list_block(task, block, x_step);
+    t.runs = first_panel ? task.runs : task.packed_runs;
+    t.run_count = first_panel ? task.run_count : task.packed_run_count;
+    t.x_step = first_panel ? x_step : plan_.rows;
+    t.packed_step = plan_.rows;
+    const float* const x = chunk.source + task.group * p_.c_per_group();
+    const WgradTileFunctions<V> tile_of(vectors);
+    t.next_sum = sum_of(task, plan_.cut.begin(task.tiles.begin), column);
+    for (int64_t tile = task.tiles.begin; tile < task.tiles.end; ++tile) {
+      const int64_t rows = plan_.cut.size(tile);
+      t.sum = t.next_sum;
+      if (tile + 1 < task.tiles.end) t.next_sum += rows * p_.k;
+      t.packed_x = task.packed_x + (tile - task.tiles.begin) * packed_tile_;
+      t.x = first_panel ? x + plan_.cut.begin(tile) : t.packed_x;
+      tile_of(t.packed_dy   ? (first_panel ? WgradRows::packing_both : WgradRows::packing_dy)
+              : first_panel ? WgradRows::packing_x
+                            : WgradRows::packed,
+              rows)(t);
+      if (!t.packed_dy) continue;
+      t.dy = std::exchange(t.packed_dy, nullptr);
+      t.dy_step = int64_t{vectors} * V::kWidth;
+    }
+  }
+
+  // The pixels of a block as they lie in x, and as they will be packed.
+  void list_block(Task& task, const Block& block, int64_t x_step) const {
+    const int64_t count = list_runs(p_, pixels_of_tap(p_, plan_, 0, 0), block.begin, block.end,
+                                    p_.c, task.runs);
+    task.run_count = ask_ahead(count, x_step, pixels_ahead_, task.runs);
+    PixelRun* end = task.packed_runs;
+    for (const PixelRun* run = task.runs; run != task.runs + task.run_count; ++run) {
+      end = add_run(run->pixel * plan_.rows, run->pixel, run->count, plan_.rows, task.packed_runs,
+                    end);
+    }
+    task.packed_run_count = end - task.packed_runs;
   }
 
   // Tiles whose rows are channels of one tap.

@@ -34,6 +34,10 @@ struct Avx512 {
   static Reg load(const float* p, Tail t) { return _mm512_maskz_loadu_ps(t, p); }
   static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
   static void store(float* p, Reg v, Tail t) { _mm512_mask_storeu_ps(p, t, v); }
+  // 8 floats at most, to where there is room for 8.
+  static void copy_half(const float* from, Tail t, float* to) {
+    _mm256_storeu_ps(to, _mm256_maskz_loadu_ps(static_cast<__mmask8>(t), from));
+  }
   static Reg load(const Float16* p) { return _mm512_cvtph_ps(load_halves(p)); }
   static Reg load(const Float16* p, Tail t) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(t, p));
