@@ -230,7 +230,7 @@ template <class V, bool Often, int Rows, int Vectors, class XOf>
   typename V::Reg b[Vectors];
 #pragma GCC unroll 4
   for (int v = 0; v < Vectors; ++v) b[v] = V::load(row + v * V::kWidth);
-#pragma GCC unroll 16
+#pragma GCC unroll 28
   for (int i = 0; i < Rows; ++i) add_products<V, Often>(x_of(i), b, sum[i]);
 }
 
@@ -297,7 +297,7 @@ template <class V>
 template <class V, int Rows, int Vectors>
 [[gnu::always_inline]] inline void activate(typename V::Reg (&sum)[Rows][Vectors], float most) {
   const auto each = [&](const auto& body) __attribute__((always_inline)) {
-#pragma GCC unroll 16
+#pragma GCC unroll 28
     for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) sum[i][v] = body(sum[i][v]);
@@ -326,7 +326,7 @@ template <class V, int Rows, int Vectors, class To>
 [[gnu::always_inline]] inline void store_tile(const typename V::Reg (&sum)[Rows][Vectors],
                                               int columns, const To& to) {
   with_tail<V>(columns, [&](const auto&... tail) __attribute__((always_inline)) {
-#pragma GCC unroll 16
+#pragma GCC unroll 28
     for (int i = 0; i < Rows; ++i) {
       float* const at = to(i);
 #pragma GCC unroll 4

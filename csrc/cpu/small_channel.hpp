@@ -22,7 +22,9 @@ namespace {
 // y[i][0 .. columns) = bias + sum over products j of x[i * step + offset(j)] * filter[j]. Products come
 // in groups whose offsets follow one another.
 struct StridedTile {
-  int64_t tiles;  // that follow one another
+  int64_t tiles;         // that follow one another
+  int64_t rows;          // that have so many tiles each
+  int64_t x_row, y_row;  // floats from one to the next
   const float* x;
   int64_t step;          // floats from pixel to pixel
   const int64_t* steps;  // floats from the offset of the group before, or from 0
@@ -60,7 +62,7 @@ template <class V, int Rows, int Vectors, int Group>
 #pragma GCC unroll 4
   for (int v = 0; v < Vectors; ++v) {
     const typename V::Reg first = start_of_sum<V, Vectors>(bias, v, tail);
-#pragma GCC unroll 16
+#pragma GCC unroll 28
     for (int i = 0; i < Rows; ++i) sum[i][v] = first;
   }
   Spaced<Rows> a(x, t.step);
@@ -84,24 +86,26 @@ template <class V, int Rows, int Vectors, int Group>
 // `Turns`: more than one panel. A function of its own: of short sums, the loop around the panels shows.
 template <class V, int Rows, int Vectors, int Group, bool Turns>
 void strided_tile(const StridedTile& t) {
-  const float* x = t.x;
-  float* y = t.y;
-  for (int64_t tile = t.tiles; tile > 0; --tile) {
-    if constexpr (!Turns) {
-      one_strided_tile<V, Rows, Vectors, Group>(t, x, t.filter, t.bias, y, t.columns);
-    } else {
-      const float *filter = t.filter, *bias = t.bias;
-      float* panel_y = y;
-      for (int64_t panel = t.panels; panel > 0; --panel) {
-        one_strided_tile<V, Rows, Vectors, Group>(t, x, filter, bias, panel_y,
-                                                  panel == 1 ? t.columns : V::kWidth);
-        filter += t.panel_floats;
-        panel_y += Vectors * V::kWidth;
-        if (bias) bias += Vectors * V::kWidth;
+  for (int64_t row = 0; row < t.rows; ++row) {
+    const float* x = t.x + row * t.x_row;
+    float* y = t.y + row * t.y_row;
+    for (int64_t tile = t.tiles; tile > 0; --tile) {
+      if constexpr (!Turns) {
+        one_strided_tile<V, Rows, Vectors, Group>(t, x, t.filter, t.bias, y, t.columns);
+      } else {
+        const float *filter = t.filter, *bias = t.bias;
+        float* panel_y = y;
+        for (int64_t panel = t.panels; panel > 0; --panel) {
+          one_strided_tile<V, Rows, Vectors, Group>(t, x, filter, bias, panel_y,
+                                                    panel == 1 ? t.columns : V::kWidth);
+          filter += t.panel_floats;
+          panel_y += Vectors * V::kWidth;
+          if (bias) bias += Vectors * V::kWidth;
+        }
       }
+      x += Rows * t.step;
+      y += Rows * t.y_step;
     }
-    x += Rows * t.step;
-    y += Rows * t.y_step;
   }
 }
 
@@ -111,7 +115,7 @@ using StridedTileFunction = void (*)(const StridedTile&);
 // general registers for their addresses; of 16 registers, for a round of several products too.
 template <class V>
 constexpr int strided_rows(int vectors) {
-  const int rows = (V::kRegisters - vectors - 1) / vectors, most = V::kRegisters < 32 ? 12 : 15;
+  const int rows = (V::kRegisters - vectors - 1) / vectors, most = V::kRegisters < 32 ? 12 : 28;
   return rows < most ? rows : most;
 }
 
@@ -141,7 +145,8 @@ StridedTileFunction strided_tile_function(int rows, int vectors, bool turns) {
 // The same with 2 x 2 max-pooling behind it: `Pixels` windows beside one another, whose pixels stay in
 // registers. y_step is from window to window; `below` floats lie between a pixel and the one below.
 template <class V, int Pixels, int Vectors, int Group>
-void pooled_tile(const StridedTile& t, int64_t below, std::uint8_t* argmax) {
+[[gnu::always_inline]] inline void one_pooled_tile(const StridedTile& t, const float* x,
+                                                   int64_t below, float* y, std::uint8_t* argmax) {
   const auto tail = V::tail(t.columns);
   typename V::Reg sum[2][2 * Pixels][Vectors];  // upper and lower row
 #pragma GCC unroll 4
@@ -152,7 +157,7 @@ void pooled_tile(const StridedTile& t, int64_t below, std::uint8_t* argmax) {
 #pragma GCC unroll 8
       for (int i = 0; i < 2 * Pixels; ++i) sum[row][i][v] = first;
   }
-  Spaced<2 * Pixels> upper(t.x, t.step), lower(t.x + below, t.step);
+  Spaced<2 * Pixels> upper(x, t.step), lower(x + below, t.step);
   const int64_t *step = t.steps, *const end = step + t.groups;
   for (const float* filter = t.filter; step != end; ++step) {
     upper.advance(*step);
@@ -176,9 +181,22 @@ void pooled_tile(const StridedTile& t, int64_t below, std::uint8_t* argmax) {
     for (int v = 0; v < Vectors; ++v) {
       const int64_t at = p * t.y_step + v * V::kWidth;
       max_of_four<V>(sum[0][2 * p][v], sum[0][2 * p + 1][v], sum[1][2 * p][v], sum[1][2 * p + 1][v],
-                     t.relu, t.ceiling, v < Vectors - 1 ? V::kWidth : t.columns, t.y + at,
+                     t.relu, t.ceiling, v < Vectors - 1 ? V::kWidth : t.columns, y + at,
                      argmax ? argmax + at : nullptr);
     }
+}
+
+template <class V, int Pixels, int Vectors, int Group>
+void pooled_tile(const StridedTile& t, int64_t below, std::uint8_t* argmax) {
+  for (int64_t row = 0; row < t.rows; ++row) {
+    const float* x = t.x + row * t.x_row;
+    for (int64_t tile = 0; tile < t.tiles; ++tile) {
+      const int64_t at = row * t.y_row + tile * Pixels * t.y_step;
+      one_pooled_tile<V, Pixels, Vectors, Group>(t, x, below, t.y + at,
+                                                 argmax ? argmax + at : nullptr);
+      x += 2 * Pixels * t.step;
+    }
+  }
 }
 
 using PooledTileFunction = void (*)(const StridedTile&, int64_t below, std::uint8_t* argmax);
@@ -439,7 +457,7 @@ struct SmallChannel {
   static bool asks_for_lines(int64_t products, int64_t bytes) {
     constexpr int64_t kMiB = int64_t{1} << 20;
     if (products <= 16) return bytes > kMiB;
-    return V::kWidth < 16 && products <= 32 && bytes > 4 * kMiB;
+    return products <= 32 && bytes > 4 * kMiB;
   }
 
   template <bool Pooled>
@@ -491,20 +509,33 @@ struct SmallChannel {
           columns, ceil_div(columns, Pooled ? kPooledPixels<V>
                                             : strided_rows<V>(static_cast<int>(panels.widest))));
       const int64_t below = p.stride_h * strip.source_w * p.c;
+      t.x_row = kUnit * below;
+      t.y_row = columns * p.k;
+      // Rows of a call, where what is around one shows: of few floats.
+      constexpr int64_t kFewFloats = 2048;
+      const int64_t most_rows = t.y_row <= kFewFloats ? strip.rows : 1;
       for (int64_t first = 0; first < panels.panels; first += panels_a_pass) {
         const int64_t last = min64(panels.panels, first + panels_a_pass);
         // Tiles of a call at most. Panels of two widths follow one another over as many as stay in the
         // first-level cache.
         const bool alike = panels.vectors_of(first) == panels.vectors_of(last - 1);
         const int64_t kept = max64(1, (int64_t{4} << 10) / (tiles.size(0) * p.k));
-        const int64_t most = Pooled ? 1 : alike ? tiles.count : kept;
-        for (int64_t i = begin; i < end; i += kUnit) {
-          // The filter's rows that meet the image, with one of the output's rows at least.
-          int64_t r = 0, r_end = 0, last_r = 0, last_r_end = 0;
-          g.vertical.meeting(i, p.h, r, r_end);
-          g.vertical.meeting(i + kUnit - 1, p.h, last_r, last_r_end);
-          r = min64(r, last_r);
-          r_end = max64(r_end, last_r_end);
+        const int64_t most = alike && !(Pooled && last - first > 1) ? tiles.count : kept;
+        // The filter's rows that meet the image, with one of the output's rows from i on at least.
+        const auto meeting = [&](int64_t i) {
+          Span upper{}, lower{};
+          g.vertical.meeting(i, p.h, upper.begin, upper.end);
+          g.vertical.meeting(i + kUnit - 1, p.h, lower.begin, lower.end);
+          return Span{min64(upper.begin, lower.begin), max64(upper.end, lower.end)};
+        };
+        for (int64_t i = begin; i < end; i += kUnit * t.rows) {
+          const auto [r, r_end] = meeting(i);
+          for (t.rows = 1; most == tiles.count && t.rows < most_rows; ++t.rows) {
+            const int64_t next = i + kUnit * t.rows;
+            if (next >= end) break;
+            const Span met = meeting(next);
+            if (met.begin != r || met.end != r_end) break;
+          }
           t.groups = max64(0, r_end - r) * row_groups;
           t.steps = steps + r * row_groups;
           // Where the first group is, less the step that leads to it.
