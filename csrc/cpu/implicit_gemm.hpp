@@ -1154,6 +1154,11 @@ struct TapConvolutionRunner {
       if (blocks * g.groups < enough_tasks) panels_a_group = 1;
     }
     panel_groups = ceil_div(panels.panels, panels_a_group);
+    // As many tasks for each thread, where they are few.
+    const int64_t threads = num_threads(), others = g.groups * panel_groups;
+    if (blocks * others < 16 * threads) {
+      blocks = min64(tiles(), round_up(blocks, threads / std::gcd(threads, others)));
+    }
   }
 
   // Rows of one tap, where they lie as a tile wants them, are packed by the first tile of each panel.
