@@ -981,8 +981,10 @@ struct TapTiles {
 template <class V>
 struct TapConvolutionRunner {
   using Panels = FilterPanels<V, kGemmVectors<V>>;
-  // Filter rows, so that those of a panel stay in the first-level cache or near.
-  static constexpr int64_t kChunkRows = (int64_t{40} << 10) / (V::kPanelVectors * V::kWidth * 4);
+  // Filter rows, so that those of a panel stay in the first-level cache; with AVX-512, whose processors have
+  // more of the second level and read it fast enough, there: sums go to y and back less often.
+  static constexpr int64_t kChunkBytes = int64_t{V::kRegisters == 32 ? 132 : 40} << 10;
+  static constexpr int64_t kChunkRows = kChunkBytes / (V::kPanelVectors * V::kWidth * 4);
   static constexpr int64_t kMostVectorsAChunk = 16;
 
   const TapConvolution g;
