@@ -1445,16 +1445,21 @@ void for_each_dgrad_class(const Conv2dProblem& p, const Body& body) {
   }
 }
 
+// fprop's filter as a runner takes it, of operands that keep it.
+template <class V>
+FilterForms::Floats kept_panels(const TapConvolutionRunner<V>& runner, const Conv2dProblem& p,
+                                const Conv2dOperands& t) {
+  const auto& panels = runner.panels;
+  return t.packed->in_layout({"direct", V::kWidth, panels.panels, p.groups},
+                             static_cast<std::size_t>(panels.bytes()),
+                             [&](float* packed) { panels.pack_all(t.filter, t.scale, packed); });
+}
+
 template <class V>
 void implicit_gemm_fprop(const Conv2dProblem& p, const Conv2dOperands& t) {
   const TapConvolutionRunner<V> runner(fprop_taps(p));
-  const auto& panels = runner.panels;
   FilterForms::Floats kept;
-  if (t.packed) {
-    kept = t.packed->in_layout({"direct", V::kWidth, panels.panels, p.groups},
-                               static_cast<std::size_t>(panels.bytes()),
-                               [&](float* packed) { panels.pack_all(t.filter, t.scale, packed); });
-  }
+  if (t.packed) kept = kept_panels(runner, p, t);
   runner.execute(t.x, t.filter, t.scale, t.bias, t.residual, t.out, kept.get());
 }
 

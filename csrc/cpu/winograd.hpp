@@ -20,6 +20,9 @@
 // dgrad is the same with the filter turned and transposed; the ReLU mask is part of the input
 // transform.
 //
+// A last row or column that four by four tiles leave over is summed directly where it meets padding: a tile
+// would compute four rows for it, and taps that meet nothing cost the direct sum nothing.
+//
 // Where the source under the filter is zero throughout, as in blank parts of an image, the result is
 // exactly the bias: such outputs are marked when their tile is transformed. Rounding errors of the
 // tile's other pixels there would pass for activity that ReLU lets gradients through for.
@@ -53,7 +56,8 @@ struct WinogradOfTaps {
     if constexpr (kHasWgrad) {
       if (direction == Direction::wgrad) return WinogradWgrad<V, Vertical, Horizontal>::run(p, t);
     }
-    const Plan plan(p, direction);
+    const Edges edges = t.y || t.pooled ? Edges{} : edges_of(p, direction);
+    const Plan plan(p, direction, edges);
     if (plan.tiles == 0) return;
     FilterForms::Floats kept;
     if (t.packed) {
@@ -71,6 +75,7 @@ struct WinogradOfTaps {
     } else {
       execute(plan, workspace, {t.dy, t.y, t.filter, nullptr, nullptr, kept.get()}, {t.out});
     }
+    if (edges.any()) sum_edges(p, direction, t, edges);
   }
 
   // Pooling takes two by two outputs of a tile.
@@ -82,7 +87,8 @@ struct WinogradOfTaps {
     if constexpr (kHasWgrad) {
       if (direction == Direction::wgrad) return WinogradWgrad<V, Vertical, Horizontal>::estimate(p);
     }
-    const Plan plan(p, direction, 1);  // the choice must not depend on the number of threads
+    const Edges edges = edges_of(p, direction);
+    const Plan plan(p, direction, edges, 1);  // the choice must not depend on the number of threads
     // In cycles of a core that does one vector multiply-add each; constants by measurement.
     const double tiles = static_cast<double>(plan.tiles), c = static_cast<double>(plan.c);
     const double c_vectors = static_cast<double>(plan.padded_c / V::kWidth);
@@ -101,6 +107,12 @@ struct WinogradOfTaps {
     const double transforms = apart * tiles * (c_vectors * kInput + k_vectors * kOutput + kTile);
     const double filter_vectors = c * k_vectors * kPoints;
     double cycles = products + transforms + 8000;
+    if (edges.any()) {
+      constexpr double kAPixel = 12, kPacking = 3, kAStrip = 4000;
+      const double pixels = static_cast<double>(p.n) * edges.pixels;
+      cycles += k_vectors * (static_cast<double>(p.n) * edges.taps * c * 1.25 + pixels * kAPixel) +
+                edges.strips() * (kPacking * kTaps * c * k_vectors + kAStrip);
+    }
     // 25 taps, C K floats apart, are more than a set of a cache has lines: rows are fetched again and again.
     constexpr bool kManyTaps = kTaps > 9;
     if (plan.by_panels) {  // sums of a chunk come and go
@@ -119,30 +131,129 @@ struct WinogradOfTaps {
     const double a_group = !kSpills ? 1.2 + 8 / c : kSixBySix ? 0.9 + 4 / c : 0.8 + 6 / c;
     const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? a_group : 1);
     return {cycles * V::kWidth * groups * cost_of_pieces<V>(p, c),
-            Plan(p, direction).workspace_bytes(), kSixBySix ? 5e-6 : 2e-6};
+            workspace_bytes(p, direction, edges), kSixBySix ? 5e-6 : 2e-6};
   }
 
   static std::string blocking(const Conv2dProblem& p, Direction direction) {
     if constexpr (kHasWgrad) {
       if (direction == Direction::wgrad) return WinogradWgrad<V, Vertical, Horizontal>::blocking(p);
     }
-    const Plan plan(p, direction);
+    const Edges edges = edges_of(p, direction);
+    const Plan plan(p, direction, edges);
     return tiles_in_words(plan.tiles, kOutH, kOutW, ", ", plan.block_tiles, " a block") +
            (plan.by_panels    ? ", filters transformed by panels"
             : plan.two_phases ? ", inputs transformed first"
-                              : "");
+                              : "") +
+           (edges.any() ? ", the rest directly" : "");
   }
 
   static constexpr const char* kName = M == 2 ? "winograd2" : "winograd4";
   static constexpr const char* kTurnedName = M == 2 ? "winograd2 dgrad" : "winograd4 dgrad";
 
  private:
+  // Whether the last row and the last column of the output are summed directly. That depends on nothing but
+  // the image and the padding, lest parts of a batch or of an image round otherwise than the whole.
+  struct Edges {
+    bool bottom = false, right = false;
+    double pixels = 0, taps = 0;  // of an image: how many, and what they meet
+
+    bool any() const { return bottom || right; }
+    int strips() const { return (bottom ? 1 : 0) + (right ? 1 : 0); }
+  };
+
+  static TapConvolution taps_of(const Conv2dProblem& p, Direction direction) {
+    if (direction == Direction::fprop) return fprop_taps(p);
+    TapConvolution out{};
+    for_each_dgrad_class(p, [&](const TapConvolution& g, int64_t) { out = g; });  // the only one
+    return out;
+  }
+
+  static Edges edges_of(const Conv2dProblem& p, Direction direction) {
+    Edges edges;
+    if constexpr (M == 4 && R == 3 && S == 3) {
+      if (p.dilation_h > 1 || p.dilation_w > 1) return edges;
+      const TapConvolution g = taps_of(p, direction);
+      const auto met = [](const AxisTaps& taps, int64_t i, int64_t size) {
+        int64_t begin = 0, end = 0;
+        taps.meeting(i, size, begin, end);
+        return max64(0, end - begin);
+      };
+      const auto left_over = [&](const AxisTaps& taps, int64_t outputs, int64_t size) {
+        return outputs > 2 * M && outputs % M == 1 && met(taps, outputs - 1, size) < taps.count;
+      };
+      edges.bottom = left_over(g.vertical, g.out_h, g.source_h);
+      edges.right = left_over(g.horizontal, g.out_w, g.source_w);
+      const auto all_met = [&](const AxisTaps& taps, Span outputs, int64_t size) {
+        int64_t sum = 0;
+        for (int64_t i = outputs.begin; i < outputs.end; ++i) sum += met(taps, i, size);
+        return sum;
+      };
+      const auto add = [&](Span rows, Span columns) {
+        edges.pixels += static_cast<double>(rows.size() * columns.size());
+        edges.taps += static_cast<double>(all_met(g.vertical, rows, g.source_h) *
+                                          all_met(g.horizontal, columns, g.source_w));
+      };
+      for_each_edge(g, edges, add);
+    }
+    return edges;
+  }
+
+  // Calls body(rows, columns) for each.
+  template <class Body>
+  static void for_each_edge(const TapConvolution& g, const Edges& edges, const Body& body) {
+    const int64_t rows = g.out_h - (edges.bottom ? 1 : 0);
+    if (edges.bottom) body(Span{rows, g.out_h}, Span{0, g.out_w});
+    if (edges.right) body(Span{0, rows}, Span{g.out_w - 1, g.out_w});
+  }
+
+  template <class Body>
+  static void for_each_strip(const Conv2dProblem& p, Direction direction, const Edges& edges,
+                             const Body& body) {
+    const TapConvolution g = taps_of(p, direction);
+    for_each_edge(g, edges, [&](Span rows, Span columns) {
+      TapConvolution strip = g;
+      strip.vertical.first += rows.begin * g.vertical.step;
+      strip.horizontal.first += columns.begin * g.horizontal.step;
+      strip.out_h = rows.size();
+      strip.out_w = columns.size();
+      // Panels as of any other direct sum, whatever the threads: the filter may be kept in them.
+      body(TapConvolutionRunner<V>(strip, 1), rows.begin * g.y_row + columns.begin * g.y_column);
+    });
+  }
+
+  static void sum_edges(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t,
+                        const Edges& edges) {
+    const bool fprop = direction == Direction::fprop;
+    FilterForms::Floats kept;
+    int64_t offset = 0;
+    for_each_strip(p, direction, edges, [&](const TapConvolutionRunner<V>& runner, int64_t first) {
+      if (t.packed && fprop) kept = kept_panels(runner, p, t);
+      if (t.packed && !fprop) {
+        const DgradForm<V> form(p, runner.shares);
+        kept = form.of(*t.packed, t.filter);
+        offset = form.offset(p.pad_top, p.pad_left);
+      }
+      runner.execute(fprop ? t.x : t.dy, t.filter, t.scale, t.bias,
+                     t.residual ? t.residual + first : nullptr, t.out + first,
+                     kept ? kept.get() + offset : nullptr);
+    });
+  }
+
+  static int64_t workspace_bytes(const Conv2dProblem& p, Direction direction, const Edges& edges) {
+    int64_t bytes = Plan(p, direction, edges).workspace_bytes();
+    for_each_strip(p, direction, edges, [&](const TapConvolutionRunner<V>& runner, int64_t) {
+      bytes = max64(bytes, runner.workspace_bytes);
+    });
+    return bytes;
+  }
+
   // The convolution that is computed (dgrad's has the roles of C and K changed) and its blocking;
   // channels, tiles and panels are those of one group. Strides are from pixel to pixel, and from row
   // to row of the filter.
   struct Plan {
     int64_t groups, h, w, c, k, pad_top, pad_left, dilation_h, dilation_w;
-    WinogradGrid grid;
+    int64_t out_h, out_w;
+    WinogradGrid grid;  // of the output but for its edges
     int64_t c_stride, k_stride, filter_stride;
     bool turned, relu;
     float ceiling;  // with relu
@@ -160,9 +271,12 @@ struct WinogradOfTaps {
     int64_t zeros_bytes, group_filter_floats, filter_bytes, input_bytes, product_bytes,
         blanks_bytes;
 
-    Plan(const Conv2dProblem& p, Direction direction, int64_t threads = num_threads())
-        : grid{{direction == Direction::dgrad ? p.h : p.oh, p.dilation_h, kOutH},
-               {direction == Direction::dgrad ? p.w : p.ow, p.dilation_w, kOutW}},
+    Plan(const Conv2dProblem& p, Direction direction, const Edges& edges,
+         int64_t threads = num_threads())
+        : out_h(direction == Direction::dgrad ? p.h : p.oh),
+          out_w(direction == Direction::dgrad ? p.w : p.ow),
+          grid{{out_h - (edges.bottom ? 1 : 0), p.dilation_h, kOutH},
+               {out_w - (edges.right ? 1 : 0), p.dilation_w, kOutW}},
           turned(direction == Direction::dgrad) {
       groups = p.groups;
       h = turned ? p.oh : p.h;
@@ -612,9 +726,9 @@ struct WinogradOfTaps {
     const int64_t column = group * plan.k + panel * kPanel;
     // Of the output, or of the pooled one, a pixel of which is two by two of these.
     const int64_t shift = results.pooled ? 1 : 0;
-    const int64_t row_floats = (plan.grid.across.size >> shift) * plan.k_stride;
+    const int64_t row_floats = (plan.out_w >> shift) * plan.k_stride;
     const int64_t first =
-        (corner.n * (plan.grid.down.size >> shift) + (corner.row >> shift)) * row_floats +
+        (corner.n * (plan.out_h >> shift) + (corner.row >> shift)) * row_floats +
         (corner.column >> shift) * plan.k_stride + column;
     const int64_t next_row = plan.dilation_h * row_floats;
     const int64_t next_pixel = plan.dilation_w * plan.k_stride;
