@@ -163,6 +163,11 @@ LARGE = [
     # Of so many pixels that the filter's gradient reads the input as it lies, part by part.
     Problem((3, 27, 31, 72), 144, kernel=(1, 1)),
     Problem((2, 29, 30, 144), 256, kernel=(1, 1), strides=(2, 3)),  # of whose input a sixth is read
+    # Of so many filters that tasks pack what their tiles read: whole, with gaps, in groups, in parts.
+    Problem((3, 17, 19, 200), 270, kernel=(1, 1)),
+    Problem((2, 14, 15, 140), 300, kernel=(1, 1), strides=(2, 1), padding=((1, 0), (0, 2))),
+    Problem((2, 15, 16, 272), 400, kernel=(1, 1), groups=2),
+    Problem((9, 30, 31, 20), 500, kernel=(1, 1)),
     # Most rows of the filter, or all, lie in the padding.
     Problem((3, 21, 34, 2), 30, kernel=(7, 4), padding=((6, 9), (5, 2))),
     Problem((2, 40, 41, 1), 17, kernel=(4, 4), dilation_rate=(2, 2), padding=((3, 12), (3, 3))),

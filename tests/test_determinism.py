@@ -33,6 +33,11 @@ CONVOLUTIONS = [
     Problem((3, 13, 14, 72), 72, groups=9, padding="same"),
     Problem((2, 11, 14, 96), 192, groups=3, padding="same"),
     Problem((1, 41, 40, 16), 24, kernel=(1, 1), data_format="channels_first"),
+    # Whose input's gradient Winograd's tiles leave a row and a column of.
+    Problem((9, 13, 13, 32), 64),
+    # Whose tasks pack what they read, for the filter's gradient; in parts.
+    Problem((2, 19, 20, 300), 300, kernel=(1, 1)),
+    Problem((9, 30, 31, 20), 500, kernel=(1, 1)),
     # So few pixels that threads share the filter's columns.
     Problem((1, 7, 7, 160), 320, kernel=(1, 1)),
     Problem((1, 5, 6, 200), 330, padding="same"),

@@ -31,6 +31,7 @@ PROBLEMS = [
     Problem((4, 28, 28, 32), 48, padding="same"),
     Problem((1, 14, 14, 256), 256, padding="same"),
     Problem((2, 10, 10, 32), 32, padding="same", groups=2),
+    Problem((1, 13, 13, 96), 80, padding="same"),  # of tiles, but for a row and a column
     Problem((1, 9, 9, 256), 256, padding="same", groups=32),
     Problem((2, 20, 20, 3), 16),
     Problem((2, 8, 8, 24), 24, padding="same", groups=24),

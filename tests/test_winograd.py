@@ -33,6 +33,12 @@ PROBLEMS = [
     Problem((32, 13, 13, 32), 64),  # the article's second layer
     Problem((2, 9, 11, 48), 20, padding="same", groups=2),
     Problem((1, 13, 13, 27), 75, padding=((1, 0), (0, 2)), groups=3),
+    # A last row, a last column, or both, which tiles of 4 x 4 leave to the direct sum.
+    Problem((3, 9, 12, 33), 17, padding="same"),
+    Problem((2, 12, 17, 16), 24, padding="same"),
+    Problem((2, 13, 9, 20), 40, padding="same"),
+    Problem((1, 17, 13, 48), 20, padding="same", groups=2),
+    Problem((2, 15, 11, 9), 21, padding=((0, 0), (3, 1))),
 ]
 
 
@@ -104,6 +110,22 @@ def test_large_filters_of_few_tiles_are_transformed_by_panels(algorithm):
     assert by_panels not in blocking((2, 70, 75, 256), 256)
     # One panel is not enough for two threads.
     assert by_panels not in blocking((1, 10, 11, 4096), 1)
+
+
+def test_a_row_left_over_at_the_padding_is_summed_directly():
+    def blocking(size, direction="fprop", padding="same"):
+        with running_on(algorithm="winograd4"):
+            return fastconv.explain(
+                (2, size, size, 32), (3, 3, 32, 32), padding=padding, direction=direction
+            )["blocking"]
+
+    directly = "the rest directly"
+    assert "18 tiles of 4 x 4" in blocking(13)
+    assert directly in blocking(13)
+    assert directly in blocking(13, "dgrad", "valid")
+    # Nothing is left over; two rows are; all taps meet the image.
+    for size, padding in [(12, "same"), (14, "same"), (15, "valid")]:
+        assert directly not in blocking(size, padding=padding)
 
 
 @pytest.mark.parametrize("channels", [32, 128, 512])

@@ -114,7 +114,7 @@ PoolGradientUse cheapest_pool_gradient(const PoolGradientKernel& kernel,
     return choose(problem, direction).estimate(problem, direction).multiply_adds;
   };
   // The pooling's gradient writes the convolution's output, mostly zeros, and both read it.
-  constexpr double kFloat = 8;
+  constexpr double kFloat = 14;
   const double unpooled = kFloat * static_cast<double>(problem.y_size());
   const double wgrad = kernel.estimate(problem, false), dense_wgrad = of(Direction::wgrad);
   if (!with_dx) return wgrad < dense_wgrad ? PoolGradientUse::wgrad : PoolGradientUse::none;
