@@ -6,7 +6,8 @@
 // A row of the source is read once for each row of taps, where tiles that take several rows at once
 // (depthwise.hpp) read it less often, but from the first-level cache. In return edges cost next to
 // nothing: which rows of taps meet the source is decided once a row, and the pixels at its ends have
-// code of their own. Small images are mostly edges.
+// code of their own or, of one row of taps, are computed with their neighbours. Small images are mostly
+// edges.
 #pragma once
 
 #include <type_traits>

@@ -99,7 +99,7 @@ enum class WgradRows {
 };
 constexpr int64_t kPixelsAhead = 24;  // of their use
 
-// Lines that a tile of `apart_ahead` rows asks for, a pixel, at most; others ask for one.
+// Lines that a tile of `apart_ahead` or `listed_ahead` rows asks for, a pixel, at most; others ask for one.
 template <class V>
 constexpr int64_t wgrad_lines_ahead(int64_t vectors) {
   return max64(1, vectors * V::kWidth / (2 * kLine));
@@ -149,9 +149,12 @@ void wgrad_tile(const WgradTile& t) {
   constexpr bool kFetches = Where == WgradRows::fetched || kFetchesAhead || kPacksX;
   constexpr bool kFollow =
       Where == WgradRows::packed || Where == WgradRows::near || kFetches || kPacksDy;
-  constexpr int kAtOnce =
-      kFollow && !kAsksAhead && !kPacksX && !kPacksDy ? V::kProductsAtOnce : 1;
+  constexpr int kAtOnce = kFollow && !kAsksAhead && !kPacksX && !kPacksDy ? V::kProductsAtOnce : 1;
   constexpr int kLinesAhead = kFetchesAhead ? 1 : wgrad_lines_ahead<V>(Vectors);
+  const auto ask = [](const float* at) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int line = 0; line < kLinesAhead; ++line) __builtin_prefetch(at + line * kLine, 0, 2);
+  };
   const auto add_pixel = [&](const float* x, const float* dy, const auto& offset) {
     add_row_of_products<V, (kAtOnce > 1)>(
         [&](int i) __attribute__((always_inline)) { return x + offset(i); }, dy, sum);
@@ -163,7 +166,7 @@ void wgrad_tile(const WgradTile& t) {
   if constexpr (kListed) {
     const int64_t* const x_pixels = t.x_pixels;
     for (int64_t j = 0; j < t.pixels; ++j) {
-      if constexpr (kAsksAhead) __builtin_prefetch(t.ahead + j * t.ahead_step, 0, 2);
+      if constexpr (kAsksAhead) ask(t.ahead + j * t.ahead_step);
       add_pixel(t.x + x_pixels[j], t.dy + j * t.dy_step, offset);
     }
   } else {
@@ -187,12 +190,7 @@ void wgrad_tile(const WgradTile& t) {
             __builtin_prefetch(dy + (pixel + kPixelsAhead) * t.dy_step + v * V::kWidth);
           }
         }
-        if constexpr (kAsksAhead) {
-#pragma GCC unroll 2
-          for (int line = 0; line < kLinesAhead; ++line) {
-            __builtin_prefetch(ahead + pixel * t.ahead_step + line * kLine, 0, 2);
-          }
-        }
+        if constexpr (kAsksAhead) ask(ahead + pixel * t.ahead_step);
         const float* const row = dy + pixel * t.dy_step;
         if constexpr (kPacksDy) {
           typename V::Reg b[Vectors];
@@ -308,7 +306,7 @@ struct WgradPlan {
   bool by_taps;           // a tile's rows are channels of one tap
   int64_t source_h, source_w, image_floats, chunk;  // the copy, where there is one
   bool copied, packed;
-  bool packs_blocks;  // packed by the tasks themselves, of a block what their tiles read
+  bool packs_blocks;        // packed by the tasks themselves, of a block what their tiles read
   PhasedAxis down, across;  // packed: [group][tile][phase][image][row][column][plan.rows]
   int64_t parts, q_tiles, q_groups;
   int64_t tiles_a_tap;   // or of all taps, if tiles span them
@@ -392,9 +390,10 @@ struct WgradPlan {
     const int64_t most = asks_for_dy ? kTasksForMany : kMostParts;
     // Where a task packs its own, parts keep two from fetching the same pixels from memory.
     constexpr int64_t kPartsFromMemory = 8;
-    const int64_t useful = packs_blocks && beyond              ? kPartsFromMemory
-                           : !asks_for_dy && (packed || copied) ? ceil_div(kTasksForMany, whole_tasks)
-                                                                : most;
+    const int64_t useful = packs_blocks && beyond ? kPartsFromMemory
+                           : !asks_for_dy && (packed || copied)
+                               ? ceil_div(kTasksForMany, whole_tasks)
+                               : most;
     parts = max64(1, min64(min64(useful, pixels / kPixelsAPart),
                            min64(most, (int64_t{1} << 20) / max64(floats * 4, 1))));
 
@@ -432,8 +431,7 @@ struct WgradPlan {
                  : packed     ? p.groups * tiles_a_tap * packed_tile_floats() * 4
                  : copied     ? round_up(chunk * image_floats * 4, 64)
                               : 0;
-    packed_block_bytes =
-        packs_blocks ? ceil_div(q_tiles, q_groups) * packed_tile_floats() * 4 : 0;
+    packed_block_bytes = packs_blocks ? ceil_div(q_tiles, q_groups) * packed_tile_floats() * 4 : 0;
     block_bytes = round_up(pixels_a_block * panel * 4, 64);
     // A block may begin and end in the middle of a row.
     const int64_t runs = min64(pixels_a_block, pixels_a_block / p.ow + 2) + 1;
@@ -1145,7 +1143,7 @@ class ImplicitGemmWgrad {
     } else if (plan_.by_taps) {
       add_taps(chunk, task, block, column, vectors, t);
     } else {
-      add_across_taps(chunk, task, block, panel, vectors, in_place, t);
+      add_across_taps(chunk, task, block, panel, column, vectors, in_place, t);
     }
   }
 
@@ -1167,8 +1165,8 @@ class ImplicitGemmWgrad {
     const int64_t few_tiles = p_.k % (8 * 16) == 0 || split ? 3 : kFewProducts ? 24 : 16;
     const bool as_it_is = !y && !own_bias && !operands_.argmax_of_y;
     const bool tile_packs = as_it_is && plan_.packs_blocks;
-    const bool in_place = tile_packs || (as_it_is && task.tiles.size() <= few_tiles &&
-                                         t.valid == V::kWidth);
+    const bool in_place =
+        tile_packs || (as_it_is && task.tiles.size() <= few_tiles && t.valid == V::kWidth);
     t.packed_dy = tile_packs ? task.packed_dy : nullptr;
     t.dy_step = in_place ? p_.k : int64_t{vectors} * V::kWidth;
     t.dy = in_place ? dy : task.packed_dy;
@@ -1234,8 +1232,8 @@ class ImplicitGemmWgrad {
 
   // The pixels of a block as they lie in x, and as they will be packed.
   void list_block(Task& task, const Block& block, int64_t x_step) const {
-    const int64_t count = list_runs(p_, pixels_of_tap(p_, plan_, 0, 0), block.begin, block.end,
-                                    p_.c, task.runs);
+    const int64_t count =
+        list_runs(p_, pixels_of_tap(p_, plan_, 0, 0), block.begin, block.end, p_.c, task.runs);
     task.run_count = ask_ahead(count, x_step, pixels_ahead_, task.runs);
     PixelRun* end = task.packed_runs;
     for (const PixelRun* run = task.runs; run != task.runs + task.run_count; ++run) {
@@ -1279,8 +1277,7 @@ class ImplicitGemmWgrad {
 
   // Tiles whose rows are of several taps, of a block's pixels, which are of one image.
   void add_across_taps(const Chunk& chunk, const Task& task, const Block& block, int64_t panel,
-                       int vectors, bool in_place, WgradTile& t) const {
-    const int64_t column = task.group * p_.k_per_group() + panel * plan_.panel;
+                       int64_t column, int vectors, bool in_place, WgradTile& t) const {
     const int64_t passed = (panel - task.panels.begin) * task.tiles.size() - task.tiles.begin;
     t.x = chunk.source + block.image * plan_.image_floats + task.group * p_.c_per_group();
     t.pixels = block.end - block.begin;

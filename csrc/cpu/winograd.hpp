@@ -727,9 +727,8 @@ struct WinogradOfTaps {
     // Of the output, or of the pooled one, a pixel of which is two by two of these.
     const int64_t shift = results.pooled ? 1 : 0;
     const int64_t row_floats = (plan.out_w >> shift) * plan.k_stride;
-    const int64_t first =
-        (corner.n * (plan.out_h >> shift) + (corner.row >> shift)) * row_floats +
-        (corner.column >> shift) * plan.k_stride + column;
+    const int64_t first = (corner.n * (plan.out_h >> shift) + (corner.row >> shift)) * row_floats +
+                          (corner.column >> shift) * plan.k_stride + column;
     const int64_t next_row = plan.dilation_h * row_floats;
     const int64_t next_pixel = plan.dilation_w * plan.k_stride;
     // Nothing to ask of each pixel, which of a tile of one row takes as long as the transform.

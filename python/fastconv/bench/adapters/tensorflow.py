@@ -6,6 +6,7 @@ TensorFlow's CPU kernels take NHWC alone; its oneDNN kernels are on, as they are
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from fastconv.bench.adapters import FunctionCase, Unsupported
@@ -140,5 +141,7 @@ class Implementation:
         try:
             concrete(*operands)
         except (errors.UnimplementedError, errors.InvalidArgumentError) as error:
-            raise Unsupported(str(error).splitlines()[0]) from error
+            # Of all cases alike: without the number that the operation's node has.
+            message = re.sub(r"\{\{function_node [^}]*\}\}\s*", "", str(error).splitlines()[0])
+            raise Unsupported(message) from error
         return FunctionCase(lambda: concrete(*operands), to_numpy)
