@@ -56,25 +56,8 @@ struct WinogradOfTaps {
     if constexpr (kHasWgrad) {
       if (direction == Direction::wgrad) return WinogradWgrad<V, Vertical, Horizontal>::run(p, t);
     }
-    const Edges edges = t.y || t.pooled ? Edges{} : edges_of(p, direction);
-    const Plan plan(p, direction, edges);
-    if (plan.tiles == 0) return;
-    FilterForms::Floats kept;
-    if (t.packed) {
-      kept = t.packed->in_layout(
-          {plan.turned ? kTurnedName : kName, V::kWidth, plan.panels, plan.groups},
-          static_cast<std::size_t>(plan.groups * plan.group_filter_floats) * 4, [&](float* u) {
-            transform_filters(plan, {t.x, nullptr, t.filter, t.scale, nullptr}, u);
-          });
-    }
-    const Workspace workspace(
-        static_cast<std::size_t>(plan.workspace_bytes() - (kept ? plan.filter_bytes_held() : 0)));
-    if (direction == Direction::fprop) {
-      execute(plan, workspace, {t.x, nullptr, t.filter, t.scale, t.bias, kept.get()},
-              {t.out, t.residual, t.argmax, t.pooled});
-    } else {
-      execute(plan, workspace, {t.dy, t.y, t.filter, nullptr, nullptr, kept.get()}, {t.out});
-    }
+    const Edges edges = t.pooled ? Edges{} : edges_of(p, direction);
+    compute_tiles(Plan(p, direction, edges), direction, t);
     if (edges.any()) sum_edges(p, direction, t, edges);
   }
 
@@ -151,6 +134,28 @@ struct WinogradOfTaps {
   static constexpr const char* kTurnedName = M == 2 ? "winograd2 dgrad" : "winograd4 dgrad";
 
  private:
+  struct Plan;
+
+  static void compute_tiles(const Plan& plan, Direction direction, const Conv2dOperands& t) {
+    if (plan.tiles == 0) return;
+    FilterForms::Floats kept;
+    if (t.packed) {
+      kept = t.packed->in_layout(
+          {plan.turned ? kTurnedName : kName, V::kWidth, plan.panels, plan.groups},
+          static_cast<std::size_t>(plan.groups * plan.group_filter_floats) * 4, [&](float* u) {
+            transform_filters(plan, {t.x, nullptr, t.filter, t.scale, nullptr}, u);
+          });
+    }
+    const Workspace workspace(
+        static_cast<std::size_t>(plan.workspace_bytes() - (kept ? plan.filter_bytes_held() : 0)));
+    if (direction == Direction::fprop) {
+      execute(plan, workspace, {t.x, nullptr, t.filter, t.scale, t.bias, kept.get()},
+              {t.out, t.residual, t.argmax, t.pooled});
+    } else {
+      execute(plan, workspace, {t.dy, t.y, t.filter, nullptr, nullptr, kept.get()}, {t.out});
+    }
+  }
+
   // Whether the last row and the last column of the output are summed directly. That depends on nothing but
   // the image and the padding, lest parts of a batch or of an image round otherwise than the whole.
   struct Edges {
@@ -216,33 +221,88 @@ struct WinogradOfTaps {
       strip.horizontal.first += columns.begin * g.horizontal.step;
       strip.out_h = rows.size();
       strip.out_w = columns.size();
-      // Panels as of any other direct sum, whatever the threads: the filter may be kept in them.
-      body(TapConvolutionRunner<V>(strip, 1), rows.begin * g.y_row + columns.begin * g.y_column);
+      body(strip, rows.begin * g.y_row + columns.begin * g.y_column);
     });
   }
+
+  // Panels as of any other direct sum, whatever the threads: the filter may be kept in them.
+  static TapConvolutionRunner<V> runner_of(const TapConvolution& strip) {
+    return TapConvolutionRunner<V>(strip, 1);
+  }
+
+  // What a strip meets of its source, where the mask is positive: the source that it has from then on.
+  class MaskedSource {
+   public:
+    MaskedSource(TapConvolution& strip, const float* x, const float* mask)
+        : rows_(met_by(strip.vertical, strip.out_h, strip.source_h)),
+          columns_(met_by(strip.horizontal, strip.out_w, strip.source_w)),
+          run_(columns_.size() * strip.source_c), copy_(static_cast<std::size_t>(bytes_of(strip))) {
+      const int64_t row_floats = strip.source_w * strip.source_c;
+      parallel_by_floats(strip.images * rows_.size(), 2 * run_, [&](int64_t row) {
+        const int64_t n = row / rows_.size(), i = rows_.begin + row % rows_.size();
+        const int64_t from =
+            n * strip.source_image + i * row_floats + columns_.begin * strip.source_c;
+        float* const to = copy_.floats() + row * run_;
+        for (int64_t at = 0; at < run_; at += V::kWidth) {
+          const auto tail = V::tail(static_cast<int>(min64(V::kWidth, run_ - at)));
+          V::store(to + at,
+                   V::where_positive(V::load(mask + from + at, tail), V::load(x + from + at, tail)),
+                   tail);
+        }
+      });
+      strip.vertical.first -= rows_.begin;
+      strip.horizontal.first -= columns_.begin;
+      strip.source_h = rows_.size();
+      strip.source_w = columns_.size();
+      strip.source_image = rows_.size() * run_;
+    }
+    const float* floats() const { return copy_.floats(); }
+
+    static int64_t bytes_of(const TapConvolution& strip) {
+      return strip.images * met_by(strip.vertical, strip.out_h, strip.source_h).size() *
+             met_by(strip.horizontal, strip.out_w, strip.source_w).size() * strip.source_c * 4;
+    }
+
+   private:
+    // One at least, though nothing may be met.
+    static Span met_by(const AxisTaps& taps, int64_t outputs, int64_t size) {
+      const int64_t begin = max64(0, min64(size - 1, taps.lowest()));
+      const int64_t end = (outputs - 1) * taps.step + taps.highest() + 1;
+      return {begin, max64(begin + 1, min64(size, end))};
+    }
+
+    Span rows_, columns_;
+    int64_t run_;  // floats of a row
+    Workspace copy_;
+  };
 
   static void sum_edges(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t,
                         const Edges& edges) {
     const bool fprop = direction == Direction::fprop;
     FilterForms::Floats kept;
     int64_t offset = 0;
-    for_each_strip(p, direction, edges, [&](const TapConvolutionRunner<V>& runner, int64_t first) {
+    for_each_strip(p, direction, edges, [&](TapConvolution& strip, int64_t first) {
+      const float* x = fprop ? t.x : t.dy;
+      std::optional<MaskedSource> masked;
+      if (t.y && !fprop) x = masked.emplace(strip, x, t.y).floats();
+      const TapConvolutionRunner<V> runner = runner_of(strip);
       if (t.packed && fprop) kept = kept_panels(runner, p, t);
       if (t.packed && !fprop) {
         const DgradForm<V> form(p, runner.shares);
         kept = form.of(*t.packed, t.filter);
         offset = form.offset(p.pad_top, p.pad_left);
       }
-      runner.execute(fprop ? t.x : t.dy, t.filter, t.scale, t.bias,
-                     t.residual ? t.residual + first : nullptr, t.out + first,
-                     kept ? kept.get() + offset : nullptr);
+      runner.execute(x, t.filter, t.scale, t.bias, t.residual ? t.residual + first : nullptr,
+                     t.out + first, kept ? kept.get() + offset : nullptr);
     });
   }
 
   static int64_t workspace_bytes(const Conv2dProblem& p, Direction direction, const Edges& edges) {
     int64_t bytes = Plan(p, direction, edges).workspace_bytes();
-    for_each_strip(p, direction, edges, [&](const TapConvolutionRunner<V>& runner, int64_t) {
-      bytes = max64(bytes, runner.workspace_bytes);
+    const bool masks = direction == Direction::dgrad && p.activation == Activation::relu;
+    for_each_strip(p, direction, edges, [&](const TapConvolution& strip, int64_t) {
+      bytes = max64(bytes,
+                    runner_of(strip).workspace_bytes + (masks ? MaskedSource::bytes_of(strip) : 0));
     });
     return bytes;
   }
