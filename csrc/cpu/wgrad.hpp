@@ -6,10 +6,10 @@
 // With channels enough to fill a tile, a tile's rows are channels of one tap, and its list leaves out
 // the pixels that meet padding. The input is packed first where enough tiles read it, the channels of a
 // tile side by side: from the input itself a tile would use a few floats of every cache line, of lines
-// that fall into few sets of the first-level cache. Of one tap, tiles of a task's first panel pack what they
-// read, block by block: what another core packed would take longer to fetch. With fewer channels, a tile spans taps, and the
-// input is copied with its padding first, unless taps or windows lie so far apart that the copy would
-// be mostly padding.
+// that fall into few sets of the first-level cache. Of one tap, tiles of a task's first panel pack what
+// they read, block by block: what another core packed would take longer to fetch. With fewer channels, a
+// tile spans taps, and the input is copied with its padding first, unless taps or windows lie so far
+// apart that the copy would be mostly padding.
 //
 // The pixels are cut into `parts`, each with a sum of its own, added up in order at the end. The cut
 // depends on the problem alone and there are no atomics: the same bits for any thread count.
@@ -438,18 +438,21 @@ struct WgradPlan {
     list_bytes = round_up(runs * int64_t{sizeof(PixelRun)}, 64);
   }
 
-  // Tasks that each pack their own: tiles of x for all their panels, and dy for all their tiles. The cut that
-  // has them pack least.
+  // Tasks that each pack their own: tiles of x for all their panels, and dy for all their tiles. Of the cuts
+  // into enough tasks, or nearest to it, the one that has them pack least.
   void cut_by_packing(const Conv2dProblem& p) {
     const int64_t threads = num_threads(), wanted = threads == 1 ? 1 : 2 * threads;
     const int64_t least = q_groups, others = parts * p.groups;
-    int64_t fewest_floats = std::numeric_limits<int64_t>::max();
+    int64_t fewest_missing = std::numeric_limits<int64_t>::max(), fewest_floats = 0;
     for (int64_t of_panels = 1; of_panels <= panels; ++of_panels) {
       if (panels % of_panels != 0) continue;
       const int64_t tasks = round_up(max64(wanted, others * of_panels * least), threads);
       const int64_t of_tiles = min64(q_tiles, ceil_div(tasks, others * of_panels));
       const int64_t floats_a_pixel = of_tiles * p.k_per_group() + of_panels * p.c_per_group();
-      if (floats_a_pixel >= fewest_floats) continue;
+      const int64_t missing = max64(0, wanted - others * of_panels * of_tiles);
+      if (missing > fewest_missing) continue;
+      if (missing == fewest_missing && floats_a_pixel >= fewest_floats) continue;
+      fewest_missing = missing;
       fewest_floats = floats_a_pixel;
       panel_groups = of_panels;
       q_groups = of_tiles;
