@@ -249,14 +249,14 @@ def test_empty_batch():
 
 
 def test_choice():
-    """What stands for a processor's unit is not chosen; its unit is, of many channels."""
+    """What stands for a processor's tiles is not chosen, nor are dot products; its tiles are, of many channels."""
     problem = Problem((8, 14, 14, 256), 256, kernel=(1, 1))
     for direction in DIRECTIONS:
         found = explanation(problem, direction)
         allowed = {each["algorithm"]: each["allowed"] for each in found["candidates"]}
         assert not any(allowed[name] for name in EVERYWHERE)
         assert all(allowed[name] for name in NATIVE)
-        assert (found["algorithm"] in NATIVE) == bool(NATIVE)
+        assert (found["algorithm"] == "bf16_tiles") == ("bf16_tiles" in NATIVE)
         with running_on(algorithm="direct"):
             assert explanation(problem, direction)["algorithm"] == "direct"
 
