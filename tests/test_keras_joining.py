@@ -324,12 +324,12 @@ def test_every_algorithm(isa, shape, filters, kernel):
 
 @pytest.mark.parametrize("algorithm", ["auto", "direct", "bf16_portable", "bf16_emulated_tiles"])
 def test_bfloat16(algorithm):
-    """Rounded once, whoever multiplies: the sums are of integers, the scales powers of two."""
+    """Rounded once, whoever multiplies: the sums are of integers and exact, the scales powers of two."""
     rng = np.random.default_rng(5)
     sizes = [(2, 9, 10, 18), (3, 3, 18, 20), (2, 9, 10, 20), (20,)]
     x, w, residual, offset = (rng.integers(-3, 4, size).astype("float32") for size in sizes)
     scale = 2.0 ** rng.integers(-6, -3, 20).astype("float32")
-    with running_on(accuracy="strict"):  # exact
+    with running_on(accuracy="strict"):
         y = fastconv.conv2d(x, w, padding="same") * scale + offset + residual
     wanted = {"relu": np.maximum(y, 0)}
     wanted["relu6"] = np.minimum(wanted["relu"], 6)
@@ -343,7 +343,7 @@ def test_bfloat16(algorithm):
         y = adapter.added_in_one(y, residual)
         return {name: adapter.activated_in_one(y, name) for name in wanted}
 
-    with running_on(algorithm=algorithm):
+    with running_on(algorithm=algorithm, accuracy="strict"):
         found = run(x)
     for name, right in wanted.items():
         np.testing.assert_array_equal(found[name], tf.cast(right, tf.bfloat16), err_msg=name)
