@@ -257,6 +257,7 @@ def test_choice():
         assert not any(allowed[name] for name in EVERYWHERE)
         assert all(allowed[name] for name in NATIVE)
         assert (found["algorithm"] == "bf16_tiles") == ("bf16_tiles" in NATIVE)
+        assert found["algorithm"] != "bf16_dot"
         with running_on(algorithm="direct"):
             assert explanation(problem, direction)["algorithm"] == "direct"
 
