@@ -21,7 +21,9 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #if defined(__SSE2__)
@@ -47,6 +49,12 @@ inline bool bf16_is_positive(Bits bits) { return bits - 1u < 0x7F80; }  // of Na
 
 constexpr int64_t kBf16Width = 16;  // columns of a vector
 constexpr int kMostBf16Rows = 32, kMostBf16Vectors = 4;
+
+// What a unit's work costs, in multiply-adds of float32: a product, one of wgrad, and an element that is read,
+// copied, packed or written around them.
+struct Bf16Costs {
+  double product, wgrad_product, moved;
+};
 
 // What a unit multiplies in one go, of at most Unit::kRows[vectors] rows.
 struct Bf16Product {
@@ -312,8 +320,11 @@ class Bf16TapConvolution {
     return sum;
   }
   int64_t copied_elements() const { return copied_ ? p_.n * image_size() : 0; }
-  int64_t source_elements() const {
-    return copied_ ? copied_elements() : is_dgrad_ ? p_.y_size() : p_.x_size();
+  // Of those that are copied a pixel at a time, a few cost as much as some.
+  int64_t source_elements_paid() const {
+    if (!copied_) return is_dgrad_ ? p_.y_size() : p_.x_size();
+    if (copies_rows(grid_.horizontal.step)) return copied_elements();
+    return copied_elements() / slices_.elements() * max64(slices_.elements(), kLeastRun);
   }
   int64_t output_elements() const { return is_dgrad_ ? p_.x_size() : p_.y_size(); }
   int64_t packed_elements() const { return p_.groups * vectors_ * p_.r * p_.s * tap_size(); }
@@ -362,6 +373,9 @@ class Bf16TapConvolution {
   int64_t image_size() const { return grid_.planes() * grid_.plane_size() * channels_; }
   int64_t row_positions() const { return grid_.horizontal.length; }
   int64_t tap_size() const { return slices_.elements() * kBf16Width; }  // of a vector
+
+  static constexpr int64_t kLeastRun = 32;
+  bool copies_rows(int64_t step) const { return step == 1 && p_.groups * in_ == channels_; }
 
   template <class Body>
   void for_each_output(const Body& body) const {
@@ -433,7 +447,7 @@ class Bf16TapConvolution {
       to = std::fill_n(to, row.begin * channels_, Bits{0});
       const int64_t from = (n * h_ * w_ + row.offset) * channels;
       const Bits* const mask = y ? y + from : nullptr;
-      if (row.step == 1 && channels == channels_) {
+      if (copies_rows(row.step)) {
         const int64_t size = (row.end - row.begin) * channels;
         copy_masked(source + from, mask, size, size, to);
         to += size;
@@ -556,63 +570,83 @@ class Bf16TapConvolution {
   // Sums to output pixels, with what stands behind them.
   void finish(const Bf16Product& product, const int64_t* pixels, int64_t first, int64_t columns,
               const Bf16Operands& t) const {
-    Epilogue epilogue;
     const Activation activation = is_dgrad_ ? Activation::linear : p_.activation;
-    if (activation != Activation::linear) epilogue.least = 0;
-    epilogue.most = ceiling_of(activation);
-    for (int64_t j = 0; j < columns; ++j) {
-      epilogue.scale[j] = t.scale ? t.scale[first + j] : 1;
-      epilogue.bias[j] = t.bias ? t.bias[first + j] : 0;
-    }
-    for (int i = 0; i < product.rows; ++i) {
-      if (pixels[i] < 0) continue;
-      const int64_t at = pixels[i] * p_.groups * out_ + first;
-      const float* const sums = product.sums + i * product.vectors * kBf16Width;
-      Bits* const out = reinterpret_cast<Bits*>(t.out) + at;
-      const Bits* const residual = t.residual ? bits_of(t.residual) + at : nullptr;
-      int64_t j = 0;
-      for (; j + Epilogue::kLanes <= columns; j += Epilogue::kLanes) {
-        epilogue.finish(sums, residual, j, Epilogue::kLanes, out);
+    const bool rounds_only =
+        !t.scale && !t.bias && !t.residual && activation == Activation::linear;
+    const auto finish_rows = [&](const auto& epilogue) {
+      using Epilogue = std::decay_t<decltype(epilogue)>;
+      for (int i = 0; i < product.rows; ++i) {
+        if (pixels[i] < 0) continue;
+        const int64_t at = pixels[i] * p_.groups * out_ + first;
+        const float* const sums = product.sums + i * product.vectors * kBf16Width;
+        Bits* const out = reinterpret_cast<Bits*>(t.out) + at;
+        const Bits* const residual = t.residual ? bits_of(t.residual) + at : nullptr;
+        int64_t j = 0;
+        for (; j + Epilogue::kLanes <= columns; j += Epilogue::kLanes) {
+          epilogue.finish(sums, residual, j, std::integral_constant<int64_t, Epilogue::kLanes>{},
+                          out);
+        }
+        if (j < columns) epilogue.finish(sums, residual, j, columns - j, out);
       }
-      if (j < columns) epilogue.finish(sums, residual, j, columns - j, out);
-    }
+    };
+    if (rounds_only) return finish_rows(Epilogue<true>{});
+    finish_rows(Epilogue<false>{.scale = t.scale ? t.scale + first : nullptr,
+                                .bias = t.bias ? t.bias + first : nullptr,
+                                .least = activation == Activation::linear
+                                             ? -std::numeric_limits<float>::infinity()
+                                             : 0,
+                                .most = ceiling_of(activation)});
   }
 
+  template <bool RoundsOnly>
   struct Epilogue {
-    alignas(64) float scale[kMostBf16Vectors * kBf16Width] = {};
-    alignas(64) float bias[kMostBf16Vectors * kBf16Width] = {};
-    float least = -std::numeric_limits<float>::infinity(), most;
+    const float *scale = nullptr, *bias = nullptr;  // null for none
+    float least = 0, most = 0;
 
-    // Columns begin .. begin + count - 1, at most kLanes: in vectors that any compiler knows, for of a loop so
-    // short it makes none.
+    // In vectors that any compiler knows, for of a loop so short it makes none.
+#if defined(__AVX512BW__)
+    static constexpr int64_t kLanes = 16;
+#else
     static constexpr int64_t kLanes = 8;
+#endif
+
+    // Columns begin .. begin + count - 1 of a row, at most kLanes. There are sums behind the last.
+    template <class Count>
     [[gnu::always_inline]] void finish(const float* sums, const Bits* residual, int64_t begin,
-                                       int64_t count, Bits* out) const {
+                                       Count count, Bits* out) const {
       using Floats = float __attribute__((vector_size(4 * kLanes)));
       using Words = std::uint32_t __attribute__((vector_size(4 * kLanes)));
       using Halves = Bits __attribute__((vector_size(2 * kLanes)));
-      const auto load = [begin](const float* from, Floats& values) {
-        std::memcpy(&values, from + begin, sizeof values);
+      const auto load = [&](const auto* from, auto& values) {
+        std::memcpy(&values, from + begin, static_cast<std::size_t>(count) * sizeof *from);
       };
-      const auto size = static_cast<std::size_t>(count) * sizeof(Bits);
-      Floats sum, factor, term;
-      load(sums, sum);
-      load(scale, factor);
-      load(bias, term);
-      sum = sum * factor + term;
-      if (residual) {
-        Halves added = {};
-        std::memcpy(&added, residual + begin, size);
-        sum += (Floats)(__builtin_convertvector(added, Words) << 16);
+      Floats sum;
+      std::memcpy(&sum, sums + begin, sizeof sum);
+      if constexpr (!RoundsOnly) {
+        if (scale) {
+          Floats factor = {};
+          load(scale, factor);
+          sum *= factor;
+        }
+        if (bias) {
+          Floats term = {};
+          load(bias, term);
+          sum += term;
+        }
+        if (residual) {
+          Halves added = {};
+          load(residual, added);
+          sum += (Floats)(__builtin_convertvector(added, Words) << 16);
+        }
+        sum = sum < least ? Floats{} + least : sum;  // NaN stays
+        sum = sum > most ? Floats{} + most : sum;
       }
-      sum = sum < least ? Floats{} + least : sum;  // NaN stays
-      sum = sum > most ? Floats{} + most : sum;
       const Words all = (Words)sum, high = all >> 16;
       // To nearest, ties to even; a NaN stays one.
       const Words rounded = (all + 0x7FFF + (high & 1)) >> 16;
       const Words words = (all & 0x7FFFFFFF) > 0x7F800000 ? high | 0x40 : rounded;
       const Halves halves = __builtin_convertvector(words, Halves);
-      std::memcpy(out + begin, &halves, size);
+      std::memcpy(out + begin, &halves, static_cast<std::size_t>(count) * sizeof(Bits));
     }
   };
 };
@@ -649,6 +683,12 @@ class Bf16Wgrad {
   }
   int64_t copied_elements() const {
     return images_ * (image_size_ + p_.groups * vectors_ * packed_image_);
+  }
+  // Fewer channels than are turned at once cost as much as some.
+  int64_t elements_paid_for_copies() const {
+    constexpr int64_t kLeastChannels = 32;
+    return images_ * (image_size_ / p_.c * max64(p_.c, kLeastChannels) +
+                      p_.groups * vectors_ * packed_image_);
   }
   int64_t workspace_bytes() const { return 2 * copied_elements() + sums_bytes() + 192; }
   std::string blocking() const {
@@ -868,23 +908,22 @@ struct Bf16Convolution {
 
   static Estimate estimate(const Conv2dProblem& batch, Direction direction) {
     const Conv2dProblem p = of_an_image(batch);
-    // What goes around the products, of an element that is read, copied or written, in multiply-adds of
-    // float32: measured on an Emerald Rapids, where products of wgrad take tiles twice as long.
-    constexpr double kMoved = 40, kWgradTimes = Unit::kEvenRows ? 2 : 1;
+    const Bf16Costs costs = Unit::costs();
     Estimate out;
     if (direction == Direction::wgrad) {
       const Bf16Wgrad<Unit> wgrad(p);
-      out.multiply_adds = kWgradTimes * wgrad.products() * Unit::kProductCost +
-                          kMoved * static_cast<double>(wgrad.copied_elements());
+      out.multiply_adds = costs.wgrad_product * wgrad.products() +
+                          costs.moved * static_cast<double>(wgrad.elements_paid_for_copies());
       out.workspace_bytes = wgrad.workspace_bytes();
       if (!wgrad.is_exact()) out.relative_error = 1e-7;
       return out;
     }
     const Bf16TapConvolution<Unit> convolution(p, direction == Direction::dgrad);
     out.multiply_adds =
-        convolution.products() * Unit::kProductCost +
-        kMoved * static_cast<double>(convolution.source_elements() + convolution.packed_elements() +
-                                     convolution.output_elements());
+        costs.product * convolution.products() +
+        costs.moved *
+            static_cast<double>(convolution.source_elements_paid() + convolution.packed_elements() +
+                                convolution.output_elements());
     out.workspace_bytes = convolution.workspace_bytes();
     return out;
   }

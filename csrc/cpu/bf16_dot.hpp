@@ -1,5 +1,5 @@
 // The unit of vector registers: a pair of a row's elements, broadcast, meets vectors of packed columns.
-// D adds both products to each of the 16 sums of a vector.
+// D adds both products to each of the 16 sums of a vector, and knows what that costs.
 #pragma once
 
 #include <array>
@@ -52,9 +52,7 @@ struct Bf16DotUnit {
   static constexpr int kRows[] = {0, 12, 12, 8, 6};  // of a product, by its vectors
   static constexpr int64_t kSlice = int64_t{1} << 40;
   static constexpr bool kEvenRows = false;
-  // In multiply-adds of float32. Intel's processors take VDPBF16PS at half the rate of the FMA, which two
-  // products an instruction make up for; an Emerald Rapids takes twice float32's time.
-  static constexpr double kProductCost = 2;
+  static Bf16Costs costs() { return D::costs(); }
 
   struct Session {
     void multiply(const Bf16Product& t) {
