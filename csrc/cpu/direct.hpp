@@ -42,14 +42,14 @@ struct Direct {
         break;
       case Direction::wgrad: {
         if (better_reversed<V>(p)) return estimate_reversed(p);
-        const WgradPlan<V> plan(p, true);
+        const WgradPlan<V> plan(of_one_row(p), true);
         out.multiply_adds = 1.1 * share * static_cast<double>(plan.pixels) *
                             static_cast<double>(p.r * p.s * p.c_per_group()) *
                             lanes(p.k_per_group(), p.groups) *
                             group_cost(p.c_per_group(), p.groups);
         out.workspace_bytes = plan.workspace_bytes(workers_for(plan.tasks(p)));
         if (better_turned<V>(p)) {  // where nothing is masked
-          const WgradPlan<V> other(turned(p), false);
+          const WgradPlan<V> other(of_one_row(turned(p)), false);
           out.workspace_bytes =
               max64(out.workspace_bytes,
                     other.workspace_bytes(workers_for(other.tasks(turned(p)))) + plan.floats * 4);
@@ -64,7 +64,7 @@ struct Direct {
       return std::to_string(rows) + " x " + std::to_string(columns) + " tile of ";
     };
     if (direction == Direction::wgrad) {
-      const WgradPlan<V> plan(p, true);
+      const WgradPlan<V> plan(of_one_row(p), true);
       return tile(plan.rows, plan.panel) + "filter taps x filters, " + std::to_string(plan.parts) +
              " partial sums";
     }

@@ -498,6 +498,15 @@ bool better_turned(const Conv2dProblem& p) {
          share_of_tile<V>(p.c) > 1.1 * share_of_tile<V>(p.k);
 }
 
+// To a 1 x 1 layer's wgrad all images are one row of pixels, of which blocks are whole: in an image of a few
+// they are not.
+inline Conv2dProblem of_one_row(Conv2dProblem p) {
+  if (!p.sees_each_pixel_once() || p.n == 0) return p;
+  p.w = p.ow = p.n * p.h * p.w;
+  p.n = p.h = p.oh = 1;
+  return p;
+}
+
 inline Conv2dProblem turned(Conv2dProblem p) {
   std::swap(p.c, p.k);
   return p;
@@ -1168,12 +1177,13 @@ class ImplicitGemmWgrad {
     const int64_t few_tiles = p_.k % (8 * 16) == 0 || split ? 3 : kFewProducts ? 24 : 16;
     const bool as_it_is = !y && !own_bias && !operands_.argmax_of_y;
     const bool tile_packs = as_it_is && plan_.packs_blocks;
-    const bool in_place =
-        tile_packs || (as_it_is && task.tiles.size() <= few_tiles && t.valid == V::kWidth);
+    // Lanes beyond the last channel read what follows, which nobody stores: behind the last pixel, another's.
+    const int64_t pixels = block.end - block.begin;
+    const bool spills = from + (pixels - 1) * p_.k + int64_t{vectors} * V::kWidth > p_.y_size();
+    const bool in_place = tile_packs || (as_it_is && task.tiles.size() <= few_tiles && !spills);
     t.packed_dy = tile_packs ? task.packed_dy : nullptr;
     t.dy_step = in_place ? p_.k : int64_t{vectors} * V::kWidth;
     t.dy = in_place ? dy : task.packed_dy;
-    const int64_t pixels = block.end - block.begin;
     if (operands_.argmax_of_y) {
       pack_pooled_dy<V>(dy, y, operands_.argmax_of_y + from, pixels / 4, p_.k, vectors, t.valid,
                         task.packed_dy, own_bias);
@@ -1343,7 +1353,8 @@ void implicit_gemm_wgrad(const Conv2dProblem& p, const Conv2dOperands& operands)
     return;
   }
   if (better_reversed<V>(p) && !pooled && reversed_wgrad<V>(p, operands)) return;
-  ImplicitGemmWgrad<V>(p, operands).run();
+  const Conv2dProblem by_rows = pooled ? p : of_one_row(p);
+  ImplicitGemmWgrad<V>(by_rows, operands).run();
 }
 
 }  // namespace
