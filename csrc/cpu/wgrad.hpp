@@ -309,7 +309,8 @@ struct WgradPlan {
   bool packs_blocks;        // packed by the tasks themselves, of a block what their tiles read
   PhasedAxis down, across;  // packed: [group][tile][phase][image][row][column][plan.rows]
   int64_t parts, q_tiles, q_groups;
-  int64_t tiles_a_tap;   // or of all taps, if tiles span them
+  int64_t channel_groups;  // q_groups are made of: so many of tiles, and of each of these, of all taps
+  int64_t tiles_a_tap;     // or of all taps, if tiles span them
   LikeTiles cut;         // of its rows into tiles
   int64_t panel_groups;  // of panels that a task has one after the other
   bool asks_ahead;       // for the next block
@@ -407,6 +408,16 @@ struct WgradPlan {
           asks_for_dy ? 1 : min64(panels, ceil_div(wanted_tasks, parts * p.groups * q_groups));
       q_groups =
           max64(q_groups, min64(q_tiles, ceil_div(wanted_tasks, parts * p.groups * panel_groups)));
+    }
+
+    // A thread multiplies channels that it packed, for what another core packed may be far away. Not fewer than
+    // some tiles, in which a processor learns where the runs of a tap's pixels end. Without AVX-512 there is
+    // time to fetch them.
+    constexpr int64_t kLeastTiles = 10;
+    channel_groups = 1;
+    if (V::kRegisters == 32 && packed && taps > 1) {
+      channel_groups = max64(1, min64(num_threads(), tiles_a_tap / kLeastTiles));
+      q_groups = round_up(q_groups, channel_groups);
     }
 
     const int64_t part_pixels = ceil_div(min64(chunk, p.n) * p.oh * p.ow, parts);
@@ -621,14 +632,19 @@ void pack_x(const Conv2dProblem& p, const WgradPlan<V>& plan, const float* x, in
   constexpr int64_t kPixelsATask = 64;
   const int64_t pixels = images * plan.phase_pixels(), parts = ceil_div(pixels, kPixelsATask);
   const int64_t row_phases = plan.down.count, column_phases = plan.across.count;
-  // Of few pixels, tasks share the channels.
+  // Tasks share the channels where pixels are few, and where they are multiplied in groups.
   const int64_t enough = tasks_for(row_phases * column_phases * pixels * p.c);
-  const int64_t cuts = min64(plan.tiles_a_tap, ceil_div(enough, p.groups * row_phases * parts));
+  const bool by_channels = plan.channel_groups > 1 && plan.parts == 1;
+  const int64_t cuts = min64(plan.tiles_a_tap,
+                             max64(by_channels ? plan.channel_groups : 1,
+                                   ceil_div(enough, p.groups * row_phases * parts)));
   // One after the other, phases of the same rows find the lines that they share in the cache.
   parallel_for(p.groups * row_phases * parts * cuts, [&](int64_t task) {
-    const int64_t cut = task % cuts, row_phase = task / cuts / parts % row_phases;
-    const int64_t group = task / cuts / parts / row_phases;
-    const int64_t begin = task / cuts % parts * kPixelsATask;
+    const int64_t stretches = row_phases * parts;
+    const int64_t group = task / cuts / stretches, in_group = task % (cuts * stretches);
+    const int64_t cut = by_channels ? in_group / stretches : in_group % cuts;
+    const int64_t stretch = by_channels ? in_group % stretches : in_group / cuts;
+    const int64_t row_phase = stretch / parts, begin = stretch % parts * kPixelsATask;
     const int64_t end = min64(pixels, begin + kPixelsATask);
     const Span tiles = part_of(plan.tiles_a_tap, cuts, cut);
     PixelRun runs[kPixelsATask];
@@ -1045,7 +1061,8 @@ class ImplicitGemmWgrad {
 
   struct Task {
     int64_t group, part, q_group;
-    Span panels, tiles;
+    Span panels;
+    Span of_tap, tiles;  // a group of a tap's tiles; and of these, of all taps, the task's
     float *packed_dy, *packed_x;  // of a block
     PixelRun *runs, *packed_runs;
     int64_t run_count, packed_run_count;
@@ -1094,18 +1111,25 @@ class ImplicitGemmWgrad {
   }
 
   void add_task(const Chunk& chunk, int64_t number, int worker) {
-    const int64_t q_group = number % plan_.q_groups;
-    const int64_t panel_group = number / plan_.q_groups % plan_.panel_groups;
-    const int64_t group = number / plan_.q_groups / plan_.panel_groups % p_.groups;
-    const int64_t part = number / plan_.q_groups / plan_.panel_groups / p_.groups;
+    // Tasks of a group of channels follow one another: one thread mostly has them.
+    const int64_t tile_groups = plan_.q_groups / plan_.channel_groups;
+    const int64_t tile_group = number % tile_groups;
+    const int64_t panel_group = number / tile_groups % plan_.panel_groups;
+    const int64_t channel_group =
+        number / tile_groups / plan_.panel_groups % plan_.channel_groups;
+    const int64_t others = number / plan_.q_groups / plan_.panel_groups;
+    const int64_t group = others % p_.groups, part = others / p_.groups;
     const Span panels = part_of(plan_.panels, plan_.panel_groups, panel_group);
-    const Span tiles = part_of(plan_.q_tiles, plan_.q_groups, q_group);
+    const Span of_tap = part_of(plan_.tiles_a_tap, plan_.channel_groups, channel_group);
+    const int64_t loops = plan_.q_tiles / plan_.tiles_a_tap;  // of taps, where tiles are of one
+    const Span tiles = part_of(loops * of_tap.size(), tile_groups, tile_group);
     char* const scratch = scratch_ + worker * plan_.worker_bytes();
     char* const lists = scratch + plan_.block_bytes + plan_.packed_block_bytes;
     Task task{.group = group,
               .part = part,
-              .q_group = q_group,
+              .q_group = channel_group * tile_groups + tile_group,
               .panels = panels,
+              .of_tap = of_tap,
               .tiles = tiles,
               .packed_dy = reinterpret_cast<float*>(scratch),
               .packed_x = reinterpret_cast<float*>(scratch + plan_.block_bytes),
@@ -1261,10 +1285,15 @@ class ImplicitGemmWgrad {
                 WgradTile& t) const {
     const int64_t cg = p_.c_per_group();
     const WgradTileFunctions<V> tile_of(vectors);
-    int64_t tap = task.tiles.begin / plan_.tiles_a_tap, tile = task.tiles.begin % plan_.tiles_a_tap;
-    t.next_sum = sum_of(task, tap * cg + plan_.cut.begin(tile), column);
-    for (int64_t left = task.tiles.size(); left > 0; ++tap, tile = 0) {
-      const int64_t tile_end = min64(plan_.tiles_a_tap, tile + left);
+    const Span of_tap = task.of_tap;
+    const auto sum_of_tile = [&](int64_t tap, int64_t tile) {
+      return sum_of(task, tap * cg + plan_.cut.begin(tile), column);
+    };
+    int64_t tap = task.tiles.begin / of_tap.size();
+    int64_t tile = of_tap.begin + task.tiles.begin % of_tap.size();
+    t.next_sum = sum_of_tile(tap, tile);
+    for (int64_t left = task.tiles.size(); left > 0; ++tap, tile = of_tap.begin) {
+      const int64_t tile_end = min64(of_tap.end, tile + left);
       left -= tile_end - tile;
       t.run_count = list_runs(p_, pixels_of_tap(p_, plan_, tap / p_.s, tap % p_.s), block.begin,
                               block.end, plan_.packed ? plan_.rows : p_.c, task.runs);
@@ -1274,7 +1303,11 @@ class ImplicitGemmWgrad {
       for (bool first = true; tile < tile_end; ++tile, first = false) {
         const int64_t rows = plan_.cut.size(tile);
         t.sum = t.next_sum;
-        if (left > 0 || tile + 1 < tile_end) t.next_sum += rows * p_.k;
+        if (tile + 1 < tile_end) {
+          t.next_sum += rows * p_.k;
+        } else if (left > 0) {
+          t.next_sum = sum_of_tile(tap + 1, of_tap.begin);
+        }
         WgradRows where = WgradRows::packed;
         if (!plan_.packed) {
           const bool near = !first && lines_stay_ && !meets_a_line(t.x, rows, line_spacing_);
