@@ -109,6 +109,9 @@ PROBLEMS = [
     depthwise((1, 3, 12, 20), kernel=(2, 31), padding="same"),
     depthwise((1, 3, 70, 20), 2, kernel=(1, 9), padding="same", dilation_rate=(1, 2)),
     depthwise((1, 1, 1500, 70), kernel=(1, 31), padding="same"),
+    # In no cache.
+    depthwise((8, 1, 3000, 70), kernel=(1, 9), padding="same"),
+    depthwise((8, 1, 3000, 70), kernel=(1, 4), dilation_rate=(1, 2)),
     # Pixels so far apart that wgrad copies its tiles, the last of them with less than a line.
     *(
         depthwise((1, 9, width, channels), kernel=kernel, strides=strides, padding="same")

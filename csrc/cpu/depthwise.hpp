@@ -704,39 +704,42 @@ DepthwiseKernels depthwise_kernels(int64_t channels, int64_t columns, int64_t ap
   }
 }
 
-// Of so many taps in a row, how many are in registers at a time: all of them, or parts of like sizes.
-constexpr int64_t taps_of_part(int64_t taps) {
-  constexpr int64_t kMost = 5;
-  return taps <= kMost || taps == 7 ? taps : ceil_div(taps, ceil_div(taps, kMost));
-}
-
 // Whether many taps meet more lines, of the source and of the output, than stay in the first-level cache until
 // the next vector is computed.
-inline bool one_row_crowds(int64_t taps, int64_t apart) {
-  const int64_t part = taps_of_part(taps);
-  return part < taps && crowds_cache(2 * pixels_of_one_row(part) - 1 + taps, apart);
+template <class V>
+bool one_row_crowds(int64_t taps, int64_t apart) {
+  const int64_t part = taps_of_part<V>(taps);
+  return part < taps && crowds_cache(2 * pixels_of_one_row<V>(part) - 1 + taps, apart);
 }
 
-template <class V>
-DepthwiseKernels depthwise_kernels_of_one_row(int64_t taps, int64_t apart) {
-  const int64_t part = taps_of_part(taps);
-  const bool stages = one_row_crowds(taps, apart);
-  const int64_t rows = stages ? 1 : 4;
-  const auto function = [&]<int Taps>() {
-    return part < taps ? depthwise_rows_of_one<V, Taps, true>
-                       : depthwise_rows_of_one<V, Taps, false>;
+// Of a part's taps, from 2 to the most.
+template <class V, bool Wgrad, bool Many, std::size_t... I>
+DepthwiseTileFunction depthwise_rows_of_one_function(int64_t part, std::index_sequence<I...>) {
+  constexpr auto kOf = []<int Taps>() -> DepthwiseTileFunction {
+    if constexpr (Wgrad) {
+      return depthwise_wgrad_rows_of_one<V, Taps, Many>;
+    } else {
+      return depthwise_rows_of_one<V, Taps, Many>;
+    }
   };
+  static constexpr DepthwiseTileFunction kFunctions[] = {kOf.template operator()<I + 2>()...};
+  return kFunctions[part - 2];
+}
+
+template <class V, bool Wgrad>
+DepthwiseKernels depthwise_kernels_of_one_row(int64_t taps, int64_t apart) {
+  const int64_t part = taps_of_part<V>(taps);
+  const bool stages = !Wgrad && one_row_crowds<V>(taps, apart);
+  const int64_t rows = stages ? 1 : 4;
+  constexpr auto kParts = std::make_index_sequence<7>{};
   return {.vectors = 1,
           .rows = rows,
           .source_rows = rows,
           .source_step = 1,
-          .cell = 1,
+          .cell = Wgrad ? 0 : 1,
           .missing = 0,
-          .whole = part == 7   ? depthwise_rows_of_one<V, 7, false>
-                   : part == 5 ? function.template operator()<5>()
-                   : part == 4 ? function.template operator()<4>()
-                   : part == 3 ? function.template operator()<3>()
-                               : depthwise_rows_of_one<V, 2, false>,
+          .whole = part < taps ? depthwise_rows_of_one_function<V, Wgrad, true>(part, kParts)
+                               : depthwise_rows_of_one_function<V, Wgrad, false>(part, kParts),
           .edge = {},
           .by_rows = true,
           .stages = stages};
@@ -746,8 +749,9 @@ DepthwiseKernels depthwise_kernels_of_one_row(int64_t taps, int64_t apart) {
 template <class V, DepthwiseWalk kWalk, int Step>
 DepthwiseKernels depthwise_kernels(const Conv2dProblem& p, int64_t columns, int64_t apart,
                                    bool masked) {
-  if constexpr (kByRows<V> && kWalk == DepthwiseWalk::gather && Step == 1) {
-    if (p.r == 1) return depthwise_kernels_of_one_row<V>(p.s, apart);
+  if constexpr (kWalk != DepthwiseWalk::scatter && Step == 1) {
+    constexpr bool kWgrad = kWalk == DepthwiseWalk::wgrad;
+    if (p.r == 1) return depthwise_kernels_of_one_row<V, kWgrad>(p.s, apart);
   }
   if (p.r == 3) return depthwise_kernels<V, kWalk, 3, Step>(p.c, columns, apart, masked);
   if (p.r == 5) return depthwise_kernels<V, kWalk, 5, Step>(p.c, columns, apart, masked);
@@ -759,12 +763,13 @@ template <class V>
 bool has_depthwise_kernels(const Conv2dProblem& p, Direction direction, bool masked) {
   const bool dilated = p.dilation_h > 1 || p.dilation_w > 1;
   if (p.c_per_group() != 1 || p.k_per_group() != 1) return false;
-  // Of one row, the lanes mask as they read, have a wgrad that is as fast, and read what no cache holds in its
-  // order, where a line of channels would be copied.
+  // Of one row, the lanes mask as they read. They read what no cache holds in its order, where a line of
+  // channels would be copied whose vectors are less, or where wgrad's taps lie apart.
   if (p.r == 1) {
-    const bool far =
-        one_row_crowds(p.s, p.dilation_w * p.c) && beyond_caches(p.x_size() + p.y_size());
-    return kByRows<V> && direction != Direction::wgrad && !masked && !far && p.s > 1 &&
+    const bool apart = direction == Direction::wgrad
+                           ? p.dilation_w > 1
+                           : V::kWidth < kLine && one_row_crowds<V>(p.s, p.dilation_w * p.c);
+    return !masked && !(apart && beyond_caches(p.x_size() + p.y_size())) && p.s > 1 &&
            p.stride_h == 1 && p.stride_w == 1;
   }
   if ((p.s != 3 && p.s != 5 && p.s != 7) || p.stride_h != p.stride_w) return false;
@@ -821,7 +826,7 @@ struct DepthwiseConvolution {
     residues_h = min64(apart_h, rows);
     residues_w = min64(apart_w, columns);
     const int64_t own_columns = ceil_div(columns, residues_w);
-    neighbours = p.r == 1 ? pixels_of_one_row(taps_of_part(p.s)) : 1;
+    neighbours = p.r == 1 ? pixels_of_one_row<V>(taps_of_part<V>(p.s)) : 1;
     column_tiles = ceil_div(own_columns, kColumns);
     const auto of = [&]<DepthwiseWalk kWalk, int Step>() {
       return depthwise_kernels<V, kWalk, Step>(p, ceil_div(own_columns, column_tiles),
@@ -844,8 +849,10 @@ struct DepthwiseConvolution {
     staged_dy =
         staged_wgrad && staged ? kernels.rows * ceil_div(own_columns, column_tiles) * kLine : 0;
     row_tiles = ceil_div(ceil_div(rows, residues_h), kernels.rows);
-    asks_below = !staged && tiles_ask_below(p.x_size() + p.y_size(), rows,
+    asks_below = p.r == 1 ? beyond_caches(p.x_size() + p.y_size())
+                          : tiles_ask_below(p.x_size() + p.y_size(), rows,
                                             kernels.source_rows * columns_met, apart_w * p.c);
+    asks_below = asks_below && !staged;
     tiles = residues_h * row_tiles * residues_w * column_tiles;
     taps_floats = p.r * p.s * V::kWidth;
     part_floats = vectors * (taps_floats + (bias ? V::kWidth : 0));
@@ -945,6 +952,7 @@ struct DepthwiseConvolution {
         t.bias_sums = own + vectors * taps_floats + first;
         clear_floats(t.bias_sums, count * V::kWidth);
       }
+      t.taps = p.s;
       t.out_row = p.ow * p.c * apart_h;
       t.out_column = p.c * apart_w;
       const Span own_tiles = part_of(p.n * tiles, parts, part);
@@ -1034,8 +1042,10 @@ struct DepthwiseConvolution {
       constexpr int64_t kTilesAPart = 2, kMostParts = 64, kWorkAPart = int64_t{1} << 18;
       const int64_t by_bytes = (int64_t{4} << 20) / (part_floats * 4);
       const int64_t by_tiles = p.n * tiles / kTilesAPart;
-      // Blocks of channels have nothing to add up.
-      const int64_t by_work = ceil_div(min64(work / kWorkAPart, kMostParts), most_blocks);
+      // Blocks of channels have nothing to add up. But one row of taps goes along memory, in which a block's
+      // channels lie apart.
+      const int64_t by_work =
+          ceil_div(min64(work / kWorkAPart, kMostParts), p.r == 1 ? 1 : most_blocks);
       parts = max64(1, min64(by_work, min64(by_bytes, by_tiles)));
       strips = parts;
     } else {

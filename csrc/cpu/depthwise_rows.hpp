@@ -1,5 +1,6 @@
 // Depthwise convolutions row by row of the output, some neighbouring pixels at a time; a tile's rows
-// are as many as one likes. For processors of 16 vector registers: of 3 x 3 taps these hold all nine,
+// are as many as one likes. Filters of one row go this way everywhere, a few taps at a time beside the sums of
+// some pixels. With 16 vector registers so do others: of 3 x 3 taps these hold all nine,
 // or, of wgrad, their nine sums; of larger filters, for fprop and dgrad of stride 1, a row of taps and
 // the sums of the pixels.
 //
@@ -224,7 +225,7 @@ inline __attribute__((always_inline)) void add_row_of_taps(const char* row,
     if (at >= inside.begin && at < inside.end) {
       const int64_t apart = at % 4 == 3 ? steps.columns_3 : at % 4 * steps.column;
       const auto a = V::held(channels.load(reinterpret_cast<const float*>(four + apart), 0));
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int j = 0; j < Pixels; ++j) {
         const int s = at - j * Step;
         if (s >= 0 && s < Taps) sum[j] = V::fma(a, tap[s], sum[j]);
@@ -238,7 +239,7 @@ template <class V, int Pixels>
 inline __attribute__((always_inline)) void activate_pixels(bool relu, typename V::Reg ceiling,
                                                            typename V::Reg (&sum)[Pixels]) {
   if (!relu) return;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int j = 0; j < Pixels; ++j) sum[j] = relu_to<V>(ceiling, sum[j]);
 }
 
@@ -247,12 +248,43 @@ template <class V, int Taps, class Channels>
 inline __attribute__((always_inline)) void load_taps(const float* filter, int64_t column,
                                                      const Channels& channels,
                                                      typename V::Reg (&tap)[Taps]) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int s = 0; s < Taps; ++s) tap[s] = V::held(channels.load(filter + s * column, 0));
 }
 
-// Neighbouring pixels whose sums, beside a row of taps, are in registers.
-constexpr int pixels_of_one_row(int64_t taps) { return taps == 7 ? 7 : 8; }
+// Of so many taps in a row, how many are in registers at a time: all of them, or parts of like sizes.
+template <class V>
+constexpr int64_t taps_of_part(int64_t taps) {
+  constexpr int64_t kMost = V::kRegisters < 32 ? 5 : 8;
+  return taps <= kMost || taps == 7 ? taps : ceil_div(taps, ceil_div(taps, kMost));
+}
+
+// Neighbouring pixels whose sums, beside these, are in registers too.
+template <class V>
+constexpr int pixels_of_one_row(int64_t taps) {
+  return V::kRegisters == 32 ? 12 : taps == 7 ? 7 : 8;
+}
+
+// Calls part(number of taps, std::integral_constant) for parts of `Taps` taps or one less, `taps` in all.
+template <int Taps, class Part>
+inline __attribute__((always_inline)) void for_each_part_of_taps(int64_t taps, const Part& part) {
+  const int64_t parts = ceil_div(taps, Taps);
+  const int64_t whole_parts = taps - parts * (Taps - 1);
+  for (int64_t i = 0; i < whole_parts; ++i) part(std::integral_constant<int, Taps>{});
+  for (int64_t i = whole_parts; i < parts; ++i) part(std::integral_constant<int, Taps - 1>{});
+}
+
+// Of one row, asks for `Pixels` pixels' lines of the source and of the output, or dy: a vector's of those that
+// come next, which lie too far apart for the hardware to ask for them.
+template <class V, int Pixels, bool Writes>
+inline __attribute__((always_inline)) void ask_for_pixels(const float* source, int64_t source_column,
+                                                          const float* out, int64_t out_column) {
+#pragma GCC unroll 16
+  for (int j = 0; j < Pixels; ++j) {
+    __builtin_prefetch(source + j * source_column, 0, 2);
+    __builtin_prefetch(out + j * out_column, Writes ? 1 : 0, 2);
+  }
+}
 
 // fprop and dgrad of stride 1, of filters of one row, as those of signals in one dimension are. Of some
 // neighbouring pixels all channels come before the next pixels': so memory is read and written nearly in
@@ -261,7 +293,7 @@ constexpr int pixels_of_one_row(int64_t taps) { return taps == 7 ? 7 : 8; }
 // are taken in parts, of Taps or one less, beside sums that stay.
 template <class V, int Taps, bool Many>
 void depthwise_rows_of_one(const DepthwiseTile& t) {
-  constexpr int kPixels = pixels_of_one_row(Taps);
+  constexpr int kPixels = pixels_of_one_row<V>(Taps);
   constexpr int64_t kFewChannels = Many ? 0 : 3 * V::kWidth;
   using Reg = typename V::Reg;
   constexpr std::integral_constant<int, kPixels> kAllStored;
@@ -273,18 +305,18 @@ void depthwise_rows_of_one(const DepthwiseTile& t) {
   const int64_t columns = t.columns, channel_count = t.channels, taps = t.taps;
   const float* const first_bias = t.bias ? t.bias : kNoBias;
   const int64_t bias_step = t.bias ? V::kWidth : 0;
-  const bool relu = t.relu;
+  const bool relu = t.relu, asks_ahead = t.asks_below;
   const Reg ceiling = V::set(t.ceiling);
 
   // A vector of kPixels pixels. `add`: the products of all taps to the sums, where `inside` exists.
   const auto pixels_of = [&](Reg start, float* out, const auto& channels, auto stored,
                              const auto& add) __attribute__((always_inline)) {
     Reg sum[kPixels];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < kPixels; ++j) sum[j] = start;
     add(sum);
     activate_pixels<V>(relu, ceiling, sum);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < kPixels; ++j) {
       if (j < stored) channels.store(out + j * out_column, sum[j], 0);
     }
@@ -293,7 +325,12 @@ void depthwise_rows_of_one(const DepthwiseTile& t) {
   const auto all_channels = [&](const float* source, float* out, auto inside,
                                 auto stored) __attribute__((always_inline)) {
     const float *filter = t.filter, *bias = first_bias;
+    int64_t left = channel_count;
     const auto vector = [&](const auto& channels) __attribute__((always_inline)) {
+      if (asks_ahead && (channel_count - left) % kLine == 0) {
+        ask_for_pixels<V, kPixels, true>(source + (kPixels - 1 + taps) * t.source_column,
+                                         t.source_column, out + kPixels * out_column, out_column);
+      }
       pixels_of(channels.load(bias, 0), out, channels, stored,
                 [&](Reg(&sum)[kPixels]) __attribute__((always_inline)) {
                   const char* row = reinterpret_cast<const char*>(source);
@@ -308,17 +345,12 @@ void depthwise_rows_of_one(const DepthwiseTile& t) {
                     done += count;
                   };
                   if constexpr (Many) {
-                    const int64_t parts = ceil_div(taps, Taps);
-                    const int64_t whole_parts = taps - parts * (Taps - 1);
-                    for (int64_t i = 0; i < whole_parts; ++i) part(kTaps);
-                    for (int64_t i = whole_parts; i < parts; ++i)
-                      part(std::integral_constant<int, Taps - 1>{});
+                    for_each_part_of_taps<Taps>(taps, part);
                   } else {
                     part(kTaps);
                   }
                 });
     };
-    int64_t left = channel_count;
     for (; left >= V::kWidth; left -= V::kWidth) {
       vector(ChannelVectors<V, 1, true>(V::kWidth));
       source = hidden(source + V::kWidth);
@@ -379,6 +411,101 @@ void depthwise_rows_of_one(const DepthwiseTile& t) {
   }
 }
 
+// wgrad of filters of one row and stride 1: a part of the taps' sums, and some neighbouring pixels of dy, are in
+// registers. Of a few taps each has two sums: one would wait for its own multiply-adds.
+template <class V, int Taps, bool Many>
+void depthwise_wgrad_rows_of_one(const DepthwiseTile& t) {
+  constexpr int kPixels = pixels_of_one_row<V>(Taps);
+  constexpr int kSums = V::kRegisters == 32 && Taps <= 4 ? 2 : 1;
+  using Reg = typename V::Reg;
+  const SourceSteps steps(t);
+  const int64_t out_column = hidden(t.out_column), taps = t.taps;
+
+  // Pixels of all channels, of which `inside(first tap, taps)` of the source exists.
+  const auto all_channels = [&](const float* source, const float* dy, auto pixels,
+                                const auto& inside) __attribute__((always_inline)) {
+    float* sums = t.sums;
+    for_each_channel_vector<V, 1>(t.channels, [&](int64_t c, const auto& channels)
+                                                  __attribute__((always_inline)) {
+      if (t.asks_below && c % kLine == 0) {
+        ask_for_pixels<V, kPixels, false>(source + c + (kPixels - 1 + taps) * t.source_column,
+                                          t.source_column, dy + c + kPixels * out_column,
+                                          out_column);
+      }
+      Reg b[kPixels];
+#pragma GCC unroll 16
+      for (int j = 0; j < kPixels; ++j) {
+        b[j] = j < pixels ? channels.load(dy + c + j * out_column, 0) : V::zero();
+      }
+      if (t.bias_sums) {
+        Reg sum = V::load(t.bias_sums + c);
+#pragma GCC unroll 16
+        for (int j = 0; j < kPixels; ++j) sum = V::add(sum, b[j]);
+        V::store(t.bias_sums + c, sum);
+      }
+      const char* row = reinterpret_cast<const char*>(source + c);
+      int64_t done = 0;
+      const auto part = [&](auto count) __attribute__((always_inline)) {
+        constexpr int kCount = decltype(count)::value;
+        const auto met = inside(done, count);
+        Reg sum[kCount][kSums];
+#pragma GCC unroll 8
+        for (int s = 0; s < kCount; ++s) {
+          sum[s][0] = V::load(sums + s * V::kWidth);
+          if (kSums > 1) sum[s][kSums - 1] = V::zero();
+        }
+        const char* four = row;
+#pragma GCC unroll 32
+        for (int at = 0; at < kPixels - 1 + kCount; ++at) {
+          if (at >= met.begin && at < met.end) {
+            const int64_t apart = at % 4 == 3 ? steps.columns_3 : at % 4 * steps.column;
+            const auto a = V::held(channels.load(reinterpret_cast<const float*>(four + apart), 0));
+#pragma GCC unroll 16
+            for (int j = 0; j < kPixels; ++j) {
+              const int s = at - j;
+              if (s < 0 || s >= kCount) continue;
+              sum[s][j % kSums] = V::fma(a, b[j], sum[s][j % kSums]);
+            }
+          }
+          if (at % 4 == 3) four = hidden(four + 4 * steps.column);
+        }
+#pragma GCC unroll 8
+        for (int s = 0; s < kCount; ++s) {
+          if (kSums > 1) sum[s][0] = V::add(sum[s][0], sum[s][kSums - 1]);
+          V::store(sums + s * V::kWidth, sum[s][0]);
+        }
+        row += kCount * steps.column;
+        sums += kCount * V::kWidth;
+        done += kCount;
+      };
+      if constexpr (Many) {
+        for_each_part_of_taps<Taps>(taps, part);
+      } else {
+        part(std::integral_constant<int, Taps>{});
+      }
+    });
+  };
+
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const bool exists = t.row_begin <= i && i < t.row_end;
+    const Span own{exists ? t.column_begin : 0, exists ? t.column_end : 0};
+    for (int64_t pixel = 0; pixel < t.columns; pixel += kPixels) {
+      const float* const source = t.source + i * t.source_row + pixel * t.source_column;
+      const float* const dy = t.out + i * t.out_row + pixel * out_column;
+      const int64_t pixels = min64(kPixels, t.columns - pixel);
+      const Span met{own.begin - pixel, min64(own.end - pixel, pixels - 1 + taps)};
+      if (pixels == kPixels && met.begin <= 0 && met.end == kPixels - 1 + taps) {
+        all_channels(source, dy, std::integral_constant<int, kPixels>{},
+                     [](int64_t, auto count) { return KnownSpan<0, kPixels - 1 + count>{}; });
+      } else {
+        all_channels(source, dy, pixels, [&](int64_t tap, auto) {
+          return Span{met.begin - tap, met.end - tap};
+        });
+      }
+    }
+  }
+}
+
 // fprop, and dgrad of stride 1, of more taps than there are registers for: a row of them at a time, for
 // `kPixels` neighbours, whose sums are in registers.
 template <class V, int R, int Step>
@@ -406,14 +533,14 @@ void depthwise_rows_of_many_taps(const DepthwiseTile& t) {
         const int64_t column_end = min64(t.column_end - pixel * Step, (pixels - 1) * Step + R);
         Reg sum[kPixels];
         const Reg start = V::load(t.scratch + R * R * V::kWidth);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int j = 0; j < kPixels; ++j) sum[j] = start;
         const auto add = [&](auto inside) __attribute__((always_inline)) {
           const char* row = reinterpret_cast<const char*>(at_pixel) + first * steps.row;
           const float* taps = t.scratch + first * R * V::kWidth;
           for (int64_t r = first; r < end; ++r, row += steps.row, taps += R * V::kWidth) {
             Reg tap[R];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int s = 0; s < R; ++s) tap[s] = V::held(V::load(taps + s * V::kWidth));
             add_row_of_taps<V, Step>(row, steps, inside, channels, tap, sum);
           }
@@ -425,7 +552,7 @@ void depthwise_rows_of_many_taps(const DepthwiseTile& t) {
           add(Span{column_begin, column_end});
         }
         activate_pixels<V>(t.relu, V::set(t.ceiling), sum);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int j = 0; j < kPixels; ++j) {
           if (j < pixels) channels.store(out + j * t.out_column, sum[j], 0);
         }
