@@ -849,10 +849,8 @@ struct DepthwiseConvolution {
     staged_dy =
         staged_wgrad && staged ? kernels.rows * ceil_div(own_columns, column_tiles) * kLine : 0;
     row_tiles = ceil_div(ceil_div(rows, residues_h), kernels.rows);
-    asks_below = p.r == 1 ? beyond_caches(p.x_size() + p.y_size())
-                          : tiles_ask_below(p.x_size() + p.y_size(), rows,
-                                            kernels.source_rows * columns_met, apart_w * p.c);
-    asks_below = asks_below && !staged;
+    const int64_t floats = p.x_size() + p.y_size();
+    asks_below = !staged && (p.r == 1 ? beyond_caches(floats) : tiles_ask_below(floats, rows));
     tiles = residues_h * row_tiles * residues_w * column_tiles;
     taps_floats = p.r * p.s * V::kWidth;
     part_floats = vectors * (taps_floats + (bias ? V::kWidth : 0));

@@ -676,17 +676,14 @@ inline int64_t locate_lane_tile(const TapConvolution& g, const LaneRow& pixels, 
 
 // Whether tiles should ask for what is below them, of tensors of so many floats and `rows` of tiles: in a
 // cache that costs an eighth of the time, beyond all of them it saves up to two thirds
-// (docs/kernels/depthwise.md). Nor where not even a tile's own lines, of so many pixels that lie `apart`,
-// stay in the first-level cache.
-inline bool tiles_ask_below(int64_t floats, int64_t rows, int64_t pixels, int64_t apart) {
+// (docs/kernels/depthwise.md).
+inline bool tiles_ask_below(int64_t floats, int64_t rows) {
   constexpr int64_t kFewRows = 4;
-  return beyond_caches(floats) && rows >= kFewRows && !crowds_cache(pixels, apart);
+  return beyond_caches(floats) && rows >= kFewRows;
 }
 
-inline bool lane_tiles_ask_below(const TapConvolution& g, const LaneRow& pixels, int64_t columns) {
-  const int64_t met = columns * pixels.taps.step + pixels.taps.count - 1;
-  return tiles_ask_below(g.images * (g.source_image + g.y_image), g.out_h, g.vertical.count * met,
-                         pixels.apart * g.source_c);
+inline bool lane_tiles_ask_below(const TapConvolution& g) {
+  return tiles_ask_below(g.images * (g.source_image + g.y_image), g.out_h);
 }
 
 // The tiles for the taps of one axis.
@@ -771,7 +768,7 @@ struct LaneConvolution {
     common.bias = bias;
     common.relu = classes[0].g.relu;
     common.ceiling = classes[0].g.ceiling;
-    common.asks_below = lane_tiles_ask_below(classes[0].g, classes[0].row, plan.columns);
+    common.asks_below = lane_tiles_ask_below(classes[0].g);
     parallel_for(classes[0].g.images * strips * spans * plan.blocks, [&](int64_t task) {
       LaneTile t = common;
       const int64_t block = task % plan.blocks, part = task / plan.blocks;
@@ -926,7 +923,7 @@ struct LaneWgrad {
     common.reduce = g.reduce;
     common.filter_vector = vector_floats;
     common.filter_row_step = row_floats;
-    common.asks_below = lane_tiles_ask_below(g, row, plan.columns);
+    common.asks_below = lane_tiles_ask_below(g);
     const LaneTiles functions = lane_tiles_for<V, true>(plan.lanes, row.taps);
     parallel_for(parts * plan.blocks, [&](int64_t task) {
       const int64_t block = task % plan.blocks, part = task / plan.blocks;
