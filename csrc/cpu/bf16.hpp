@@ -571,8 +571,7 @@ class Bf16TapConvolution {
   void finish(const Bf16Product& product, const int64_t* pixels, int64_t first, int64_t columns,
               const Bf16Operands& t) const {
     const Activation activation = is_dgrad_ ? Activation::linear : p_.activation;
-    const bool rounds_only =
-        !t.scale && !t.bias && !t.residual && activation == Activation::linear;
+    const bool rounds_only = !t.scale && !t.bias && !t.residual && activation == Activation::linear;
     const auto finish_rows = [&](const auto& epilogue) {
       using Epilogue = std::decay_t<decltype(epilogue)>;
       for (int i = 0; i < product.rows; ++i) {
@@ -590,12 +589,11 @@ class Bf16TapConvolution {
       }
     };
     if (rounds_only) return finish_rows(Epilogue<true>{});
-    finish_rows(Epilogue<false>{.scale = t.scale ? t.scale + first : nullptr,
-                                .bias = t.bias ? t.bias + first : nullptr,
-                                .least = activation == Activation::linear
-                                             ? -std::numeric_limits<float>::infinity()
-                                             : 0,
-                                .most = ceiling_of(activation)});
+    finish_rows(Epilogue<false>{
+        .scale = t.scale ? t.scale + first : nullptr,
+        .bias = t.bias ? t.bias + first : nullptr,
+        .least = activation == Activation::linear ? -std::numeric_limits<float>::infinity() : 0,
+        .most = ceiling_of(activation)});
   }
 
   template <bool RoundsOnly>
@@ -919,11 +917,10 @@ struct Bf16Convolution {
       return out;
     }
     const Bf16TapConvolution<Unit> convolution(p, direction == Direction::dgrad);
-    out.multiply_adds =
-        costs.product * convolution.products() +
-        costs.moved *
-            static_cast<double>(convolution.source_elements_paid() + convolution.packed_elements() +
-                                convolution.output_elements());
+    out.multiply_adds = costs.product * convolution.products() +
+                        costs.moved * static_cast<double>(convolution.source_elements_paid() +
+                                                          convolution.packed_elements() +
+                                                          convolution.output_elements());
     out.workspace_bytes = convolution.workspace_bytes();
     return out;
   }

@@ -40,14 +40,13 @@ enum class DepthwiseWalk { gather, scatter, wgrad };
 // Vectors of channels that a tile of 3 x 3 taps has, registers allowing. A source of C channels has
 // its pixels C * 4 bytes apart: of one vector, they may all lie in one bank in four of the
 // second-level cache, which then gives half of what it can.
-template <class V, int R, DepthwiseWalk kWalk>
-constexpr int kDepthwiseVectors =
-    V::kRegisters >= 32 && R == 3 && kWalk != DepthwiseWalk::scatter ? 2 : 1;
+template <class V, int R>
+constexpr int kDepthwiseVectors = V::kRegisters >= 32 && R == 3 ? 2 : 1;
 
 // The same of a tile that takes whole lines of channels: with half a line a vector, AVX2 otherwise reads
 // each line twice.
 template <class V, int R, DepthwiseWalk kWalk>
-constexpr int kDepthwiseLineVectors = V::kWidth != 8 || R != 3 ? kDepthwiseVectors<V, R, kWalk>
+constexpr int kDepthwiseLineVectors = V::kWidth != 8 || R != 3          ? kDepthwiseVectors<V, R>
                                       : kWalk == DepthwiseWalk::scatter ? 2
                                                                         : 4;
 
@@ -678,7 +677,7 @@ DepthwiseKernels depthwise_kernels_by_rows(int64_t rows, bool masked) {
 // `apart`: floats from a tile's column to its next.
 template <class V, DepthwiseWalk kWalk, int R, int Step>
 DepthwiseKernels depthwise_kernels(int64_t channels, int64_t columns, int64_t apart, bool masked) {
-  constexpr int kVectors = kDepthwiseVectors<V, R, kWalk>;
+  constexpr int kVectors = kDepthwiseVectors<V, R>;
   constexpr int kLineVectors = kDepthwiseLineVectors<V, R, kWalk>;
   const bool whole_lines = kLineVectors != kVectors && channels % (kLineVectors * V::kWidth) == 0;
   if constexpr (kWalk == DepthwiseWalk::wgrad && R == 3 && kByRows<V>) {
@@ -849,8 +848,13 @@ struct DepthwiseConvolution {
     staged_dy =
         staged_wgrad && staged ? kernels.rows * ceil_div(own_columns, column_tiles) * kLine : 0;
     row_tiles = ceil_div(ceil_div(rows, residues_h), kernels.rows);
+    // Where a tile's lines crowd the first-level cache, asking pays from twice the size on; wgrad, which only
+    // reads, gains all the same.
+    const bool crowds = direction != Direction::wgrad &&
+                        crowds_cache(kernels.source_rows * columns_met, apart_w * p.c);
     const int64_t floats = p.x_size() + p.y_size();
-    asks_below = !staged && (p.r == 1 ? beyond_caches(floats) : tiles_ask_below(floats, rows));
+    asks_below = !staged && (p.r == 1 ? beyond_caches(floats)
+                                      : tiles_ask_below(crowds ? floats / 2 : floats, rows));
     tiles = residues_h * row_tiles * residues_w * column_tiles;
     taps_floats = p.r * p.s * V::kWidth;
     part_floats = vectors * (taps_floats + (bias ? V::kWidth : 0));

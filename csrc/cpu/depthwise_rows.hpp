@@ -277,8 +277,9 @@ inline __attribute__((always_inline)) void for_each_part_of_taps(int64_t taps, c
 // Of one row, asks for `Pixels` pixels' lines of the source and of the output, or dy: a vector's of those that
 // come next, which lie too far apart for the hardware to ask for them.
 template <class V, int Pixels, bool Writes>
-inline __attribute__((always_inline)) void ask_for_pixels(const float* source, int64_t source_column,
-                                                          const float* out, int64_t out_column) {
+inline __attribute__((always_inline)) void ask_for_pixels(const float* source,
+                                                          int64_t source_column, const float* out,
+                                                          int64_t out_column) {
 #pragma GCC unroll 16
   for (int j = 0; j < Pixels; ++j) {
     __builtin_prefetch(source + j * source_column, 0, 2);
@@ -425,65 +426,66 @@ void depthwise_wgrad_rows_of_one(const DepthwiseTile& t) {
   const auto all_channels = [&](const float* source, const float* dy, auto pixels,
                                 const auto& inside) __attribute__((always_inline)) {
     float* sums = t.sums;
-    for_each_channel_vector<V, 1>(t.channels, [&](int64_t c, const auto& channels)
-                                                  __attribute__((always_inline)) {
-      if (t.asks_below && c % kLine == 0) {
-        ask_for_pixels<V, kPixels, false>(source + c + (kPixels - 1 + taps) * t.source_column,
-                                          t.source_column, dy + c + kPixels * out_column,
-                                          out_column);
-      }
-      Reg b[kPixels];
-#pragma GCC unroll 16
-      for (int j = 0; j < kPixels; ++j) {
-        b[j] = j < pixels ? channels.load(dy + c + j * out_column, 0) : V::zero();
-      }
-      if (t.bias_sums) {
-        Reg sum = V::load(t.bias_sums + c);
-#pragma GCC unroll 16
-        for (int j = 0; j < kPixels; ++j) sum = V::add(sum, b[j]);
-        V::store(t.bias_sums + c, sum);
-      }
-      const char* row = reinterpret_cast<const char*>(source + c);
-      int64_t done = 0;
-      const auto part = [&](auto count) __attribute__((always_inline)) {
-        constexpr int kCount = decltype(count)::value;
-        const auto met = inside(done, count);
-        Reg sum[kCount][kSums];
-#pragma GCC unroll 8
-        for (int s = 0; s < kCount; ++s) {
-          sum[s][0] = V::load(sums + s * V::kWidth);
-          if (kSums > 1) sum[s][kSums - 1] = V::zero();
-        }
-        const char* four = row;
-#pragma GCC unroll 32
-        for (int at = 0; at < kPixels - 1 + kCount; ++at) {
-          if (at >= met.begin && at < met.end) {
-            const int64_t apart = at % 4 == 3 ? steps.columns_3 : at % 4 * steps.column;
-            const auto a = V::held(channels.load(reinterpret_cast<const float*>(four + apart), 0));
-#pragma GCC unroll 16
-            for (int j = 0; j < kPixels; ++j) {
-              const int s = at - j;
-              if (s < 0 || s >= kCount) continue;
-              sum[s][j % kSums] = V::fma(a, b[j], sum[s][j % kSums]);
-            }
+    for_each_channel_vector<V, 1>(
+        t.channels, [&](int64_t c, const auto& channels) __attribute__((always_inline)) {
+          if (t.asks_below && c % kLine == 0) {
+            ask_for_pixels<V, kPixels, false>(source + c + (kPixels - 1 + taps) * t.source_column,
+                                              t.source_column, dy + c + kPixels * out_column,
+                                              out_column);
           }
-          if (at % 4 == 3) four = hidden(four + 4 * steps.column);
-        }
+          Reg b[kPixels];
+#pragma GCC unroll 16
+          for (int j = 0; j < kPixels; ++j) {
+            b[j] = j < pixels ? channels.load(dy + c + j * out_column, 0) : V::zero();
+          }
+          if (t.bias_sums) {
+            Reg sum = V::load(t.bias_sums + c);
+#pragma GCC unroll 16
+            for (int j = 0; j < kPixels; ++j) sum = V::add(sum, b[j]);
+            V::store(t.bias_sums + c, sum);
+          }
+          const char* row = reinterpret_cast<const char*>(source + c);
+          int64_t done = 0;
+          const auto part = [&](auto count) __attribute__((always_inline)) {
+            constexpr int kCount = decltype(count)::value;
+            const auto met = inside(done, count);
+            Reg sum[kCount][kSums];
 #pragma GCC unroll 8
-        for (int s = 0; s < kCount; ++s) {
-          if (kSums > 1) sum[s][0] = V::add(sum[s][0], sum[s][kSums - 1]);
-          V::store(sums + s * V::kWidth, sum[s][0]);
-        }
-        row += kCount * steps.column;
-        sums += kCount * V::kWidth;
-        done += kCount;
-      };
-      if constexpr (Many) {
-        for_each_part_of_taps<Taps>(taps, part);
-      } else {
-        part(std::integral_constant<int, Taps>{});
-      }
-    });
+            for (int s = 0; s < kCount; ++s) {
+              sum[s][0] = V::load(sums + s * V::kWidth);
+              if (kSums > 1) sum[s][kSums - 1] = V::zero();
+            }
+            const char* four = row;
+#pragma GCC unroll 32
+            for (int at = 0; at < kPixels - 1 + kCount; ++at) {
+              if (at >= met.begin && at < met.end) {
+                const int64_t apart = at % 4 == 3 ? steps.columns_3 : at % 4 * steps.column;
+                const auto a =
+                    V::held(channels.load(reinterpret_cast<const float*>(four + apart), 0));
+#pragma GCC unroll 16
+                for (int j = 0; j < kPixels; ++j) {
+                  const int s = at - j;
+                  if (s < 0 || s >= kCount) continue;
+                  sum[s][j % kSums] = V::fma(a, b[j], sum[s][j % kSums]);
+                }
+              }
+              if (at % 4 == 3) four = hidden(four + 4 * steps.column);
+            }
+#pragma GCC unroll 8
+            for (int s = 0; s < kCount; ++s) {
+              if (kSums > 1) sum[s][0] = V::add(sum[s][0], sum[s][kSums - 1]);
+              V::store(sums + s * V::kWidth, sum[s][0]);
+            }
+            row += kCount * steps.column;
+            sums += kCount * V::kWidth;
+            done += kCount;
+          };
+          if constexpr (Many) {
+            for_each_part_of_taps<Taps>(taps, part);
+          } else {
+            part(std::integral_constant<int, Taps>{});
+          }
+        });
   };
 
   for (int64_t i = 0; i < t.rows; ++i) {
@@ -498,9 +500,8 @@ void depthwise_wgrad_rows_of_one(const DepthwiseTile& t) {
         all_channels(source, dy, std::integral_constant<int, kPixels>{},
                      [](int64_t, auto count) { return KnownSpan<0, kPixels - 1 + count>{}; });
       } else {
-        all_channels(source, dy, pixels, [&](int64_t tap, auto) {
-          return Span{met.begin - tap, met.end - tap};
-        });
+        all_channels(source, dy, pixels,
+                     [&](int64_t tap, auto) { return Span{met.begin - tap, met.end - tap}; });
       }
     }
   }

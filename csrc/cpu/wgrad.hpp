@@ -309,9 +309,10 @@ struct WgradPlan {
   bool packs_blocks;        // packed by the tasks themselves, of a block what their tiles read
   PhasedAxis down, across;  // packed: [group][tile][phase][image][row][column][plan.rows]
   int64_t parts, q_tiles, q_groups;
-  int64_t channel_groups;  // q_groups are made of: so many of tiles, and of each of these, of all taps
-  int64_t tiles_a_tap;     // or of all taps, if tiles span them
-  LikeTiles cut;         // of its rows into tiles
+  int64_t
+      channel_groups;   // q_groups are made of: so many of tiles, and of each of these, of all taps
+  int64_t tiles_a_tap;  // or of all taps, if tiles span them
+  LikeTiles cut;        // of its rows into tiles
   int64_t panel_groups;  // of panels that a task has one after the other
   bool asks_ahead;       // for the next block
   bool asks_for_dy;      // of the next block, where tiles span taps
@@ -635,9 +636,9 @@ void pack_x(const Conv2dProblem& p, const WgradPlan<V>& plan, const float* x, in
   // Tasks share the channels where pixels are few, and where they are multiplied in groups.
   const int64_t enough = tasks_for(row_phases * column_phases * pixels * p.c);
   const bool by_channels = plan.channel_groups > 1 && plan.parts == 1;
-  const int64_t cuts = min64(plan.tiles_a_tap,
-                             max64(by_channels ? plan.channel_groups : 1,
-                                   ceil_div(enough, p.groups * row_phases * parts)));
+  const int64_t cuts =
+      min64(plan.tiles_a_tap, max64(by_channels ? plan.channel_groups : 1,
+                                    ceil_div(enough, p.groups * row_phases * parts)));
   // One after the other, phases of the same rows find the lines that they share in the cache.
   parallel_for(p.groups * row_phases * parts * cuts, [&](int64_t task) {
     const int64_t stretches = row_phases * parts;
@@ -1062,7 +1063,7 @@ class ImplicitGemmWgrad {
   struct Task {
     int64_t group, part, q_group;
     Span panels;
-    Span of_tap, tiles;  // a group of a tap's tiles; and of these, of all taps, the task's
+    Span of_tap, tiles;           // a group of a tap's tiles; and of these, of all taps, the task's
     float *packed_dy, *packed_x;  // of a block
     PixelRun *runs, *packed_runs;
     int64_t run_count, packed_run_count;
@@ -1115,8 +1116,7 @@ class ImplicitGemmWgrad {
     const int64_t tile_groups = plan_.q_groups / plan_.channel_groups;
     const int64_t tile_group = number % tile_groups;
     const int64_t panel_group = number / tile_groups % plan_.panel_groups;
-    const int64_t channel_group =
-        number / tile_groups / plan_.panel_groups % plan_.channel_groups;
+    const int64_t channel_group = number / tile_groups / plan_.panel_groups % plan_.channel_groups;
     const int64_t others = number / plan_.q_groups / plan_.panel_groups;
     const int64_t group = others % p_.groups, part = others / p_.groups;
     const Span panels = part_of(plan_.panels, plan_.panel_groups, panel_group);

@@ -30,8 +30,8 @@ _INTERRUPTED = 130
 
 DEFAULT_SUITES = ("mnist",)
 SUITE_NAMES = (
-    "mnist, alexnet, vgg16, resnet50, mobilenetv2, efficientnet, convnext, grouped, dilated, sequences, "
-    "deepbench, pooling, random:SEED:COUNT"
+    "mnist, alexnet, vgg16, resnet50, mobilenetv2, mobilenet, efficientnet, convnext, grouped, dilated, "
+    "sequences, deepbench, pooling, random:SEED:COUNT"
 )
 
 

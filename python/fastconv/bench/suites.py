@@ -107,6 +107,15 @@ def mobilenetv2(n: int = 1) -> Iterator[Problem]:
         yield _conv(n, size, c, k, 1, name=f"pw{size}x{c}->{k}")
 
 
+def mobilenet(n: int = 32) -> Iterator[Problem]:
+    """MobileNet's depthwise layers as in training: of a batch that no cache holds."""
+    for size, c, stride in (
+        (112, 32, 1), (112, 64, 2), (56, 128, 1), (56, 128, 2), (28, 256, 1), (28, 256, 2),
+        (14, 512, 1), (14, 512, 2), (7, 1024, 1),
+    ):  # fmt: skip
+        yield _conv(n, size, c, c, 3, stride, groups=c, name=f"dw{size}x{c}s{stride}")
+
+
 def grouped(n: int = 8) -> Iterator[Problem]:
     """ResNeXt's 3 x 3 layers of 32 groups, and AlexNet's layers of two columns."""
     for size, c in ((56, 128), (28, 256), (14, 512), (7, 1024)):
@@ -166,6 +175,7 @@ def sequences() -> Iterator[Problem]:
             f'mb{n}ic{c}ih1iw{steps}oc{k}oh1ow{steps}kh1kw{taps}ph0pw{pad}dh{d - 1}n"{name}"'
         )
     yield parse('mb4g256ic256ih1iw500oc256oh1ow500kh1kw31ph0pw15n"conformer"')
+    yield parse('mb64g128ic128ih1iw1000oc128oh1ow1000kh1kw9ph0pw4n"separable"')
     for c, k, kernel, name in (
         (128, 128, "kh1kw7ph0pw3", "inception1x7"),
         (160, 192, "kh7kw1ph3pw0", "inception7x1"),
@@ -253,6 +263,7 @@ SUITES: dict[str, Callable[..., Iterator[Problem]]] = {
     "vgg16": vgg16,
     "resnet50": resnet50,
     "mobilenetv2": mobilenetv2,
+    "mobilenet": mobilenet,
     "efficientnet": efficientnet,
     "convnext": convnext,
     "grouped": grouped,
