@@ -312,9 +312,9 @@ struct WgradPlan {
   int64_t channel_groups;  // of tiles; each is cut, of all taps, into as many q_groups
   int64_t tiles_a_tap;     // or of all taps, if tiles span them
   LikeTiles cut;           // of its rows into tiles
-  int64_t panel_groups;  // of panels that a task has one after the other
-  bool asks_ahead;       // for the next block
-  bool asks_for_dy;      // of the next block, where tiles span taps
+  int64_t panel_groups;    // of panels that a task has one after the other
+  bool asks_ahead;         // for the next block
+  bool asks_for_dy;        // of the next block, where tiles span taps
   int64_t pixels_a_block;
   int64_t offsets_bytes, sums_bytes, bias_bytes, copy_bytes;
   int64_t block_bytes, packed_block_bytes, list_bytes;  // of a worker; there are two lists
