@@ -48,6 +48,8 @@ inline bool bf16_is_positive(Bits bits) { return bits - 1u < 0x7F80; }  // of Na
 // --- units ------------------------------------------------------------------------------------------
 
 constexpr int64_t kBf16Width = 16;  // columns of a vector
+// Elements copied or turned in a run: fewer cost as much.
+constexpr int64_t kLeastBf16Run = 32;
 constexpr int kMostBf16Rows = 32, kMostBf16Vectors = 4;
 
 // What a unit's work costs, in multiply-adds of float32: a product, one of wgrad, and an element that is read,
@@ -320,11 +322,10 @@ class Bf16TapConvolution {
     return sum;
   }
   int64_t copied_elements() const { return copied_ ? p_.n * image_size() : 0; }
-  // Of those that are copied a pixel at a time, a few cost as much as some.
   int64_t source_elements_paid() const {
     if (!copied_) return is_dgrad_ ? p_.y_size() : p_.x_size();
     if (copies_rows(grid_.horizontal.step)) return copied_elements();
-    return copied_elements() / slices_.elements() * max64(slices_.elements(), kLeastRun);
+    return copied_elements() / slices_.elements() * max64(slices_.elements(), kLeastBf16Run);
   }
   int64_t output_elements() const { return is_dgrad_ ? p_.x_size() : p_.y_size(); }
   int64_t packed_elements() const { return p_.groups * vectors_ * p_.r * p_.s * tap_size(); }
@@ -374,7 +375,6 @@ class Bf16TapConvolution {
   int64_t row_positions() const { return grid_.horizontal.length; }
   int64_t tap_size() const { return slices_.elements() * kBf16Width; }  // of a vector
 
-  static constexpr int64_t kLeastRun = 32;
   bool copies_rows(int64_t step) const { return step == 1 && p_.groups * in_ == channels_; }
 
   template <class Body>
@@ -682,10 +682,8 @@ class Bf16Wgrad {
   int64_t copied_elements() const {
     return images_ * (image_size_ + p_.groups * vectors_ * packed_image_);
   }
-  // Fewer channels than are turned at once cost as much as some.
   int64_t elements_paid_for_copies() const {
-    constexpr int64_t kLeastChannels = 32;
-    return images_ * (image_size_ / p_.c * max64(p_.c, kLeastChannels) +
+    return images_ * (image_size_ / p_.c * max64(p_.c, kLeastBf16Run) +
                       p_.groups * vectors_ * packed_image_);
   }
   int64_t workspace_bytes() const { return 2 * copied_elements() + sums_bytes() + 192; }

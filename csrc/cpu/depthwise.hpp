@@ -711,11 +711,13 @@ bool one_row_crowds(int64_t taps, int64_t apart) {
   return part < taps && crowds_cache(2 * pixels_of_one_row<V>(part) - 1 + taps, apart);
 }
 
-// Of a part's taps, from 2 to the most.
+// Of a part's taps, from 2 on.
 template <class V, bool Wgrad, bool Many, std::size_t... I>
 DepthwiseTileFunction depthwise_rows_of_one_function(int64_t part, std::index_sequence<I...>) {
   constexpr auto kOf = []<int Taps>() -> DepthwiseTileFunction {
-    if constexpr (Wgrad) {
+    if constexpr (!is_part_of_taps<V>(Taps, Many)) {
+      return nullptr;
+    } else if constexpr (Wgrad) {
       return depthwise_wgrad_rows_of_one<V, Taps, Many>;
     } else {
       return depthwise_rows_of_one<V, Taps, Many>;

@@ -252,11 +252,24 @@ inline __attribute__((always_inline)) void load_taps(const float* filter, int64_
   for (int s = 0; s < Taps; ++s) tap[s] = V::held(channels.load(filter + s * column, 0));
 }
 
+template <class V>
+constexpr int64_t kMostTapsOfPart = V::kRegisters < 32 ? 5 : 8;
+
 // Of so many taps in a row, how many are in registers at a time: all of them, or parts of like sizes.
 template <class V>
 constexpr int64_t taps_of_part(int64_t taps) {
-  constexpr int64_t kMost = V::kRegisters < 32 ? 5 : 8;
+  constexpr int64_t kMost = kMostTapsOfPart<V>;
   return taps <= kMost || taps == 7 ? taps : ceil_div(taps, ceil_div(taps, kMost));
+}
+
+// Whether some number of taps comes in such parts; `many`: in several.
+template <class V>
+constexpr bool is_part_of_taps(int64_t part, bool many) {
+  // More than these come in parts of the same sizes.
+  for (int64_t taps = 2; taps <= 2 * kMostTapsOfPart<V>; ++taps) {
+    if (taps_of_part<V>(taps) == part && (part < taps) == many) return true;
+  }
+  return false;
 }
 
 // Neighbouring pixels whose sums, beside these, are in registers too.
@@ -265,9 +278,11 @@ constexpr int pixels_of_one_row(int64_t taps) {
   return V::kRegisters == 32 ? 12 : taps == 7 ? 7 : 8;
 }
 
-// Calls part(number of taps, std::integral_constant) for parts of `Taps` taps or one less, `taps` in all.
-template <int Taps, class Part>
+// Calls part(number of taps, a std::integral_constant) for `taps` taps: all of them at once or, of many, parts of
+// `Taps` or one less.
+template <int Taps, bool Many, class Part>
 inline __attribute__((always_inline)) void for_each_part_of_taps(int64_t taps, const Part& part) {
+  if constexpr (!Many) return part(std::integral_constant<int, Taps>{});
   const int64_t parts = ceil_div(taps, Taps);
   const int64_t whole_parts = taps - parts * (Taps - 1);
   for (int64_t i = 0; i < whole_parts; ++i) part(std::integral_constant<int, Taps>{});
@@ -276,7 +291,7 @@ inline __attribute__((always_inline)) void for_each_part_of_taps(int64_t taps, c
 
 // Of one row, asks for `Pixels` pixels' lines of the source and of the output, or dy: a vector's of those that
 // come next, which lie too far apart for the hardware to ask for them.
-template <class V, int Pixels, bool Writes>
+template <int Pixels, bool Writes>
 inline __attribute__((always_inline)) void ask_for_pixels(const float* source,
                                                           int64_t source_column, const float* out,
                                                           int64_t out_column) {
@@ -298,7 +313,6 @@ void depthwise_rows_of_one(const DepthwiseTile& t) {
   constexpr int64_t kFewChannels = Many ? 0 : 3 * V::kWidth;
   using Reg = typename V::Reg;
   constexpr std::integral_constant<int, kPixels> kAllStored;
-  constexpr std::integral_constant<int, Taps> kTaps;
   static constexpr float kNoBias[V::kWidth] = {};
   const SourceSteps steps(t);
   // Not read anew behind each store.
@@ -329,7 +343,7 @@ void depthwise_rows_of_one(const DepthwiseTile& t) {
     int64_t left = channel_count;
     const auto vector = [&](const auto& channels) __attribute__((always_inline)) {
       if (asks_ahead && (channel_count - left) % kLine == 0) {
-        ask_for_pixels<V, kPixels, true>(source + (kPixels - 1 + taps) * t.source_column,
+        ask_for_pixels<kPixels, true>(source + (kPixels - 1 + taps) * t.source_column,
                                          t.source_column, out + kPixels * out_column, out_column);
       }
       pixels_of(channels.load(bias, 0), out, channels, stored,
@@ -345,11 +359,7 @@ void depthwise_rows_of_one(const DepthwiseTile& t) {
                     from += count * filter_column;
                     done += count;
                   };
-                  if constexpr (Many) {
-                    for_each_part_of_taps<Taps>(taps, part);
-                  } else {
-                    part(kTaps);
-                  }
+                  for_each_part_of_taps<Taps, Many>(taps, part);
                 });
     };
     for (; left >= V::kWidth; left -= V::kWidth) {
@@ -429,7 +439,7 @@ void depthwise_wgrad_rows_of_one(const DepthwiseTile& t) {
     for_each_channel_vector<V, 1>(
         t.channels, [&](int64_t c, const auto& channels) __attribute__((always_inline)) {
           if (t.asks_below && c % kLine == 0) {
-            ask_for_pixels<V, kPixels, false>(source + c + (kPixels - 1 + taps) * t.source_column,
+            ask_for_pixels<kPixels, false>(source + c + (kPixels - 1 + taps) * t.source_column,
                                               t.source_column, dy + c + kPixels * out_column,
                                               out_column);
           }
@@ -480,11 +490,7 @@ void depthwise_wgrad_rows_of_one(const DepthwiseTile& t) {
             sums += kCount * V::kWidth;
             done += kCount;
           };
-          if constexpr (Many) {
-            for_each_part_of_taps<Taps>(taps, part);
-          } else {
-            part(std::integral_constant<int, Taps>{});
-          }
+          for_each_part_of_taps<Taps, Many>(taps, part);
         });
   };
 

@@ -33,7 +33,8 @@ struct DepthwiseTile {
   float* scratch;  // R * R vectors, for as many neighbouring vectors as a tile has
   // wgrad: the sums, [vector][tap][lane], and those of the bias, [vector][lane], or null.
   float *sums, *bias_sums;
-  // Whether to ask, a column at a time, for the rows that the tile below needs and this one does not.
+  // Whether to ask, a column at a time, for the rows that the tile below needs and this one does not; of filters of
+  // one row, for the pixels that come next.
   bool asks_below;
 };
 

@@ -309,7 +309,7 @@ struct WgradPlan {
   bool packs_blocks;        // packed by the tasks themselves, of a block what their tiles read
   PhasedAxis down, across;  // packed: [group][tile][phase][image][row][column][plan.rows]
   int64_t parts, q_tiles, q_groups;
-  int64_t channel_groups;  // of tiles; each is cut, of all taps, into as many q_groups
+  int64_t channel_groups;  // of tiles; each has its share of the q_groups, of all taps
   int64_t tiles_a_tap;     // or of all taps, if tiles span them
   LikeTiles cut;           // of its rows into tiles
   int64_t panel_groups;    // of panels that a task has one after the other
