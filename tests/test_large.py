@@ -146,6 +146,31 @@ def test_one_tap_batches_beyond_caches(c, filters, strides):
         assert_images_are_as_alone((24, 37, 41, c), filters, 1, (1, 1), strides, (1, 1))
 
 
+@pytest.mark.parametrize(
+    "window, strides, padding", [(2, 2, "valid"), (3, 2, "same"), (2, 3, "valid"), (3, 1, "same")]
+)
+def test_pooling_batches_beyond_caches(window, strides, padding):
+    """Rows of windows ask for the next row's lines. An image has the bits that it has alone."""
+    x = np.random.default_rng(2).standard_normal((30, 37, 41, 96), np.float32)
+    assert 4 * x.size > 16 * 2**20
+    options = {"strides": strides, "padding": padding}
+    for isa in _core.available_isas():
+        with running_on(isa=isa, threads=2):
+            results = [
+                fastconv.max_pool2d(x, window, **options),
+                *fastconv.max_pool2d(x, window, return_argmax=True, **options),
+                fastconv.avg_pool2d(x, window, **options),
+            ]
+            for image in range(len(x)):
+                one = x[image : image + 1]
+                alone = [
+                    fastconv.max_pool2d(one, window, **options),
+                    *fastconv.max_pool2d(one, window, return_argmax=True, **options),
+                    fastconv.avg_pool2d(one, window, **options),
+                ]
+                assert_equal_arrays([result[image : image + 1] for result in results], alone)
+
+
 def assert_images_are_as_alone(shape, filters, groups, kernel, strides, rate):
     assert 4 * np.prod(shape) > 12 * 2**20
     rng = np.random.default_rng(2)

@@ -350,10 +350,30 @@ inline float one_over(Span rows, Span columns) {
   return 1.0f / static_cast<float>(rows.size() * columns.size());
 }
 
+// Whether rows of windows ask for what the next row meets, of tensors that no cache holds: their rows end
+// before the hardware has begun to ask ahead of them, unless they are long.
+inline bool pool_asks_below(const Pool2dProblem& p) {
+  constexpr int64_t kLongRow = 8192;
+  return p.w * p.c <= kLongRow && beyond_caches((p.x_size() + p.y_size()) / 4 * 3);
+}
+
+// Asks for what the windows of the next row meet and those of this one do not, below the window of R x S taps
+// whose first tap is at `corner`. `in` has no gaps between pixels.
+template <int R, int S>
+inline __attribute__((always_inline)) void ask_below_window(const Pool2dProblem& p, const float* corner, const Pixels& in) {
+  const int64_t floats = min64(p.stride_w, S) * in.pixel;
+  const float* below = corner + max64(p.stride_h, R) * in.row;
+#pragma GCC unroll 3
+  for (int r = 0; r < R; ++r, below += in.row) {
+    if (r == p.stride_h) break;
+    for (int64_t at = 0; at < floats; at += kLine) __builtin_prefetch(below + at, 0, 2);
+  }
+}
+
 // Output row i, channels `channels`, of one image.
 template <class V, class Policy, int R, int S>
 void pool_row(const Pool2dProblem& p, int64_t i, const float* x, const Pixels& in,
-              const Pixels& out, Span channels, const Policy& policy) {
+              const Pixels& out, Span channels, bool asks_below, const Policy& policy) {
   const int64_t top = i * p.stride_h - p.pad_top;
   const Span rows = taps_inside(top, p.r, p.h);
   const auto clipped = [&](int64_t j_begin, int64_t j_end) {
@@ -372,16 +392,25 @@ void pool_row(const Pool2dProblem& p, int64_t i, const float* x, const Pixels& i
   if (R == 0 || rows.size() < p.r) return clipped(0, p.ow);
   const Span inside = windows_inside(p.pad_left, p.s, p.stride_w, p.w, p.ow);
   clipped(0, inside.begin);
-  for (int64_t j = inside.begin; j < inside.end; ++j) {
-    const float* const corner = x + in.at(top, j * p.stride_w - p.pad_left);
-    const int64_t at = out.at(i, j);
-    for_each_vector<V>(channels.begin, channels.end, [&](int64_t channel, const auto& lanes) {
-      const float* const first = corner + channel;
-      const auto load = [&](int64_t r, int64_t s) {
-        return lanes.load(first + r * in.row + s * in.pixel);
-      };
-      policy.template vector<R, S>(load, {}, {}, at + channel, lanes);
-    });
+  // One of each: the loop that asks is slower even where it does not.
+  const auto whole = [&](auto asks) {
+    for (int64_t j = inside.begin; j < inside.end; ++j) {
+      const float* const corner = x + in.at(top, j * p.stride_w - p.pad_left);
+      const int64_t at = out.at(i, j);
+      if constexpr (asks) ask_below_window<R, S>(p, corner, in);
+      for_each_vector<V>(channels.begin, channels.end, [&](int64_t channel, const auto& lanes) {
+        const float* const first = corner + channel;
+        const auto load = [&](int64_t r, int64_t s) {
+          return lanes.load(first + r * in.row + s * in.pixel);
+        };
+        policy.template vector<R, S>(load, {}, {}, at + channel, lanes);
+      });
+    }
+  };
+  if (asks_below) {
+    whole(std::true_type{});
+  } else {
+    whole(std::false_type{});
   }
   clipped(inside.end, p.ow);
 }
@@ -584,13 +613,15 @@ template <class V, class Policy, int R, int S>
 void pool_fprop_nhwc(const Pool2dProblem& p, const float* x, const Policy& policy) {
   const int64_t vectors = ceil_div(p.c, V::kWidth);
   const RowTasks tasks(p.n * p.oh, min64(p.r, p.h) * min64(p.w, p.ow * p.s) * p.c, vectors);
+  const bool asks_below = pool_asks_below(p);
   parallel_for(tasks.count(), [&](int64_t task) {
     tasks.run(task, [&](int64_t row, int64_t part) {
       const int64_t n = row / p.oh;
       const Span own = part_of(vectors, tasks.parts, part);
       const Span channels{own.begin * V::kWidth, min64(p.c, own.end * V::kWidth)};
       pool_row<V, Policy, R, S>(p, row % p.oh, x, {n * p.h * p.w * p.c, p.w * p.c, p.c},
-                                {n * p.oh * p.ow * p.c, p.ow * p.c, p.c}, channels, policy);
+                                {n * p.oh * p.ow * p.c, p.ow * p.c, p.c}, channels, asks_below,
+                                policy);
     });
   });
 }
@@ -669,7 +700,7 @@ void pool_fprop_nchw(const Pool2dProblem& p, const float* x, const Policy& polic
     const Policy own = policy.with_results(in + in_floats, in + in_floats + out_floats);
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       pool_row<V, Policy, R, S>(p, i, in, strip_pixels(first, p.w, kWidth),
-                                strip_pixels(rows.begin, p.ow, kWidth), {0, kWidth}, own);
+                                strip_pixels(rows.begin, p.ow, kWidth), {0, kWidth}, false, own);
     }
     policy.template take_results<V>(own, count, rows.size() * p.ow,
                                     (plane * p.oh + rows.begin) * p.ow, p.oh * p.ow);
