@@ -109,6 +109,11 @@ PROBLEMS = [
     depthwise((1, 3, 12, 20), kernel=(2, 31), padding="same"),
     depthwise((1, 3, 70, 20), 2, kernel=(1, 9), padding="same", dilation_rate=(1, 2)),
     depthwise((1, 1, 1500, 70), kernel=(1, 31), padding="same"),
+    # Tiles of which lines are copied, whose columns are a multiple of what is in registers.
+    *(
+        depthwise((4, 1, width, 512), kernel=(1, taps), padding="same")
+        for width, taps in [(300, 9), (37, 15), (250, 8)]
+    ),
     # In no cache.
     depthwise((8, 1, 3000, 70), kernel=(1, 9), padding="same"),
     depthwise((8, 1, 3000, 70), kernel=(1, 4), dilation_rate=(1, 2)),

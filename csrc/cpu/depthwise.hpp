@@ -829,9 +829,10 @@ struct DepthwiseConvolution {
     const int64_t own_columns = ceil_div(columns, residues_w);
     neighbours = p.r == 1 ? pixels_of_one_row<V>(taps_of_part<V>(p.s)) : 1;
     column_tiles = ceil_div(own_columns, kColumns);
+    const int64_t most_columns =
+        ceil_div(ceil_div(own_columns, neighbours), column_tiles) * neighbours;  // of a tile
     const auto of = [&]<DepthwiseWalk kWalk, int Step>() {
-      return depthwise_kernels<V, kWalk, Step>(p, ceil_div(own_columns, column_tiles),
-                                               apart_w * p.c, masked);
+      return depthwise_kernels<V, kWalk, Step>(p, most_columns, apart_w * p.c, masked);
     };
     constexpr auto kGather = DepthwiseWalk::gather, kWgrad = DepthwiseWalk::wgrad;
     kernels = scatter                         ? of.template operator()<DepthwiseWalk::scatter, 2>()
@@ -842,13 +843,12 @@ struct DepthwiseConvolution {
     vectors = round_up(ceil_div(p.c, V::kWidth), kernels.vectors);
     // wgrad of a larger filter reads a tile again for each vector of a line and for some of its rows. A
     // copy pays where a set of the first-level cache would have to hold five times its lines.
-    const int64_t columns_met = (ceil_div(own_columns, column_tiles) - 1) * step + p.s;
+    const int64_t columns_met = (most_columns - 1) * step + p.s;
     const bool staged_wgrad = p.r > 3 && direction == Direction::wgrad &&
                               crowds_cache(kernels.source_rows * columns_met / 4, apart_w * p.c);
     const bool staged = V::kWidth == kLine / 2 && (staged_wgrad || kernels.stages);
     staged_source = staged ? kernels.source_rows * columns_met * kLine : 0;
-    staged_dy =
-        staged_wgrad && staged ? kernels.rows * ceil_div(own_columns, column_tiles) * kLine : 0;
+    staged_dy = staged_wgrad && staged ? kernels.rows * most_columns * kLine : 0;
     row_tiles = ceil_div(ceil_div(rows, residues_h), kernels.rows);
     // Where a tile's lines crowd the first-level cache, asking pays from twice the size on; wgrad, which only
     // reads, gains all the same.
