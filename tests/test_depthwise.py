@@ -20,7 +20,7 @@ from conv2d_problems import (
     solve,
 )
 from fastconv import _core
-from running import running_on
+from running import assert_equal_arrays, by_reference, running_on
 
 
 def depthwise(x, multiplier=1, **geometry):
@@ -114,6 +114,18 @@ PROBLEMS = [
         depthwise((4, 1, width, 512), kernel=(1, taps), padding="same")
         for width, taps in [(300, 9), (37, 15), (250, 8)]
     ),
+    # One row of taps with stride: cells of dgrad with one tap and more, at every place in the padding.
+    *(
+        depthwise((2, 3, width, 19), kernel=(1, taps), strides=(1, step), padding=padding)
+        for taps, step in [(2, 2), (3, 2), (5, 2), (7, 3), (8, 4), (4, 4), (9, 2), (17, 5), (31, 2)]
+        for width in (1, 9, 36, 71)
+        for padding in ["same", ((1, 0), (taps - 1, taps)), ((0, 0), (0, step + taps))]
+    ),
+    *(
+        depthwise((2, 1, width, channels), kernel=(1, taps), strides=(1, 2), padding="same")
+        for width, channels, taps in [(300, 512, 9), (301, 128, 5), (64, 8, 3), (150, 1, 4)]
+    ),
+    depthwise((8, 1, 3000, 70), kernel=(1, 5), strides=(1, 2), padding="same"),
     # In no cache.
     depthwise((8, 1, 3000, 70), kernel=(1, 9), padding="same"),
     depthwise((8, 1, 3000, 70), kernel=(1, 4), dilation_rate=(1, 2)),
@@ -145,6 +157,45 @@ def assert_right(problem, **running):
 @over
 def test_results(problem, isa):
     assert_right(problem)
+
+
+@pytest.mark.parametrize(
+    "kernel, strides, padding",
+    [
+        ((1, 3), 1, "same"),
+        ((1, 9), 1, "same"),
+        ((1, 3), 2, "same"),
+        ((1, 5), 2, ((0, 0), (3, 1))),
+        ((1, 11), 3, "same"),
+        ((3, 3), 1, "same"),
+        ((3, 3), 2, "same"),
+        ((5, 5), 1, "same"),
+        ((7, 7), 2, "same"),
+    ],
+)
+@pytest.mark.parametrize("width", [9, 22])
+def test_infinities_stay_where_they_belong(kernel, strides, padding, width, isa):
+    """What lies beyond an edge, or no pixel of dy meets, is not multiplied by 0: that would be NaN."""
+    rng = np.random.default_rng(5)
+    w = rng.integers(1, 5, (*kernel, 1, 20)).astype(np.float32)
+    options = {"strides": strides, "padding": padding, "groups": 20}
+    for column in range(width):
+        x = rng.integers(1, 5, (2, 3, width, 20)).astype(np.float32)
+        dy = np.ones(fastconv.conv2d(x, w, **options).shape, np.float32)
+        x[0, 1, column] = np.inf
+        dy[0, 0, min(column, dy.shape[2] - 1)] = np.inf
+        with by_reference():
+            expected = infinities(x, w, dy, options)
+        with running_on(isa=isa, algorithm="depthwise"):
+            assert_equal_arrays(infinities(x, w, dy, options), expected)
+
+
+def infinities(x, w, dy, options):
+    return [
+        np.isinf(fastconv.conv2d(x, w, **options)),
+        np.isinf(fastconv.conv2d_grad_input(dy, w, x.shape, **options)),
+        np.isinf(fastconv.conv2d_grad_filter(x, np.ones_like(dy), w.shape, **options)),
+    ]
 
 
 @settings(max_examples=60)

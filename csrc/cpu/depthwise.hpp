@@ -706,41 +706,79 @@ DepthwiseKernels depthwise_kernels(int64_t channels, int64_t columns, int64_t ap
 // Whether many taps meet more lines, of the source and of the output, than stay in the first-level cache until
 // the next vector is computed.
 template <class V>
-bool one_row_crowds(int64_t taps, int64_t apart) {
-  const int64_t part = taps_of_part<V>(taps);
-  return part < taps && crowds_cache(2 * pixels_of_one_row<V>(part) - 1 + taps, apart);
+bool one_row_crowds(int64_t taps, int64_t step, int64_t apart) {
+  const int64_t part = taps_of_part<V>(taps), pixels = pixels_of_one_row<V>(part);
+  return part < taps && crowds_cache(pixels + (pixels - 1) * step + taps, apart);
 }
 
-// Of a part's taps, from 2 on.
-template <class V, bool Wgrad, bool Many, std::size_t... I>
-DepthwiseTileFunction depthwise_rows_of_one_function(int64_t part, std::index_sequence<I...>) {
-  constexpr auto kOf = []<int Taps>() -> DepthwiseTileFunction {
-    if constexpr (!is_part_of_taps<V>(Taps, Many)) {
-      return nullptr;
-    } else if constexpr (Wgrad) {
-      return depthwise_wgrad_rows_of_one<V, Taps, Many>;
-    } else {
-      return depthwise_rows_of_one<V, Taps, Many>;
-    }
+template <class V, bool Wgrad, bool Strided, int Taps, bool Many>
+constexpr DepthwiseTileFunction depthwise_function_of_part() {
+  // One tap is what a cell of dgrad may have.
+  constexpr bool kOccurs = Taps == 1 ? !Wgrad && !Strided && !Many : is_part_of_taps<V>(Taps, Many);
+  if constexpr (!kOccurs) {
+    return nullptr;
+  } else if constexpr (Wgrad) {
+    return depthwise_wgrad_rows_of_one<V, Taps, Many, Strided>;
+  } else {
+    return depthwise_rows_of_one<V, Taps, Many, Strided>;
+  }
+}
+
+// Of filters of one row.
+template <class V, bool Wgrad, bool Strided>
+DepthwiseTileFunction depthwise_function_of_one_row(int64_t taps) {
+  const auto of = [&]<int... Before>(std::integer_sequence<int, Before...>) {
+    static constexpr DepthwiseTileFunction kFunctions[][2] = {
+        {depthwise_function_of_part<V, Wgrad, Strided, Before + 1, false>(),
+         depthwise_function_of_part<V, Wgrad, Strided, Before + 1, true>()}...};
+    const int64_t part = taps_of_part<V>(taps);
+    return kFunctions[part - 1][part < taps];
   };
-  static constexpr DepthwiseTileFunction kFunctions[] = {kOf.template operator()<I + 2>()...};
-  return kFunctions[part - 2];
+  return of(std::make_integer_sequence < int, kMostTapsOfPart<V><7 ? 7 : kMostTapsOfPart<V>>{});
 }
 
-template <class V, bool Wgrad>
-DepthwiseKernels depthwise_kernels_of_one_row(int64_t taps, int64_t apart) {
-  const int64_t part = taps_of_part<V>(taps);
-  const bool stages = !Wgrad && one_row_crowds<V>(taps, apart);
+// dgrad with stride, of filters of one row: a cell is t.step neighbouring pixels of dx. The first pixels of all
+// cells, all second ones and so on are fprop of stride 1 with every t.step-th tap, turned round.
+template <class V>
+void depthwise_cells_of_one_row(const DepthwiseTile& t) {
+  for (int64_t residue = 0; residue < t.step; ++residue) {
+    DepthwiseTile own = t;
+    own.taps = ceil_div(t.taps - residue, t.step);
+    own.filter += (residue + (own.taps - 1) * t.step) * t.filter_column;
+    own.filter_column = -t.step * t.filter_column;
+    own.out_column = t.step * t.out_column;
+    // The cells whose pixel exists.
+    const int64_t begin = pixels_before(t.out_column_begin - residue, t.step);
+    const int64_t end = min64(t.columns, pixels_before(t.out_column_end - residue, t.step));
+    own.columns = end - begin;
+    if (own.columns <= 0) continue;
+    const int64_t first = begin - (own.taps - 1);  // source column, from that of the first cell
+    own.out += begin * own.out_column + residue * t.out_column;
+    own.source += first * t.source_column;
+    own.column_begin -= first;
+    own.column_end -= first;
+    depthwise_function_of_one_row<V, false, false>(own.taps)(own);
+  }
+}
+
+template <class V>
+DepthwiseKernels depthwise_kernels_of_one_row(Direction direction, int64_t taps, int64_t step,
+                                              int64_t apart) {
+  const bool wgrad = direction == Direction::wgrad;
+  const bool scatter = direction == Direction::dgrad && step > 1;
+  const bool stages = !wgrad && !scatter && one_row_crowds<V>(taps, step, apart);
   const int64_t rows = stages ? 1 : 4;
-  constexpr auto kParts = std::make_index_sequence<7>{};
   return {.vectors = 1,
           .rows = rows,
           .source_rows = rows,
           .source_step = 1,
-          .cell = Wgrad ? 0 : 1,
+          .cell = wgrad ? 0 : 1,
           .missing = 0,
-          .whole = part < taps ? depthwise_rows_of_one_function<V, Wgrad, true>(part, kParts)
-                               : depthwise_rows_of_one_function<V, Wgrad, false>(part, kParts),
+          .whole = scatter    ? depthwise_cells_of_one_row<V>
+                   : wgrad    ? (step > 1 ? depthwise_function_of_one_row<V, true, true>(taps)
+                                          : depthwise_function_of_one_row<V, true, false>(taps))
+                   : step > 1 ? depthwise_function_of_one_row<V, false, true>(taps)
+                              : depthwise_function_of_one_row<V, false, false>(taps),
           .edge = {},
           .by_rows = true,
           .stages = stages};
@@ -750,10 +788,6 @@ DepthwiseKernels depthwise_kernels_of_one_row(int64_t taps, int64_t apart) {
 template <class V, DepthwiseWalk kWalk, int Step>
 DepthwiseKernels depthwise_kernels(const Conv2dProblem& p, int64_t columns, int64_t apart,
                                    bool masked) {
-  if constexpr (kWalk != DepthwiseWalk::scatter && Step == 1) {
-    constexpr bool kWgrad = kWalk == DepthwiseWalk::wgrad;
-    if (p.r == 1) return depthwise_kernels_of_one_row<V, kWgrad>(p.s, apart);
-  }
   if (p.r == 3) return depthwise_kernels<V, kWalk, 3, Step>(p.c, columns, apart, masked);
   if (p.r == 5) return depthwise_kernels<V, kWalk, 5, Step>(p.c, columns, apart, masked);
   return depthwise_kernels<V, kWalk, 7, Step>(p.c, columns, apart, masked);
@@ -767,11 +801,13 @@ bool has_depthwise_kernels(const Conv2dProblem& p, Direction direction, bool mas
   // Of one row, the lanes mask as they read. They read what no cache holds in its order, where a line of
   // channels would be copied whose vectors are less, or where wgrad's taps lie apart.
   if (p.r == 1) {
-    const bool apart = direction == Direction::wgrad
-                           ? p.dilation_w > 1
-                           : V::kWidth < kLine && one_row_crowds<V>(p.s, p.dilation_w * p.c);
+    const bool copies = V::kWidth < kLine && (direction == Direction::fprop || p.stride_w == 1) &&
+                        one_row_crowds<V>(p.s, p.stride_w, p.dilation_w * p.c);
+    const bool apart = direction == Direction::wgrad ? p.dilation_w > 1 : copies;
+    // Of dgrad with a larger stride than the filter is long, there are pixels that no tap reaches.
+    const bool strides = p.stride_w == 1 || (p.dilation_w == 1 && p.stride_w <= p.s);
     return !masked && !(apart && beyond_caches(p.x_size() + p.y_size())) && p.s > 1 &&
-           p.stride_h == 1 && p.stride_w == 1;
+           p.stride_h == 1 && strides;
   }
   if ((p.s != 3 && p.s != 5 && p.s != 7) || p.stride_h != p.stride_w) return false;
   return p.r == p.s && p.stride_h <= (dilated ? 1 : 2);
@@ -787,9 +823,10 @@ struct DepthwiseConvolution {
   bool scatter;
   // Of the source and of what is walked over: the output, or its cells.
   int64_t source_h, source_w, rows, columns;
-  // Source row = row * step + first_row + tap * apart_h. A tile's rows lie as far apart as the taps do,
+  // Source row = row * step_h + first_row + tap * apart_h. A tile's rows lie as far apart as the taps do,
   // and so do its columns: then they meet the same of the source.
-  int64_t step, first_row, first_column, apart_h, apart_w;
+  int64_t step_h, step_w, first_row, first_column, apart_h, apart_w;
+  int64_t cell_h, cell_w;           // output rows and columns of one that is walked over
   int64_t residues_h, residues_w;   // of rows and columns, by what lies between a tile's
   int64_t row_tiles, column_tiles;  // of one residue
   int64_t neighbours;               // whose columns no two tiles share
@@ -805,20 +842,23 @@ struct DepthwiseConvolution {
   int workers;
 
   DepthwiseConvolution(const Conv2dProblem& problem, Direction which, bool masked, bool bias)
-      : p(problem), direction(which), scatter(which == Direction::dgrad && problem.stride_h == 2),
+      : p(problem), direction(which), scatter(which == Direction::dgrad && problem.stride_w > 1),
         apart_h(problem.dilation_h), apart_w(problem.dilation_w) {
     source_h = direction == Direction::dgrad ? p.oh : p.h;
     source_w = direction == Direction::dgrad ? p.ow : p.w;
+    cell_h = scatter ? p.stride_h : 1;
+    cell_w = scatter ? p.stride_w : 1;
     if (scatter) {
       // Cells are counted in the padded image.
-      step = 1;
-      first_row = p.pad_top / 2 - (p.r - 1) / 2;
-      first_column = p.pad_left / 2;
-      rows = ceil_div(p.pad_top + p.h, 2) - p.pad_top / 2;
-      columns = ceil_div(p.pad_left + p.w, 2) - p.pad_left / 2;
+      step_h = step_w = 1;
+      first_row = p.pad_top / cell_h - (p.r - 1) / cell_h;
+      first_column = p.pad_left / cell_w;
+      rows = ceil_div(p.pad_top + p.h, cell_h) - p.pad_top / cell_h;
+      columns = ceil_div(p.pad_left + p.w, cell_w) - p.pad_left / cell_w;
     } else {
       const bool turned = direction == Direction::dgrad;
-      step = turned ? 1 : p.stride_h;
+      step_h = turned ? 1 : p.stride_h;
+      step_w = turned ? 1 : p.stride_w;
       first_row = turned ? p.pad_top - (p.r - 1) * apart_h : -p.pad_top;
       first_column = turned ? p.pad_left - (p.s - 1) * apart_w : -p.pad_left;
       rows = turned ? p.h : p.oh;
@@ -827,7 +867,7 @@ struct DepthwiseConvolution {
     residues_h = min64(apart_h, rows);
     residues_w = min64(apart_w, columns);
     const int64_t own_columns = ceil_div(columns, residues_w);
-    neighbours = p.r == 1 ? pixels_of_one_row<V>(taps_of_part<V>(p.s)) : 1;
+    neighbours = p.r == 1 ? pixels_of_one_row<V>(taps_of_part<V>(ceil_div(p.s, cell_w))) : 1;
     column_tiles = ceil_div(own_columns, kColumns);
     const int64_t most_columns =
         ceil_div(ceil_div(own_columns, neighbours), column_tiles) * neighbours;  // of a tile
@@ -835,15 +875,16 @@ struct DepthwiseConvolution {
       return depthwise_kernels<V, kWalk, Step>(p, most_columns, apart_w * p.c, masked);
     };
     constexpr auto kGather = DepthwiseWalk::gather, kWgrad = DepthwiseWalk::wgrad;
-    kernels = scatter                         ? of.template operator()<DepthwiseWalk::scatter, 2>()
-              : direction == Direction::wgrad ? (step == 1 ? of.template operator()<kWgrad, 1>()
-                                                           : of.template operator()<kWgrad, 2>())
-              : step == 1                     ? of.template operator()<kGather, 1>()
+    kernels = p.r == 1  ? depthwise_kernels_of_one_row<V>(direction, p.s, p.stride_w, apart_w * p.c)
+              : scatter ? of.template operator()<DepthwiseWalk::scatter, 2>()
+              : direction == Direction::wgrad ? (step_h == 1 ? of.template operator()<kWgrad, 1>()
+                                                             : of.template operator()<kWgrad, 2>())
+              : step_h == 1                   ? of.template operator()<kGather, 1>()
                                               : of.template operator()<kGather, 2>();
     vectors = round_up(ceil_div(p.c, V::kWidth), kernels.vectors);
     // wgrad of a larger filter reads a tile again for each vector of a line and for some of its rows. A
     // copy pays where a set of the first-level cache would have to hold five times its lines.
-    const int64_t columns_met = (most_columns - 1) * step + p.s;
+    const int64_t columns_met = (most_columns - 1) * step_w + p.s;
     const bool staged_wgrad = p.r > 3 && direction == Direction::wgrad &&
                               crowds_cache(kernels.source_rows * columns_met / 4, apart_w * p.c);
     const bool staged = V::kWidth == kLine / 2 && (staged_wgrad || kernels.stages);
@@ -876,6 +917,7 @@ struct DepthwiseConvolution {
     common.filter_row = p.s * p.c;
     common.filter_column = p.c;
     common.taps = p.s;
+    common.step = p.stride_w;
     if (direction == Direction::dgrad && !scatter) {
       filter += (p.r * p.s - 1) * p.c;
       common.filter_row = -common.filter_row;
@@ -902,9 +944,8 @@ struct DepthwiseConvolution {
       for_each_tile(n, tile, min64(tiles, tile + strip), source, mask, first, t,
                     [&](int64_t row, int64_t column) {
                       // Of the output; a cell's first pixel may lie in padding.
-                      const int64_t cell = kernels.cell;
-                      const int64_t i = row * cell - (scatter ? p.pad_top % 2 : 0);
-                      const int64_t j = column * cell - (scatter ? p.pad_left % 2 : 0);
+                      const int64_t i = row * cell_h - (scatter ? p.pad_top % cell_h : 0);
+                      const int64_t j = column * cell_w - (scatter ? p.pad_left % cell_w : 0);
                       t.out_row_begin = max64(0, -i);
                       t.out_row_end = out_h - i;
                       t.out_column_begin = max64(0, -j);
@@ -957,6 +998,7 @@ struct DepthwiseConvolution {
         clear_floats(t.bias_sums, count * V::kWidth);
       }
       t.taps = p.s;
+      t.step = p.stride_w;
       t.out_row = p.ow * p.c * apart_h;
       t.out_column = p.c * apart_w;
       const Span own_tiles = part_of(p.n * tiles, parts, part);
@@ -983,8 +1025,8 @@ struct DepthwiseConvolution {
   // are read again. wgrad's dy is copied as well.
   void run_tile(DepthwiseTile& t, float* source) const {
     if (staged_source == 0) return kernels.run(t);
-    const int64_t columns_met = (t.columns - 1) * step + p.s;
-    const Span rows_met{t.row_begin, min64(t.row_end, (t.rows - 1) * step + p.r)};
+    const int64_t columns_met = (t.columns - 1) * step_w + p.s;
+    const Span rows_met{t.row_begin, min64(t.row_end, (t.rows - 1) * step_h + p.r)};
     const Span own_columns{t.column_begin, min64(t.column_end, columns_met)};
     for (int64_t c = 0; c < t.channels; c += kLine) {
       DepthwiseTile line = t;
@@ -1099,7 +1141,7 @@ struct DepthwiseConvolution {
       t.rows = min64(kernels.rows, steps(rows - row, apart_h));
       t.columns = own.size();
       if (row >= rows || t.columns == 0) continue;
-      const int64_t source_i = row * step + first_row, source_j = column * step + first_column;
+      const int64_t source_i = row * step_h + first_row, source_j = column * step_w + first_column;
       t.row_begin = steps(-source_i, apart_h);
       t.row_end = steps(source_h - source_i, apart_h);
       t.column_begin = scatter ? -source_j : steps(-source_j, apart_w);
@@ -1160,7 +1202,10 @@ struct Depthwise {
         std::to_string(convolution.kernels.rows) + " rows x " +
         std::to_string(min64(convolution.columns, convolution.kColumns)) + " x " +
         std::to_string(V::kWidth * convolution.kernels.vectors) + " tile of " +
-        (convolution.scatter ? "2 x 2 cells" : "pixels") + " x channels, " +
+        (convolution.scatter ? std::to_string(convolution.cell_h) + " x " +
+                                   std::to_string(convolution.cell_w) + " cells"
+                             : "pixels") +
+        " x channels, " +
         (convolution.kernels.by_rows ? "row by row" : "sums of a column in registers");
     if (convolution.staged_source > 0) text += ", of lines copied beforehand";
     if (direction == Direction::wgrad) {

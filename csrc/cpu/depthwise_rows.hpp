@@ -22,10 +22,14 @@ namespace {
 struct SourceSteps {
   int64_t row, column, columns_3;
 
-  explicit SourceSteps(const DepthwiseTile& t)
-      : row(hidden(t.source_row * 4)), column(hidden(t.source_column * 4)),
+  explicit SourceSteps(const DepthwiseTile& t) : SourceSteps(t, t.source_column) {}
+  SourceSteps(const DepthwiseTile& t, int64_t column_floats)
+      : row(hidden(t.source_row * 4)), column(hidden(column_floats * 4)),
         columns_3(hidden(3 * column)) {}
 };
+
+// A Span of all there is.
+struct Everywhere {};
 
 // A Span that the compiler knows.
 template <int Begin, int End>
@@ -235,6 +239,33 @@ inline __attribute__((always_inline)) void add_row_of_taps(const char* row,
   }
 }
 
+// Calls body(s, j, source vector) for a row of taps and the pixels that lie `step` columns apart, from the
+// source column at `row` on: each pixel reads what it meets by itself, from the first-level cache, as fast as
+// it is multiplied.
+template <class V, int Taps, int Pixels, class Inside, class Channels, class Body>
+inline __attribute__((always_inline)) void meet_pixels_apart(
+    const char* row, const SourceSteps& steps, const SourceSteps& pixel_steps, int64_t step,
+    Inside inside, const Channels& channels, const Body& body) {
+#pragma GCC unroll 8
+  for (int s = 0; s < Taps; ++s) {
+    const char* four = row;
+#pragma GCC unroll 16
+    for (int j = 0; j < Pixels; ++j) {
+      const auto meet = [&]() __attribute__((always_inline)) {
+        const int64_t apart = j % 4 == 3 ? pixel_steps.columns_3 : j % 4 * pixel_steps.column;
+        body(s, j, channels.load(reinterpret_cast<const float*>(four + apart), 0));
+      };
+      if constexpr (std::is_same_v<Inside, Everywhere>) {
+        meet();
+      } else if (const int64_t at = j * step + s; at >= inside.begin && at < inside.end) {
+        meet();
+      }
+      if (j % 4 == 3) four = hidden(four + 4 * pixel_steps.column);
+    }
+    row = hidden(row + steps.column);
+  }
+}
+
 template <class V, int Pixels>
 inline __attribute__((always_inline)) void activate_pixels(bool relu, typename V::Reg ceiling,
                                                            typename V::Reg (&sum)[Pixels]) {
@@ -282,39 +313,61 @@ constexpr int pixels_of_one_row(int64_t taps) {
 // `Taps` or one less.
 template <int Taps, bool Many, class Part>
 inline __attribute__((always_inline)) void for_each_part_of_taps(int64_t taps, const Part& part) {
-  if constexpr (!Many) return part(std::integral_constant<int, Taps>{});
-  const int64_t parts = ceil_div(taps, Taps);
-  const int64_t whole_parts = taps - parts * (Taps - 1);
-  for (int64_t i = 0; i < whole_parts; ++i) part(std::integral_constant<int, Taps>{});
-  for (int64_t i = whole_parts; i < parts; ++i) part(std::integral_constant<int, Taps - 1>{});
+  if constexpr (Many) {
+    const int64_t parts = ceil_div(taps, Taps);
+    const int64_t whole_parts = taps - parts * (Taps - 1);
+    for (int64_t i = 0; i < whole_parts; ++i) part(std::integral_constant<int, Taps>{});
+    for (int64_t i = whole_parts; i < parts; ++i) part(std::integral_constant<int, Taps - 1>{});
+  } else {
+    part(std::integral_constant<int, Taps>{});
+  }
 }
 
-// Of one row, asks for `Pixels` pixels' lines of the source and of the output, or dy: a vector's of those that
-// come next, which lie too far apart for the hardware to ask for them.
+// Of one row, asks for `Pixels` pixels' lines of the source, `step` columns each, and of the output, or dy: a
+// vector's of those that come next, which lie too far apart for the hardware to ask for them.
 template <int Pixels, bool Writes>
 inline __attribute__((always_inline)) void ask_for_pixels(const float* source,
-                                                          int64_t source_column, const float* out,
-                                                          int64_t out_column) {
+                                                          int64_t source_column, int64_t step,
+                                                          const float* out, int64_t out_column) {
 #pragma GCC unroll 16
   for (int j = 0; j < Pixels; ++j) {
-    __builtin_prefetch(source + j * source_column, 0, 2);
+    for (int64_t k = 0; k < step; ++k) {
+      __builtin_prefetch(source + (j * step + k) * source_column, 0, 2);
+    }
     __builtin_prefetch(out + j * out_column, Writes ? 1 : 0, 2);
   }
 }
 
-// fprop and dgrad of stride 1, of filters of one row, as those of signals in one dimension are. Of some
+// What source columns some pixels meet that are all there, of stride 1 `Columns` of them.
+template <bool Strided, int Columns>
+constexpr auto all_inside() {
+  if constexpr (Strided) {
+    return Everywhere{};
+  } else {
+    return KnownSpan<0, Columns>{};
+  }
+}
+
+// Of pixels that lie `step` columns apart, the first in column 0, those before column `columns`.
+inline int64_t pixels_before(int64_t columns, int64_t step) {
+  return step == 1 ? columns : columns <= 0 ? 0 : ceil_div(columns, step);
+}
+
+// fprop, and dgrad of stride 1, of filters of one row, as those of signals in one dimension are. Of some
 // neighbouring pixels all channels come before the next pixels': so memory is read and written nearly in
 // its order, and what neighbours share is still in the first-level cache, even where pixels lie a power of
 // two apart. Of few channels it is all pixels for each vector, whose taps stay in registers. `Many`: taps
-// are taken in parts, of Taps or one less, beside sums that stay.
-template <class V, int Taps, bool Many>
+// are taken in parts, of Taps or one less, beside sums that stay. `Strided`: pixels lie t.step source columns
+// apart.
+template <class V, int Taps, bool Many, bool Strided>
 void depthwise_rows_of_one(const DepthwiseTile& t) {
   constexpr int kPixels = pixels_of_one_row<V>(Taps);
   constexpr int64_t kFewChannels = Many ? 0 : 3 * V::kWidth;
   using Reg = typename V::Reg;
   constexpr std::integral_constant<int, kPixels> kAllStored;
   static constexpr float kNoBias[V::kWidth] = {};
-  const SourceSteps steps(t);
+  const int64_t step = Strided ? t.step : 1;
+  const SourceSteps steps(t), pixel_steps(t, step * t.source_column);
   // Not read anew behind each store.
   const int64_t out_column = hidden(t.out_column), filter_column = hidden(t.filter_column);
   const int64_t columns = t.columns, channel_count = t.channels, taps = t.taps;
@@ -323,6 +376,18 @@ void depthwise_rows_of_one(const DepthwiseTile& t) {
   const bool relu = t.relu, asks_ahead = t.asks_below;
   const Reg ceiling = V::set(t.ceiling);
 
+  const auto add_taps = [&](const char* row, auto inside, const auto& channels, const auto& tap,
+                            Reg(&sum)[kPixels]) __attribute__((always_inline)) {
+    constexpr int kCount = std::extent_v<std::remove_reference_t<decltype(tap)>>;
+    if constexpr (Strided) {
+      meet_pixels_apart<V, kCount, kPixels>(
+          row, steps, pixel_steps, step, inside, channels,
+          [&](int s, int j, Reg a)
+              __attribute__((always_inline)) { sum[j] = V::fma(a, tap[s], sum[j]); });
+    } else {
+      add_row_of_taps<V, 1>(row, steps, inside, channels, tap, sum);
+    }
+  };
   // A vector of kPixels pixels. `add`: the products of all taps to the sums, where `inside` exists.
   const auto pixels_of = [&](Reg start, float* out, const auto& channels, auto stored,
                              const auto& add) __attribute__((always_inline)) {
@@ -343,8 +408,9 @@ void depthwise_rows_of_one(const DepthwiseTile& t) {
     int64_t left = channel_count;
     const auto vector = [&](const auto& channels) __attribute__((always_inline)) {
       if (asks_ahead && (channel_count - left) % kLine == 0) {
-        ask_for_pixels<kPixels, true>(source + (kPixels - 1 + taps) * t.source_column,
-                                         t.source_column, out + kPixels * out_column, out_column);
+        ask_for_pixels<kPixels, true>(source + ((kPixels - 1) * step + taps) * t.source_column,
+                                      t.source_column, step, out + kPixels * out_column,
+                                      out_column);
       }
       pixels_of(channels.load(bias, 0), out, channels, stored,
                 [&](Reg(&sum)[kPixels]) __attribute__((always_inline)) {
@@ -354,7 +420,7 @@ void depthwise_rows_of_one(const DepthwiseTile& t) {
                   const auto part = [&](auto count) __attribute__((always_inline)) {
                     Reg tap[count];
                     load_taps<V>(from, filter_column, channels, tap);
-                    add_row_of_taps<V, 1>(row, steps, inside(done, count), channels, tap, sum);
+                    add_taps(row, inside(done, count), channels, tap, sum);
                     row += count * steps.column;
                     from += count * filter_column;
                     done += count;
@@ -381,11 +447,11 @@ void depthwise_rows_of_one(const DepthwiseTile& t) {
           for (int64_t done = 0; done < count; done += kPixels) {
             const int64_t pixel = min64(done, count - kPixels);
             const char* const row =
-                reinterpret_cast<const char*>(first_source + c) + pixel * steps.column;
+                reinterpret_cast<const char*>(first_source + c) + pixel * pixel_steps.column;
             pixels_of(start, first_out + pixel * out_column + c, channels, kAllStored,
                       [&](Reg(&sum)[kPixels]) __attribute__((always_inline)) {
-                        add_row_of_taps<V, 1>(row, steps, KnownSpan<0, kPixels - 1 + Taps>{},
-                                              channels, tap, sum);
+                        add_taps(row, all_inside<Strided, kPixels - 1 + Taps>(), channels, tap,
+                                 sum);
                       });
           }
         });
@@ -397,22 +463,23 @@ void depthwise_rows_of_one(const DepthwiseTile& t) {
     float* const out = t.out + i * t.out_row;
     const bool exists = t.row_begin <= i && i < t.row_end;
     const Span own{exists ? t.column_begin : 0, exists ? t.column_end : 0};
-    const int64_t inner_end = min64(columns, own.end - taps + 1);
+    const int64_t inner_end = min64(columns, pixels_before(own.end - taps + 1, step));
     for (int64_t done = 0; done < columns;) {
       // The last ones once more, if their number does not fit.
-      const int64_t pixel = min64(done, columns - pixels);
-      const float* const from = source + pixel * t.source_column;
+      const int64_t pixel = min64(done, columns - pixels), column = pixel * step;
+      const float* const from = source + column * t.source_column;
       float* const to = out + pixel * out_column;
       done = pixel + pixels;
-      if (own.begin > pixel || done > inner_end || pixels < kPixels) {
+      if (own.begin > column || done > inner_end || pixels < kPixels) {
         // Fewer pixels than there are sums for meet fewer columns, of which alone there may be a copy.
-        const Span met{own.begin - pixel, min64(own.end - pixel, pixels - 1 + taps)};
+        const Span met{own.begin - column, min64(own.end - column, (pixels - 1) * step + taps)};
         all_channels(
             from, to, [&](int64_t tap, auto) { return Span{met.begin - tap, met.end - tap}; },
             pixels);
       } else if (channel_count > kFewChannels) {
         all_channels(
-            from, to, [](int64_t, auto count) { return KnownSpan<0, kPixels - 1 + count>{}; },
+            from, to,
+            [](int64_t, auto count) { return all_inside<Strided, kPixels - 1 + count>(); },
             kAllStored);
       } else {
         few_channels(from, to, inner_end - pixel);
@@ -422,89 +489,97 @@ void depthwise_rows_of_one(const DepthwiseTile& t) {
   }
 }
 
-// wgrad of filters of one row and stride 1: a part of the taps' sums, and some neighbouring pixels of dy, are in
-// registers. Of a few taps each has two sums: one would wait for its own multiply-adds.
-template <class V, int Taps, bool Many>
+// wgrad of filters of one row: a part of the taps' sums, and some neighbouring pixels of dy, are in registers. Of a few taps each has two sums: one would wait for its own multiply-adds.
+template <class V, int Taps, bool Many, bool Strided>
 void depthwise_wgrad_rows_of_one(const DepthwiseTile& t) {
   constexpr int kPixels = pixels_of_one_row<V>(Taps);
   constexpr int kSums = V::kRegisters == 32 && Taps <= 4 ? 2 : 1;
   using Reg = typename V::Reg;
-  const SourceSteps steps(t);
+  const int64_t step = Strided ? t.step : 1;
+  const SourceSteps steps(t), pixel_steps(t, step * t.source_column);
   const int64_t out_column = hidden(t.out_column), taps = t.taps;
 
   // Pixels of all channels, of which `inside(first tap, taps)` of the source exists.
   const auto all_channels = [&](const float* source, const float* dy, auto pixels,
                                 const auto& inside) __attribute__((always_inline)) {
     float* sums = t.sums;
-    for_each_channel_vector<V, 1>(
-        t.channels, [&](int64_t c, const auto& channels) __attribute__((always_inline)) {
-          if (t.asks_below && c % kLine == 0) {
-            ask_for_pixels<kPixels, false>(source + c + (kPixels - 1 + taps) * t.source_column,
-                                              t.source_column, dy + c + kPixels * out_column,
-                                              out_column);
-          }
-          Reg b[kPixels];
+    for_each_channel_vector<V, 1>(t.channels, [&](int64_t c, const auto& channels) __attribute__((
+                                                  always_inline)) {
+      if (t.asks_below && c % kLine == 0) {
+        ask_for_pixels<kPixels, false>(source + c + ((kPixels - 1) * step + taps) * t.source_column,
+                                       t.source_column, step, dy + c + kPixels * out_column,
+                                       out_column);
+      }
+      Reg b[kPixels];
 #pragma GCC unroll 16
-          for (int j = 0; j < kPixels; ++j) {
-            b[j] = j < pixels ? channels.load(dy + c + j * out_column, 0) : V::zero();
-          }
-          if (t.bias_sums) {
-            Reg sum = V::load(t.bias_sums + c);
+      for (int j = 0; j < kPixels; ++j) {
+        b[j] = j < pixels ? channels.load(dy + c + j * out_column, 0) : V::zero();
+      }
+      if (t.bias_sums) {
+        Reg sum = V::load(t.bias_sums + c);
 #pragma GCC unroll 16
-            for (int j = 0; j < kPixels; ++j) sum = V::add(sum, b[j]);
-            V::store(t.bias_sums + c, sum);
-          }
-          const char* row = reinterpret_cast<const char*>(source + c);
-          int64_t done = 0;
-          const auto part = [&](auto count) __attribute__((always_inline)) {
-            constexpr int kCount = decltype(count)::value;
-            const auto met = inside(done, count);
-            Reg sum[kCount][kSums];
+        for (int j = 0; j < kPixels; ++j) sum = V::add(sum, b[j]);
+        V::store(t.bias_sums + c, sum);
+      }
+      const char* row = reinterpret_cast<const char*>(source + c);
+      int64_t done = 0;
+      const auto part = [&](auto count) __attribute__((always_inline)) {
+        constexpr int kCount = decltype(count)::value;
+        const auto met = inside(done, count);
+        Reg sum[kCount][kSums];
 #pragma GCC unroll 8
-            for (int s = 0; s < kCount; ++s) {
-              sum[s][0] = V::load(sums + s * V::kWidth);
-              if (kSums > 1) sum[s][kSums - 1] = V::zero();
-            }
-            const char* four = row;
+        for (int s = 0; s < kCount; ++s) {
+          sum[s][0] = V::load(sums + s * V::kWidth);
+          if (kSums > 1) sum[s][kSums - 1] = V::zero();
+        }
+        // Not of pixels that do not exist, which would be 0, unless what they met is not finite.
+        const auto add = [&](int s, int j, Reg a) __attribute__((always_inline)) {
+          if (j < pixels) sum[s][j % kSums] = V::fma(a, b[j], sum[s][j % kSums]);
+        };
+        if constexpr (Strided) {
+          meet_pixels_apart<V, kCount, kPixels>(row, steps, pixel_steps, step, met, channels, add);
+        } else {
+          const char* four = row;
 #pragma GCC unroll 32
-            for (int at = 0; at < kPixels - 1 + kCount; ++at) {
-              if (at >= met.begin && at < met.end) {
-                const int64_t apart = at % 4 == 3 ? steps.columns_3 : at % 4 * steps.column;
-                const auto a =
-                    V::held(channels.load(reinterpret_cast<const float*>(four + apart), 0));
+          for (int at = 0; at < kPixels - 1 + kCount; ++at) {
+            if (at >= met.begin && at < met.end) {
+              const int64_t apart = at % 4 == 3 ? steps.columns_3 : at % 4 * steps.column;
+              const auto a =
+                  V::held(channels.load(reinterpret_cast<const float*>(four + apart), 0));
 #pragma GCC unroll 16
-                for (int j = 0; j < kPixels; ++j) {
-                  const int s = at - j;
-                  if (s < 0 || s >= kCount) continue;
-                  sum[s][j % kSums] = V::fma(a, b[j], sum[s][j % kSums]);
-                }
+              for (int j = 0; j < kPixels; ++j) {
+                if (at >= j && at < j + kCount) add(at - j, j, a);
               }
-              if (at % 4 == 3) four = hidden(four + 4 * steps.column);
             }
+            if (at % 4 == 3) four = hidden(four + 4 * steps.column);
+          }
+        }
 #pragma GCC unroll 8
-            for (int s = 0; s < kCount; ++s) {
-              if (kSums > 1) sum[s][0] = V::add(sum[s][0], sum[s][kSums - 1]);
-              V::store(sums + s * V::kWidth, sum[s][0]);
-            }
-            row += kCount * steps.column;
-            sums += kCount * V::kWidth;
-            done += kCount;
-          };
-          for_each_part_of_taps<Taps, Many>(taps, part);
-        });
+        for (int s = 0; s < kCount; ++s) {
+          if (kSums > 1) sum[s][0] = V::add(sum[s][0], sum[s][kSums - 1]);
+          V::store(sums + s * V::kWidth, sum[s][0]);
+        }
+        row += kCount * steps.column;
+        sums += kCount * V::kWidth;
+        done += kCount;
+      };
+      for_each_part_of_taps<Taps, Many>(taps, part);
+    });
   };
 
   for (int64_t i = 0; i < t.rows; ++i) {
     const bool exists = t.row_begin <= i && i < t.row_end;
     const Span own{exists ? t.column_begin : 0, exists ? t.column_end : 0};
     for (int64_t pixel = 0; pixel < t.columns; pixel += kPixels) {
-      const float* const source = t.source + i * t.source_row + pixel * t.source_column;
+      const int64_t column = pixel * step;
+      const float* const source = t.source + i * t.source_row + column * t.source_column;
       const float* const dy = t.out + i * t.out_row + pixel * out_column;
       const int64_t pixels = min64(kPixels, t.columns - pixel);
-      const Span met{own.begin - pixel, min64(own.end - pixel, pixels - 1 + taps)};
-      if (pixels == kPixels && met.begin <= 0 && met.end == kPixels - 1 + taps) {
-        all_channels(source, dy, std::integral_constant<int, kPixels>{},
-                     [](int64_t, auto count) { return KnownSpan<0, kPixels - 1 + count>{}; });
+      const Span met{own.begin - column, min64(own.end - column, (pixels - 1) * step + taps)};
+      if (pixels == kPixels && met.begin <= 0 && met.end == (kPixels - 1) * step + taps) {
+        all_channels(source, dy, std::integral_constant<int, kPixels>{}, [](int64_t, auto count) {
+          return all_inside<Strided, kPixels - 1 + count>();
+        });
       } else {
         all_channels(source, dy, pixels,
                      [&](int64_t tap, auto) { return Span{met.begin - tap, met.end - tap}; });

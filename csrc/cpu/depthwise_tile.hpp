@@ -19,7 +19,8 @@ struct DepthwiseTile {
   int64_t row_begin, row_end;         // the tile's source rows that exist
   int64_t column_begin, column_end;   // the tile's source columns that exist
   int64_t taps;                       // of a filter of one row
-  const float* filter;                // of the first tap and channel
+  int64_t step;         // likewise: source columns from pixel to pixel, or a cell's of dx
+  const float* filter;  // of the first tap and channel
   int64_t filter_row, filter_column;  // floats from tap to tap
   const float* bias;                  // null for none
   bool relu;
