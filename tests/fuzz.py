@@ -294,7 +294,7 @@ def _draw(rng):
     elif kind == "depthwise":
         c = pick(c, c, c, 128, 512)  # whole lines of channels a tile
         if rng.random() < 0.2:  # rows that are cut into pieces
-            r, s, w = up_to(2), up_to(33), up_to(90)
+            r, s, w = up_to(2), up_to(33), up_to(pick(90, 350))
         groups = c
         k = c * pick(1, 1, 2, 3)
     elif kind == "far":  # windows in the padding alone, strides beyond the window, one column

@@ -26,6 +26,9 @@ CONVOLUTIONS = [
     # A first layer whose filter's gradient asks for dy ahead.
     Problem((80, 28, 30, 1), 32),
     Problem((3, 2, 90, 72), 72, kernel=(1, 9), groups=72, padding="same"),
+    # Whose tiles' lines are copied, by each thread to its own place.
+    Problem((1, 2, 300, 512), 512, kernel=(1, 9), groups=512, padding="same"),
+    Problem((1, 2, 300, 512), 512, kernel=(1, 9), strides=(1, 2), groups=512, padding="same"),
     Problem((2, 23, 20, 3), 40, kernel=(7, 5), strides=(2, 3), padding="same"),
     Problem((4, 15, 16, 40), 40, groups=40, padding="same"),
     Problem((2, 15, 16, 160), 160, groups=160, padding="same"),

@@ -176,6 +176,7 @@ def sequences() -> Iterator[Problem]:
         )
     yield parse('mb4g256ic256ih1iw500oc256oh1ow500kh1kw31ph0pw15n"conformer"')
     yield parse('mb64g128ic128ih1iw1000oc128oh1ow1000kh1kw9ph0pw4n"separable"')
+    yield parse('mb64g128ic128ih1iw1000oc128oh1ow500kh1kw9sh1sw2ph0pw4n"separable_s2"')
     for c, k, kernel, name in (
         (128, 128, "kh1kw7ph0pw3", "inception1x7"),
         (160, 192, "kh7kw1ph3pw0", "inception7x1"),
