@@ -118,7 +118,9 @@ void to_strip(const T* planes, int64_t plane_elements, int64_t count, int64_t pi
 // --- what a window makes of its taps ------------------------------------------------------------
 //
 // A forward policy has vector<R, S>(load(r, s), rows, columns, at, lanes), which computes the
-// outputs from `at` on. R and S are the window's extent where all of it is inside, else 0.
+// outputs from `at` on. R and S are the window's extent where all of it is inside, else 0. And it has
+// vectors<Vectors>(load(r, s, v), rows, columns, at), of as many whole vectors of a window of any extent: each
+// waits for its own last addition or comparison, and memory is read in runs.
 
 template <class V, class Index>  // Index void: no argmax
 struct MaxForward {
@@ -172,6 +174,48 @@ struct MaxForward {
         }
       lanes.store(y + at, best);
       lanes.store_index(argmax + at, tap);
+    }
+  }
+
+  template <int Vectors, class Load>
+  void vectors(const Load& load, Span rows, Span columns, int64_t at) const {
+    constexpr bool kTellsTap = !std::is_void_v<Index>;
+    typename V::Reg best[Vectors];
+    typename V::Mask nan[Vectors];  // without argmax
+    typename V::Int tap[Vectors];   // with one
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      best[v] = load(rows.begin, columns.begin, v);
+      nan[v] = V::unordered(best[v], best[v]);
+      tap[v] = V::int_broadcast(static_cast<int>(rows.begin * window_columns + columns.begin));
+    }
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      for (int64_t s = columns.begin; s < columns.end; ++s) {
+        const auto here = V::int_broadcast(static_cast<int>(r * window_columns + s));
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) {
+          const typename V::Reg value = load(r, s, v);
+          if constexpr (kTellsTap) {
+            const auto better = V::greater_or_first_nan(value, best[v]);
+            best[v] = V::select(better, value, best[v]);
+            tap[v] = V::int_select(better, here, tap[v]);
+          } else {
+            best[v] = V::max(value, best[v]);
+            nan[v] = V::mask_or(nan[v], V::unordered(value, value));
+          }
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      const int64_t to = at + v * V::kWidth;
+      if constexpr (kTellsTap) {
+        V::store(y + to, best[v]);
+        V::store_index(argmax + to, tap[v]);
+      } else {
+        V::store(y + to,
+                 V::select(nan[v], V::set(std::numeric_limits<float>::quiet_NaN()), best[v]));
+      }
     }
   }
 
@@ -262,6 +306,28 @@ struct AverageForward {
     lanes.store(y + at, V::divide(sum, V::set(taps(rows, columns))));
   }
 
+  template <int Vectors, class Load>
+  void vectors(const Load& load, Span rows, Span columns, int64_t at) const {
+    typename V::Reg sum[Vectors], row_sum[Vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) sum[v] = V::zero();
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) row_sum[v] = load(r, columns.begin, v);
+      for (int64_t s = columns.begin + 1; s < columns.end; ++s) {
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) row_sum[v] = V::add(row_sum[v], load(r, s, v));
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        sum[v] = r == rows.begin ? row_sum[v] : V::add(sum[v], row_sum[v]);
+      }
+    }
+    const typename V::Reg count = V::set(taps(rows, columns));
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) V::store(y + at + v * V::kWidth, V::divide(sum[v], count));
+  }
+
   AverageForward with_results(float* strip, float*) const { return {strip}; }
   template <class W>
   void take_results(const AverageForward& strip, int64_t planes, int64_t pixels, int64_t at,
@@ -350,17 +416,21 @@ inline float one_over(Span rows, Span columns) {
   return 1.0f / static_cast<float>(rows.size() * columns.size());
 }
 
-// Whether rows of windows ask for what the next row meets, of tensors that no cache holds: their rows end
-// before the hardware has begun to ask ahead of them, unless they are long.
-inline bool pool_asks_below(const Pool2dProblem& p) {
+// Whether windows ask for what they will meet, of tensors that no cache holds. Those of R x S taps, a row of
+// them for what the next row meets: rows end before the hardware has begun to ask ahead of them, unless they are
+// long. Of any extent, R = 0, for their next pixels.
+template <int R>
+bool pool_asks(const Pool2dProblem& p) {
   constexpr int64_t kLongRow = 8192;
+  if (R == 0) return beyond_caches(p.x_size());
   return p.w * p.c <= kLongRow && beyond_caches((p.x_size() + p.y_size()) / 4 * 3);
 }
 
 // Asks for what the windows of the next row meet and those of this one do not, below the window of R x S taps
 // whose first tap is at `corner`. `in` has no gaps between pixels.
 template <int R, int S>
-inline __attribute__((always_inline)) void ask_below_window(const Pool2dProblem& p, const float* corner, const Pixels& in) {
+inline __attribute__((always_inline)) void ask_below_window(const Pool2dProblem& p,
+                                                            const float* corner, const Pixels& in) {
   const int64_t floats = min64(p.stride_w, S) * in.pixel;
   const float* below = corner + max64(p.stride_h, R) * in.row;
 #pragma GCC unroll 3
@@ -373,7 +443,7 @@ inline __attribute__((always_inline)) void ask_below_window(const Pool2dProblem&
 // Output row i, channels `channels`, of one image.
 template <class V, class Policy, int R, int S>
 void pool_row(const Pool2dProblem& p, int64_t i, const float* x, const Pixels& in,
-              const Pixels& out, Span channels, bool asks_below, const Policy& policy) {
+              const Pixels& out, Span channels, bool asks, const Policy& policy) {
   const int64_t top = i * p.stride_h - p.pad_top;
   const Span rows = taps_inside(top, p.r, p.h);
   const auto clipped = [&](int64_t j_begin, int64_t j_end) {
@@ -381,7 +451,27 @@ void pool_row(const Pool2dProblem& p, int64_t i, const float* x, const Pixels& i
       const int64_t left = j * p.stride_w - p.pad_left;
       const Span columns = taps_inside(left, p.s, p.w);
       const int64_t at = out.at(i, j);
-      for_each_vector<V>(channels.begin, channels.end, [&](int64_t channel, const auto& lanes) {
+      constexpr int kVectors = 4;
+      int64_t begin = channels.begin;
+      for (; begin + kVectors * V::kWidth <= channels.end; begin += kVectors * V::kWidth) {
+        const auto all = [&](auto asks_ahead) {
+          const auto load = [&](int64_t r, int64_t s, int v) __attribute__((always_inline)) {
+            const float* const from = x + in.at(top + r, left + s) + begin + v * V::kWidth;
+            constexpr int64_t kAhead = 16;  // pixels, which lie too far apart for the hardware
+            if (asks_ahead && v * V::kWidth % kLine == 0) {
+              __builtin_prefetch(from + kAhead * in.pixel, 0, 2);
+            }
+            return V::load(from);
+          };
+          policy.template vectors<kVectors>(load, rows, columns, at + begin);
+        };
+        if (asks) {
+          all(std::true_type{});
+        } else {
+          all(std::false_type{});
+        }
+      }
+      for_each_vector<V>(begin, channels.end, [&](int64_t channel, const auto& lanes) {
         const auto load = [&](int64_t r, int64_t s) {
           return lanes.load(x + in.at(top + r, left + s) + channel);
         };
@@ -393,11 +483,11 @@ void pool_row(const Pool2dProblem& p, int64_t i, const float* x, const Pixels& i
   const Span inside = windows_inside(p.pad_left, p.s, p.stride_w, p.w, p.ow);
   clipped(0, inside.begin);
   // One of each: the loop that asks is slower even where it does not.
-  const auto whole = [&](auto asks) {
+  const auto whole = [&](auto asks_below) {
     for (int64_t j = inside.begin; j < inside.end; ++j) {
       const float* const corner = x + in.at(top, j * p.stride_w - p.pad_left);
       const int64_t at = out.at(i, j);
-      if constexpr (asks) ask_below_window<R, S>(p, corner, in);
+      if constexpr (asks_below) ask_below_window<R, S>(p, corner, in);
       for_each_vector<V>(channels.begin, channels.end, [&](int64_t channel, const auto& lanes) {
         const float* const first = corner + channel;
         const auto load = [&](int64_t r, int64_t s) {
@@ -407,7 +497,7 @@ void pool_row(const Pool2dProblem& p, int64_t i, const float* x, const Pixels& i
       });
     }
   };
-  if (asks_below) {
+  if (asks) {
     whole(std::true_type{});
   } else {
     whole(std::false_type{});
@@ -613,15 +703,14 @@ template <class V, class Policy, int R, int S>
 void pool_fprop_nhwc(const Pool2dProblem& p, const float* x, const Policy& policy) {
   const int64_t vectors = ceil_div(p.c, V::kWidth);
   const RowTasks tasks(p.n * p.oh, min64(p.r, p.h) * min64(p.w, p.ow * p.s) * p.c, vectors);
-  const bool asks_below = pool_asks_below(p);
+  const bool asks = pool_asks<R>(p);
   parallel_for(tasks.count(), [&](int64_t task) {
     tasks.run(task, [&](int64_t row, int64_t part) {
       const int64_t n = row / p.oh;
       const Span own = part_of(vectors, tasks.parts, part);
       const Span channels{own.begin * V::kWidth, min64(p.c, own.end * V::kWidth)};
       pool_row<V, Policy, R, S>(p, row % p.oh, x, {n * p.h * p.w * p.c, p.w * p.c, p.c},
-                                {n * p.oh * p.ow * p.c, p.ow * p.c, p.c}, channels, asks_below,
-                                policy);
+                                {n * p.oh * p.ow * p.c, p.ow * p.c, p.c}, channels, asks, policy);
     });
   });
 }
