@@ -549,6 +549,18 @@ void pool_grad_apart(const Pool2dProblem& p, int64_t i, const Pixels& out, const
       });
       continue;
     }
+    // Of some channels pixel by pixel, in memory's order; what is read again is in the first-level cache.
+    if (c >= max64(24, 3 * V::kWidth)) {
+      for (int64_t r = rows.begin; r < rows.end; ++r)
+        for (int64_t s = columns.begin; s < columns.end; ++s) {
+          float* const to = dx + in.at(top + r, left + s);
+          const int tap = static_cast<int>(r * p.s + s);
+          for_each_vector<V>(0, c, [&](int64_t channel, const auto& lanes) {
+            lanes.store(to + channel, policy.load(at + channel, lanes).at_tap(tap, scale));
+          });
+        }
+      continue;
+    }
     for_each_vector<V>(0, c, [&](int64_t channel, const auto& lanes) {
       const auto window = policy.load(at + channel, lanes);
       for (int64_t r = rows.begin; r < rows.end; ++r)
@@ -688,7 +700,9 @@ struct OverlappingGrad {
   }
 };
 
-inline bool windows_overlap(const Pool2dProblem& p) { return p.stride_h < p.r || p.stride_w < p.s; }
+inline bool windows_overlap(const Pool2dProblem& p) {
+  return (p.stride_h < p.r && p.oh > 1) || (p.stride_w < p.s && p.ow > 1);
+}
 
 // The first input row of window row i, of windows that do not overlap; rows above the first window
 // and below the last one are theirs too.

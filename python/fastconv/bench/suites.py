@@ -220,7 +220,7 @@ def deepbench() -> Iterator[Problem]:
 
 
 def pooling() -> Iterator[Problem]:
-    """The article's poolings and those of AlexNet, VGG-16 and ResNet-50."""
+    """The article's poolings, those of AlexNet, VGG-16 and ResNet-50, and all of an image."""
     for n in (32, 256):
         yield _pool(n, 26, 32, 2, 2, name="mnist1")
         yield _pool(n, 11, 64, 2, 2, name="mnist2")
@@ -229,6 +229,8 @@ def pooling() -> Iterator[Problem]:
     yield _pool(1, 224, 64, 2, 2, name="vgg1")
     yield _pool(1, 28, 512, 2, 2, name="vgg4")
     yield _pool(16, 112, 64, 3, 2, 1, name="resnet")
+    for n in (1, 32):
+        yield _pool(n, 7, 2048, 7, 7, name="global")
 
 
 def random(seed: int = 0, count: int = 20) -> Iterator[Problem]:
