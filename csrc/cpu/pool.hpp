@@ -505,8 +505,8 @@ void pool_row(const Pool2dProblem& p, int64_t i, const float* x, const Pixels& i
   clipped(inside.end, p.ow);
 }
 
-// Windows that do not overlap: row i of them writes the input rows from its own to the next one's,
-// each window's from one load of its dy. `in` has no gaps between pixels.
+// Windows that do not overlap: row i of them writes the input rows from its own to the next one's.
+// `in` has no gaps between pixels.
 template <class V, class Policy, int R, int S>
 void pool_grad_apart(const Pool2dProblem& p, int64_t i, const Pixels& out, const Policy& policy,
                      float* dx, const Pixels& in) {
