@@ -734,7 +734,8 @@ DepthwiseTileFunction depthwise_function_of_one_row(int64_t taps) {
     const int64_t part = taps_of_part<V>(taps);
     return kFunctions[part - 1][part < taps];
   };
-  return of(std::make_integer_sequence < int, kMostTapsOfPart<V><7 ? 7 : kMostTapsOfPart<V>>{});
+  constexpr int kMostTaps = kMostTapsOfPart<V> < 7 ? 7 : kMostTapsOfPart<V>;
+  return of(std::make_integer_sequence<int, kMostTaps>{});
 }
 
 // dgrad with stride, of filters of one row: a cell is t.step neighbouring pixels of dx. The first pixels of all
@@ -805,7 +806,8 @@ bool has_depthwise_kernels(const Conv2dProblem& p, Direction direction, bool mas
                         one_row_crowds<V>(p.s, p.stride_w, p.dilation_w * p.c);
     const bool apart = direction == Direction::wgrad ? p.dilation_w > 1 : copies;
     // Of dgrad with a larger stride than the filter is long, there are pixels that no tap reaches.
-    const bool strides = p.stride_w == 1 || (p.dilation_w == 1 && p.stride_w <= p.s);
+    const bool strides = p.stride_w == 1 || (p.dilation_w == 1 &&
+                                             (direction != Direction::dgrad || p.stride_w <= p.s));
     return !masked && !(apart && beyond_caches(p.x_size() + p.y_size())) && p.s > 1 &&
            p.stride_h == 1 && strides;
   }

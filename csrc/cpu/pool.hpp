@@ -117,10 +117,10 @@ void to_strip(const T* planes, int64_t plane_elements, int64_t count, int64_t pi
 
 // --- what a window makes of its taps ------------------------------------------------------------
 //
-// A forward policy has vector<R, S>(load(r, s), rows, columns, at, lanes), which computes the
-// outputs from `at` on. R and S are the window's extent where all of it is inside, else 0. And it has
-// vectors<Vectors>(load(r, s, v), rows, columns, at), of as many whole vectors of a window of any extent: each
-// waits for its own last addition or comparison, and memory is read in runs.
+// A forward policy computes the outputs from `at` on. vector<R, S>(load(r, s), at, lanes) has a window of R x S
+// taps, all of which exist. vectors<Vectors>(load(r, s, v), rows, columns, at, lanes) has one of any extent, of
+// which these taps exist, and as many vectors: each waits for its own last addition or comparison, and memory is
+// read in runs.
 
 template <class V, class Index>  // Index void: no argmax
 struct MaxForward {
@@ -129,56 +129,41 @@ struct MaxForward {
   int64_t window_columns;
 
   template <int R, int S, class Load, class Lanes>
-  void vector(const Load& load, Span rows, Span columns, int64_t at, const Lanes& lanes) const {
-    if constexpr (R > 0) {
-      rows = {0, R};
-      columns = {0, S};
-    }
-    typename V::Reg best = load(rows.begin, columns.begin);
+  void vector(const Load& load, int64_t at, const Lanes& lanes) const {
+    typename V::Reg best = load(0, 0);
     if constexpr (std::is_void_v<Index>) {
       // Two values a comparison: whether either is NaN.
       typename V::Reg waiting = best;
       typename V::Mask nan = V::unordered(best, best);
-      int64_t count = 0;
-#pragma GCC unroll 3
-      for (int64_t r = rows.begin; r < rows.end; ++r)
-#pragma GCC unroll 3
-        for (int64_t s = columns.begin; s < columns.end; ++s, ++count) {
-          if (count == 0) continue;
-          const typename V::Reg value = load(r, s);
-          best = V::max(value, best);
-          if (R == 0 || count % 2 == 1) {
-            if (R > 0 && count == 1) {
-              nan = V::unordered(waiting, value);
-            } else {
-              nan = V::mask_or(nan, V::unordered(waiting, value));
-            }
-          }
-          waiting = value;
+#pragma GCC unroll 9
+      for (int tap = 1; tap < R * S; ++tap) {
+        const typename V::Reg value = load(tap / S, tap % S);
+        best = V::max(value, best);
+        if (tap == 1) {
+          nan = V::unordered(waiting, value);
+        } else if (tap % 2 == 1) {
+          nan = V::mask_or(nan, V::unordered(waiting, value));
         }
+        waiting = value;
+      }
       if constexpr (R * S % 2 == 1) nan = V::mask_or(nan, V::unordered(waiting, waiting));
       lanes.store(y + at, V::select(nan, V::set(std::numeric_limits<float>::quiet_NaN()), best));
     } else {
-      typename V::Int tap =
-          V::int_broadcast(static_cast<int>(rows.begin * window_columns + columns.begin));
-#pragma GCC unroll 3
-      for (int64_t r = rows.begin; r < rows.end; ++r)
-#pragma GCC unroll 3
-        for (int64_t s = columns.begin; s < columns.end; ++s) {
-          if (r == rows.begin && s == columns.begin) continue;
-          const typename V::Reg value = load(r, s);
-          const auto better = V::greater_or_first_nan(value, best);
-          best = V::select(better, value, best);
-          tap = V::int_select(better, V::int_broadcast(static_cast<int>(r * window_columns + s)),
-                              tap);
-        }
+      typename V::Int tap = V::int_broadcast(0);
+#pragma GCC unroll 9
+      for (int next = 1; next < R * S; ++next) {
+        const typename V::Reg value = load(next / S, next % S);
+        const auto better = V::greater_or_first_nan(value, best);
+        best = V::select(better, value, best);
+        tap = V::int_select(better, V::int_broadcast(next), tap);
+      }
       lanes.store(y + at, best);
       lanes.store_index(argmax + at, tap);
     }
   }
 
-  template <int Vectors, class Load>
-  void vectors(const Load& load, Span rows, Span columns, int64_t at) const {
+  template <int Vectors, class Load, class Lanes>
+  void vectors(const Load& load, Span rows, Span columns, int64_t at, const Lanes& lanes) const {
     constexpr bool kTellsTap = !std::is_void_v<Index>;
     typename V::Reg best[Vectors];
     typename V::Mask nan[Vectors];  // without argmax
@@ -210,11 +195,11 @@ struct MaxForward {
     for (int v = 0; v < Vectors; ++v) {
       const int64_t to = at + v * V::kWidth;
       if constexpr (kTellsTap) {
-        V::store(y + to, best[v]);
-        V::store_index(argmax + to, tap[v]);
+        lanes.store(y + to, best[v]);
+        lanes.store_index(argmax + to, tap[v]);
       } else {
-        V::store(y + to,
-                 V::select(nan[v], V::set(std::numeric_limits<float>::quiet_NaN()), best[v]));
+        lanes.store(y + to,
+                    V::select(nan[v], V::set(std::numeric_limits<float>::quiet_NaN()), best[v]));
       }
     }
   }
@@ -288,26 +273,20 @@ struct AverageForward {
   float* y;
 
   template <int R, int S, class Load, class Lanes>
-  void vector(const Load& load, Span rows, Span columns, int64_t at, const Lanes& lanes) const {
-    if constexpr (R > 0) {
-      rows = {0, R};
-      columns = {0, S};
-    }
+  void vector(const Load& load, int64_t at, const Lanes& lanes) const {
     typename V::Reg sum = V::zero();
 #pragma GCC unroll 3
-    for (int64_t r = rows.begin; r < rows.end; ++r) {
-      typename V::Reg row_sum = load(r, columns.begin);
+    for (int r = 0; r < R; ++r) {
+      typename V::Reg row_sum = load(r, 0);
 #pragma GCC unroll 3
-      for (int64_t s = columns.begin + 1; s < columns.end; ++s) {
-        row_sum = V::add(row_sum, load(r, s));
-      }
-      sum = r == rows.begin ? row_sum : V::add(sum, row_sum);
+      for (int s = 1; s < S; ++s) row_sum = V::add(row_sum, load(r, s));
+      sum = r == 0 ? row_sum : V::add(sum, row_sum);
     }
-    lanes.store(y + at, V::divide(sum, V::set(taps(rows, columns))));
+    lanes.store(y + at, V::divide(sum, V::set(static_cast<float>(R * S))));
   }
 
-  template <int Vectors, class Load>
-  void vectors(const Load& load, Span rows, Span columns, int64_t at) const {
+  template <int Vectors, class Load, class Lanes>
+  void vectors(const Load& load, Span rows, Span columns, int64_t at, const Lanes& lanes) const {
     typename V::Reg sum[Vectors], row_sum[Vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) sum[v] = V::zero();
@@ -323,9 +302,11 @@ struct AverageForward {
         sum[v] = r == rows.begin ? row_sum[v] : V::add(sum[v], row_sum[v]);
       }
     }
-    const typename V::Reg count = V::set(taps(rows, columns));
+    const typename V::Reg taps = V::set(static_cast<float>(rows.size() * columns.size()));
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) V::store(y + at + v * V::kWidth, V::divide(sum[v], count));
+    for (int v = 0; v < Vectors; ++v) {
+      lanes.store(y + at + v * V::kWidth, V::divide(sum[v], taps));
+    }
   }
 
   AverageForward with_results(float* strip, float*) const { return {strip}; }
@@ -333,10 +314,6 @@ struct AverageForward {
   void take_results(const AverageForward& strip, int64_t planes, int64_t pixels, int64_t at,
                     int64_t plane_floats) const {
     transpose_tile<W>(pixels, planes, strip.y, W::kWidth, y + at, plane_floats);
-  }
-
-  static float taps(Span rows, Span columns) {
-    return static_cast<float>(rows.size() * columns.size());
   }
 };
 
@@ -440,69 +417,71 @@ inline __attribute__((always_inline)) void ask_below_window(const Pool2dProblem&
   }
 }
 
+// Calls body(flag), for which the compiler makes code of its own: a loop that asks for lines is slower even
+// where it does not.
+template <class Body>
+void as_constant(bool flag, const Body& body) {
+  if (flag) {
+    body(std::true_type{});
+  } else {
+    body(std::false_type{});
+  }
+}
+
 // Output row i, channels `channels`, of one image.
 template <class V, class Policy, int R, int S>
 void pool_row(const Pool2dProblem& p, int64_t i, const float* x, const Pixels& in,
               const Pixels& out, Span channels, bool asks, const Policy& policy) {
   const int64_t top = i * p.stride_h - p.pad_top;
   const Span rows = taps_inside(top, p.r, p.h);
-  const auto clipped = [&](int64_t j_begin, int64_t j_end) {
+  const auto clipped = [&](auto asks_ahead, int64_t j_begin, int64_t j_end) {
     for (int64_t j = j_begin; j < j_end; ++j) {
       const int64_t left = j * p.stride_w - p.pad_left;
       const Span columns = taps_inside(left, p.s, p.w);
       const int64_t at = out.at(i, j);
+      const auto take = [&](auto vectors, int64_t channel, const auto& lanes) {
+        const auto load = [&](int64_t r, int64_t s, int v) __attribute__((always_inline)) {
+          const float* const from = x + in.at(top + r, left + s) + channel + v * V::kWidth;
+          constexpr int64_t kAhead = 16;  // pixels, which lie too far apart for the hardware
+          if (asks_ahead && v * V::kWidth % kLine == 0) {
+            __builtin_prefetch(from + kAhead * in.pixel, 0, 2);
+          }
+          return lanes.load(from);
+        };
+        policy.template vectors<vectors>(load, rows, columns, at + channel, lanes);
+      };
       constexpr int kVectors = 4;
       int64_t begin = channels.begin;
       for (; begin + kVectors * V::kWidth <= channels.end; begin += kVectors * V::kWidth) {
-        const auto all = [&](auto asks_ahead) {
-          const auto load = [&](int64_t r, int64_t s, int v) __attribute__((always_inline)) {
-            const float* const from = x + in.at(top + r, left + s) + begin + v * V::kWidth;
-            constexpr int64_t kAhead = 16;  // pixels, which lie too far apart for the hardware
-            if (asks_ahead && v * V::kWidth % kLine == 0) {
-              __builtin_prefetch(from + kAhead * in.pixel, 0, 2);
-            }
-            return V::load(from);
-          };
-          policy.template vectors<kVectors>(load, rows, columns, at + begin);
-        };
-        if (asks) {
-          all(std::true_type{});
-        } else {
-          all(std::false_type{});
-        }
+        take(std::integral_constant<int, kVectors>{}, begin, AllLanes<V>{});
       }
       for_each_vector<V>(begin, channels.end, [&](int64_t channel, const auto& lanes) {
-        const auto load = [&](int64_t r, int64_t s) {
-          return lanes.load(x + in.at(top + r, left + s) + channel);
-        };
-        policy.template vector<0, 0>(load, rows, columns, at + channel, lanes);
+        take(std::integral_constant<int, 1>{}, channel, lanes);
       });
     }
   };
-  if (R == 0 || rows.size() < p.r) return clipped(0, p.ow);
-  const Span inside = windows_inside(p.pad_left, p.s, p.stride_w, p.w, p.ow);
-  clipped(0, inside.begin);
-  // One of each: the loop that asks is slower even where it does not.
-  const auto whole = [&](auto asks_below) {
-    for (int64_t j = inside.begin; j < inside.end; ++j) {
-      const float* const corner = x + in.at(top, j * p.stride_w - p.pad_left);
-      const int64_t at = out.at(i, j);
-      if constexpr (asks_below) ask_below_window<R, S>(p, corner, in);
-      for_each_vector<V>(channels.begin, channels.end, [&](int64_t channel, const auto& lanes) {
-        const float* const first = corner + channel;
-        const auto load = [&](int64_t r, int64_t s) {
-          return lanes.load(first + r * in.row + s * in.pixel);
-        };
-        policy.template vector<R, S>(load, {}, {}, at + channel, lanes);
-      });
-    }
-  };
-  if (asks) {
-    whole(std::true_type{});
+  if constexpr (R == 0) {
+    as_constant(asks, [&](auto asks_ahead) { clipped(asks_ahead, 0, p.ow); });
   } else {
-    whole(std::false_type{});
+    if (rows.size() < p.r) return clipped(std::false_type{}, 0, p.ow);
+    const Span inside = windows_inside(p.pad_left, p.s, p.stride_w, p.w, p.ow);
+    clipped(std::false_type{}, 0, inside.begin);
+    as_constant(asks, [&](auto asks_below) {
+      for (int64_t j = inside.begin; j < inside.end; ++j) {
+        const float* const corner = x + in.at(top, j * p.stride_w - p.pad_left);
+        const int64_t at = out.at(i, j);
+        if constexpr (asks_below) ask_below_window<R, S>(p, corner, in);
+        for_each_vector<V>(channels.begin, channels.end, [&](int64_t channel, const auto& lanes) {
+          const float* const first = corner + channel;
+          const auto load = [&](int64_t r, int64_t s) {
+            return lanes.load(first + r * in.row + s * in.pixel);
+          };
+          policy.template vector<R, S>(load, at + channel, lanes);
+        });
+      }
+    });
+    clipped(std::false_type{}, inside.end, p.ow);
   }
-  clipped(inside.end, p.ow);
 }
 
 // Windows that do not overlap: row i of them writes the input rows from its own to the next one's.
