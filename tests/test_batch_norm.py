@@ -62,22 +62,20 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("isa", _core.available_isas())
-@pytest.mark.parametrize("activation, adds", KINDS)
-def test_against_float64(isa, activation, adds):
-    for shape in SHAPES:
-        x, gamma, beta, residual = arrays(shape)
-        dy = np.random.default_rng(1).standard_normal(shape).astype("float32")
-        inputs = (x, gamma, beta, residual) if adds else (x, gamma, beta)
+def assert_as_float64(shape, activation, adds, isas):
+    x, gamma, beta, residual = arrays(shape)
+    dy = np.random.default_rng(1).standard_normal(shape).astype("float32")
+    inputs = (x, gamma, beta, residual) if adds else (x, gamma, beta)
 
-        def gradients(function, inputs, dy, activation=activation):
-            with tf.GradientTape() as tape:
-                tape.watch(inputs)
-                y = function(*inputs, activation=activation)
-            return [y, *tape.gradient(y, inputs, dy)]
+    def gradients(function, inputs, dy):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            y = function(*inputs, activation=activation)
+        return [y, *tape.gradient(y, inputs, dy)]
 
-        wide = [tf.constant(array, "float64") for array in inputs]
-        wanted = gradients(by_tensorflow, wide, tf.constant(dy, "float64"))
+    wide = [tf.constant(array, "float64") for array in inputs]
+    wanted = gradients(by_tensorflow, wide, tf.constant(dy, "float64"))
+    for isa in isas:
         with running_on(isa):
             found = tf.function(gradients, autograph=False)(
                 joined, [tf.constant(array) for array in inputs], tf.constant(dy)
@@ -85,6 +83,25 @@ def test_against_float64(isa, activation, adds):
         if shape == (1, 1, 1, 5):  # of one row, dx is a difference of equal numbers
             found[1], wanted[1] = found[1] * 1e-3, wanted[1] * 1e-3
         assert_all_close(found, wanted, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("isa", _core.available_isas())
+@pytest.mark.parametrize("activation, adds", KINDS)
+def test_against_float64(isa, activation, adds):
+    for shape in SHAPES:
+        assert_as_float64(shape, activation, adds, [isa])
+
+
+# More than 16 MiB: whole lines of results are written past the caches, and rows taken in other turns. The
+# fourth has lines that rows share.
+BEYOND_CACHES = [(1, 70, 1001, 64), (2, 91, 250, 96), (2, 45, 45, 1040), (1, 90, 701, 72)]
+
+
+@pytest.mark.parametrize("shape", BEYOND_CACHES, ids=str)
+@pytest.mark.parametrize("activation, adds", [(None, False), ("relu", True), ("silu", False)])
+def test_beyond_caches(shape, activation, adds):
+    assert np.prod(shape) > 4 << 20
+    assert_as_float64(shape, activation, adds, _core.available_isas())
 
 
 @pytest.mark.parametrize("isa", _core.available_isas())
@@ -155,8 +172,9 @@ def test_no_rows_or_channels(shape):
     assert adapter.batch_norm_inference(x, zeros, ones, None, None, epsilon=1e-3).shape == shape
 
 
-def test_the_same_bits_for_any_number_of_threads():
-    x, gamma, beta, residual = (tf.constant(a) for a in arrays((2, 40, 33, 300)))
+@pytest.mark.parametrize("shape", [(2, 40, 33, 300), BEYOND_CACHES[0], BEYOND_CACHES[2]], ids=str)
+def test_the_same_bits_for_any_number_of_threads(shape):
+    x, gamma, beta, residual = (tf.constant(a) for a in arrays(shape))
 
     @tf.function(autograph=False)
     def run():

@@ -150,10 +150,17 @@ def test_one_tap_batches_beyond_caches(c, filters, strides):
     "window, strides, padding", [(2, 2, "valid"), (3, 2, "same"), (2, 3, "valid"), (3, 1, "same")]
 )
 def test_pooling_batches_beyond_caches(window, strides, padding):
-    """Rows of windows ask for the next row's lines. An image has the bits that it has alone."""
-    x = np.random.default_rng(2).standard_normal((30, 37, 41, 96), np.float32)
-    assert 4 * x.size > 16 * 2**20
+    """Rows of windows ask for the next row's lines, and whole lines of results are written past the caches.
+
+    An image has the bits that it has alone, and so has a result that does not begin with a line.
+    """
+    x = np.random.default_rng(2).standard_normal((56, 37, 41, 96), np.float32)
     options = {"strides": strides, "padding": padding}
+    wanted = fastconv.max_pool2d(x, window, **options)
+    assert 4 * (x.size + wanted.size) > 32 * 2**20
+    apart = np.empty(wanted.size + 1, np.float32)[1:].reshape(wanted.shape)
+    fastconv.max_pool2d(x, window, **options, out=apart)
+    assert_equal_arrays([apart], [wanted])
     for isa in _core.available_isas():
         with running_on(isa=isa, threads=2):
             results = [

@@ -13,6 +13,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "cpu/streaming.hpp"
 #include "cpu/transpose.hpp"
 
 namespace fastconv::cpu {
@@ -51,6 +52,12 @@ struct AllLanes {
   }
 };
 
+// All lanes, stored past the caches.
+template <class V>
+struct StreamedLanes : AllLanes<V> {
+  void store(float* p, typename V::Reg v) const { V::stream(p, v); }
+};
+
 template <class V>
 struct SomeLanes {
   typename V::Tail tail;
@@ -68,9 +75,9 @@ struct SomeLanes {
 };
 
 // Calls body(element, lanes) for a range of elements, a vector at a time.
-template <class V, class Body>
+template <class V, class Whole = AllLanes<V>, class Body>
 void for_each_vector(int64_t begin, int64_t end, const Body& body) {
-  for (; begin + V::kWidth <= end; begin += V::kWidth) body(begin, AllLanes<V>{});
+  for (; begin + V::kWidth <= end; begin += V::kWidth) body(begin, Whole{});
   if (begin < end) body(begin, SomeLanes<V>(end - begin));
 }
 
@@ -135,17 +142,21 @@ struct MaxForward {
       // Two values a comparison: whether either is NaN.
       typename V::Reg waiting = best;
       typename V::Mask nan = V::unordered(best, best);
-#pragma GCC unroll 9
-      for (int tap = 1; tap < R * S; ++tap) {
-        const typename V::Reg value = load(tap / S, tap % S);
-        best = V::max(value, best);
-        if (tap == 1) {
-          nan = V::unordered(waiting, value);
-        } else if (tap % 2 == 1) {
-          nan = V::mask_or(nan, V::unordered(waiting, value));
+      int count = 0;
+#pragma GCC unroll 3
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+        for (int s = 0; s < S; ++s, ++count) {
+          if (count == 0) continue;
+          const typename V::Reg value = load(r, s);
+          best = V::max(value, best);
+          if (count == 1) {
+            nan = V::unordered(waiting, value);
+          } else if (count % 2 == 1) {
+            nan = V::mask_or(nan, V::unordered(waiting, value));
+          }
+          waiting = value;
         }
-        waiting = value;
-      }
       if constexpr (R * S % 2 == 1) nan = V::mask_or(nan, V::unordered(waiting, waiting));
       lanes.store(y + at, V::select(nan, V::set(std::numeric_limits<float>::quiet_NaN()), best));
     } else {
@@ -417,46 +428,40 @@ inline __attribute__((always_inline)) void ask_below_window(const Pool2dProblem&
   }
 }
 
-// Calls body(flag), for which the compiler makes code of its own: a loop that asks for lines is slower even
-// where it does not.
-template <class Body>
-void as_constant(bool flag, const Body& body) {
-  if (flag) {
-    body(std::true_type{});
-  } else {
-    body(std::false_type{});
-  }
-}
-
 // Output row i, channels `channels`, of one image.
 template <class V, class Policy, int R, int S>
 void pool_row(const Pool2dProblem& p, int64_t i, const float* x, const Pixels& in,
-              const Pixels& out, Span channels, bool asks, const Policy& policy) {
+              const Pixels& out, Span channels, bool asks, bool streams, const Policy& policy) {
   const int64_t top = i * p.stride_h - p.pad_top;
   const Span rows = taps_inside(top, p.r, p.h);
+  const Policy own = policy;  // copies, which no store can change
+  const int64_t in_row = in.row, in_pixel = in.pixel, out_pixel = out.pixel;
+  const int64_t step = p.stride_w, pad = p.pad_left, begin = channels.begin, end = channels.end;
   const auto clipped = [&](auto asks_ahead, int64_t j_begin, int64_t j_end) {
-    for (int64_t j = j_begin; j < j_end; ++j) {
-      const int64_t left = j * p.stride_w - p.pad_left;
+    int64_t at = out.at(i, j_begin);
+    for (int64_t j = j_begin; j < j_end; ++j, at += out_pixel) {
+      const int64_t left = j * step - pad;
       const Span columns = taps_inside(left, p.s, p.w);
-      const int64_t at = out.at(i, j);
+      const float* const corner = x + in.at(top, left);
       const auto take = [&](auto vectors, int64_t channel, const auto& lanes) {
+        const float* const first = corner + channel;
         const auto load = [&](int64_t r, int64_t s, int v) __attribute__((always_inline)) {
-          const float* const from = x + in.at(top + r, left + s) + channel + v * V::kWidth;
+          const float* const from = first + r * in_row + s * in_pixel + v * V::kWidth;
           constexpr int64_t kAhead = 16;  // pixels, which lie too far apart for the hardware
           if (asks_ahead && v * V::kWidth % kLine == 0) {
-            __builtin_prefetch(from + kAhead * in.pixel, 0, 2);
+            __builtin_prefetch(from + kAhead * in_pixel, 0, 2);
           }
           return lanes.load(from);
         };
-        policy.template vectors<vectors>(load, rows, columns, at + channel, lanes);
+        own.template vectors<vectors>(load, rows, columns, at + channel, lanes);
       };
       constexpr int kVectors = 4;
-      int64_t begin = channels.begin;
-      for (; begin + kVectors * V::kWidth <= channels.end; begin += kVectors * V::kWidth) {
-        take(std::integral_constant<int, kVectors>{}, begin, AllLanes<V>{});
+      int64_t channel = begin;
+      for (; channel + kVectors * V::kWidth <= end; channel += kVectors * V::kWidth) {
+        take(std::integral_constant<int, kVectors>{}, channel, AllLanes<V>{});
       }
-      for_each_vector<V>(begin, channels.end, [&](int64_t channel, const auto& lanes) {
-        take(std::integral_constant<int, 1>{}, channel, lanes);
+      for_each_vector<V>(channel, end, [&](int64_t rest, const auto& lanes) {
+        take(std::integral_constant<int, 1>{}, rest, lanes);
       });
     }
   };
@@ -466,19 +471,24 @@ void pool_row(const Pool2dProblem& p, int64_t i, const float* x, const Pixels& i
     if (rows.size() < p.r) return clipped(std::false_type{}, 0, p.ow);
     const Span inside = windows_inside(p.pad_left, p.s, p.stride_w, p.w, p.ow);
     clipped(std::false_type{}, 0, inside.begin);
-    as_constant(asks, [&](auto asks_below) {
-      for (int64_t j = inside.begin; j < inside.end; ++j) {
-        const float* const corner = x + in.at(top, j * p.stride_w - p.pad_left);
-        const int64_t at = out.at(i, j);
+    const auto whole = [&](auto asks_below, auto streamed) {
+      using Whole = std::conditional_t<streamed, StreamedLanes<V>, AllLanes<V>>;
+      const float* corner = x + in.at(top, inside.begin * step - pad);
+      int64_t at = out.at(i, inside.begin);
+      for (int64_t j = inside.begin; j < inside.end;
+           ++j, corner += step * in_pixel, at += out_pixel) {
         if constexpr (asks_below) ask_below_window<R, S>(p, corner, in);
-        for_each_vector<V>(channels.begin, channels.end, [&](int64_t channel, const auto& lanes) {
+        for_each_vector<V, Whole>(begin, end, [&](int64_t channel, const auto& lanes) {
           const float* const first = corner + channel;
           const auto load = [&](int64_t r, int64_t s) {
-            return lanes.load(first + r * in.row + s * in.pixel);
+            return lanes.load(first + r * in_row + s * in_pixel);
           };
-          policy.template vector<R, S>(load, at + channel, lanes);
+          own.template vector<R, S>(load, at + channel, lanes);
         });
       }
+    };
+    as_constant(asks, [&](auto asks_below) {
+      as_constant(streams, [&](auto streamed) { whole(asks_below, streamed); });
     });
     clipped(std::false_type{}, inside.end, p.ow);
   }
@@ -697,14 +707,17 @@ void pool_fprop_nhwc(const Pool2dProblem& p, const float* x, const Policy& polic
   const int64_t vectors = ceil_div(p.c, V::kWidth);
   const RowTasks tasks(p.n * p.oh, min64(p.r, p.h) * min64(p.w, p.ow * p.s) * p.c, vectors);
   const bool asks = pool_asks<R>(p);
+  const bool streams = R > 0 && streams_pixels(policy.y, p.c, p.x_size() + p.y_size());
   parallel_for(tasks.count(), [&](int64_t task) {
     tasks.run(task, [&](int64_t row, int64_t part) {
       const int64_t n = row / p.oh;
       const Span own = part_of(vectors, tasks.parts, part);
       const Span channels{own.begin * V::kWidth, min64(p.c, own.end * V::kWidth)};
       pool_row<V, Policy, R, S>(p, row % p.oh, x, {n * p.h * p.w * p.c, p.w * p.c, p.c},
-                                {n * p.oh * p.ow * p.c, p.ow * p.c, p.c}, channels, asks, policy);
+                                {n * p.oh * p.ow * p.c, p.ow * p.c, p.c}, channels, asks, streams,
+                                policy);
     });
+    if (streams) V::drain();
   });
 }
 
@@ -782,7 +795,8 @@ void pool_fprop_nchw(const Pool2dProblem& p, const float* x, const Policy& polic
     const Policy own = policy.with_results(in + in_floats, in + in_floats + out_floats);
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       pool_row<V, Policy, R, S>(p, i, in, strip_pixels(first, p.w, kWidth),
-                                strip_pixels(rows.begin, p.ow, kWidth), {0, kWidth}, false, own);
+                                strip_pixels(rows.begin, p.ow, kWidth), {0, kWidth}, false, false,
+                                own);
     }
     policy.template take_results<V>(own, count, rows.size() * p.ow,
                                     (plane * p.oh + rows.begin) * p.ow, p.oh * p.ow);

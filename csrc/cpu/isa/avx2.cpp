@@ -38,6 +38,9 @@ struct Avx2 {
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
   static Reg load(const float* p, Tail t) { return _mm256_maskload_ps(p, t.mask); }
   static void store(float* p, Reg v) { _mm256_storeu_ps(p, v); }
+  // Past the caches, to a multiple of a vector; and what has to come between that and other threads' loads.
+  static void stream(float* p, Reg v) { _mm256_stream_ps(p, v); }
+  static void drain() { _mm_sfence(); }
   // Not VMASKMOVPS: AMD's processors take a dozen cycles and more for a masked store.
   static void store(float* p, Reg v, Tail t) {
     if (t.count == kWidth) return store(p, v);

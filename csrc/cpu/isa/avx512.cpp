@@ -33,6 +33,9 @@ struct Avx512 {
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
   static Reg load(const float* p, Tail t) { return _mm512_maskz_loadu_ps(t, p); }
   static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
+  // Past the caches, to a multiple of a vector; and what has to come between that and other threads' loads.
+  static void stream(float* p, Reg v) { _mm512_stream_ps(p, v); }
+  static void drain() { _mm_sfence(); }
   static void store(float* p, Reg v, Tail t) { _mm512_mask_storeu_ps(p, t, v); }
   // 8 floats at most, to where there is room for 8.
   static void copy_half(const float* from, Tail t, float* to) {

@@ -31,6 +31,8 @@ struct Scalar {
   static Reg load(const float* p) { return *p; }
   static Reg load(const float* p, Tail) { return *p; }
   static void store(float* p, Reg v) { *p = v; }
+  static void stream(float* p, Reg v) { *p = v; }
+  static void drain() {}
   static void store(float* p, Reg v, Tail) { *p = v; }
   template <class... Tails>
   static Reg load(const Float16* p, Tails...) {
