@@ -13,6 +13,7 @@
 #include <new>
 
 #include "core/environment.hpp"
+#include "core/huge_pages.hpp"
 
 namespace fastconv {
 namespace {
@@ -167,6 +168,7 @@ void Workspace::acquire(std::size_t bytes) {
   if (capacity_ < bytes) throw std::bad_alloc();
   data_ = std::aligned_alloc(kAlignment, capacity_);
   if (!data_) throw std::bad_alloc();
+  advise_huge_pages(data_, capacity_);
 }
 
 void Workspace::release() {

@@ -12,6 +12,7 @@
 #include "bindings/tensorflow/c_api.hpp"
 #include "core/error.hpp"
 #include "core/export.hpp"
+#include "core/huge_pages.hpp"
 
 namespace fastconv::tensorflow {
 namespace {
@@ -109,6 +110,7 @@ class Context {
     Tensor tensor(TF_AllocateOutput(context_, index, type, shape.data(),
                                     static_cast<int>(shape.size()), bytes, status.get()));
     status.check();
+    advise_huge_pages(tensor.data(), bytes);
     return tensor;
   }
 
