@@ -1,4 +1,4 @@
-"""Large results of the frameworks' operations ask for huge pages, which Linux gives for the asking."""
+"""Large results of TensorFlow's operations ask for huge pages, which Linux gives for the asking."""
 
 from pathlib import Path
 

@@ -88,10 +88,12 @@ void store_column(float* at, int v, typename V::Reg value, typename V::Tail tail
 constexpr int64_t kRowsAtOnce = 64;
 
 // Rows all of whose channels come before the next rows'. In a cache these are more, for what a channel needs is
-// loaded once for all. From memory they are few, for the hardware to see runs of lines: a row of 96 channels is
-// one, two to four of them at once were slower than either (a Zen 4).
-inline int64_t rows_in_turn(const BatchNormProblem& p, int64_t channels) {
-  constexpr int64_t kFew = 8, kFloats = 8192, kLongRow = 96;
+// loaded once for all. From memory they are few, for the hardware to see runs of lines: of 128 channels one, for
+// two to four of them were slower than either (a Zen 4). Where registers hold all channels they take no turns.
+template <class V>
+int64_t rows_in_turn(const BatchNormProblem& p, int64_t channels) {
+  constexpr int64_t kFew = 8, kFloats = 8192, kLongRow = 128;
+  if (channels <= 4 * V::kWidth) return kRowsAtOnce;
   if (beyond_caches(2 * p.rows * p.channels)) return channels < kLongRow ? kFew : 1;
   int64_t rows = kRowsAtOnce;
   while (rows > kFew && rows * channels > kFloats) rows /= 2;
@@ -99,9 +101,9 @@ inline int64_t rows_in_turn(const BatchNormProblem& p, int64_t channels) {
 }
 
 // Calls body(row, its number of rows) for those of a block that are taken in turn.
-template <class Body>
+template <class V, class Body>
 void for_each_turn(const BatchNormProblem& p, int64_t rows, int64_t channels, const Body& body) {
-  const int64_t step = rows_in_turn(p, channels);
+  const int64_t step = rows_in_turn<V>(p, channels);
   for (int64_t row = 0; row < rows; row += step) body(row, min64(step, rows - row));
 }
 
@@ -114,7 +116,7 @@ template <class V>
 void moments_of_block(const BatchNormProblem& p, int64_t rows, int64_t channels, const float* x,
                       float* origins, float* means, float* squares) {
   alignas(64) float sums[NormBlocks::kChannels], own_squares[NormBlocks::kChannels];
-  for_each_turn(p, rows, channels, [&](int64_t row, int64_t count) {
+  for_each_turn<V>(p, rows, channels, [&](int64_t row, int64_t count) {
     const int64_t before = row / kRowsAtOnce * kRowsAtOnce;
     const int64_t some = min64(kRowsAtOnce, rows - before);
     const auto number = [](double value) {
@@ -225,7 +227,7 @@ void batch_norm_fprop(const BatchNormProblem& p, const float* x, const float* me
   norm_scales<V>(p, variance, gamma, scales);
   const auto run = [&]<Activation Kind, bool Adds, bool Streams>() {
     parts.for_each([&](int64_t, int64_t rows, int64_t at, int64_t first, int64_t channels) {
-      for_each_turn(p, rows, channels, [&](int64_t row, int64_t count) {
+      for_each_turn<V>(p, rows, channels, [&](int64_t row, int64_t count) {
         for_each_column<V>(channels, [&]<int Vectors>(int64_t c, typename V::Tail tail) {
           typename V::Reg middle[Vectors], scale[Vectors], offset[Vectors];
 #pragma GCC unroll 4
@@ -323,7 +325,7 @@ struct BatchNormBprop {
       alignas(64) float own_sums[NormBlocks::kChannels], own_products[NormBlocks::kChannels];
       std::memset(sums + to, 0, static_cast<std::size_t>(channels) * sizeof(float));
       std::memset(products + to, 0, static_cast<std::size_t>(channels) * sizeof(float));
-      for_each_turn(p, rows, channels, [&](int64_t row, int64_t count) {
+      for_each_turn<V>(p, rows, channels, [&](int64_t row, int64_t count) {
         const bool begins = row % kRowsAtOnce == 0;
         const bool ends = row + count == rows || (row + count) % kRowsAtOnce == 0;
         for_each_column<V>(channels, [&]<int Vectors>(int64_t c, typename V::Tail tail) {
@@ -384,7 +386,7 @@ struct BatchNormBprop {
       }
     });
     parts.for_each([&](int64_t, int64_t rows, int64_t at, int64_t first, int64_t channels) {
-      for_each_turn(p, rows, channels, [&](int64_t row, int64_t count) {
+      for_each_turn<V>(p, rows, channels, [&](int64_t row, int64_t count) {
         for_each_column<V>(channels, [&]<int Vectors>(int64_t c, typename V::Tail tail) {
           const Column<Vectors, Mask, Kind> column(*this, first + c, tail);
           typename V::Reg slope[Vectors], shift[Vectors];

@@ -19,7 +19,6 @@
 #include "core/cuda_backend.hpp"
 #include "core/error.hpp"
 #include "core/export.hpp"
-#include "core/huge_pages.hpp"
 
 namespace fastconv::xla {
 namespace {
@@ -82,13 +81,6 @@ class Tensor {
   int rank() const { return static_cast<int>(buffer_->rank); }
   int64_t dim(int axis) const { return buffer_->dims[axis]; }
   void* data() const { return buffer_->data; }
-  std::size_t bytes() const {
-    std::size_t bytes = 1;
-    if (type() == ElementType::float16 || type() == ElementType::bfloat16) bytes = 2;
-    if (type() == ElementType::float32 || type() == ElementType::int32) bytes = 4;
-    for (int axis = 0; axis < rank(); ++axis) bytes *= static_cast<std::size_t>(dim(axis));
-    return bytes;
-  }
   void* values(fastconv::DataType expected) const {
     const bool is_float = type() != ElementType::other && type() != ElementType::int32 &&
                           type() != ElementType::uint8 && type() != ElementType::int8;
@@ -109,8 +101,8 @@ class Context {
  public:
   using Tensor = xla::Tensor;
 
-  explicit Context(const CallFrame& frame, bool on_host = true)
-      : frame_(frame), on_host_(on_host),
+  explicit Context(const CallFrame& frame)
+      : frame_(frame),
         // Behind the op's inputs there may be an operand that tells XLA the shape of the results.
         num_inputs_(Attributes(frame.attributes).integers<1>("num_inputs")[0]) {}
 
@@ -123,7 +115,6 @@ class Context {
   Tensor output(int index, std::span<const int64_t> shape) const {
     const Tensor tensor = buffer(frame_.results, index);
     framework::check_shape(tensor, "output", shape);
-    if (on_host_) advise_huge_pages(tensor.data(), tensor.bytes());
     return tensor;
   }
 
@@ -140,14 +131,13 @@ class Context {
   }
 
   const CallFrame& frame_;
-  bool on_host_;
   int64_t num_inputs_;
 };
 
 // Of a call on a GPU: all of its buffers are on one.
 class DeviceContext : public Context {
  public:
-  explicit DeviceContext(const CallFrame& frame) : Context(frame, false) {}
+  explicit DeviceContext(const CallFrame& frame) : Context(frame) {}
 
   DeviceOperations operations() const {
     const cuda::Library& library = cuda::library();
