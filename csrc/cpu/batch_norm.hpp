@@ -26,7 +26,7 @@ namespace {
 // threads: blocks of rows, each in pieces of neighbouring channels.
 struct NormBlocks {
   static constexpr int64_t kChannels = 1024;  // of a piece: one page of each row
-  static constexpr int64_t kFew = 128;        // whose blocks are put together
+  static constexpr int64_t kJoined = 128;     // whose blocks' sums a task puts together
   int64_t total, channels, rows, blocks, pieces;
 
   explicit NormBlocks(const BatchNormProblem& p) : total(p.rows), channels(p.channels) {
@@ -46,11 +46,12 @@ struct NormBlocks {
            min64(kChannels, channels - first));
     });
   }
-  // Calls body(first channel, number of channels) for the sums of all blocks.
+  // Calls body(first channel, number of channels) to put the blocks' sums together.
   template <class Body>
-  void for_each_few(const Body& body) const {
-    parallel_for(ceil_div(channels, kFew),
-                 [&](int64_t task) { body(task * kFew, min64(kFew, channels - task * kFew)); });
+  void for_each_joined(const Body& body) const {
+    parallel_for(ceil_div(channels, kJoined), [&](int64_t task) {
+      body(task * kJoined, min64(kJoined, channels - task * kJoined));
+    });
   }
 };
 
@@ -184,8 +185,8 @@ void batch_norm_moments(const BatchNormProblem& p, const float* x, float* mean, 
     const int64_t to = block * p.channels + first;
     moments_of_block<V>(p, rows, channels, x + at, origins + to, means + to, squares + to);
   });
-  parts.for_each_few([&](int64_t begin, int64_t channels) {
-    double average[NormBlocks::kFew] = {}, squared[NormBlocks::kFew] = {};
+  parts.for_each_joined([&](int64_t begin, int64_t channels) {
+    double average[NormBlocks::kJoined] = {}, squared[NormBlocks::kJoined] = {};
     for (int64_t block = 0; block < parts.blocks; ++block) {
       const int64_t before = block * parts.rows;
       const double count = static_cast<double>(min64(parts.rows, p.rows - before));
@@ -366,8 +367,8 @@ struct BatchNormBprop {
       });
       if constexpr (Streams && Mask == NormMask::by_y) V::drain();
     });
-    parts.for_each_few([&](int64_t begin, int64_t channels) {
-      double sum[NormBlocks::kFew] = {}, product[NormBlocks::kFew] = {};
+    parts.for_each_joined([&](int64_t begin, int64_t channels) {
+      double sum[NormBlocks::kJoined] = {}, product[NormBlocks::kJoined] = {};
       for (int64_t block = 0; block < parts.blocks; ++block) {
         const int64_t at = block * p.channels + begin;
         for (int64_t c = 0; c < channels; ++c) {
