@@ -176,6 +176,11 @@ LARGE = [
     Problem((3, 20, 21, 128), 128, groups=4, padding=((2, 0), (1, 1))),
     Problem((2, 27, 25, 48), 40, padding="same", data_format="channels_first"),
     Problem((32, 13, 13, 32), 64, data_format="channels_first"),
+    # With AVX2, tiles of the filter's gradient span taps although channels fill them; its blocks, images.
+    Problem((90, 5, 4, 8), 32),
+    Problem((3, 29, 30, 13), 40, padding="same"),
+    Problem((2, 30, 31, 40), 48, strides=(2, 2), padding=((1, 0), (0, 2))),
+    Problem((7, 13, 9, 24), 17, kernel=(2, 5), strides=(3, 2), dilation_rate=(2, 1)),
     # Batches in chunks, the last of which has fewer pixels than a filter's gradient has parts.
     Problem((5462, 2, 2, 3), 8, padding="same"),
     Problem((1311, 3, 3, 8), 16, padding="same"),

@@ -297,6 +297,37 @@ int64_t wgrad_panels(int64_t vectors, int64_t channels) {
   return 100 * instructions(fewest) < 93 * instructions(usual) ? fewest : usual;
 }
 
+// Of the products of taps and output pixels, how many meet no padding.
+inline double share_inside(const Conv2dProblem& p) {
+  const auto pairs = [](const AxisTaps& axis, int64_t outputs, int64_t size) {
+    int64_t sum = 0;
+    for (int64_t tap = 0; tap < axis.count; ++tap) sum += axis.met_by(tap, outputs, size).size();
+    return sum;
+  };
+  const int64_t down = pairs({p.r, p.stride_h, -p.pad_top, p.dilation_h, 0, 1}, p.oh, p.h);
+  const int64_t across = pairs({p.s, p.stride_w, -p.pad_left, p.dilation_w, 0, 1}, p.ow, p.w);
+  return static_cast<double>(down * across) / static_cast<double>(p.r * p.s * p.oh * p.ow);
+}
+
+// Whether tiles that span taps take less time although channels fill those of one tap: the latter list the
+// pixels anew for every tap, in pieces where rows are short, and end it with a tile that may be partly empty.
+// The former multiply the padding too, of a copy that they need, and what they read of many channels' pixels
+// is more than the first-level cache has. The terms were fitted to 350 shapes with AVX2.
+template <class V>
+bool better_across_taps(const Conv2dProblem& p, int64_t panel_vectors, int64_t copied_pixels) {
+  constexpr int64_t kMostChannels = 96, kMostFloatsApart = 192;
+  const int64_t taps = p.r * p.s;
+  // Of one vector, addresses of rows are more than there are registers for.
+  if (V::kRegisters == 32 || taps == 1 || p.groups != 1 || panel_vectors == 1 ||
+      p.c > kMostChannels || p.stride_w * p.c > kMostFloatsApart) {
+    return false;
+  }
+  const double around_a_tap = 1.25 / static_cast<double>(p.c) + 0.5 / static_cast<double>(p.ow);
+  const double copying =
+      3.5 * static_cast<double>(copied_pixels) / static_cast<double>(p.oh * p.ow * taps * p.k);
+  return share_inside(p) * (1 + around_a_tap) > 1.03 + copying;
+}
+
 // The cut of one wgrad: input copies, partial sums, tasks and scratch memory.
 template <class V>
 struct WgradPlan {
@@ -336,7 +367,9 @@ struct WgradPlan {
     const int64_t reach_w = (p.ow - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1;
     const bool padded =
         p.pad_top || p.pad_left || reach_h - p.pad_top > p.h || reach_w - p.pad_left > p.w;
-    by_taps = p.c_per_group() >= rows || (padded && mostly_padding(p, reach_h, reach_w));
+    by_taps = (p.c_per_group() >= rows &&
+               !better_across_taps<V>(p, panel_vectors, padded ? reach_h * reach_w : 0)) ||
+              (padded && mostly_padding(p, reach_h, reach_w));
     copied = !by_taps && padded;
     source_h = copied ? reach_h : p.h;
     source_w = copied ? reach_w : p.w;
@@ -359,7 +392,7 @@ struct WgradPlan {
                                     : in_few_sets(1) ? 3
                                     : in_few_sets(2) ? 5
                                                      : 8;
-    packed = cg >= rows && taps * panels / tiles_a_packing >= down.count * across.count;
+    packed = by_taps && cg >= rows && taps * panels / tiles_a_packing >= down.count * across.count;
     packs_blocks = packed && taps == 1;
     // As many images at a time as fit in the second-level cache, or have pixels for whole blocks; all of
     // them where none is copied. Each block takes the sums from memory and back, which of several taps are
@@ -1150,7 +1183,7 @@ class ImplicitGemmWgrad {
       block.image = block.begin / image_pixels;
       block.in_image = block.begin % image_pixels;
       block.first = chunk.first_pixel == 0 && block.begin == part_begin;
-      if (!plan_.by_taps) block.end = min64(block.end, (block.image + 1) * image_pixels);
+      if (operands_.argmax_of_y) block.end = min64(block.end, (block.image + 1) * image_pixels);
       block.next_pixels = min64(plan_.pixels_a_block, part_end - block.end);
       if (plan_.asks_ahead) {
         task.ahead.go_to(block.begin, block.end < part_end ? block.end : block.begin);
@@ -1320,7 +1353,7 @@ class ImplicitGemmWgrad {
     }
   }
 
-  // Tiles whose rows are of several taps, of a block's pixels, which are of one image.
+  // Tiles whose rows are of several taps.
   void add_across_taps(const Chunk& chunk, const Task& task, const Block& block, int64_t panel,
                        int64_t column, int vectors, bool in_place, WgradTile& t) const {
     const int64_t passed = (panel - task.panels.begin) * task.tiles.size() - task.tiles.begin;
