@@ -283,14 +283,16 @@ inline __attribute__((always_inline)) void load_taps(const float* filter, int64_
   for (int s = 0; s < Taps; ++s) tap[s] = V::held(channels.load(filter + s * column, 0));
 }
 
+// Portable code has few kernels, for the sake of those who compile it.
 template <class V>
-constexpr int64_t kMostTapsOfPart = V::kRegisters < 32 ? 5 : 8;
+constexpr int64_t kMostTapsOfPart = V::kWidth == 1 ? 3 : V::kRegisters < 32 ? 5 : 8;
 
 // Of so many taps in a row, how many are in registers at a time: all of them, or parts of like sizes.
 template <class V>
 constexpr int64_t taps_of_part(int64_t taps) {
   constexpr int64_t kMost = kMostTapsOfPart<V>;
-  return taps <= kMost || taps == 7 ? taps : ceil_div(taps, ceil_div(taps, kMost));
+  const bool at_once = taps <= kMost || (taps == 7 && V::kWidth > 1);
+  return at_once ? taps : ceil_div(taps, ceil_div(taps, kMost));
 }
 
 // Whether some number of taps comes in such parts; `many`: in several.
