@@ -10,12 +10,15 @@ import numpy as np
 
 def conv2d(x, w, bias=None, *, activation=None, data_format="channels_last", groups=1, **geometry):
     x = _channels_last(x, data_format)
-    groups_of_taps, (batch, rows, columns) = _patches(x, w.shape, groups, **geometry)
-    y = [
-        patches @ filters
-        for patches, filters in zip(groups_of_taps, _matrices(w, groups), strict=True)
-    ]
-    y = np.concatenate(y, axis=-1).reshape(batch, rows, columns, w.shape[3])
+    y = sum(
+        _product(pixels, filters)
+        for pixels, filters in zip(
+            _pixels_of_taps(x, w.shape, groups, **geometry),
+            _filters_of_taps(w, groups),
+            strict=True,
+        )
+    )
+    y = y.reshape(*y.shape[:3], w.shape[3])
     if bias is not None:
         y = y + bias.astype(np.float64)
     if activation == "relu":
@@ -28,21 +31,15 @@ def conv2d_grad_input(
 ):
     """``mask`` is fprop's output; ``dy`` counts only where it is positive."""
     dy = _channels_last(_masked(dy, mask), data_format)
-    n, height, width, channels = _shape_channels_last(input_shape, data_format)
-    strides, dilation_rate = geometry["strides"], geometry["dilation_rate"]
-    (top, bottom), (left, right), rows, columns = _geometry((height, width), w.shape, **geometry)
-    r, s, per_group, _ = w.shape
-
-    padded = np.zeros((n, top + height + bottom, left + width + right, channels))
-    split = np.split(dy.reshape(-1, w.shape[3]), groups, axis=1)
-    for group, (gradient, filters) in enumerate(zip(split, _matrices(w, groups), strict=True)):
-        taps = (gradient @ filters.T).reshape(n, rows, columns, r, s, per_group)
-        of_group = slice(group * per_group, (group + 1) * per_group)
-        for i in range(r):
-            for j in range(s):
-                at = _pixels(i, j, rows, columns, strides, dilation_rate)
-                padded[(slice(None), *at, of_group)] += taps[:, :, :, i, j]
-    return _from_channels_last(padded[:, top : top + height, left : left + width], data_format)
+    dy = dy.reshape(*dy.shape[:3], groups, w.shape[3] // groups)
+    dx = np.zeros(_shape_channels_last(input_shape, data_format))
+    (top, bottom), (left, right), _, _ = _geometry(dx.shape[1:3], w.shape, **geometry)
+    padded = np.pad(dx, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    at_taps = _pixels_of_taps(padded, w.shape, groups, **{**geometry, "padding": "valid"})
+    for pixels, filters in zip(at_taps, _filters_of_taps(w, groups), strict=True):
+        pixels += _product(dy, filters.transpose(0, 2, 1))
+    inside = padded[:, top : top + dx.shape[1], left : left + dx.shape[2]]
+    return _from_channels_last(inside, data_format)
 
 
 def conv2d_grad_filter(
@@ -51,13 +48,16 @@ def conv2d_grad_filter(
     """(dw, dbias); ``mask`` as for conv2d_grad_input."""
     dy = _channels_last(_masked(dy, mask), data_format)
     x = _channels_last(x, data_format)
-    groups_of_taps, _ = _patches(x, filter_shape, groups, **geometry)
-    flat = dy.reshape(-1, filter_shape[3])
-    dw = [
-        patches.T @ gradient
-        for patches, gradient in zip(groups_of_taps, np.split(flat, groups, axis=1), strict=True)
-    ]
-    return np.concatenate(dw, axis=1).reshape(filter_shape), flat.sum(axis=0)
+    flat = dy.reshape(-1, groups, filter_shape[3] // groups)
+    dw = []
+    for pixels in _pixels_of_taps(x, filter_shape, groups, **geometry):
+        pixels = pixels.reshape(-1, groups, filter_shape[2])
+        if filter_shape[2] == 1:
+            of_tap = (pixels * flat).sum(axis=0)[:, np.newaxis]
+        else:
+            of_tap = pixels.transpose(1, 2, 0) @ flat.transpose(1, 0, 2)
+        dw.append(of_tap.transpose(1, 0, 2))  # channels, groups, filters
+    return np.stack(dw).reshape(filter_shape), flat.sum(axis=0).reshape(-1)
 
 
 def max_pool2d(x, pool_size, *, strides, padding, data_format="channels_last"):
@@ -157,9 +157,8 @@ def _pixels(i, j, rows, columns, strides, dilation_rate):
     )
 
 
-def _patches(x, filter_shape, groups, *, strides, padding, dilation_rate):
-    """For each group a matrix with a row for each output pixel and a column for each tap."""
-    r, s, per_group, _ = filter_shape
+def _pixels_of_taps(x, filter_shape, groups, *, strides, padding, dilation_rate):
+    """For each tap what every output pixel meets: views (batch, rows, columns, groups, channels)."""
     sides_h, sides_w, rows, columns = _geometry(
         x.shape[1:3],
         filter_shape,
@@ -167,24 +166,26 @@ def _patches(x, filter_shape, groups, *, strides, padding, dilation_rate):
         padding=padding,
         dilation_rate=dilation_rate,
     )
-    x = np.pad(x, ((0, 0), sides_h, sides_w, (0, 0)))
-    taps = [
-        x[(slice(None), *_pixels(i, j, rows, columns, strides, dilation_rate))]
-        for i in range(r)
-        for j in range(s)
-    ]
-    taps = np.stack(taps, axis=3)  # batch, rows, columns, taps, channels
-    pixels = x.shape[0] * rows * columns
-    matrices = [
-        taps[..., group * per_group : (group + 1) * per_group].reshape(pixels, r * s * per_group)
-        for group in range(groups)
-    ]
-    return matrices, (x.shape[0], rows, columns)
+    if any(sides_h + sides_w):
+        x = np.pad(x, ((0, 0), sides_h, sides_w, (0, 0)))
+    x = x.reshape(*x.shape[:3], groups, filter_shape[2])
+    for i in range(filter_shape[0]):
+        for j in range(filter_shape[1]):
+            yield x[(slice(None), *_pixels(i, j, rows, columns, strides, dilation_rate))]
 
 
-def _matrices(w, groups):
-    w = w.astype(np.float64)
-    return np.split(w.reshape(-1, w.shape[3]), groups, axis=1)
+def _filters_of_taps(w, groups):
+    """For each tap (groups, channels, filters)."""
+    taps = w.astype(np.float64).reshape(-1, w.shape[2], groups, w.shape[3] // groups)
+    return taps.transpose(0, 2, 1, 3)
+
+
+def _product(pixels, filters):
+    """(batch, rows, columns, groups, channels) times (groups, channels, filters)."""
+    if filters.shape[1] == 1:
+        return pixels * filters[:, 0]
+    flat = pixels.reshape(-1, *pixels.shape[3:]).transpose(1, 0, 2)
+    return (flat @ filters).transpose(1, 0, 2).reshape(*pixels.shape[:4], filters.shape[2])
 
 
 def _pool_taps(x, pool_size, strides, padding):

@@ -56,7 +56,7 @@ POOLINGS = [
     ((6, 14, 15, 21), (14, 15), 1, "valid", "channels_last"),
     ((6, 14, 20, 19), (20, 19), 1, "valid", "channels_first"),
 ]
-THREADS = range(1, 17)
+THREADS = (1, 2, 3, 4, 5, 6, 8, 11, 16)
 DIRECTIONS = ("fprop", "dgrad", "wgrad")
 
 
@@ -191,8 +191,9 @@ def test_callers_at_once(callers, isa):
                 fastconv.set_num_threads(threads)
 
         def body(caller):
-            for i in range(len(CASES)):
-                which = (caller + i) % len(CASES)
+            each = len(CASES) * 2 // callers + 1  # any case comes twice
+            for i in range(each):
+                which = (caller // 2 * each + i) % len(CASES)
                 assert CASES[which]() == expected[which], CASES[which].args
 
         with ThreadPoolExecutor(callers + 1) as executor:
