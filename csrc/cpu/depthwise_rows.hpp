@@ -285,7 +285,9 @@ inline __attribute__((always_inline)) void load_taps(const float* filter, int64_
 
 // Portable code has few kernels, for the sake of those who compile it.
 template <class V>
-constexpr int64_t kMostTapsOfPart = V::kWidth == 1 ? 3 : V::kRegisters < 32 ? 5 : 8;
+constexpr int64_t kMostTapsOfPart = V::kWidth == 1       ? 3
+                                    : V::kRegisters < 32 ? 5
+                                                         : 8;
 
 // Of so many taps in a row, how many are in registers at a time: all of them, or parts of like sizes.
 template <class V>
