@@ -441,6 +441,7 @@ struct WgradPlan {
           asks_for_dy ? 1 : min64(panels, ceil_div(wanted_tasks, parts * p.groups * q_groups));
       q_groups =
           max64(q_groups, min64(q_tiles, ceil_div(wanted_tasks, parts * p.groups * panel_groups)));
+      share_evenly(pixels * floats, parts * p.groups);
     }
 
     // A thread multiplies channels that it packed, for what another core packed may be far away. Not fewer than
@@ -480,6 +481,24 @@ struct WgradPlan {
     // A block may begin and end in the middle of a row.
     const int64_t runs = min64(pixels_a_block, pixels_a_block / p.ow + 2) + 1;
     list_bytes = round_up(runs * int64_t{sizeof(PixelRun)}, 64);
+  }
+
+  // The last of few tasks may leave threads idle. Then there are more groups of panels, for which nothing is
+  // packed twice, or of tiles, each of which packs its dy.
+  void share_evenly(int64_t multiply_adds, int64_t others) {
+    constexpr int64_t kFewMultiplyAdds = int64_t{1} << 18;  // of a task
+    const int64_t threads = num_threads(), most_panel_groups = asks_for_dy ? panel_groups : panels;
+    for (int64_t of_tiles = q_groups; of_tiles <= min64(q_tiles, 2 * q_groups); ++of_tiles) {
+      for (int64_t of_panels = panel_groups; of_panels <= most_panel_groups; ++of_panels) {
+        const int64_t tasks = others * of_panels * of_tiles;
+        if (tasks * kFewMultiplyAdds > multiply_adds) break;
+        if (of_panels > panel_groups && panels % of_panels != 0) continue;
+        if (10 * round_up(tasks, threads) > 11 * tasks) continue;
+        panel_groups = of_panels;
+        q_groups = of_tiles;
+        return;
+      }
+    }
   }
 
   // Tasks that each pack their own: tiles of x for all their panels, and dy for all their tiles. Of the cuts
