@@ -110,13 +110,7 @@ struct Direct {
     const auto of_axis = [&](int64_t in, int64_t out, int64_t taps, int64_t stride,
                              int64_t dilation, int64_t pad) {
       if (dilation == 1 || in * out == 0) return 1.0;
-      int64_t pairs = 0;
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const int64_t last = in - 1 + pad - tap * dilation;
-        const int64_t begin = max64(0, ceil_div(pad - tap * dilation, stride));
-        const int64_t end = last < 0 ? 0 : min64(out, last / stride + 1);
-        pairs += max64(0, end - begin);
-      }
+      const int64_t pairs = AxisTaps{taps, stride, -pad, dilation, 0, 1}.pairs_met(out, in);
       const double pixels = direction == Direction::dgrad
                                 ? static_cast<double>(in) / static_cast<double>(stride)
                                 : static_cast<double>(out);

@@ -552,6 +552,13 @@ struct AxisTaps {
     const int64_t end = at >= size ? 0 : min64(outputs, (size - 1 - at) / step + 1);
     return {begin, max64(begin, end)};
   }
+
+  // How many pairs of a tap and an output index, of `outputs`, meet a source of `size`.
+  int64_t pairs_met(int64_t outputs, int64_t size) const {
+    int64_t pairs = 0;
+    for (int64_t tap = 0; tap < count; ++tap) pairs += met_by(tap, outputs, size).size();
+    return pairs;
+  }
 };
 
 struct TapConvolution {

@@ -299,13 +299,9 @@ int64_t wgrad_panels(int64_t vectors, int64_t channels) {
 
 // Of the products of taps and output pixels, how many meet no padding.
 inline double share_inside(const Conv2dProblem& p) {
-  const auto pairs = [](const AxisTaps& axis, int64_t outputs, int64_t size) {
-    int64_t sum = 0;
-    for (int64_t tap = 0; tap < axis.count; ++tap) sum += axis.met_by(tap, outputs, size).size();
-    return sum;
-  };
-  const int64_t down = pairs({p.r, p.stride_h, -p.pad_top, p.dilation_h, 0, 1}, p.oh, p.h);
-  const int64_t across = pairs({p.s, p.stride_w, -p.pad_left, p.dilation_w, 0, 1}, p.ow, p.w);
+  const AxisTaps vertical{p.r, p.stride_h, -p.pad_top, p.dilation_h, 0, 1};
+  const AxisTaps horizontal{p.s, p.stride_w, -p.pad_left, p.dilation_w, 0, 1};
+  const int64_t down = vertical.pairs_met(p.oh, p.h), across = horizontal.pairs_met(p.ow, p.w);
   return static_cast<double>(down * across) / static_cast<double>(p.r * p.s * p.oh * p.ow);
 }
 
@@ -367,9 +363,9 @@ struct WgradPlan {
     const int64_t reach_w = (p.ow - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1;
     const bool padded =
         p.pad_top || p.pad_left || reach_h - p.pad_top > p.h || reach_w - p.pad_left > p.w;
-    by_taps = (p.c_per_group() >= rows &&
-               !better_across_taps<V>(p, panel_vectors, padded ? reach_h * reach_w : 0)) ||
-              (padded && mostly_padding(p, reach_h, reach_w));
+    by_taps = (padded && mostly_padding(p, reach_h, reach_w)) ||
+              (p.c_per_group() >= rows &&
+               !better_across_taps<V>(p, panel_vectors, padded ? reach_h * reach_w : 0));
     copied = !by_taps && padded;
     source_h = copied ? reach_h : p.h;
     source_w = copied ? reach_w : p.w;
