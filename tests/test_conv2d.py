@@ -168,6 +168,9 @@ LARGE = [
     Problem((2, 14, 15, 140), 300, kernel=(1, 1), strides=(2, 1), padding=((1, 0), (0, 2))),
     Problem((2, 15, 16, 272), 400, kernel=(1, 1), groups=2),
     Problem((9, 30, 31, 20), 500, kernel=(1, 1)),
+    # So much that no cache holds it, where tiles ask for the next block; and pixels of the same few sets of a cache.
+    Problem((4, 60, 61, 40), 400, kernel=(1, 1), strides=(1, 2)),
+    Problem((2, 13, 14, 1024), 20, kernel=(1, 1)),
     # Most rows of the filter, or all, lie in the padding.
     Problem((3, 21, 34, 2), 30, kernel=(7, 4), padding=((6, 9), (5, 2))),
     Problem((2, 40, 41, 1), 17, kernel=(4, 4), dilation_rate=(2, 2), padding=((3, 12), (3, 3))),

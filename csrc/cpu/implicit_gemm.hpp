@@ -70,13 +70,17 @@ struct LikeTiles {
 // Whether tensors of so many floats are more than the caches keep.
 constexpr bool beyond_caches(int64_t floats) { return floats * 4 > int64_t{12} << 20; }
 
-// Whether `pixels`, the same channels of pixels that lie `apart` floats from each other, are more than the
-// first-level cache keeps. Where these lie a power of two apart they share a few of its 64 sets, of 8 lines
-// each or somewhat more.
-inline bool crowds_cache(int64_t pixels, int64_t apart) {
+// Pixels `apart` floats from each other of which the first-level cache keeps the same line. Those that lie a
+// power of two apart share a few of its 64 sets, of 8 lines each or somewhat more.
+inline int64_t pixels_kept(int64_t apart) {
   constexpr int64_t kSets = 64, kWays = 8;
-  const int64_t kept = kSets / std::gcd(max64(1, apart / kLine), kSets) * kWays;
-  return 5 * pixels > 6 * kept;
+  return kSets / std::gcd(max64(1, apart / kLine), kSets) * kWays;
+}
+
+// Whether `pixels`, the same channels of pixels that lie `apart` floats from each other, are more than the
+// first-level cache keeps.
+inline bool crowds_cache(int64_t pixels, int64_t apart) {
+  return 5 * pixels > 6 * pixels_kept(apart);
 }
 
 // What more an algorithm takes that goes over the images group by group, `floats` of a line at a time, where

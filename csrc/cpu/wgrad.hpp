@@ -55,8 +55,8 @@ struct WgradTile {
   const PixelRun* runs;
   int64_t run_count;
   int64_t x_step;  // floats, from one pixel of a run to the next
-  // What a tile of `..._ahead` rows asks for meanwhile, a line or two a pixel: of pixels that lie as those of
-  // x do, or else `ahead_step` apart.
+  // What a tile of `..._ahead` rows asks for meanwhile, a line or two a round of its loop: of pixels that lie as
+  // those of x do, or else `ahead_step` apart, the first of each round.
   const float* ahead;
   int64_t ahead_step;
   bool ahead_as_x;
@@ -85,6 +85,7 @@ struct WgradTile {
 // pixels.
 enum class WgradRows {
   packed,
+  packed_ahead,
   packing_x,
   packing_dy,
   packing_both,
@@ -98,6 +99,15 @@ enum class WgradRows {
   listed_ahead,
 };
 constexpr int64_t kPixelsAhead = 24;  // of their use
+
+// Of the input, where pixels lie `apart` floats: multiples of 16 lines fall into few sets of the first-level
+// cache, where what is asked for too early is gone when it is used.
+template <class V>
+int64_t wgrad_pixels_ahead(int64_t apart) {
+  if (V::kRegisters == 32) return kPixelsAhead / (apart % (16 * kLine) == 0 ? 2 : 1);
+  const int64_t kept = pixels_kept(apart);
+  return max64(1, min64(kPixelsAhead, kept * kept / 80));
+}
 
 // Lines that a tile of `apart_ahead` or `listed_ahead` rows asks for, a pixel, at most; others ask for one.
 template <class V>
@@ -117,6 +127,10 @@ template <class V, int Count>
     V::store(to + kLast, V::load(from + kLast, tail));
   }
 }
+
+// Whether there are tiles of `packed_ahead` rows.
+template <class V>
+constexpr bool kPackedTilesAsk = V::kRegisters < 32;
 
 template <class V, int Rows, int Vectors, WgradRows Where>
 void wgrad_tile(const WgradTile& t) {
@@ -141,16 +155,17 @@ void wgrad_tile(const WgradTile& t) {
       __builtin_prefetch(t.next_sum + i * t.sum_row + at, 1, 3);
     }
   constexpr bool kFetchesAhead = Where == WgradRows::fetched_ahead;
+  constexpr bool kPacked = Where == WgradRows::packed || Where == WgradRows::packed_ahead;
   constexpr bool kListed = Where == WgradRows::listed || Where == WgradRows::listed_ahead;
-  constexpr bool kAsksAhead =
-      kFetchesAhead || Where == WgradRows::apart_ahead || Where == WgradRows::listed_ahead;
+  constexpr bool kAsksAhead = kFetchesAhead || Where == WgradRows::packed_ahead ||
+                              Where == WgradRows::apart_ahead || Where == WgradRows::listed_ahead;
   constexpr bool kPacksX = Where == WgradRows::packing_x || Where == WgradRows::packing_both;
   constexpr bool kPacksDy = Where == WgradRows::packing_dy || Where == WgradRows::packing_both;
   constexpr bool kFetches = Where == WgradRows::fetched || kFetchesAhead || kPacksX;
-  constexpr bool kFollow =
-      Where == WgradRows::packed || Where == WgradRows::near || kFetches || kPacksDy;
-  constexpr int kAtOnce = kFollow && !kAsksAhead && !kPacksX && !kPacksDy ? V::kProductsAtOnce : 1;
-  constexpr int kLinesAhead = kFetchesAhead ? 1 : wgrad_lines_ahead<V>(Vectors);
+  constexpr bool kFollow = kPacked || Where == WgradRows::near || kFetches || kPacksDy;
+  constexpr int kAtOnce =
+      kPacked || Where == WgradRows::near || Where == WgradRows::fetched ? V::kProductsAtOnce : 1;
+  constexpr int kLinesAhead = kFollow ? 1 : wgrad_lines_ahead<V>(Vectors);
   const auto ask = [](const float* at) __attribute__((always_inline)) {
 #pragma GCC unroll 2
     for (int line = 0; line < kLinesAhead; ++line) __builtin_prefetch(at + line * kLine, 0, 2);
@@ -190,7 +205,9 @@ void wgrad_tile(const WgradTile& t) {
             __builtin_prefetch(dy + (pixel + kPixelsAhead) * t.dy_step + v * V::kWidth);
           }
         }
-        if constexpr (kAsksAhead) ask(ahead + pixel * t.ahead_step);
+        if constexpr (kAsksAhead) {
+          if (pixel == 0) ask(ahead);
+        }
         const float* const row = dy + pixel * t.dy_step;
         if constexpr (kPacksDy) {
           typename V::Reg b[Vectors];
@@ -237,8 +254,9 @@ constexpr auto make_wgrad_tile_table(std::index_sequence<I...>) {
 
 template <class V, WgradRows Where>
 const WgradTileFunction* wgrad_tiles(int vectors) {
-  static constexpr auto kTable =
-      make_wgrad_tile_table<V, Where>(std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
+  constexpr bool kAsks = Where != WgradRows::packed_ahead || kPackedTilesAsk<V>;
+  static constexpr auto kTable = make_wgrad_tile_table<V, kAsks ? Where : WgradRows::packed>(
+      std::make_index_sequence<std::size_t{kGemmVectors<V>}>{});
   return kTable[static_cast<std::size_t>(vectors - 1)].data();
 }
 
@@ -323,6 +341,9 @@ bool better_across_taps(const Conv2dProblem& p, int64_t panel_vectors, int64_t c
       3.5 * static_cast<double>(copied_pixels) / static_cast<double>(p.oh * p.ow * taps * p.k);
   return share_inside(p) * (1 + around_a_tap) > 1.03 + copying;
 }
+
+// What tiles ask for ahead should fit in the second-level cache with what they have.
+constexpr int64_t kBytesOfTwoBlocks = int64_t{1} << 20;
 
 // The cut of one wgrad: input copies, partial sums, tasks and scratch memory.
 template <class V>
@@ -452,16 +473,23 @@ struct WgradPlan {
 
     const int64_t part_pixels = ceil_div(min64(chunk, p.n) * p.oh * p.ow, parts);
     const bool by_lines = by_taps && !packed && taps == 1;
-    // Processors without AVX-512 have the next block in time where a cache holds it.
-    asks_ahead = by_lines && (V::kRegisters == 32 || beyond);
+    // Processors without AVX-512 have the next block in time where a cache holds it. Tiles of what is packed ask
+    // where a block is worth its name that fits in the second-level cache with the next one.
+    constexpr int64_t kLeastPixels = 192, kMostPixels = 256;
+    const int64_t lines_a_pixel = ceil_div(cg, q_groups * kLine) + 1 +
+                                  ceil_div(ceil_div(panels, panel_groups) * panel, kLine);
+    const int64_t fitting_pixels = kBytesOfTwoBlocks / (2 * lines_a_pixel * kLine * 4);
+    const bool packed_ask = kPackedTilesAsk<V> && packs_blocks && fitting_pixels >= kLeastPixels;
+    asks_ahead = by_lines ? V::kRegisters == 32 || beyond : packed_ask && beyond;
     // Few tiles are through with a block soon: it should still be in the first-level cache. To begin and
     // end a tile takes as long as some ten pixels: where a block of many channels does not stay there
     // anyway, and is not asked for ahead, it has as many pixels as the second-level cache keeps.
     constexpr int64_t kManyChannels = 64, kBlockBytes = int64_t{448} << 10;
     const bool long_block = by_lines && !asks_ahead && cg >= kManyChannels;
     const int64_t most_pixels = long_block ? max64(128, min64(1024, kBlockBytes / (4 * cg)))
-                                : by_taps && packed ? 384
-                                                    : 128;
+                                : packs_blocks && asks_ahead ? min64(kMostPixels, fitting_pixels)
+                                : by_taps && packed          ? 384
+                                                             : 128;
     const int64_t blocks = max64(1, ceil_div(part_pixels, most_pixels));
     pixels_a_block = max64(1, ceil_div(part_pixels, blocks));
 
@@ -888,16 +916,22 @@ inline bool meets_a_line(const float* x, int64_t floats, int64_t spacing) {
 }
 
 // The lines of x and dy that a task's next block of pixels has, and which tile of this block asks for
-// which: left to the tiles that read them first, memory would idle while the others compute.
+// which: left to the tiles that read them first, memory would idle while the others compute. In a round of its
+// loop a tile asks for a line of one pixel: Zen 4 forgets what it is asked for faster than that. The other pixels
+// of the round are left to other tiles.
 template <class V>
 struct LinesAhead {
   const Conv2dProblem& p;
   const float *x, *dy, *y;  // of the first channel; dy is null where it is not of the pixels
+  bool as_x;                // whether tiles read x where it lies
+  int64_t pixels_a_round;   // of the loop of tiles that ask
   int64_t x_lines, dy_lines, lines;
-  // Lines are spread evenly over tiles: `whole` a tile and `rest` more over all of them.
-  int64_t tiles, whole, rest;
-  int64_t line = 0, spread = 0;
-  int64_t x_distance = 0, dy_distance = 0;  // floats, from this block to the next
+  // Lines of every pixels_a_round-th pixel are spread evenly over tiles that ask: `whole` a tile and `rest` more
+  // over all of them.
+  int64_t tiles, whole = 0, rest = 0;
+  int64_t next = 0, spread = 0;
+  int64_t x_distance = 0,
+          dy_distance = 0;  // floats, to the next block; of x read as it lies, from this one
 
   LinesAhead(const Conv2dProblem& p, const WgradPlan<V>& plan, const Conv2dOperands& operands,
              int64_t group, Span panels, Span own_tiles)
@@ -909,40 +943,47 @@ struct LinesAhead {
     x = operands.x + group * cg + c;
     dy = operands.argmax_of_y ? nullptr : operands.dy + group * kg + k;
     y = dy && operands.y ? operands.y + group * kg + k : nullptr;
-    x_lines = ceil_div(c_end - c, kLine);
+    // Of a copy, tiles do not know where the input's pixels lie, but in one row.
+    as_x = !plan.packed;
+    pixels_a_round = plan.packed ? V::kProductsAtOnce : 1;
+    x_lines = as_x || p.sees_each_pixel_once() ? ceil_div(c_end - c, kLine) : 0;
     dy_lines = dy ? ceil_div(k_end - k, kLine) : 0;
     lines = x_lines + dy_lines * (y ? 2 : 1);
-    // This block and the next one should fit in the second-level cache.
-    if (2 * lines * kLine * 4 * plan.pixels_a_block > int64_t{1} << 20) lines = x_lines = 0;
-    tiles = own_tiles.size() * panels.size();
-    whole = lines / tiles;
-    rest = lines % tiles;
+    if (2 * lines * kLine * 4 * plan.pixels_a_block > kBytesOfTwoBlocks) lines = x_lines = 0;
+    // Those that pack are the first panel's.
+    tiles = own_tiles.size() * (panels.size() - (plan.packed ? 1 : 0));
+    if (tiles == 0) return;
+    whole = lines * pixels_a_round / tiles;
+    rest = lines * pixels_a_round % tiles;
   }
 
-  // Of the block from `begin`, where the next one is from `next`. Rows of a stride may be missed.
-  void go_to(int64_t begin, int64_t next) {
-    x_distance = corner_of_window(p, next) - corner_of_window(p, begin);
-    dy_distance = next * p.k;
-    line = spread = 0;
+  // Of the block from `begin`, where the next one is from `next_begin`. Rows of a stride may be missed.
+  void go_to(int64_t begin, int64_t next_begin) {
+    x_distance = corner_of_window(p, next_begin) - (as_x ? corner_of_window(p, begin) : 0);
+    dy_distance = next_begin * p.k;
+    next = spread = 0;
   }
 
-  // A tile asks for one line at most, of every pixel. Returns whether it does.
+  // A tile asks for one line at most, of a pixel a round. Returns whether it does.
   bool next_tile(WgradTile& t) {
     spread += rest;
     const bool one_more = spread >= tiles;
     if (one_more) spread -= tiles;
     const int64_t some = whole + (one_more ? 1 : 0);
     if (some == 0) return false;
-    t.ahead_as_x = line < x_lines;
-    t.ahead_step = t.ahead_as_x ? t.x_step : p.k;
-    if (t.ahead_as_x) {
+    const int64_t line = next / pixels_a_round, pixel = next % pixels_a_round;
+    next += some;
+    t.ahead_as_x = as_x && line < x_lines;
+    if (line < x_lines) {
+      t.ahead_step = p.stride_w * p.c;
       t.ahead = x + line * kLine + x_distance;
     } else {
       const int64_t of_dy = line - x_lines;
+      t.ahead_step = p.k;
       t.ahead =
           (of_dy < dy_lines ? dy + of_dy * kLine : y + (of_dy - dy_lines) * kLine) + dy_distance;
     }
-    line += some;
+    t.ahead += pixel * t.ahead_step;
     return true;
   }
 };
@@ -1306,7 +1347,8 @@ class ImplicitGemmWgrad {
       t.x = first_panel ? x + plan_.cut.begin(tile) : t.packed_x;
       tile_of(t.packed_dy   ? (first_panel ? WgradRows::packing_both : WgradRows::packing_dy)
               : first_panel ? WgradRows::packing_x
-                            : WgradRows::packed,
+              : plan_.asks_ahead && task.ahead.next_tile(t) ? WgradRows::packed_ahead
+                                                            : WgradRows::packed,
               rows)(t);
       if (!t.packed_dy) continue;
       t.dy = std::exchange(t.packed_dy, nullptr);
@@ -1406,9 +1448,7 @@ class ImplicitGemmWgrad {
   const int64_t packed_tile_ = plan_.packed ? plan_.packed_tile_floats() : 0;
   const int64_t x_step_ =
       plan_.packed ? plan_.rows : p_.stride_w * p_.c;  // floats, to the next pixel
-  // Pixels that lie multiples of 16 lines apart fall into few sets of the first-level cache, where what is
-  // asked for too early is gone when it is used.
-  const int64_t pixels_ahead_ = kPixelsAhead / (p_.c % (16 * 16) == 0 ? 2 : 1);
+  const int64_t pixels_ahead_ = wgrad_pixels_ahead<V>(p_.stride_w * p_.c);
   const int64_t line_spacing_ = std::gcd(x_step_, kLine);
   const bool lines_stay_ = !crowds_cache(plan_.pixels_a_block, x_step_);
   int64_t* offsets_;
