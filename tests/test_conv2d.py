@@ -176,6 +176,8 @@ LARGE = [
     Problem((2, 40, 41, 1), 17, kernel=(4, 4), dilation_rate=(2, 2), padding=((3, 12), (3, 3))),
     Problem((1, 112, 112, 3), 64, kernel=(7, 7), strides=(2, 2), padding="same"),
     Problem((2, 40, 41, 96), 96, groups=96, padding="same"),
+    Problem((1, 16, 28, 256), 256, groups=256, padding="same"),
+    Problem((2, 9, 12, 512), 512, groups=512, padding="same"),
     Problem((3, 20, 21, 128), 128, groups=4, padding=((2, 0), (1, 1))),
     Problem((2, 27, 25, 48), 40, padding="same", data_format="channels_first"),
     Problem((32, 13, 13, 32), 64, data_format="channels_first"),

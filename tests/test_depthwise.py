@@ -133,9 +133,13 @@ PROBLEMS = [
     *(
         depthwise((1, 9, width, channels), kernel=kernel, strides=strides, padding="same")
         for width, channels in [(12, 512), (7, 1028)]
-        for kernel in [(5, 5), (7, 7)]
+        for kernel in [(3, 3), (5, 5), (7, 7)]
         for strides in [(1, 1), (2, 2)]
     ),
+    # And, of 3 x 3 taps, fprop and dgrad.
+    depthwise((1, 17, 30, 256), padding="same"),
+    depthwise((2, 15, 35, 128), padding=((2, 0), (0, 1))),
+    depthwise((1, 13, 25, 256), padding="same", dilation_rate=(1, 2)),
     depthwise((1, 9, 1, 20), kernel=(3, 1)),  # output pixels one below the other
     depthwise((2, 7, 7, 6), strides=(6, 5), padding="same"),  # too many residue classes
     depthwise((2, 7, 9, 6), kernel=(2, 2), strides=(4, 3)),  # stride beyond the filter

@@ -653,6 +653,22 @@ inline int64_t depthwise_rows_that_stay(int64_t r, int64_t s, int64_t step, int6
   return rows;
 }
 
+// Of lines that are copied first, as many rows as the first-level cache has room for: the copy, what is above and
+// below in it, and as many pixels of the output, or of dy.
+inline int64_t depthwise_rows_of_copy(int64_t r, int64_t s, int64_t step, int64_t columns) {
+  constexpr int64_t kPixels = (int64_t{30} << 10) / (4 * kLine), kMost = 14;
+  int64_t rows = kMost;
+  while (rows > 1 &&
+         ((rows - 1) * step + r) * ((columns - 1) * step + s) + rows * columns > kPixels) {
+    --rows;
+  }
+  return rows;
+}
+
+// Whether lines of channels can be copied first (run_tile): of vectors of half a line.
+template <class V>
+constexpr bool kCopiesLines = V::kWidth == kLine / 2;
+
 template <class V, DepthwiseWalk kWalk, int R, int Step>
 DepthwiseKernels depthwise_kernels_by_rows(int64_t rows, bool masked) {
   DepthwiseKernels out{.vectors = 1,
@@ -664,7 +680,9 @@ DepthwiseKernels depthwise_kernels_by_rows(int64_t rows, bool masked) {
                        .whole = nullptr,
                        .edge = {},
                        .by_rows = true};
-  if constexpr (kWalk == DepthwiseWalk::gather) {
+  if constexpr (kWalk == DepthwiseWalk::gather && R == 3) {
+    out.whole = depthwise_rows<V, Step>;
+  } else if constexpr (kWalk == DepthwiseWalk::gather) {
     out.whole = depthwise_rows_of_many_taps<V, R, Step>;
   } else {
     out.whole = masked ? depthwise_wgrad_rows<V, Step, true> : depthwise_wgrad_rows<V, Step, false>;
@@ -672,31 +690,53 @@ DepthwiseKernels depthwise_kernels_by_rows(int64_t rows, bool masked) {
   return out;
 }
 
-// Tiles of whole lines have fewer rows, which read what they share once more. With a scattering walk that
-// is never slower; else it is faster where lines would not stay until their next vector is computed.
-// `apart`: floats from a tile's column to its next.
+// The same of lines that are copied first, masked if need be.
 template <class V, DepthwiseWalk kWalk, int R, int Step>
-DepthwiseKernels depthwise_kernels(int64_t channels, int64_t columns, int64_t apart, bool masked) {
+DepthwiseKernels depthwise_kernels_of_copies(int64_t columns) {
+  DepthwiseKernels out = depthwise_kernels_by_rows<V, kWalk, R, Step>(
+      depthwise_rows_of_copy(R, R, Step, columns), false);
+  out.stages = true;
+  return out;
+}
+
+// Tiles of whole lines have fewer rows, which read what they share once more. With a scattering walk that
+// is never slower; else it is faster where lines would not stay until their next vector is computed. With 3 x 3
+// taps and stride 1 a copy is faster still: of fprop and dgrad unless few lines stay even of the output, which is
+// written by halves of lines; of wgrad unless no cache holds the tensors, for a copy is not asked for ahead (where
+// few lines stay it is faster all the same). `apart`: floats from a tile's column to its next; `beyond`: all caches.
+template <class V, DepthwiseWalk kWalk, int R, int Step>
+DepthwiseKernels depthwise_kernels(int64_t channels, int64_t columns, int64_t apart, bool beyond,
+                                   bool masked) {
   constexpr int kVectors = kDepthwiseVectors<V, R>;
   constexpr int kLineVectors = kDepthwiseLineVectors<V, R, kWalk>;
   const bool whole_lines = kLineVectors != kVectors && channels % (kLineVectors * V::kWidth) == 0;
+  constexpr int64_t kFewPixels = 32;
+  const bool few_stay = pixels_kept(apart) < kFewPixels;
   if constexpr (kWalk == DepthwiseWalk::wgrad && R == 3 && kByRows<V>) {
     constexpr int64_t kMost = 4, kAnyway = 3;
     const int64_t stay = depthwise_rows_that_stay(R, R, Step, columns, apart, kMost);
+    if (kCopiesLines<V> && Step == 1 && stay == 0 && (few_stay || !beyond)) {
+      return depthwise_kernels_of_copies<V, kWalk, R, Step>(columns);
+    }
     return stay == 0 && whole_lines
                ? depthwise_kernels_with<V, kWalk, R, Step, kLineVectors>(masked)
                : depthwise_kernels_by_rows<V, kWalk, R, Step>(stay > 0 ? stay : kAnyway, masked);
   } else if constexpr (kWalk == DepthwiseWalk::gather && R > 3 && kByRows<V>) {
     constexpr int64_t kMost = 8, kAnyway = 4;
     const int64_t stay = depthwise_rows_that_stay(R, R, Step, columns, apart, kMost);
-    DepthwiseKernels out =
-        depthwise_kernels_by_rows<V, kWalk, R, Step>(stay > 0 ? stay : kAnyway, masked);
-    out.stages = stay == 0;
-    return out;
+    if (kCopiesLines<V> && stay == 0) {
+      return depthwise_kernels_of_copies<V, kWalk, R, Step>(columns);
+    }
+    return depthwise_kernels_by_rows<V, kWalk, R, Step>(stay > 0 ? stay : kAnyway, masked);
   } else {
     constexpr int64_t kRows = (kDepthwiseRows<V, R, Step, kVectors> - 1) * Step + R;
-    if (whole_lines && (kWalk == DepthwiseWalk::scatter ||
-                        crowds_cache(kRows * ((columns - 1) * Step + R), apart))) {
+    const bool crowded = crowds_cache(kRows * ((columns - 1) * Step + R), apart);
+    if constexpr (kWalk == DepthwiseWalk::gather && R == 3 && Step == 1 && kCopiesLines<V>) {
+      if (whole_lines && crowded && !few_stay) {
+        return depthwise_kernels_of_copies<V, kWalk, R, Step>(columns);
+      }
+    }
+    if (whole_lines && (kWalk == DepthwiseWalk::scatter || crowded)) {
       return depthwise_kernels_with<V, kWalk, R, Step, kLineVectors>(masked);
     }
     return depthwise_kernels_with<V, kWalk, R, Step, kVectors>(masked);
@@ -789,9 +829,10 @@ DepthwiseKernels depthwise_kernels_of_one_row(Direction direction, int64_t taps,
 template <class V, DepthwiseWalk kWalk, int Step>
 DepthwiseKernels depthwise_kernels(const Conv2dProblem& p, int64_t columns, int64_t apart,
                                    bool masked) {
-  if (p.r == 3) return depthwise_kernels<V, kWalk, 3, Step>(p.c, columns, apart, masked);
-  if (p.r == 5) return depthwise_kernels<V, kWalk, 5, Step>(p.c, columns, apart, masked);
-  return depthwise_kernels<V, kWalk, 7, Step>(p.c, columns, apart, masked);
+  const bool beyond = beyond_caches(p.x_size() + p.y_size());
+  if (p.r == 3) return depthwise_kernels<V, kWalk, 3, Step>(p.c, columns, apart, beyond, masked);
+  if (p.r == 5) return depthwise_kernels<V, kWalk, 5, Step>(p.c, columns, apart, beyond, masked);
+  return depthwise_kernels<V, kWalk, 7, Step>(p.c, columns, apart, beyond, masked);
 }
 
 // `masked`: dgrad or wgrad of what an activation gave.
@@ -887,9 +928,11 @@ struct DepthwiseConvolution {
     // wgrad of a larger filter reads a tile again for each vector of a line and for some of its rows. A
     // copy pays where a set of the first-level cache would have to hold five times its lines.
     const int64_t columns_met = (most_columns - 1) * step_w + p.s;
-    const bool staged_wgrad = p.r > 3 && direction == Direction::wgrad &&
-                              crowds_cache(kernels.source_rows * columns_met / 4, apart_w * p.c);
-    const bool staged = V::kWidth == kLine / 2 && (staged_wgrad || kernels.stages);
+    const bool staged_wgrad =
+        direction == Direction::wgrad &&
+        (kernels.stages ||
+         (p.r > 3 && crowds_cache(kernels.source_rows * columns_met / 4, apart_w * p.c)));
+    const bool staged = kCopiesLines<V> && (staged_wgrad || kernels.stages);
     staged_source = staged ? kernels.source_rows * columns_met * kLine : 0;
     staged_dy = staged_wgrad && staged ? kernels.rows * most_columns * kLine : 0;
     row_tiles = ceil_div(ceil_div(rows, residues_h), kernels.rows);
@@ -1036,8 +1079,10 @@ struct DepthwiseConvolution {
       line.source = source;
       line.source_column = kLine;
       line.source_row = columns_met * kLine;
-      copy_line(t.source + c, t.source_row, t.source_column, rows_met, own_columns, line.channels,
-                source, line.source_row);
+      line.mask = nullptr;
+      const float* const mask = t.mask ? t.mask + c : nullptr;
+      copy_line(t.source + c, direction == Direction::wgrad ? nullptr : mask, t.source_row,
+                t.source_column, rows_met, own_columns, line.channels, source, line.source_row);
       line.out = t.out + c;
       if (t.filter) line.filter = t.filter + c;
       if (t.bias) line.bias = t.bias + c;
@@ -1045,8 +1090,8 @@ struct DepthwiseConvolution {
         line.out = source + staged_source;
         line.out_column = kLine;
         line.out_row = t.columns * kLine;
-        copy_line(t.out + c, t.out_row, t.out_column, {0, t.rows}, {0, t.columns}, line.channels,
-                  line.out, line.out_row);
+        copy_line(t.out + c, mask, t.out_row, t.out_column, {0, t.rows}, {0, t.columns},
+                  line.channels, line.out, line.out_row);
         line.sums = t.sums + c / V::kWidth * taps_floats;
         if (t.bias_sums) line.bias_sums = t.bias_sums + c;
       }
@@ -1054,21 +1099,38 @@ struct DepthwiseConvolution {
     }
   }
 
-  // Up to kLine channels of pixels that lie `row` and `column` floats apart.
-  static void copy_line(const float* from, int64_t row, int64_t column, Span rows, Span columns,
-                        int64_t channels, float* to, int64_t to_row) {
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const float* in = from + i * row + columns.begin * column;
-      float* out = to + i * to_row + columns.begin * kLine;
-      for (int64_t j = columns.begin; j < columns.end; ++j, in += column, out += kLine) {
-        // Of the next line, for pixels lie too far apart for the hardware to ask in time.
-        __builtin_prefetch(in + kLine, 0, 2);
-        int64_t c = 0;
-        for (; c + V::kWidth <= channels; c += V::kWidth) V::store(out + c, V::load(in + c));
-        const auto tail = V::tail(static_cast<int>(channels - c));
-        if (c < channels) V::store(out + c, V::load(in + c, tail), tail);
+  // Up to kLine channels of pixels that lie `row` and `column` floats apart, where `mask`, if not null, is
+  // positive.
+  static void copy_line(const float* from, const float* mask, int64_t row, int64_t column,
+                        Span rows, Span columns, int64_t channels, float* to, int64_t to_row) {
+    const auto copy_all = [&](const auto& copy_pixel) __attribute__((always_inline)) {
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        int64_t at = i * row + columns.begin * column;
+        float* out = to + i * to_row + columns.begin * kLine;
+        for (int64_t j = columns.begin; j < columns.end; ++j, at += column, out += kLine) {
+          // Of the next line, for pixels lie too far apart for the hardware to ask in time.
+          __builtin_prefetch(from + at + kLine, 0, 2);
+          copy_pixel(at, out);
+        }
       }
+    };
+    if (mask == nullptr && channels == kLine) {
+      return copy_all([&](int64_t at, float* out) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+        for (int64_t c = 0; c < kLine; c += V::kWidth) V::store(out + c, V::load(from + at + c));
+      });
     }
+    copy_all([&](int64_t at, float* out) __attribute__((always_inline)) {
+      if (mask) __builtin_prefetch(mask + at + kLine, 0, 2);
+      const auto copy = [&](int64_t c, const auto&... tail) {
+        typename V::Reg value = V::load(from + at + c, tail...);
+        if (mask) value = V::where_positive(V::load(mask + at + c, tail...), value);
+        V::store(out + c, value, tail...);
+      };
+      int64_t c = 0;
+      for (; c + V::kWidth <= channels; c += V::kWidth) copy(c);
+      if (c < channels) copy(c, V::tail(static_cast<int>(channels - c)));
+    });
   }
 
   static void clear_floats(float* at, int64_t count) {
