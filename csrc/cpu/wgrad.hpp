@@ -101,7 +101,8 @@ enum class WgradRows {
 constexpr int64_t kPixelsAhead = 24;  // of their use
 
 // Of the input, where pixels lie `apart` floats: multiples of 16 lines fall into few sets of the first-level
-// cache, where what is asked for too early is gone when it is used.
+// cache, where what is asked for too early is gone when it is used. With AVX2, of 8, 16 and 32 lines that stay there,
+// 1, 3 and 12 pixels were fastest.
 template <class V>
 int64_t wgrad_pixels_ahead(int64_t apart) {
   if (V::kRegisters == 32) return kPixelsAhead / (apart % (16 * kLine) == 0 ? 2 : 1);
