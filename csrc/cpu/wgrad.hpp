@@ -931,8 +931,8 @@ struct LinesAhead {
   // over all of them.
   int64_t tiles, whole = 0, rest = 0;
   int64_t next = 0, spread = 0;
-  int64_t x_distance = 0,
-          dy_distance = 0;  // floats, to the next block; of x read as it lies, from this one
+  // Floats to the next block from x and dy; of x that is read as it lies, from this block.
+  int64_t x_distance = 0, dy_distance = 0;
 
   LinesAhead(const Conv2dProblem& p, const WgradPlan<V>& plan, const Conv2dOperands& operands,
              int64_t group, Span panels, Span own_tiles)
@@ -946,7 +946,7 @@ struct LinesAhead {
     y = dy && operands.y ? operands.y + group * kg + k : nullptr;
     // Of a copy, tiles do not know where the input's pixels lie, but in one row.
     as_x = !plan.packed;
-    pixels_a_round = plan.packed ? V::kProductsAtOnce : 1;
+    pixels_a_round = as_x ? 1 : V::kProductsAtOnce;
     x_lines = as_x || p.sees_each_pixel_once() ? ceil_div(c_end - c, kLine) : 0;
     dy_lines = dy ? ceil_div(k_end - k, kLine) : 0;
     lines = x_lines + dy_lines * (y ? 2 : 1);
@@ -1346,11 +1346,15 @@ class ImplicitGemmWgrad {
       if (tile + 1 < task.tiles.end) t.next_sum += rows * p_.k;
       t.packed_x = task.packed_x + (tile - task.tiles.begin) * packed_tile_;
       t.x = first_panel ? x + plan_.cut.begin(tile) : t.packed_x;
-      tile_of(t.packed_dy   ? (first_panel ? WgradRows::packing_both : WgradRows::packing_dy)
-              : first_panel ? WgradRows::packing_x
-              : plan_.asks_ahead && task.ahead.next_tile(t) ? WgradRows::packed_ahead
-                                                            : WgradRows::packed,
-              rows)(t);
+      WgradRows where = WgradRows::packed;
+      if (t.packed_dy) {
+        where = first_panel ? WgradRows::packing_both : WgradRows::packing_dy;
+      } else if (first_panel) {
+        where = WgradRows::packing_x;
+      } else if (plan_.asks_ahead && task.ahead.next_tile(t)) {
+        where = WgradRows::packed_ahead;
+      }
+      tile_of(where, rows)(t);
       if (!t.packed_dy) continue;
       t.dy = std::exchange(t.packed_dy, nullptr);
       t.dy_step = int64_t{vectors} * V::kWidth;
