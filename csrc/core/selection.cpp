@@ -55,9 +55,9 @@ Accuracy parse_accuracy(const std::string& name, const char* source) {
 std::string parse_algorithm(const std::string& name, const char* source) {
   if (name == "auto") return name;
   std::string names = "'auto'";
-  for (const cpu::Conv2dAlgorithm& algorithm : cpu::kernels(current_isa()).conv2d) {
-    if (name == algorithm.name) return name;
-    names += ", '" + std::string(algorithm.name) + "'";
+  for (const cpu::Conv2dAlgorithm* algorithm : cpu::kernels(current_isa()).conv2d) {
+    if (name == algorithm->name) return name;
+    names += ", '" + std::string(algorithm->name) + "'";
   }
   for (const cpu::Bf16Algorithm* algorithm : cpu::bf16_algorithms()) {
     if (name == algorithm->name) return name;
@@ -174,8 +174,8 @@ Explanation explain(const Conv2dProblem& p, Direction direction) {
   }
   const Conv2dProblem computed = of_float32(p);
   const cpu::Conv2dAlgorithm* const chosen = of_bf16 ? nullptr : &cpu::choose(computed, direction);
-  for (const cpu::Conv2dAlgorithm& algorithm : cpu::kernels(isa).conv2d) {
-    add(algorithm, computed, &algorithm == chosen);
+  for (const cpu::Conv2dAlgorithm* algorithm : cpu::kernels(isa).conv2d) {
+    add(*algorithm, computed, algorithm == chosen);
   }
   return out;
 }

@@ -1,5 +1,5 @@
-// What one instruction set offers. Each isa/*.cpp instantiates the algorithm headers for its vector
-// type and exports one table; select.cpp hands out the table of the ISA in use and chooses among
+// What one instruction set offers. Files of isa/ instantiate the algorithm headers for its vector type,
+// and one of them exports the table; select.cpp hands out the table of the ISA in use and chooses among
 // its algorithms.
 //
 // All hand their tasks to the thread pool.
@@ -92,7 +92,7 @@ struct PoolGradientKernel {
 
 struct Kernels {
   // In order of preference where estimates are equal.
-  std::span<const Conv2dAlgorithm> conv2d;
+  std::span<const Conv2dAlgorithm* const> conv2d;
   PoolGradientKernel pool_gradient;
   // One pass over dy: dz = dy where y > 0 (dz and y null: no activation), and the bias gradient,
   // summed over pixels in a fixed order (dbias may be null).

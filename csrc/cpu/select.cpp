@@ -19,8 +19,8 @@ double allowed_error(Accuracy accuracy) {
 }
 
 const Conv2dAlgorithm* find(const Kernels& kernels, const std::string& name) {
-  for (const Conv2dAlgorithm& algorithm : kernels.conv2d) {
-    if (name == algorithm.name) return &algorithm;
+  for (const Conv2dAlgorithm* algorithm : kernels.conv2d) {
+    if (name == algorithm->name) return algorithm;
   }
   return nullptr;
 }
@@ -31,12 +31,12 @@ const Conv2dAlgorithm& cheapest(const Kernels& kernels, const Conv2dProblem& p,
   const double error = allowed_error(current_accuracy());
   const Conv2dAlgorithm* best = nullptr;
   double best_cost = 0;
-  for (const Conv2dAlgorithm& algorithm : kernels.conv2d) {
-    if (!algorithm.serves(p, direction)) continue;
-    const Estimate estimate = algorithm.estimate(p, direction);
+  for (const Conv2dAlgorithm* algorithm : kernels.conv2d) {
+    if (!algorithm->serves(p, direction)) continue;
+    const Estimate estimate = algorithm->estimate(p, direction);
     if (estimate.relative_error > error) continue;
     if (best && estimate.multiply_adds >= best_cost) continue;
-    best = &algorithm;
+    best = algorithm;
     best_cost = estimate.multiply_adds;
   }
   return *best;
@@ -140,9 +140,9 @@ const Conv2dAlgorithm& choose(const Conv2dProblem& problem, Direction direction,
     const Conv2dAlgorithm* named = find(table, name);
     if (!named || !named->serves(problem, direction)) {
       std::string serving;
-      for (const Conv2dAlgorithm& algorithm : table.conv2d) {
-        if (!algorithm.serves(problem, direction)) continue;
-        serving += (serving.empty() ? "'" : ", '") + std::string(algorithm.name) + "'";
+      for (const Conv2dAlgorithm* algorithm : table.conv2d) {
+        if (!algorithm->serves(problem, direction)) continue;
+        serving += (serving.empty() ? "'" : ", '") + std::string(algorithm->name) + "'";
       }
       throw InvalidArgument("`algorithm` must be one that serves this " +
                             std::string(direction_name(direction)) + ": " + serving +

@@ -135,10 +135,10 @@ struct Scalar {
   }
 };
 
-constexpr Conv2dAlgorithm kConv2dAlgorithms[] = {
-    SmallChannel<Scalar>::kAlgorithm, Depthwise<Scalar>::kAlgorithm,
-    Grouped<Scalar>::kAlgorithm,      Direct<Scalar>::kAlgorithm,
-    Winograd<Scalar, 2>::kAlgorithm,  Winograd<Scalar, 4>::kAlgorithm,
+constexpr const Conv2dAlgorithm* kConv2dAlgorithms[] = {
+    &SmallChannel<Scalar>::kAlgorithm, &Depthwise<Scalar>::kAlgorithm,
+    &Grouped<Scalar>::kAlgorithm,      &Direct<Scalar>::kAlgorithm,
+    &Winograd<Scalar, 2>::kAlgorithm,  &Winograd<Scalar, 4>::kAlgorithm,
 };
 
 }  // namespace
