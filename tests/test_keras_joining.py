@@ -269,8 +269,8 @@ def test_no_pass_over_the_outputs_is_left():
     operations = operations_of(accelerate(residual_block()), x)
     assert operations.count(SCALED) == 2
     assert not {"FastconvConv2D", "Relu"} & set(operations)
-    # What is left is done on a value a channel.
-    assert operations.count("AddV2") <= 2 * 4
+    # Nor any op of a value a channel: the convolution makes its scale and offset by itself.
+    assert not {"AddV2", "Sub", "Mul", "Rsqrt"} & set(operations)
 
 
 def test_channels_first(executed):
@@ -368,6 +368,85 @@ def test_gradients_of_two_orders(activation):
     inputs = [tf.constant(a) for a in (x, w, scale, offset, residual)]
     found = tf.function(two_orders(joined))(*inputs)
     assert_all_close(found, tf.function(two_orders(stock))(*inputs), tolerance=2e-4)
+
+
+MOMENTS = ("mean", "variance", "gamma", "beta")
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("given", [MOMENTS, (*MOMENTS, "bias"), MOMENTS[:2]], ids="-".join)
+def test_gradients_through_a_normalization(given, activation):
+    """Of two orders, by what makes scale and offset, as well as by the images and filters."""
+    rng = np.random.default_rng(10)
+    x, w = (rng.standard_normal(s).astype("float32") for s in [(2, 6, 7, 5), (3, 3, 5, 8)])
+    values = {name: rng.uniform(0.5, 1.5, 8).astype("float32") for name in given}
+
+    def joined(x, w, *values):
+        own = dict(zip(given, values, strict=True))
+        y = adapter.conv2d(x, w, own.get("bias"))
+        y = adapter.normalized_in_one(
+            y, own["mean"], own["variance"],
+            scale=own.get("gamma"), offset=own.get("beta"), epsilon=0.01,
+        )  # fmt: skip
+        return adapter.activated_in_one(y, activation)
+
+    def stock(x, w, *values):
+        own = dict(zip(given, values, strict=True))
+        y = tf.nn.conv2d(x, w, 1, "VALID") + own.get("bias", 0.0)
+        y = (y - own["mean"]) / tf.sqrt(own["variance"] + 0.01)
+        return getattr(keras.activations, activation)(
+            y * own.get("gamma", 1.0) + own.get("beta", 0.0)
+        )
+
+    inputs = [tf.constant(a) for a in (x, w, *values.values())]
+    found = tf.function(two_orders(joined))(*inputs)
+    assert_all_close(found, tf.function(two_orders(stock))(*inputs), tolerance=2e-4)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-3])
+def test_a_normalization_of_extremes(epsilon):
+    """By a variance of next to nothing, or none: as float64 has it, and stock's infinity and NaN."""
+    rng = np.random.default_rng(11)
+    x, w = (rng.standard_normal(s).astype("float32") for s in [(2, 5, 6, 24), (1, 1, 24, 7)])
+    variance = np.array([0, 1e-30, 1e-6, 1, 1e6, 1e30, np.nan], "float32")
+    gamma, beta, mean, bias = (rng.standard_normal(7).astype("float32") for _ in range(4))
+
+    @tf.function
+    def run(x):
+        y = adapter.conv2d(x, tf.constant(w), tf.constant(bias))
+        return adapter.normalized_in_one(
+            y, *map(tf.constant, (mean, variance)),
+            scale=tf.constant(gamma), offset=tf.constant(beta), epsilon=epsilon,
+        )  # fmt: skip
+
+    found = run(tf.constant(x)).numpy()
+    with np.errstate(divide="ignore"):
+        scale = gamma / np.sqrt(variance.astype("float64") + epsilon)
+    wanted = (x.astype("float64") @ w[0, 0].astype("float64") + bias - mean) * scale + beta
+    finite = np.isfinite(scale) & (np.abs(scale) < 1e30)
+    assert finite.sum() == (5 if epsilon == 0 else 6)
+    largest = np.abs(wanted[..., finite]).max(axis=(0, 1, 2))
+    error = np.abs(found[..., finite] - wanted[..., finite]).max(axis=(0, 1, 2))
+    assert (error <= 1e-6 * largest).all(), error / largest
+    assert not np.isfinite(found[..., ~finite]).any()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"variance": (7,)}, "`variance` must have the shape \\(8,\\). Received: variance.shape=\\(7,\\)"),
+    ({"mean": (1, 8)}, "`mean` must have the shape \\(8,\\). Received: mean.shape=\\(1, 8\\)"),
+    ({"bias": (9,)}, "`bias` must have the shape \\(8,\\). Received: bias.shape=\\(9,\\)"),
+])  # fmt: skip
+def test_wrong_coefficients(change, message):
+    shapes = dict.fromkeys((*MOMENTS, "bias"), (8,)) | change
+
+    @tf.function
+    def run(x):
+        mean, variance, gamma, beta, bias = map(tf.ones, shapes.values())
+        y = adapter.conv2d(x, tf.ones((1, 1, 5, 8)), bias)
+        return adapter.normalized_in_one(y, mean, variance, scale=gamma, offset=beta, epsilon=0.1)
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        run(tf.ones((1, 4, 4, 5)))
 
 
 def swish_block():

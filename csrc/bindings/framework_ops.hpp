@@ -2,7 +2,7 @@
 // class reads its attributes, checks its inputs' shapes, has its outputs allocated and calls
 // core/operations.hpp. A door (TensorFlow's C API, XLA's FFI) brings
 //
-//   Attributes   integers<N>(name), text(name)
+//   Attributes   integers<N>(name), text(name); where ops ask for it, integer(name), real(name)
 //   Tensor       type(), rank(), dim(axis), data(); values(type), the data of a
 //                tensor of the op's type T, which is `type`
 //   Context      num_inputs(), num_outputs(), output_type(i), input(i), output(i, shape);
@@ -21,6 +21,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "bindings/kept_filter.hpp"
 #include "core/error.hpp"
@@ -344,17 +345,28 @@ class Conv2d : public Conv2dKernel {
   mutable KeptFilter kept_;
 };
 
-// With what stands behind a convolution at inference: y = activation(conv(x, filter * scale) + bias +
-// residual).
+// With what stands behind a convolution at inference: y = activation(conv(x, filter * scale) + offset +
+// residual). `coefficients`, a value a filter each, are scale and offset; or a batch normalisation's mean,
+// variance, gamma and beta, perhaps with the convolution's bias, of which they are made here: by TensorFlow's
+// own ops that would be five a layer, which take a small network longer than the sums that they save.
 class Conv2dScaled : public Conv2dKernel {
  public:
   template <class Attributes>
   explicit Conv2dScaled(const Attributes& attributes)
-      : Conv2dKernel(attributes, wide_activation_attribute(attributes)), kept_(attributes) {}
+      : Conv2dKernel(attributes, wide_activation_attribute(attributes)),
+        count_(static_cast<int>(attributes.integer("num_coefficients"))),
+        epsilon_(attributes.real("epsilon")), kept_(attributes) {
+    if (count_ != kOwn && count_ != kOfNormalization && count_ != kWithBias) {
+      throw InvalidArgument("There must be 2, 4 or 5 `coefficients`. Received: " +
+                            std::to_string(count_));
+    }
+  }
   static constexpr const char* kName = "FastconvConv2DScaled";
   static constexpr std::array kAttributes{"dilations: list(int) = [1, 1]", kWideActivation};
-  static constexpr std::array kOwnAttributes{"num_residual: int >= 0 = 0", kKeepFilterAttribute};
-  static constexpr std::array kInputs{"x: T", "filter: T", "scale: T", "bias: T",
+  static constexpr std::array kOwnAttributes{"num_coefficients: int >= 2 = 2",
+                                             "num_residual: int >= 0 = 0", "epsilon: float = 0.0",
+                                             kKeepFilterAttribute};
+  static constexpr std::array kInputs{"x: T", "filter: T", "coefficients: num_coefficients * T",
                                       "residual: num_residual * T"};
   static constexpr std::array kOutputs{"y: T"};
   static constexpr int kOutputLikeInput = -1;
@@ -362,20 +374,47 @@ class Conv2dScaled : public Conv2dKernel {
   template <class Context>
   void operator()(const Context& context) const {
     const auto x = context.input(0), filter = context.input(1);
-    const auto scale = context.input(2), bias = context.input(3);
-    const std::optional residual = optional_input(context, 4);
+    const std::optional residual = optional_input(context, 2 + count_);
     const Conv2dProblem p = problem(rank4_shape(x, "x"), filter);
-    check_shape(scale, "scale", std::array{p.k});
-    check_shape(bias, "bias", std::array{p.k});
     if (residual) check_shape(*residual, "residual", p.y_shape());
-    const auto forms = kept_.forms(context, 1, p, scale.values(p.dtype));
-    const auto y = context.output(0, p.y_shape());
-    operations_of(context).conv2d_scaled_fprop(
-        p, x.values(p.dtype), filter.values(p.dtype), scale.values(p.dtype), bias.values(p.dtype),
-        residual ? residual->values(p.dtype) : nullptr, y.values(p.dtype), forms.get());
+    if (count_ == kOwn) {
+      const auto scale = context.input(2), offset = context.input(3);
+      check_shape(scale, "scale", std::array{p.k});
+      check_shape(offset, "offset", std::array{p.k});
+      return run(context, p, x, filter, scale.values(p.dtype), offset.values(p.dtype), residual);
+    }
+    if (p.dtype != DataType::float32) {
+      throw InvalidArgument("With a batch normalisation `x` must be of float32. Received: another");
+    }
+    constexpr std::array kNames{"mean", "variance", "gamma", "beta", "bias"};
+    std::array<const float*, kWithBias> values{};
+    for (int i = 0; i < count_; ++i) {
+      const auto own = context.input(2 + i);  // the context's tensor outlives it
+      check_shape(own, kNames[i], std::array{p.k});
+      values[i] = static_cast<const float*>(own.values(p.dtype));
+    }
+    std::vector<float> made(static_cast<std::size_t>(2 * p.k));
+    float* const scale = made.data();
+    float* const offset = scale + p.k;
+    batch_norm_affine({.channels = p.k, .epsilon = epsilon_}, values[0], values[1], values[2],
+                      values[3], values[4], scale, offset);
+    run(context, p, x, filter, scale, offset, residual);
   }
 
  private:
+  static constexpr int kOwn = 2, kOfNormalization = 4, kWithBias = 5;
+
+  void run(const auto& context, const Conv2dProblem& p, const auto& x, const auto& filter,
+           const void* scale, const void* offset, const auto& residual) const {
+    const auto forms = kept_.forms(context, 1, p, scale);
+    const auto y = context.output(0, p.y_shape());
+    operations_of(context).conv2d_scaled_fprop(
+        p, x.values(p.dtype), filter.values(p.dtype), scale, offset,
+        residual ? residual->values(p.dtype) : nullptr, y.values(p.dtype), forms.get());
+  }
+
+  int count_;  // of coefficients
+  float epsilon_;
   mutable KeptFilter kept_;
 };
 

@@ -1,6 +1,7 @@
 #include "core/operations.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -672,6 +673,15 @@ void batch_norm_fprop(const BatchNormProblem& p, const float* x, const float* me
                       const float* residual, float* y) {
   if (p.rows == 0 || p.channels == 0) return;
   kernels().batch_norm_fprop(p, x, mean, variance, gamma, beta, residual, y);
+}
+
+void batch_norm_affine(const BatchNormProblem& p, const float* mean, const float* variance,
+                       const float* gamma, const float* beta, const float* bias, float* scale,
+                       float* offset) {
+  for (int64_t c = 0; c < p.channels; ++c) {
+    scale[c] = gamma[c] / std::sqrt(variance[c] + p.epsilon);
+    offset[c] = beta[c] + ((bias ? bias[c] : 0.0f) - mean[c]) * scale[c];
+  }
 }
 
 void batch_norm_bprop(const BatchNormProblem& p, const float* x, const float* mean,

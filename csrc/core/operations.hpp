@@ -95,7 +95,14 @@ FASTCONV_API void batch_norm_fprop(const BatchNormProblem& problem, const float*
                                    const float* mean, const float* variance, const float* gamma,
                                    const float* beta, const float* residual, float* y);
 
-// Its gradients by x, gamma and beta, of which that by x counts that mean and variance are x's own.
+// The same of a z = x + bias (null for none) as z's own scale and offset a channel: x * scale + offset. The
+// problem's rows do not matter.
+FASTCONV_API void batch_norm_affine(const BatchNormProblem& problem, const float* mean,
+                                    const float* variance, const float* gamma, const float* beta,
+                                    const float* bias, float* scale, float* offset);
+
+// The gradients of batch_norm_fprop by x, gamma and beta, of which that by x counts that mean and variance are x's
+// own.
 // Where a residual was added before an activation, `y` is batch_norm_fprop's output and `dresidual`
 // gets the residual's gradient; else both are null (without an activation that gradient is dy). A gated
 // activation of a sum has no gradient here: y does not tell it.

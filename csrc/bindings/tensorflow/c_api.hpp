@@ -76,6 +76,8 @@ using DeleteFunction = void (*)(void*);
   FUNCTION(                                                                                        \
       void, TF_OpKernelConstruction_GetAttrInt64List,                                              \
       (TF_OpKernelConstruction*, const char* name, std::int64_t* values, int most, TF_Status*))    \
+  FUNCTION(void, TF_OpKernelConstruction_GetAttrInt64,                                             \
+           (TF_OpKernelConstruction*, const char* name, std::int64_t* value, TF_Status*))          \
   FUNCTION(void, TF_OpKernelConstruction_GetAttrBool,                                              \
            (TF_OpKernelConstruction*, const char* name, unsigned char* value, TF_Status*))         \
   FUNCTION(void, TF_OpKernelConstruction_GetAttrFloat,                                             \

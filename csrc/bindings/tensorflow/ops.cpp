@@ -141,6 +141,14 @@ class Attributes {
     return values;
   }
 
+  int64_t integer(const char* name) const {
+    const Status status;
+    int64_t value = 0;
+    TF_OpKernelConstruction_GetAttrInt64(construction_, name, &value, status.get());
+    status.check();
+    return value;
+  }
+
   bool flag(const char* name) const {
     const Status status;
     unsigned char value = 0;

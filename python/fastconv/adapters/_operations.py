@@ -29,7 +29,7 @@ Gradients: TypeAlias = "list[Tensor | None]"
 DTYPES = ("float32", "float16", "bfloat16")  # of an operation's tensors, all of them of one
 
 CONV2D = "FastconvConv2D"
-CONV2D_SCALED = "FastconvConv2DScaled"  # TensorFlow's alone: x, w, scale, bias, residual
+CONV2D_SCALED = "FastconvConv2DScaled"  # TensorFlow's alone: x, w, coefficients, residual
 CONV2D_GRAD_INPUT = "FastconvConv2DGradInput"
 CONV2D_GRAD_FILTER = "FastconvConv2DGradFilter"
 CONV2D_TRANSPOSE = "FastconvConv2DTranspose"
@@ -288,6 +288,7 @@ def outputs(
 
 _GEOMETRY = ("strides", "padding", "explicit_paddings", "data_format")
 _OWN_ATTRIBUTES = {
+    CONV2D_SCALED: ("num_coefficients", "epsilon"),
     CONV2D_GRAD_FILTER: ("num_bias",),
     CONV2D_TRANSPOSE: ("output_offset",),
     CONV2D_MAX_POOL2D: ("num_argmax",),

@@ -295,7 +295,7 @@ def pooled_in_one(y: tf.Tensor, *, keep_argmax: bool = False) -> tf.Tensor | Non
         A tensor as ``conv2d_max_pool2d`` returns it, or None.
     """
     call = _replaceable(y)
-    if call is None or call.scale is not None or call.squeezed is not None:
+    if call is None or call.epsilon is not None or call.squeezed is not None:
         return None
     return _conv2d_max_pool2d(call.inputs, call.attributes, keep_argmax)
 
@@ -320,14 +320,13 @@ def normalized_in_one(
     Returns:
         A tensor of ``y``'s shape, or None.
     """
-    if _replaceable(y) is None:
+    call = _scalable(y)
+    if call is None:
         return None
-    factor = tf.math.rsqrt(tf.convert_to_tensor(variance) + epsilon)
-    if scale is not None:
-        factor *= tf.convert_to_tensor(scale)
-    moved = tf.convert_to_tensor(mean) * factor
-    shift = -moved if offset is None else tf.convert_to_tensor(offset) - moved
-    return scaled_in_one(y, factor, shift)
+    _, _, *bias = call.inputs
+    gamma = tf.ones_like(mean) if scale is None else scale
+    beta = tf.zeros_like(mean) if offset is None else offset
+    return call.scaled(_tensors(mean, variance, gamma, beta, *bias), epsilon)
 
 
 def scaled_in_one(y: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tf.Tensor | None:
@@ -345,13 +344,13 @@ def scaled_in_one(y: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tf.Tenso
     Returns:
         A tensor of ``y``'s shape, or None.
     """
-    call = _replaceable(y)
-    if call is None or call.scale is not None or call.is_activated or inside_xla():
+    call = _scalable(y)
+    if call is None:
         return None
-    x, w, *bias = call.inputs
+    _, _, *bias = call.inputs
     if bias:
         offset += bias[0] * scale
-    return call.replaced(inputs=[x, w, offset], scale=scale)
+    return call.scaled([scale, offset])
 
 
 def added_in_one(y: tf.Tensor, residual: tf.Tensor) -> tf.Tensor | None:
@@ -688,7 +687,6 @@ def _follow_tensorflow_threads() -> None:
 # Ops whose last input is a list of none or one, by the number of inputs before it.
 _INPUTS_BEFORE_THE_LIST = {
     _operations.CONV2D: 2,
-    _operations.CONV2D_SCALED: 4,
     _operations.CONV2D_INT8: 3,
     _operations.CONV2D_GRAD_INPUT: 3,
     _operations.CONV2D_GRAD_FILTER: 3,
@@ -697,6 +695,9 @@ _INPUTS_BEFORE_THE_LIST = {
     _operations.BATCH_NORM_INFERENCE: 5,
     _operations.BATCH_NORM_GRAD: 6,
 }
+
+
+_COUNTS = ("num_coefficients", "num_output")  # attributes that TensorFlow counts by itself
 
 
 # Ops that may keep what they made of their filter, input 1, from run to run.
@@ -731,11 +732,14 @@ def _run_op(
     TensorFlow's C API shows an op's shape function no attributes, so shapes are set here.
     """
     arguments: list[Any] = inputs
-    if name == _operations.BATCH_NORM_GRAD:  # what follows from the number of inputs
-        attributes = {key: value for key, value in attributes.items() if key != "num_output"}
+    if name == _operations.CONV2D_SCALED:
+        end = 2 + attributes["num_coefficients"]
+        arguments = [*inputs[:2], inputs[2:end], inputs[end:]]
     count = _INPUTS_BEFORE_THE_LIST.get(name)
     if count is not None:
         arguments = [*inputs[:count], inputs[count:]]
+    # What follows from the number of inputs.
+    attributes = {key: value for key, value in attributes.items() if key not in _COUNTS}
     own: dict[str, Any] = {}
     if name in _KEEPS_ITS_FILTER:
         own["keep_filter"] = _is_of_a_variable(inputs[1])
@@ -842,17 +846,21 @@ class _Call(abc.ABC):
 
 @dataclass(frozen=True)
 class _Conv2dCall(_Call):
-    """Of a convolution: x, filter and perhaps bias; where scaled, x, filter and offset."""
+    """Of a convolution: x, filter and perhaps bias; where scaled, x, filter and the coefficients."""
 
-    scale: tf.Tensor | None = None
+    epsilon: float | None = None  # where scaled
+
+    def scaled(self, coefficients: list[tf.Tensor], epsilon: float = 0.0) -> tf.Tensor:
+        """By scale and offset; or by mean, variance, gamma, beta and perhaps bias."""
+        return self.replaced(inputs=[*self.inputs[:2], *coefficients], epsilon=epsilon)
 
     def run(self) -> tf.Tensor:
-        if self.scale is None:
+        if self.epsilon is None:
             return self.marked(_framework.run_one(_operations.CONV2D, self.inputs, self.attributes))
-        x, w, offset = self.inputs
-        residual = [] if self.residual is None else [self.residual]
-        inputs = [x, w, self.scale, offset, *residual]
-        return self.marked(_framework.run_one(_operations.CONV2D_SCALED, inputs, self.attributes))
+        own = {"epsilon": self.epsilon, "num_coefficients": len(self.inputs) - 2}
+        inputs = [*self.inputs, *([] if self.residual is None else [self.residual])]
+        attributes = {**self.attributes, **own}
+        return self.marked(_framework.run_one(_operations.CONV2D_SCALED, inputs, attributes))
 
 
 @dataclass(frozen=True)
@@ -921,12 +929,20 @@ def _replaceable(y: tf.Tensor) -> _Conv2dCall | None:
     return call if isinstance(call, _Conv2dCall) else None
 
 
+def _scalable(y: tf.Tensor) -> _Conv2dCall | None:
+    """The convolution that made ``y``, if it may still scale its filters and move its bias."""
+    call = _replaceable(y)
+    if call is None or call.epsilon is not None or call.is_activated or inside_xla():
+        return None
+    return call
+
+
 def _extensible(y: tf.Tensor) -> _Call | None:
     """The call that made ``y``, if it may still add and activate as well."""
     call = _made_by(y)
     if call is None or call.is_activated:
         return None
-    return None if isinstance(call, _Conv2dCall) and call.scale is None else call
+    return None if isinstance(call, _Conv2dCall) and call.epsilon is None else call
 
 
 def _conv2d(inputs: list[tf.Tensor], attributes: Attributes) -> tf.Tensor:
@@ -955,12 +971,33 @@ def _through_activation(
     return dy * (gate + tf.where(tf.abs(z) <= 3, z / 6, tf.zeros_like(z)))
 
 
+def _scale_of(
+    coefficients: list[tf.Tensor], epsilon: float
+) -> tuple[tf.Tensor, Callable[[tf.Tensor, tf.Tensor], list[tf.Tensor]]]:
+    """By what filters are scaled; and the coefficients' gradients, of those of scale and offset."""
+    if len(coefficients) == 2:
+        return coefficients[0], lambda dscale, doffset: [dscale, doffset]
+    mean, variance, gamma, _, *bias = coefficients
+    factor = tf.math.rsqrt(variance + epsilon)
+    scale = gamma * factor
+
+    def gradients(dscale: tf.Tensor, doffset: tf.Tensor) -> list[tf.Tensor]:
+        dbias = doffset * scale  # offset = beta + (bias - mean) * scale
+        dscale += doffset * (bias[0] - mean if bias else -mean)
+        dvariance = -0.5 * dscale * scale * factor**2
+        return [-dbias, dvariance, dscale * factor, doffset, *[dbias for _ in bias]]
+
+    return scale, gradients
+
+
 def _conv2d_scaled_rule(
     framework: _operations.Framework, call: _operations.Call, dy: tf.Tensor
 ) -> list[tf.Tensor | None]:
-    x, w, scale, _, *residual = call.inputs
+    x, w, *others = call.inputs
+    own = {key: call.attributes[key] for key in ("num_coefficients", "epsilon")}
+    attributes = {key: value for key, value in call.attributes.items() if key not in own}
+    coefficients, residual = others[: own["num_coefficients"]], others[own["num_coefficients"] :]
     (y,) = call.outputs
-    attributes = call.attributes
     is_relu = attributes["activation"] == "RELU"
     if not is_relu:  # which the kernels of the gradients know
         linear = {**attributes, "activation": "LINEAR"}
@@ -968,9 +1005,10 @@ def _conv2d_scaled_rule(
             attributes["activation"],
             dy,
             y,
-            lambda: framework.run_one(_operations.CONV2D_SCALED, call.inputs, linear),
+            lambda: framework.run_one(_operations.CONV2D_SCALED, call.inputs, {**linear, **own}),
         )
         attributes = linear
+    scale, gradients = _scale_of(coefficients, own["epsilon"])
     mask = [y] if is_relu else []
     dx = framework.run_one(_operations.CONV2D_GRAD_INPUT, [x, w * scale, dy, *mask], attributes)
     # Of the filter its gradient takes the shape alone.
@@ -979,7 +1017,7 @@ def _conv2d_scaled_rule(
     )
     dscale = tf.reduce_sum(dscaled * w, axis=[0, 1, 2])
     through = framework.where_positive(dy, y) if is_relu else dy
-    return [dx, dscaled * scale, dscale, doffset, *[through for _ in residual]]
+    return [dx, dscaled * scale, *gradients(dscale, doffset), *[through for _ in residual]]
 
 
 _register_gradient(_operations.CONV2D_SCALED, _conv2d_scaled_rule)
