@@ -142,27 +142,13 @@ class Attributes {
   }
 
   int64_t integer(const char* name) const {
-    const Status status;
-    int64_t value = 0;
-    TF_OpKernelConstruction_GetAttrInt64(construction_, name, &value, status.get());
-    status.check();
-    return value;
+    return value<int64_t>(TF_OpKernelConstruction_GetAttrInt64, name);
   }
-
   bool flag(const char* name) const {
-    const Status status;
-    unsigned char value = 0;
-    TF_OpKernelConstruction_GetAttrBool(construction_, name, &value, status.get());
-    status.check();
-    return value != 0;
+    return value<unsigned char>(TF_OpKernelConstruction_GetAttrBool, name) != 0;
   }
-
   float real(const char* name) const {
-    const Status status;
-    float value = 0;
-    TF_OpKernelConstruction_GetAttrFloat(construction_, name, &value, status.get());
-    status.check();
-    return value;
+    return value<float>(TF_OpKernelConstruction_GetAttrFloat, name);
   }
 
   // The first letters of a string, enough to tell the allowed values from one another (TensorFlow
@@ -177,6 +163,15 @@ class Attributes {
   }
 
  private:
+  template <class Value, class Get>
+  Value value(Get get, const char* name) const {
+    const Status status;
+    Value out{};
+    get(construction_, name, &out, status.get());
+    status.check();
+    return out;
+  }
+
   TF_OpKernelConstruction* construction_;
 };
 
