@@ -347,8 +347,8 @@ class Conv2d : public Conv2dKernel {
 
 // With what stands behind a convolution at inference: y = activation(conv(x, filter * scale) + offset +
 // residual). `coefficients`, a value a filter each, are scale and offset; or a batch normalisation's mean,
-// variance, gamma and beta, perhaps with the convolution's bias, of which they are made here: by TensorFlow's
-// own ops that would be five a layer, which take a small network longer than the sums that they save.
+// variance, gamma and beta, perhaps with the convolution's bias, of which scale and offset are made here:
+// TensorFlow's own ops would be five to seven a layer, and an op takes a microsecond or two of itself.
 class Conv2dScaled : public Conv2dKernel {
  public:
   template <class Attributes>

@@ -95,8 +95,7 @@ FASTCONV_API void batch_norm_fprop(const BatchNormProblem& problem, const float*
                                    const float* mean, const float* variance, const float* gamma,
                                    const float* beta, const float* residual, float* y);
 
-// The same of a z = x + bias (null for none) as z's own scale and offset a channel: x * scale + offset. The
-// problem's rows do not matter.
+// What that is of x + bias (null for none), without an activation and a residual: x * scale + offset, by channels.
 FASTCONV_API void batch_norm_affine(const BatchNormProblem& problem, const float* mean,
                                     const float* variance, const float* gamma, const float* beta,
                                     const float* bias, float* scale, float* offset);
