@@ -449,6 +449,17 @@ def test_wrong_coefficients(change, message):
         run(tf.ones((1, 4, 4, 5)))
 
 
+def test_a_normalization_of_16_bits_is_refused():
+    @tf.function
+    def run(x):
+        ones = tf.ones(8, x.dtype)
+        y = adapter.conv2d(x, tf.ones((1, 1, 5, 8), x.dtype))
+        return adapter.normalized_in_one(y, ones, ones, epsilon=0.1)
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match="must be of float32"):
+        run(tf.ones((1, 4, 4, 5), tf.bfloat16))
+
+
 def swish_block():
     """As EfficientNet's: expansion, a depthwise convolution of padded images, projection, a sum."""
     inputs = keras.Input((11, 9, 12))

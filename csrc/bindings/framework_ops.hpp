@@ -373,45 +373,42 @@ class Conv2dScaled : public Conv2dKernel {
 
   template <class Context>
   void operator()(const Context& context) const {
+    constexpr std::array kNames{"scale", "offset"};
+    constexpr std::array kNormalizationNames{"mean", "variance", "gamma", "beta", "bias"};
     const auto x = context.input(0), filter = context.input(1);
     const std::optional residual = optional_input(context, 2 + count_);
     const Conv2dProblem p = problem(rank4_shape(x, "x"), filter);
     if (residual) check_shape(*residual, "residual", p.y_shape());
-    if (count_ == kOwn) {
-      const auto scale = context.input(2), offset = context.input(3);
-      check_shape(scale, "scale", std::array{p.k});
-      check_shape(offset, "offset", std::array{p.k});
-      return run(context, p, x, filter, scale.values(p.dtype), offset.values(p.dtype), residual);
-    }
-    if (p.dtype != DataType::float32) {
+    const bool normalizes = count_ > kOwn;
+    if (normalizes && p.dtype != DataType::float32) {
       throw InvalidArgument("With a batch normalisation `x` must be of float32. Received: another");
     }
-    constexpr std::array kNames{"mean", "variance", "gamma", "beta", "bias"};
-    std::array<const float*, kWithBias> values{};
+    std::array<const void*, kWithBias> values{};
     for (int i = 0; i < count_; ++i) {
       const auto own = context.input(2 + i);  // the context's tensor outlives it
-      check_shape(own, kNames[i], std::array{p.k});
-      values[i] = static_cast<const float*>(own.values(p.dtype));
+      check_shape(own, normalizes ? kNormalizationNames[i] : kNames[i], std::array{p.k});
+      values[i] = own.values(p.dtype);
     }
-    std::vector<float> made(static_cast<std::size_t>(2 * p.k));
-    float* const scale = made.data();
-    float* const offset = scale + p.k;
-    batch_norm_affine({.channels = p.k, .epsilon = epsilon_}, values[0], values[1], values[2],
-                      values[3], values[4], scale, offset);
-    run(context, p, x, filter, scale, offset, residual);
-  }
-
- private:
-  static constexpr int kOwn = 2, kOfNormalization = 4, kWithBias = 5;
-
-  void run(const auto& context, const Conv2dProblem& p, const auto& x, const auto& filter,
-           const void* scale, const void* offset, const auto& residual) const {
+    std::vector<float> made;
+    if (normalizes) {
+      const auto floats = [&](int i) { return static_cast<const float*>(values[i]); };
+      made.resize(static_cast<std::size_t>(2 * p.k));
+      float* const scale = made.data();
+      float* const offset = scale + p.k;
+      batch_norm_affine({.channels = p.k, .epsilon = epsilon_}, floats(0), floats(1), floats(2),
+                        floats(3), floats(4), scale, offset);
+      values = {scale, offset};
+    }
+    const void *const scale = values[0], *const offset = values[1];
     const auto forms = kept_.forms(context, 1, p, scale);
     const auto y = context.output(0, p.y_shape());
     operations_of(context).conv2d_scaled_fprop(
         p, x.values(p.dtype), filter.values(p.dtype), scale, offset,
         residual ? residual->values(p.dtype) : nullptr, y.values(p.dtype), forms.get());
   }
+
+ private:
+  static constexpr int kOwn = 2, kOfNormalization = 4, kWithBias = 5;
 
   int count_;  // of coefficients
   float epsilon_;

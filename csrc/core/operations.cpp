@@ -678,6 +678,7 @@ void batch_norm_fprop(const BatchNormProblem& p, const float* x, const float* me
 void batch_norm_affine(const BatchNormProblem& p, const float* mean, const float* variance,
                        const float* gamma, const float* beta, const float* bias, float* scale,
                        float* offset) {
+  // In float32, unlike the kernel's norm_scales: this is for each call of a small layer.
   for (int64_t c = 0; c < p.channels; ++c) {
     scale[c] = gamma[c] / std::sqrt(variance[c] + p.epsilon);
     offset[c] = beta[c] + ((bias ? bias[c] : 0.0f) - mean[c]) * scale[c];

@@ -19,7 +19,7 @@ import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import tensorflow as tf
 from tensorflow.python.framework import ops as framework_ops
@@ -324,9 +324,7 @@ def normalized_in_one(
     if call is None:
         return None
     _, _, *bias = call.inputs
-    gamma = tf.ones_like(mean) if scale is None else scale
-    beta = tf.zeros_like(mean) if offset is None else offset
-    return call.scaled(_tensors(mean, variance, gamma, beta, *bias), epsilon)
+    return call.scaled([*_normalization(mean, variance, scale, offset), *bias], epsilon)
 
 
 def scaled_in_one(y: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tf.Tensor | None:
@@ -456,6 +454,14 @@ def batch_norm_inference(
     return _batch_norm(_operations.BATCH_NORM_INFERENCE, x, mean, variance, gamma, beta, epsilon)
 
 
+def _normalization(
+    mean: tf.Tensor, variance: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None
+) -> list[tf.Tensor]:
+    gamma = tf.ones_like(mean) if gamma is None else gamma
+    beta = tf.zeros_like(mean) if beta is None else beta
+    return _tensors(mean, variance, gamma, beta)
+
+
 def _batch_norm(
     name: str,
     x: tf.Tensor,
@@ -465,11 +471,9 @@ def _batch_norm(
     beta: tf.Tensor | None,
     epsilon: float,
 ) -> tf.Tensor:
-    gamma = tf.ones_like(mean) if gamma is None else gamma
-    beta = tf.zeros_like(mean) if beta is None else beta
     return _BatchNormCall(
         graph=None if tf.executing_eagerly() else tf.compat.v1.get_default_graph(),
-        inputs=_tensors(x, mean, variance, gamma, beta),
+        inputs=[*_tensors(x), *_normalization(mean, variance, gamma, beta)],
         attributes={"epsilon": epsilon, "activation": "LINEAR"},
         name=name,
     ).run()
@@ -698,7 +702,6 @@ _INPUTS_BEFORE_THE_LIST = {
 
 
 _COUNTS = ("num_coefficients", "num_output")  # attributes that TensorFlow counts by itself
-
 
 # Ops that may keep what they made of their filter, input 1, from run to run.
 _KEEPS_ITS_FILTER = (
@@ -971,21 +974,36 @@ def _through_activation(
     return dy * (gate + tf.where(tf.abs(z) <= 3, z / 6, tf.zeros_like(z)))
 
 
-def _scale_of(
-    coefficients: list[tf.Tensor], epsilon: float
-) -> tuple[tf.Tensor, Callable[[tf.Tensor, tf.Tensor], list[tf.Tensor]]]:
+_GradientsOfScale: TypeAlias = "Callable[[tf.Tensor, tf.Tensor], list[tf.Tensor]]"
+
+
+def _scale_of_moments(
+    variance: tf.Tensor, gamma: tf.Tensor, epsilon: float
+) -> tuple[tf.Tensor, _GradientsOfScale]:
+    """By what batch normalisation multiplies ``x - mean`` before it adds beta.
+
+    And, of the gradients of that and of beta, those of mean, variance, gamma and beta.
+    """
+    factor = tf.math.rsqrt(variance + epsilon)
+    scale = gamma * factor
+
+    def gradients(dscale: tf.Tensor, dbeta: tf.Tensor) -> list[tf.Tensor]:
+        return [-dbeta * scale, -0.5 * dscale * scale * factor**2, dscale * factor, dbeta]
+
+    return scale, gradients
+
+
+def _scale_of(coefficients: list[tf.Tensor], epsilon: float) -> tuple[tf.Tensor, _GradientsOfScale]:
     """By what filters are scaled; and the coefficients' gradients, of those of scale and offset."""
     if len(coefficients) == 2:
         return coefficients[0], lambda dscale, doffset: [dscale, doffset]
     mean, variance, gamma, _, *bias = coefficients
-    factor = tf.math.rsqrt(variance + epsilon)
-    scale = gamma * factor
+    scale, of_moments = _scale_of_moments(variance, gamma, epsilon)
 
     def gradients(dscale: tf.Tensor, doffset: tf.Tensor) -> list[tf.Tensor]:
-        dbias = doffset * scale  # offset = beta + (bias - mean) * scale
+        # offset = beta + (bias - mean) * scale
         dscale += doffset * (bias[0] - mean if bias else -mean)
-        dvariance = -0.5 * dscale * scale * factor**2
-        return [-dbias, dvariance, dscale * factor, doffset, *[dbias for _ in bias]]
+        return [*of_moments(dscale, doffset), *[doffset * scale for _ in bias]]
 
     return scale, gradients
 
@@ -1084,11 +1102,9 @@ def _batch_norm_inference_rule(
         call.outputs[0],
         lambda: framework.run_one(_operations.BATCH_NORM_INFERENCE, call.inputs, linear),
     )
-    factor = tf.math.rsqrt(variance + call.attributes["epsilon"])
-    dbeta, product = (tf.reduce_sum(each, [0, 1, 2]) for each in (dz, dz * (x - mean)))
-    slope = gamma * factor
-    dvariance = -0.5 * product * slope * factor**2
-    return [dz * slope, -dbeta * slope, dvariance, product * factor, dbeta, *[dz for _ in residual]]
+    dbeta, dscale = (tf.reduce_sum(each, [0, 1, 2]) for each in (dz, dz * (x - mean)))
+    scale, gradients = _scale_of_moments(variance, gamma, call.attributes["epsilon"])
+    return [dz * scale, *gradients(dscale, dbeta), *[dz for _ in residual]]
 
 
 def _batch_norm_grad_rule(
