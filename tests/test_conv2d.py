@@ -186,6 +186,8 @@ LARGE = [
     Problem((3, 29, 30, 13), 40, padding="same"),
     Problem((2, 30, 31, 40), 48, strides=(2, 2), padding=((1, 0), (0, 2))),
     Problem((7, 13, 9, 24), 17, kernel=(2, 5), strides=(3, 2), dilation_rate=(2, 1)),
+    # So few channels and so many pixels that a filter's gradient asks for the next ones.
+    Problem((3, 70, 61, 24), 40, kernel=(1, 1)),
     # Batches in chunks, the last of which has fewer pixels than a filter's gradient has parts.
     Problem((5462, 2, 2, 3), 8, padding="same"),
     Problem((1311, 3, 3, 8), 16, padding="same"),

@@ -474,22 +474,27 @@ struct WgradPlan {
 
     const int64_t part_pixels = ceil_div(min64(chunk, p.n) * p.oh * p.ow, parts);
     const bool by_lines = by_taps && !packed && taps == 1;
-    // Processors without AVX-512 have the next block in time where a cache holds it. Tiles of what is packed ask
-    // where a block is worth its name that fits in the second-level cache with the next one.
+    // Processors without AVX-512 have the next block in time where a cache holds it, but of few channels, which
+    // soon need it, no more than this. Tiles of what is packed ask where a block is worth its name that fits in
+    // the second-level cache with the next one.
+    constexpr int64_t kManyChannels = 64, kInTimeFloats = int64_t{3} << 18;
     constexpr int64_t kLeastPixels = 192, kMostPixels = 256;
+    const bool few_late = by_lines && V::kRegisters < 32 && cg < kManyChannels && !beyond &&
+                          p.x_size() + p.y_size() > kInTimeFloats;
     const int64_t lines_a_pixel = ceil_div(cg, q_groups * kLine) + 1 +
                                   ceil_div(ceil_div(panels, panel_groups) * panel, kLine);
     const int64_t fitting_pixels = kBytesOfTwoBlocks / (2 * lines_a_pixel * kLine * 4);
     const bool packed_ask = kPackedTilesAsk<V> && packs_blocks && fitting_pixels >= kLeastPixels;
-    asks_ahead = by_lines ? V::kRegisters == 32 || beyond : packed_ask && beyond;
+    asks_ahead = by_lines ? V::kRegisters == 32 || beyond || few_late : packed_ask && beyond;
     // Few tiles are through with a block soon: it should still be in the first-level cache. To begin and
     // end a tile takes as long as some ten pixels: where a block of many channels does not stay there
     // anyway, and is not asked for ahead, it has as many pixels as the second-level cache keeps.
-    constexpr int64_t kManyChannels = 64, kBlockBytes = int64_t{448} << 10;
+    constexpr int64_t kBlockBytes = int64_t{448} << 10;
     const bool long_block = by_lines && !asks_ahead && cg >= kManyChannels;
     const int64_t most_pixels = long_block ? max64(128, min64(1024, kBlockBytes / (4 * cg)))
                                 : packs_blocks && asks_ahead ? min64(kMostPixels, fitting_pixels)
                                 : by_taps && packed          ? 384
+                                : few_late                   ? 160
                                                              : 128;
     const int64_t blocks = max64(1, ceil_div(part_pixels, most_pixels));
     pixels_a_block = max64(1, ceil_div(part_pixels, blocks));
