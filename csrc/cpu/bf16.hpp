@@ -683,8 +683,8 @@ class Bf16Wgrad {
     return images_ * (image_size_ + p_.groups * vectors_ * packed_image_);
   }
   int64_t elements_paid_for_copies() const {
-    return images_ * (image_size_ / p_.c * max64(p_.c, kLeastBf16Run) +
-                      p_.groups * vectors_ * packed_image_);
+    return images_ *
+           (image_size_ / p_.c * max64(p_.c, kLeastBf16Run) + p_.groups * vectors_ * packed_image_);
   }
   int64_t workspace_bytes() const { return 2 * copied_elements() + sums_bytes() + 192; }
   std::string blocking() const {
