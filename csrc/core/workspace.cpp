@@ -122,6 +122,8 @@ Workspace::Workspace(std::size_t bytes) {
   g_in_use.fetch_add(capacity_, std::memory_order_relaxed);
 }
 
+// The constructor has read the environment, and thrown if that was not to be read.
+// NOLINTNEXTLINE(bugprone-exception-escape)
 Workspace::~Workspace() {
   if (!data_) return;
   g_in_use.fetch_sub(capacity_, std::memory_order_relaxed);

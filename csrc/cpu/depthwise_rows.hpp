@@ -31,9 +31,10 @@ struct SourceSteps {
 // A Span of all there is.
 struct Everywhere {};
 
-// A Span that the compiler knows.
+// A Span that the compiler knows, with the names of one.
 template <int Begin, int End>
 struct KnownSpan {
+  // NOLINTNEXTLINE(readability-identifier-naming)
   static constexpr int64_t begin = Begin, end = End;
 };
 

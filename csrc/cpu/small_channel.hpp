@@ -520,7 +520,7 @@ struct SmallChannel {
         // first-level cache.
         const bool alike = panels.vectors_of(first) == panels.vectors_of(last - 1);
         const int64_t kept = max64(1, (int64_t{4} << 10) / (tiles.size(0) * p.k));
-        const int64_t most = alike && !(Pooled && last - first > 1) ? tiles.count : kept;
+        const int64_t most = alike && (!Pooled || last - first == 1) ? tiles.count : kept;
         // The filter's rows that meet the image, with one of the output's rows from i on at least.
         const auto meeting = [&](int64_t i) {
           Span upper{}, lower{};
