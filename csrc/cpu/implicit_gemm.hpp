@@ -263,10 +263,13 @@ struct TapTile {
   bool first, last;  // of the parts that a sum is made of: y holds it in between
   bool streams;      // whether x is read for the first time
   // What is asked for meanwhile, for later: `run` cache lines, a step apart, and how far from there the
-  // next tile's are. And for how many tiles more.
+  // next tile's are. And for how many tiles more. Of several taps, those from `asking_tap` on ask,
+  // `ahead_as_x` for what lies as far apart as what they read.
   const float* ahead;
   int64_t ahead_step, ahead_tile;
   int64_t ahead_lines;
+  int64_t asking_tap;
+  bool ahead_as_x;
   // The first tile that reads a panel of one tap may pack it, as `filter`: its rows are those of the
   // caller's filter, `unpacked_step` floats apart, times the scales of its columns, if not null.
   float* packed;
@@ -384,7 +387,8 @@ template <class V, int Rows, int Vectors, TapTileTask Task, bool Plain>
   for (int64_t tap = 0; tap < taps; ++tap) {
     const int64_t offset = t.x_offset + t.tap_offsets[tap];
     const float* filter = t.filter + t.filter_offsets[tap] * (Vectors * V::kWidth);
-    const float* ahead = first_ahead;
+    const float* ahead = first_ahead + (t.ahead_as_x ? t.tap_offsets[tap] : 0);
+    const int64_t ahead_step = tap < t.asking_tap ? 0 : t.ahead_step;
     const float* unpacked = t.unpacked;
     float* packed = t.packed;
     // The caller's rows are as far apart as pages: no processor reads them ahead. Of narrow vectors a
@@ -398,7 +402,7 @@ template <class V, int Rows, int Vectors, TapTileTask Task, bool Plain>
     const auto add_row = [&](const auto& x,
                              [[maybe_unused]] int after) __attribute__((always_inline)) {
       if constexpr (Task == TapTileTask::ahead) {
-        __builtin_prefetch(ahead + after * t.ahead_step, 0, 2);
+        __builtin_prefetch(ahead + after * ahead_step, 0, 2);
       }
       if constexpr (kPacks) {
         typename V::Reg b[Vectors];
@@ -431,7 +435,7 @@ template <class V, int Rows, int Vectors, TapTileTask Task, bool Plain>
           [&](int64_t rows) __attribute__((always_inline)) {
             x.advance(rows);
             filter = hidden(filter + rows * Vectors * V::kWidth);
-            if constexpr (Task == TapTileTask::ahead) ahead += rows * t.ahead_step;
+            if constexpr (Task == TapTileTask::ahead) ahead += rows * ahead_step;
             if constexpr (kPacks) {
               unpacked += rows * t.unpacked_step;
               packed += rows * Vectors * V::kWidth;
@@ -530,6 +534,8 @@ struct AxisTaps {
   int64_t offset(int64_t tap) const { return first + tap * stride; }
   int64_t lowest() const { return first; }
   int64_t highest() const { return offset(count - 1); }
+  // How many of the taps, the last ones, meet what none did from the output index before.
+  int64_t news() const { return min64(count, step / std::gcd(step, stride)); }
 
   // The taps [begin, end) that meet a source of `size` from output index i: the first that lies in it
   // or beyond, and the first beyond it. From one i to the next, neither grows.
@@ -892,6 +898,13 @@ struct TapTiles {
       return static_cast<int>(count);
     }
 
+    // Where the first pixel of the next tile reads.
+    const float* next_x() const {
+      if (left_ > 0) return x_;
+      const bool image_ends = row_ + 1 == region_.row_end;
+      return x_of(n_ + image_ends, image_ends ? region_.row : row_ + 1, region_.column);
+    }
+
    private:
     void next_row() {
       if (++row_ == region_.row_end) {
@@ -903,9 +916,14 @@ struct TapTiles {
     void go_to(int64_t column) {
       const TapConvolution& g = tiles_.g;
       left_ = region_.column_end - column;
-      x_ = tiles_.x + n_ * g.source_image +
-           (row_ * g.vertical.step * g.source_w + column * g.horizontal.step) * g.source_c;
+      x_ = x_of(n_, row_, column);
       y_ = tiles_.y + n_ * g.y_image + row_ * g.y_row + column * g.y_column;
+    }
+
+    const float* x_of(int64_t n, int64_t row, int64_t column) const {
+      const TapConvolution& g = tiles_.g;
+      return tiles_.x + n * g.source_image +
+             (row * g.vertical.step * g.source_w + column * g.horizontal.step) * g.source_c;
     }
 
     const TapTiles& tiles_;
@@ -915,6 +933,18 @@ struct TapTiles {
     const float* x_;
     float* y_;
   };
+
+  // Whether the next tile's pixels should be asked for. Of one long row of pixels, a tile reads each float once.
+  // Where no cache holds the tensors, hardware asks for the pixels of one row in time, but not for those of
+  // several, as under a stride, or for many channels.
+  bool reads_late() const {
+    if (g.reduce != g.source_c) return false;
+    if (g.vertical.count * g.horizontal.count == 1 && g.images * g.out_h == 1) return true;
+    constexpr int64_t kManyChannels = 96;
+    const bool strided = g.vertical.step * g.horizontal.step > 1 || g.y_column != g.columns;
+    return (strided || g.reduce >= kManyChannels) &&
+           beyond_caches(g.images * (g.source_image + g.y_image));
+  }
 
   // Of at most so many pixels.
   int rows() const { return V::kGemmRows[panels.widest]; }
@@ -935,10 +965,11 @@ struct TapTiles {
         residual ? reinterpret_cast<std::intptr_t>(residual) - reinterpret_cast<std::intptr_t>(y)
                  : 0;
     const int64_t first_y = group * g.columns + panels.first_column(panel);
-    // One long row of pixels, of which a tile reads each float once: the next tile's are asked for.
-    const bool streams = t.streams && t.first && t.last &&
-                         g.vertical.count * g.horizontal.count == 1 && g.images * g.out_h == 1 &&
-                         g.reduce == g.source_c;
+    const bool streams = t.streams && t.first && t.last && t.taps > 0 && reads_late();
+    // Of the taps, in rows of one or several, those that read what no tile before has.
+    const int64_t taps_a_row = t.taps / max64(1, region.r_end - region.r);
+    t.ahead_as_x = streams;
+    t.asking_tap = streams ? max64(0, t.taps - (g.vertical.news() - 1) * taps_a_row - 1) : 0;
     // Tiles that pass through a panel before the next panel's turn: few, for the rows of y had better be
     // written in one go. Of narrow vectors more: a call for a few would be over soon.
     constexpr int64_t kPixelFloats = V::kWidth < 16 ? 2048 : 512;
@@ -952,9 +983,10 @@ struct TapTiles {
                            : ahead ? min64(t.ahead_lines, tiles_a_panel)
                                    : tiles_a_panel;
       const int count = cursor.locate(t, min64(most, tile_end - tile), x_pixels, y_pixels);
-      if (streams) {
-        t.ahead = t.x + count * t.x_step;
-        t.ahead_step = count;
+      if (streams) {  // the last floats of the next tile's pixels, which make up what is new
+        const float* const next = t.tiles == 1 ? cursor.next_x() : t.x + count * t.x_step;
+        t.ahead = next + t.x_offset + t.run - t.x_step;
+        t.ahead_step = ceil_div(count * t.x_step, t.run);
         t.ahead_tile = count * t.x_step;
       } else {
         t.ahead_tile = kLine;

@@ -33,6 +33,7 @@
 #include "cpu/implicit_gemm.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/pool.hpp"
+#include "cpu/streaming.hpp"
 #include "cpu/winograd_transform.hpp"
 #include "cpu/winograd_wgrad.hpp"
 
@@ -50,6 +51,10 @@ struct WinogradOfTaps {
   static constexpr bool kSixBySix = kTileH == 6 && kTileW == 6;
   static constexpr bool kHasWgrad = M == 4;
   static constexpr int64_t kPanel = V::kVectors * V::kWidth;
+  // Where a tensor is, and what a tile does about it: nothing, or ask for the next one's pixels, or, of an output,
+  // write past the caches, by panels that are a line of a pixel.
+  enum class Memory : std::uint8_t { cached, asked, streamed };
+  static_assert(!kTilesAsk<V> || kPanel == kLine);
   using Reg = typename V::Reg;
 
   static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
@@ -323,7 +328,9 @@ struct WinogradOfTaps {
     bool own_filters;     // a task has a set's
     bool own_copies;      // a worker has all
     bool two_phases;
-    bool by_panels;  // a task has a panel, and its filter by chunks of channels
+    bool by_panels;         // a task has a panel, and its filter by chunks of channels
+    int64_t floats_of_all;  // of source and output
+    Memory memory;          // of the source, and of the output unless that is streamed
     int64_t chunk_channels;
     int64_t filter_groups;  // that one buffer of filters has
     int workers;
@@ -352,6 +359,11 @@ struct WinogradOfTaps {
       pad_left = turned ? (S - 1) * dilation_w - p.pad_left : p.pad_left;
       relu = !turned && p.activation != Activation::linear;
       ceiling = ceiling_of(p.activation);
+
+      floats_of_all = p.x_size() + p.y_size();
+      // Of several groups, a tile asks for other channels of its pixels in any case.
+      const bool asks = kTilesAsk<V> && groups == 1 && beyond_caches(floats_of_all);
+      memory = asks ? Memory::asked : Memory::cached;
 
       tiles = grid.count(p.n);
       padded_c = round_up(c, V::kWidth);
@@ -447,10 +459,16 @@ struct WinogradOfTaps {
     const float* residual = nullptr;  // added to y, which is not pooled then; may be null
     std::uint8_t* argmax = nullptr;   // of the pooling; may be null
     bool pooled = false;
+    Memory memory = Memory::cached;
   };
 
   static void execute(const Plan& plan, const Workspace& workspace, const Sources& t,
-                      const Results& results) {
+                      Results results) {
+    if (!results.pooled) results.memory = plan.memory;
+    if (results.memory == Memory::asked && takes_whole_tiles(plan, results) &&
+        streams_pixels(results.y, plan.k, plan.floats_of_all)) {
+      results.memory = Memory::streamed;
+    }
     float* at = workspace.floats();
     const auto take = [&at](int64_t bytes) {
       float* here = at;
@@ -467,9 +485,11 @@ struct WinogradOfTaps {
     const int64_t block_floats = kPoints * plan.input_point;
     const auto bring_tile = [&](int64_t group, int64_t tile, int64_t slot) {
       const int64_t place = tile % plan.block_tiles, c = group * plan.c;
+      const auto transform =
+          plan.memory == Memory::asked ? transform_input<kTilesAsk<V>> : transform_input<false>;
       blanks[slot * plan.block_tiles + place] =
-          transform_input(plan, t.x + c, t.mask ? t.mask + c : nullptr, zeros, tile,
-                          v + slot * block_floats + place * plan.padded_c);
+          transform(plan, t.x + c, t.mask ? t.mask + c : nullptr, zeros, tile,
+                    v + slot * block_floats + place * plan.padded_c);
     };
     const auto compute = [&](int64_t group, int64_t block, const float* group_u, int64_t part,
                              int worker) {
@@ -487,6 +507,7 @@ struct WinogradOfTaps {
         transform_outputs(plan, product, group, panel, t.bias, blanks + slot * plan.block_tiles,
                           {begin, end}, results);
       }
+      if (results.memory == Memory::streamed) V::drain();
     };
     if (plan.by_panels) {
       parallel_by_floats(plan.tiles, kPoints * plan.padded_c,
@@ -646,6 +667,7 @@ struct WinogradOfTaps {
 
   // B^T d B of one tile, all channels; the points lie plan.input_point floats apart. Returns a
   // bit for each output, kOutW * row + column, whose source is zero throughout.
+  template <bool Asks>
   static std::uint32_t transform_input(const Plan& plan, const float* x, const float* mask,
                                        const float* zeros, int64_t tile, float* out) {
     const int64_t row_floats = plan.w * plan.c_stride;
@@ -699,7 +721,14 @@ struct WinogradOfTaps {
             V::store(out + (i * kTileW + j) * plan.input_point + c, point);
           });
     };
-    for (int64_t c = 0; c < whole; c += V::kWidth) transform(c);
+    const int64_t next = Asks ? place(source(tile + 1)) + (kTileW - kOutW) * next_pixel : 0;
+    for (int64_t c = 0; c < whole; c += V::kWidth) {
+      if (Asks && c % kLine == 0) {
+        ask_for_pixels<kTileH, kOutW>(x + next + c, next_row, next_pixel);
+        if (mask) ask_for_pixels<kTileH, kOutW>(mask + next + c, next_row, next_pixel);
+      }
+      transform(c);
+    }
     if (whole < plan.c) transform(whole, V::tail(static_cast<int>(plan.c - whole)));
 
     const auto is_live = [&](int i, int j) {
@@ -772,12 +801,28 @@ struct WinogradOfTaps {
                                 int64_t panel, const float* bias, const std::uint32_t* blanks,
                                 Span tiles, const Results& results) {
     WinogradGrid::Walk walk(plan.grid, tiles.begin);
+    const auto transform_output = output_function(results.memory);
     for (int64_t tile = 0; tile < tiles.size(); ++tile, walk.next()) {
       transform_output(plan, product + tile * kPanel, group, panel, bias, blanks[tile],
                        walk.corner(), results);
     }
   }
 
+  static auto output_function(Memory memory) {
+    if constexpr (kTilesAsk<V>) {
+      if (memory == Memory::asked) return transform_output<Memory::asked>;
+      if (memory == Memory::streamed) return transform_output<Memory::streamed>;
+    }
+    return transform_output<Memory::cached>;
+  }
+
+  // Whether all outputs of a tile may be stored alike.
+  static bool takes_whole_tiles(const Plan& plan, const Results& results) {
+    const bool limited = plan.relu && plan.ceiling < std::numeric_limits<float>::infinity();
+    return !results.residual && !results.pooled && !limited;
+  }
+
+  template <Memory kMemory>
   static void transform_output(const Plan& plan, const float* product, int64_t group, int64_t panel,
                                const float* bias, std::uint32_t blank,
                                const WinogradGrid::Corner& corner, const Results& results) {
@@ -792,12 +837,17 @@ struct WinogradOfTaps {
     const int64_t next_row = plan.dilation_h * row_floats;
     const int64_t next_pixel = plan.dilation_w * plan.k_stride;
     // Nothing to ask of each pixel, which of a tile of one row takes as long as the transform.
-    const bool whole = height == kOutH && width == kOutW && blank == 0 && !results.residual &&
-                       !results.pooled &&
-                       !(plan.relu && plan.ceiling < std::numeric_limits<float>::infinity());
+    const bool whole =
+        height == kOutH && width == kOutW && blank == 0 && takes_whole_tiles(plan, results);
+    const bool streams = kMemory == Memory::streamed && whole;
+    alignas(64) float lines[kMemory == Memory::streamed ? kOutH * kOutW : 1][kLine];
     for (int v = 0; v < plan.vectors_of(panel); ++v) {
       const int64_t at = int64_t{v} * V::kWidth;
       const int valid = static_cast<int>(min64(V::kWidth, plan.k - panel * kPanel - at));
+      if (kMemory == Memory::asked && at % kLine == 0) {
+        ask_for_pixels<kOutH, kOutW>(results.y + first + at + kOutW * next_pixel, next_row,
+                                     next_pixel);
+      }
       const auto tail = V::tail(valid);
       const Reg start = bias ? V::load(bias + column + at, tail) : V::zero();
       Reg rows[kOutH][kTileW];
@@ -813,15 +863,17 @@ struct WinogradOfTaps {
         for (int i = 0; i < kOutH; ++i) rows[i][j] = out[i];
       }
       if (whole && valid == V::kWidth) {
-        float* y = results.y + first + at;
+        float* y = streams ? lines[0] + at : results.y + first + at;
+        const int64_t row = streams ? kOutW * kLine : next_row;
+        const int64_t pixel = streams ? kLine : next_pixel;
 #pragma GCC unroll 4
-        for (int i = 0; i < kOutH; ++i, y += next_row) {
+        for (int i = 0; i < kOutH; ++i, y += row) {
           Reg out[kOutW];
           Horizontal::output(rows[i], out);
 #pragma GCC unroll 4
           for (int j = 0; j < kOutW; ++j) {
             const Reg sum = V::add(out[j], start);
-            V::store(y + j * next_pixel, plan.relu ? V::relu(sum) : sum);
+            V::store(y + j * pixel, plan.relu ? V::relu(sum) : sum);
           }
         }
         continue;
@@ -866,6 +918,17 @@ struct WinogradOfTaps {
                            biased(i + 1, j, lower[j]), biased(i + 1, j + 1, lower[j + 1]),
                            plan.relu, plan.ceiling, valid, results.y + to,
                            results.argmax ? results.argmax + to : nullptr);
+          }
+        }
+      }
+    }
+    if constexpr (kMemory == Memory::streamed) {
+      if (!streams) return;
+      for (int i = 0; i < kOutH; ++i) {
+        for (int j = 0; j < kOutW; ++j) {
+          float* const to = results.y + first + i * next_row + j * next_pixel;
+          for (int at = 0; at < kLine; at += V::kWidth) {
+            V::stream(to + at, V::load(lines[i * kOutW + j] + at));
           }
         }
       }

@@ -199,6 +199,21 @@ struct WinogradTiles {
   }
 };
 
+// Whether a tile asks for what the next one reads and writes, where no cache holds the tensors. Where one does, even to
+// test for it costs a twentieth: there is code for either. With AVX-512 it has not been tried.
+template <class V>
+constexpr bool kTilesAsk = 2 * V::kWidth == kLine;
+
+// A line of each pixel that a tile of so many columns does not share with the one to its left.
+template <int Rows, int Columns>
+inline void ask_for_pixels(const float* at, int64_t next_row, int64_t next_pixel) {
+#pragma GCC unroll 6
+  for (int i = 0; i < Rows; ++i, at += next_row) {
+#pragma GCC unroll 4
+    for (int j = 0; j < Columns; ++j) __builtin_prefetch(at + j * next_pixel, 0, 2);
+  }
+}
+
 // "12 tiles of 4 x 4, 6 a block": once, not in each of the templates.
 [[gnu::noinline]] inline std::string tiles_in_words(int64_t tiles, int64_t out_h, int64_t out_w,
                                                     const char* before, int64_t number,

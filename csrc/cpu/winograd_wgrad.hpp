@@ -168,6 +168,7 @@ struct WinogradWgrad {
     int64_t zeros_floats, sums_floats, bias_sums_floats;
     int64_t x_floats, dy_floats, bias_floats, product_floats;
     bool groups_at_once;  // threads take whole groups
+    bool asks_ahead;      // for the next tile's pixels
     int workers;
 
     Plan(const Conv2dProblem& p, bool with_bias)
@@ -207,6 +208,7 @@ struct WinogradWgrad {
       if (slots < kLeastSlots) slots = 1;
       sums_floats = slots > 1 ? round_up(slots * p.filter_size(), 16) : 0;
       bias_sums_floats = slots > 1 && with_bias ? round_up(slots * p.k, 16) : 0;
+      asks_ahead = kTilesAsk<V> && p.groups == 1 && beyond_caches(p.x_size() + p.y_size());
       const int threads = num_threads();
       groups_at_once = p.groups >= 4 * threads || (p.groups > 1 && p.groups % threads == 0);
       workers = workers_for(groups_at_once ? p.groups : slots > 1 ? slots : c_groups * panels);
@@ -247,8 +249,9 @@ struct WinogradWgrad {
 
   static void transform_tile(const Conv2dProblem& p, const Plan& plan, const Conv2dOperands& t,
                              int64_t tile, int64_t slot, const Buffers& buffers) {
-    transform_x(p, plan, t.x, tile, slot, buffers);
-    transform_dy(p, plan, t, tile, slot, buffers);
+    const bool asks = plan.asks_ahead;
+    (asks ? transform_x<kTilesAsk<V>> : transform_x<false>)(p, plan, t.x, tile, slot, buffers);
+    (asks ? transform_dy<kTilesAsk<V>> : transform_dy<false>)(p, plan, t, tile, slot, buffers);
   }
 
   // A part's share of a panel and a group of channels; the first part sets what the others add to.
@@ -311,7 +314,19 @@ struct WinogradWgrad {
     }
   }
 
+  // Where the next tile's dy begins, and what it reads of x and this one does not.
+  static int64_t next_dy(const Conv2dProblem& p, const Plan& plan, int64_t tile) {
+    const WinogradGrid::Corner at = plan.grid.corner(tile + 1);
+    return ((at.n * p.oh + at.row) * p.ow + at.column) * p.k;
+  }
+  static int64_t next_x(const Conv2dProblem& p, const Plan& plan, int64_t tile) {
+    const WinogradGrid::Corner at = plan.grid.corner(tile + 1);
+    const int64_t column = at.column - p.pad_left + (kTileW - kDyW) * p.dilation_w;
+    return ((at.n * p.h + at.row - p.pad_top) * p.w + column) * p.c;
+  }
+
   // `tile` of the problem, `slot` of the part.
+  template <bool Asks>
   static void transform_x(const Conv2dProblem& p, const Plan& plan, const float* x, int64_t tile,
                           int64_t slot, const Buffers& buffers) {
     const WinogradGrid::Corner corner = plan.grid.corner(tile);
@@ -325,7 +340,12 @@ struct WinogradWgrad {
             inside ? x + ((corner.n * p.h + row) * p.w + column) * p.c : buffers.zeros;
       }
     float* const out = buffers.x + slot * plan.x_row;
+    const int64_t next_pixel = p.dilation_w * p.c, next_row = p.dilation_h * p.w * p.c;
+    const float* const next = x + next_x(p, plan, tile);
     for_each_vector(plan.c, [&](int64_t c, int64_t, const auto&... tail) {
+      if (Asks && c % kLine == 0) {
+        ask_for_pixels<kTileH, kDyW>(next + c, next_row, next_pixel);
+      }
       transform_2d<V, kTileH, kTileW, kTileH, kTileW>(
           Vertical::input, Horizontal::input,
           [&](int i, int j) { return V::load(pixels[i * kTileW + j] + c, tail...); },
@@ -336,6 +356,7 @@ struct WinogradWgrad {
   }
 
   // Likewise; what ReLU stopped is zero, and the sum of the tile is kept for the bias.
+  template <bool Asks>
   static void transform_dy(const Conv2dProblem& p, const Plan& plan, const Conv2dOperands& t,
                            int64_t tile, int64_t slot, const Buffers& buffers) {
     const WinogradGrid::Corner corner = plan.grid.corner(tile);
@@ -349,7 +370,13 @@ struct WinogradWgrad {
         pixels[i * kDyW + j] = inside ? t.dy + at : buffers.zeros;
         masks[i * kDyW + j] = inside && t.y ? t.y + at : buffers.zeros;
       }
+    const int64_t next_pixel = p.dilation_w * p.k, next_row = p.dilation_h * p.ow * p.k;
+    const int64_t next = next_dy(p, plan, tile);
     for_each_vector(plan.k, [&](int64_t k, int64_t vector, const auto&... tail) {
+      if (Asks && k % kLine == 0) {
+        ask_for_pixels<kDyH, kDyW>(t.dy + next + k, next_row, next_pixel);
+        if (t.y) ask_for_pixels<kDyH, kDyW>(t.y + next + k, next_row, next_pixel);
+      }
       const int64_t panel = vector / plan.panel_vectors;
       float* const out = buffers.dy + plan.panel_offset(panel) +
                          (slot * plan.vectors_of(panel) + vector % plan.panel_vectors) * V::kWidth;
