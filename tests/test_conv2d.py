@@ -193,6 +193,10 @@ LARGE = [
     Problem((1311, 3, 3, 8), 16, padding="same"),
     Problem((1537, 3, 3, 64), 64),
     Problem((2101, 300, 2, 1), 3, kernel=(3, 3), strides=(299, 1), padding=((1, 1), (1, 1))),
+    # Beyond the caches, where tiles ask for what the next ones read: under a stride, and of many channels.
+    Problem((11, 130, 131, 17), 9, strides=(2, 2), padding="same"),
+    Problem((13, 40, 41, 97), 64, kernel=(1, 3), padding="same", dilation_rate=(1, 2)),
+    Problem((7, 61, 180, 40), 40, kernel=(3, 2), strides=(3, 2), padding=((1, 0), (0, 2))),
     # First layers whose output is so large that the filter's gradient asks for it ahead.
     Problem((80, 28, 30, 1), 32),
     Problem((61, 30, 31, 3), 40, padding="same"),
