@@ -86,9 +86,9 @@ inline bool crowds_cache(int64_t pixels, int64_t apart) {
 // What more an algorithm takes that goes over the images group by group, `floats` of a line at a time, where
 // no cache holds them: each line comes from memory more than once, and nothing asks for it in time.
 template <class V>
-double cost_of_pieces(const Conv2dProblem& p, double floats) {
+double cost_of_pieces(const Conv2dProblem& p, double floats, double weight = 8) {
   if (p.groups == 1 || V::kRegisters == 32 || !beyond_caches(p.x_size() + p.y_size())) return 1;
-  return 1 + 8 / (8 + floats);
+  return 1 + weight / (8 + floats);
 }
 
 // The largest value that an activation leaves.

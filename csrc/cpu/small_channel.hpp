@@ -340,8 +340,9 @@ struct SmallChannel {
   static Estimate estimate(const Conv2dProblem& p, Direction direction) {
     const double pixels = static_cast<double>(p.n);
     const double taps = static_cast<double>(p.r * p.s * p.c);
+    constexpr bool kNarrow = V::kRegisters < 32;
     if (sums_along_channels(p, direction)) {
-      constexpr double kASum = V::kRegisters < 32 ? 4 : 8;  // to add up lanes
+      constexpr double kASum = kNarrow ? 4 : 8;  // to add up lanes
       const double lanes = static_cast<double>(ceil_div(p.c, V::kWidth) * V::kWidth);
       return {pixels * static_cast<double>(p.oh * p.ow * p.k) *
                   (lanes * 1.3 * static_cast<double>(p.r * p.s) + kASum * V::kWidth),
@@ -351,15 +352,16 @@ struct SmallChannel {
       const Strip strip(p, false);
       const double lanes = static_cast<double>(ceil_div(p.k, V::kWidth) * V::kWidth);
       // Taps far apart make strips of many rows. What is usual is in the factor of the taps.
-      constexpr double kUsualCopies = 8, kAFloat = 4;
+      constexpr double kUsualCopies = 8, kAFloat = 4, kProduct = kNarrow ? 1.02 : 1.1;
       const double copied = static_cast<double>(strip.strips) * static_cast<double>(strip.floats) -
                             kUsualCopies * static_cast<double>(p.h * p.w * p.c + p.oh * p.ow * p.k);
-      return {pixels * (static_cast<double>(p.oh * p.ow) * lanes * (1.1 * taps + 3) +
+      return {pixels * (static_cast<double>(p.oh * p.ow) * lanes * (kProduct * taps + 3) +
                         kAFloat * (copied > 0 ? copied : 0)),
               strip.workspace_bytes(workers_for(strip.tasks(p))), 0};
     }
     const double lanes = static_cast<double>(ceil_div(p.k, V::kWidth) * V::kWidth);
-    return {pixels * (static_cast<double>(p.oh * p.ow) * lanes * 1.3 * taps +
+    constexpr double kProduct = kNarrow ? 1.45 : 1.3;
+    return {pixels * (static_cast<double>(p.oh * p.ow) * lanes * kProduct * taps +
                       static_cast<double>(p.h * p.w * p.c) * 10 * V::kWidth),
             0, 0};
   }

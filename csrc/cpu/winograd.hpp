@@ -81,45 +81,90 @@ struct WinogradOfTaps {
     const double tiles = static_cast<double>(plan.tiles), c = static_cast<double>(plan.c);
     const double c_vectors = static_cast<double>(plan.padded_c / V::kWidth);
     const double k_vectors = static_cast<double>(ceil_div(plan.k, V::kWidth));
-    // 16 registers do not hold what the larger tile's transforms have at hand.
-    constexpr bool kSpills = V::kRegisters < 32;
-    constexpr double kTimes = kSpills && kSixBySix ? 2 : 1;
-    constexpr double kInput = kTimes * (kSixBySix ? 330 : kPoints == 16 ? 150 : 85);
-    constexpr double kOutput = kTimes * (kOutH * kOutW == 16 ? 250
-                                         : kSixBySix         ? 150
-                                         : kPoints == 16     ? 110
-                                                             : 70);
+    constexpr Costs kCosts = costs();
     constexpr double kTile = kPoints < 16 ? 50 : 0;  // where that is little beside it
-    const double products = tiles * kPoints * (c * 1.08 + 6) * k_vectors;
+    const double products = tiles * kPoints * (c * kCosts.product + kCosts.sum) * k_vectors;
     const double apart = p.dilation_h * p.dilation_w > 1 ? 1.3 : 1;  // neighbours share fewer lines
-    const double transforms = apart * tiles * (c_vectors * kInput + k_vectors * kOutput + kTile);
+    const double transforms =
+        apart * tiles * (c_vectors * kCosts.input + k_vectors * kCosts.output + kTile);
     const double filter_vectors = c * k_vectors * kPoints;
-    double cycles = products + transforms + 8000;
+    double cycles = products + transforms + kCosts.call;
     if (edges.any()) {
       constexpr double kAPixel = 12, kPacking = 3, kAStrip = 4000;
       const double pixels = static_cast<double>(p.n) * edges.pixels;
       cycles += k_vectors * (static_cast<double>(p.n) * edges.taps * c * 1.25 + pixels * kAPixel) +
                 edges.strips() * (kPacking * kTaps * c * k_vectors + kAStrip);
     }
-    // 25 taps, C K floats apart, are more than a set of a cache has lines: rows are fetched again and again.
-    constexpr bool kManyTaps = kTaps > 9;
     if (plan.by_panels) {  // sums of a chunk come and go
-      constexpr double kMade = kManyTaps ? 60 : kPoints < 16 ? 8 : 13;
-      cycles += 0.25 * products + kMade * filter_vectors;
+      cycles += kCosts.chunked * products + kCosts.made * filter_vectors;
     } else {
       // The transformed filter is written once and read once a block: from beyond the caches if large.
       const double filter_bytes = filter_vectors * V::kWidth * 4;
+      const bool is_large = filter_bytes > (8 << 20);
       const double to_cache = (filter_bytes > (1 << 19) ? 5 : 2.5) * (kSpills ? 2 : 1);
-      const double to_memory = filter_bytes > (8 << 20) ? (kManyTaps ? 140 : 70) : to_cache;
-      const double stream = filter_bytes > (8 << 20) ? (kManyTaps ? 12 : 4) : 0.6;
       const double blocks = static_cast<double>(plan.blocks) * (plan.block_tiles < 12 ? 2 : 1);
-      cycles += filter_vectors * (to_memory + blocks * stream);
+      cycles += filter_vectors * ((is_large ? kCosts.to_memory : to_cache) +
+                                  blocks * (is_large ? kCosts.from_memory : kCosts.from_cache));
     }
     // Of few channels, each product is short of work and each load of the source short of a line.
-    const double a_group = !kSpills ? 1.2 + 8 / c : kSixBySix ? 0.9 + 4 / c : 0.8 + 6 / c;
+    const double a_group = !kSpills ? 1.2 + 8 / c : kSixBySix ? 0.82 + 4 / c : 0.85 + 4.5 / c;
     const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? a_group : 1);
     return {cycles * V::kWidth * groups * cost_of_pieces<V>(p, c),
             workspace_bytes(p, direction, edges), kSixBySix ? 5e-6 : 2e-6};
+  }
+
+  // What estimate() counts, in cycles of a core that does one vector multiply-add each: of a vector of channels
+  // that is transformed; of a product of a point, and of a sum of them; of a vector of the filter.
+  struct Costs {
+    double input, output;
+    double product, sum;
+    double call;
+    double chunked, made;  // by panels
+    double to_memory, from_memory, from_cache;
+  };
+  static constexpr bool kSpills =
+      V::kRegisters < 32;  // what the larger tiles' transforms have at hand
+
+  // With AVX2 fitted to the times of 100 to 300 problems of each kind, one thread of a Zen 4.
+  static constexpr Costs costs() {
+    // 25 taps, C K floats apart, are more than a set of a cache has lines: rows are fetched again and again.
+    constexpr bool kManyTaps = kTaps > 9;
+    constexpr bool kFourByFour = kOutH * kOutW == 16;
+    if constexpr (kSpills) {
+      return {.input = kSixBySix       ? 460
+                       : kPoints == 16 ? 150
+                                       : 60,
+              .output = kFourByFour     ? 240
+                        : kSixBySix     ? 125
+                        : kPoints == 16 ? 80
+                                        : 55,
+              .product = 1,
+              .sum = 4,
+              .call = 6500,
+              .chunked = 0.2,
+              .made = kManyTaps ? 16 : 8,
+              .to_memory = kManyTaps ? 80 : 70,
+              .from_memory = kManyTaps ? 7 : 4,
+              .from_cache = kManyTaps ? 1.6 : 0.8};
+    } else {
+      return {.input = kSixBySix       ? 330
+                       : kPoints == 16 ? 150
+                                       : 85,
+              .output = kFourByFour     ? 250
+                        : kSixBySix     ? 150
+                        : kPoints == 16 ? 110
+                                        : 70,
+              .product = 1.08,
+              .sum = 6,
+              .call = 8000,
+              .chunked = 0.25,
+              .made = kManyTaps      ? 60
+                      : kPoints < 16 ? 8
+                                     : 13,
+              .to_memory = kManyTaps ? 140 : 70,
+              .from_memory = kManyTaps ? 12 : 4,
+              .from_cache = 0.6};
+    }
   }
 
   static std::string blocking(const Conv2dProblem& p, Direction direction) {

@@ -134,19 +134,21 @@ struct WinogradWgrad {
     const double c_vectors = static_cast<double>(ceil_div(plan.c, V::kWidth));
     const double k_vectors = static_cast<double>(plan.vectors);
     const double parts = static_cast<double>(plan.parts);
-    // A tile's sums are made ready and stored at each point and part.
-    const double products =
-        kPoints * (tiles * (kSixBySix ? 1.25 : 1.05) + parts * 10) * c * k_vectors;
-    constexpr double kX = kSixBySix ? 450 : 80, kDy = kSixBySix ? 400 : 70;
-    constexpr double kBack = kSixBySix ? 300 : 50;
+    // A tile's sums are made ready and stored at each point and part. With AVX2 fitted to 280 problems' times.
+    constexpr bool kNarrow = V::kRegisters < 32;
+    constexpr double kProduct = !kSixBySix ? 1.05 : kNarrow ? 1.15 : 1.25, kSum = kNarrow ? 2 : 10;
+    constexpr double kX = kSixBySix ? (kNarrow ? 430 : 450) : kNarrow ? 60 : 80;
+    constexpr double kDy = kSixBySix ? (kNarrow ? 290 : 400) : kNarrow ? 48 : 70;
+    constexpr double kBack = kSixBySix ? 300 : 50, kPart = kNarrow ? 2500 : 6000;
+    const double products = kPoints * (tiles * kProduct + parts * kSum) * c * k_vectors;
     const double apart = p.dilation_h * p.dilation_w > 1 ? 2 : 1;  // neighbours share fewer lines
     const double transforms = apart * tiles * (c_vectors * kX + k_vectors * kDy);
     const double back = parts * c * k_vectors * kBack;
     // Of few channels, each product is short of work and each load of the source short of a line.
-    const double a_group = V::kRegisters < 32 ? 1.3 + 10 / c : 1 + 4 / c;
+    const double a_group = kNarrow ? 0.9 + 2 / c : 1 + 4 / c;
     const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? a_group : 1);
-    const double pieces = cost_of_pieces<V>(p, c);
-    return {(products + transforms + back + 6000 * parts) * V::kWidth * groups * pieces,
+    const double pieces = cost_of_pieces<V>(p, c, 16);
+    return {(products + transforms + back + kPart * parts) * V::kWidth * groups * pieces,
             plan.workspace_bytes(), kSixBySix ? 5e-6 : 2e-6};
   }
 
