@@ -936,13 +936,13 @@ struct TapTiles {
 
   // Whether the next tile's pixels should be asked for. Of one long row of pixels, a tile reads each float once.
   // Where no cache holds the tensors, hardware asks for the pixels of one row in time, but not for those of
-  // several, as under a stride, or for many channels.
+  // several, as under a stride, or for many channels. With AVX-512 that has not been tried.
   bool reads_late() const {
     if (g.reduce != g.source_c) return false;
     if (g.vertical.count * g.horizontal.count == 1 && g.images * g.out_h == 1) return true;
     constexpr int64_t kManyChannels = 96;
     const bool strided = g.vertical.step * g.horizontal.step > 1 || g.y_column != g.columns;
-    return (strided || g.reduce >= kManyChannels) &&
+    return V::kRegisters < 32 && (strided || g.reduce >= kManyChannels) &&
            beyond_caches(g.images * (g.source_image + g.y_image));
   }
 
