@@ -510,7 +510,7 @@ struct WinogradOfTaps {
   static void execute(const Plan& plan, const Workspace& workspace, const Sources& t,
                       Results results) {
     if (!results.pooled) results.memory = plan.memory;
-    if (results.memory == Memory::asked && takes_whole_tiles(plan, results) &&
+    if (results.memory == Memory::asked && !plan.by_panels && takes_whole_tiles(plan, results) &&
         streams_pixels(results.y, plan.k, plan.floats_of_all)) {
       results.memory = Memory::streamed;
     }
