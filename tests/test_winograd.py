@@ -240,28 +240,26 @@ def test_same_bits_for_any_number_of_threads(algorithm, isa, rng):
 )
 def test_images_beyond_the_caches_have_the_bits_of_each_alone(algorithm, shape, filters, isa, rng):
     for kernel in KERNELS[algorithm]:
-        options = {"padding": "same", "algorithm": algorithm}
+        options = {"padding": "same", "algorithm": algorithm, "activation": "relu"}
         x, output = rng.standard_normal((2, *shape)).astype(np.float32)
         w = rng.standard_normal((*kernel, shape[3], filters)).astype(np.float32)
         bias = rng.standard_normal(filters).astype(np.float32)
-        forward = {**options, "activation": "relu"}
-        y = fastconv.conv2d(x, w, bias, **forward)
+        y = fastconv.conv2d(x, w, bias, **options)
         # The gradient by an input of as many channels as `x`, where filters are turned.
         turned, one = np.ascontiguousarray(w.transpose(0, 1, 3, 2)), (1, *y.shape[1:])
-        masked = {**options, "activation": "relu"}
-        dx = fastconv.conv2d_grad_input(x, turned, y.shape, output=output, **masked)
+        dx = fastconv.conv2d_grad_input(x, turned, y.shape, output=output, **options)
         for i in range(shape[0]):
             image = slice(i, i + 1)
-            alone = fastconv.conv2d(x[image], w, bias, **forward)
+            alone = fastconv.conv2d(x[image], w, bias, **options)
             assert y[image].tobytes() == alone.tobytes()
             alone = fastconv.conv2d_grad_input(
-                x[image], turned, one, output=output[image], **masked
+                x[image], turned, one, output=output[image], **options
             )
             assert dx[image].tobytes() == alone.tobytes()
         if algorithm == "winograd4":
             gradients = {
                 name: fastconv.conv2d_grad_filter(
-                    x, y, w.shape, activation="relu", output=y, padding="same", algorithm=name
+                    x, y, w.shape, output=y, **{**options, "algorithm": name}
                 )
                 for name in ("direct", algorithm)
             }

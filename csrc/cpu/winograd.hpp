@@ -406,7 +406,7 @@ struct WinogradOfTaps {
       ceiling = ceiling_of(p.activation);
 
       floats_of_all = p.x_size() + p.y_size();
-      // Of several groups, a tile asks for other channels of its pixels in any case.
+      // Of several groups, a tile asks for the next one's pixels in any case.
       const bool asks = kTilesAsk<V> && groups == 1 && beyond_caches(floats_of_all);
       memory = asks ? Memory::asked : Memory::cached;
 
