@@ -46,7 +46,8 @@ OPERATIONS = ("conv", "conv_pool", "max_pool", "avg_pool")
 VALUES = ("integers", "normals", "mixed", "huge", "tiny", "denormals", "sparse", "x_not_finite",
           "dy_not_finite", "w_not_finite", "bias_not_finite")  # fmt: skip
 SMALL = ("denormals", "tiny", "mixed")  # values of which some are, or give, denormals
-ALGORITHMS = ("direct", "small_channel", "depthwise", "grouped", "winograd2", "winograd4")
+ALGORITHMS = ("direct", "small_channel", "depthwise", "grouped", "winograd2", "winograd4",
+              "winograd_rows")  # fmt: skip
 WINOGRAD_TAPS = ((3, 3), (1, 3), (3, 1), (5, 5), (1, 5), (5, 1))
 
 

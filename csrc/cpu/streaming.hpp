@@ -12,12 +12,17 @@
 namespace fastconv::cpu {
 namespace {
 
-// Whether to stream pixels of so many channels: whole lines, of tensors that, all together, are more than the
-// 32 MiB of most third-level caches. V::drain() has to come before other threads' loads.
+// Whether pixels of so many channels are whole lines.
+inline bool whole_lines(const float* out, int64_t channels) {
+  return channels % kLine == 0 &&
+         reinterpret_cast<std::uintptr_t>(out) % (kLine * sizeof(float)) == 0;
+}
+
+// Whether to stream such pixels, of tensors that, all together, are more than the 32 MiB of most third-level
+// caches. V::drain() has to come before other threads' loads.
 inline bool streams_pixels(const float* out, int64_t channels, int64_t floats_of_all) {
   constexpr int64_t kFloats = int64_t{8} << 20;
-  return floats_of_all > kFloats && channels % kLine == 0 &&
-         reinterpret_cast<std::uintptr_t>(out) % (kLine * sizeof(float)) == 0;
+  return floats_of_all > kFloats && whole_lines(out, channels);
 }
 
 // Calls body(flag), for which the compiler makes code of its own: a loop that might stream, or ask for lines,

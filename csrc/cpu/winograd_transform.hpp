@@ -130,6 +130,27 @@ struct WinogradTransform<V, 4, 3> : SixPoints<V> {
 };
 
 template <class V>
+struct WinogradTransform<V, 3, 4> : SixPoints<V> {
+  using Reg = typename V::Reg;
+  using SixPoints<V>::kA, SixPoints<V>::kB, SixPoints<V>::kOverA, SixPoints<V>::kOverB;
+  static constexpr int kOutputs = 3, kTaps = 4;
+  static void filter(const Reg (&g)[4], Reg (&out)[6]) {
+    const auto half = [&](float over, float square, int i) {
+      return V::multiply(V::set(over), V::fma(V::set(square), g[i + 2], g[i]));
+    };
+    SixPoints<V>::filter_values(g[0], {half(kOverA, 0.5f, 0), half(kOverA * kA, 0.5f, 1)},
+                                {half(kOverB, 2.0f, 0), half(kOverB * kB, 2.0f, 1)}, g[3], out);
+  }
+  static void output(const Reg (&m)[6], Reg (&y)[3]) {
+    const Reg sum_a = V::add(m[1], m[2]), sum_b = V::add(m[3], m[4]);
+    y[0] = V::add(m[0], V::add(sum_a, sum_b));
+    y[1] = V::fma(V::set(kA), V::subtract(m[1], m[2]),
+                  V::multiply(V::set(kB), V::subtract(m[3], m[4])));
+    y[2] = V::fma(V::set(0.5f), sum_a, V::fma(V::set(2.0f), sum_b, m[5]));
+  }
+};
+
+template <class V>
 struct WinogradTransform<V, 2, 5> : SixPoints<V> {
   using Reg = typename V::Reg;
   using SixPoints<V>::kA, SixPoints<V>::kB, SixPoints<V>::kOverA, SixPoints<V>::kOverB;

@@ -7,6 +7,7 @@
 #include "cpu/pool.hpp"
 #include "cpu/pool_gradient.hpp"
 #include "cpu/small_channel.hpp"
+#include "cpu/winograd_rows.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -18,6 +19,7 @@ constexpr const Conv2dAlgorithm* kConv2dAlgorithms[] = {
     &kAvx2Direct,
     &kAvx2Winograd2,
     &kAvx2Winograd4,
+    &WinogradRows<Avx2>::kAlgorithm,
 };
 
 }  // namespace

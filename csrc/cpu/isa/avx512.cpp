@@ -7,6 +7,7 @@
 #include "cpu/pool.hpp"
 #include "cpu/pool_gradient.hpp"
 #include "cpu/small_channel.hpp"
+#include "cpu/winograd_rows.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -18,6 +19,7 @@ constexpr const Conv2dAlgorithm* kConv2dAlgorithms[] = {
     &kAvx512Direct,
     &kAvx512Winograd2,
     &kAvx512Winograd4,
+    &WinogradRows<Avx512>::kAlgorithm,
 };
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include "cpu/pool_gradient.hpp"
 #include "cpu/small_channel.hpp"
 #include "cpu/winograd.hpp"
+#include "cpu/winograd_rows.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -139,6 +140,7 @@ constexpr const Conv2dAlgorithm* kConv2dAlgorithms[] = {
     &SmallChannel<Scalar>::kAlgorithm, &Depthwise<Scalar>::kAlgorithm,
     &Grouped<Scalar>::kAlgorithm,      &Direct<Scalar>::kAlgorithm,
     &Winograd<Scalar, 2>::kAlgorithm,  &Winograd<Scalar, 4>::kAlgorithm,
+    &WinogradRows<Scalar>::kAlgorithm,
 };
 
 }  // namespace
