@@ -122,7 +122,7 @@ struct WinogradRows {
   static bool serves(const Conv2dProblem& p, Direction direction) {
     return direction == Direction::fprop && p.groups == 1 && p.dilation_w == 1 &&
            ceil_div(p.s, p.stride_w) >= kLeastTaps && p.c * p.stride_w <= kMostChannels &&
-           !mostly_padding(p, 1, p.ow * p.stride_w + p.s);
+           !mostly_padding(p, (p.r - 1) * p.dilation_h + 1, (p.ow - 1) * p.stride_w + p.s);
   }
 
   static void run(const Conv2dProblem& p, Direction, const Conv2dOperands& t) {
@@ -181,7 +181,9 @@ struct WinogradRows {
     const double a_vector = !beyond_caches(p.x_size() + p.y_size()) ? kStored
                             : p.k % kLine == 0                      ? kStreamed
                                                                     : kWaitedFor;
+    constexpr double kCall = 20000;  // lest it be chosen where it wins little
     const double cycles =
+        kCall +
         rows * (products * computed + kPoints * kSum * sums +
                 kOutput * sums * static_cast<double>(plan.outputs)) +
         kInput * source_tiles * static_cast<double>(ceil_div(plan.depth, V::kWidth)) +
