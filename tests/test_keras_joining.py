@@ -313,7 +313,8 @@ def test_every_algorithm(isa, shape, filters, kernel):
 
     with running_on(isa):
         # One that does not serve a problem leaves it to the others.
-        for name in ("direct", "winograd2", "winograd4", "winograd_rows", "small_channel", "grouped"):
+        names = "direct", "winograd2", "winograd4", "winograd_rows", "small_channel", "grouped"
+        for name in names:
             with running_on(algorithm=name):
                 found = run(tf.constant(x))
             for activation, right in wanted.items():

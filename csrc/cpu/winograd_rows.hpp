@@ -7,14 +7,14 @@
 //
 //   Y = A^T [ sum over rows of taps, channels (G g) * (B^T d) ],  elementwise in the brackets
 //
-// (S. Winograd, "Arithmetic Complexity of Computations", 1980, at the points of winograd_transform.hpp.) The sum is taken
-// before the way back, so that its length is that of a column of the filter, all channels of it: in two dimensions, of 3
-// channels, what is done for each sum would take longer than the sum. Rows of more taps than R are cut into pieces that
-// begin M taps apart: a piece's transformed input is the next tile's, and the sum just longer.
+// (S. Winograd, "Arithmetic Complexity of Computations", 1980, at the points of winograd_transform.hpp.) The sum
+// is taken before the way back, so that its length is that of a column of the filter, all channels of it: in two
+// dimensions, of 3 channels, what is done for each sum would take longer than the sum. Rows of more taps than R
+// are cut into pieces that begin M taps apart: a piece's transformed input is the next tile's, and the sum longer.
 //
-// A task takes a strip of output rows. It transforms the input rows under it, and then, for some tiles and one panel of
-// output channels after the other, multiplies with the register tiles of small_channel.hpp, a point at a time, and
-// transforms back what lies in the first-level cache. The rounding errors are those of one dimension.
+// A task takes a strip of output rows. It transforms the input rows under it, and then, one panel of output
+// channels after the other, multiplies with the register tiles of small_channel.hpp, all points of a tile, and
+// transforms the tile before back. The rounding errors are those of one dimension.
 //
 // Where the source under the filter is zero throughout, the result is exactly the bias, as in winograd.hpp.
 #pragma once
@@ -26,8 +26,8 @@
 namespace fastconv::cpu {
 namespace {
 
-// Tiles whose products are to be transformed back, which is done between the products of those that come next: it takes
-// additions, loads and stores, which these leave to spare.
+// Tiles whose products are to be transformed back, which is done between the products of those that come next:
+// the stores of the output wait for its lines, and so are spread out.
 struct TilesBack {
   // Of a panel: all pixels of a tile, and so many.
   void (*whole)(const TilesBack&);
