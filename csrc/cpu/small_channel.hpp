@@ -41,6 +41,17 @@ struct StridedTile {
   float ceiling;  // with relu
 };
 
+// A tile's steps through `rows` rows of products, `row_floats` apart; `place(j)` is that of product j of a row.
+template <class Place>
+void write_steps(int64_t* steps, int64_t rows, int64_t row_floats, int64_t products, int64_t group,
+                 const Place& place) {
+  for (int64_t r = 0, before = 0; r < rows; ++r)
+    for (int64_t j = 0; j < products; j += group) {
+      const int64_t offset = r * row_floats + place(j);
+      *steps++ = offset - std::exchange(before, offset);
+    }
+}
+
 // Products of a group, where an image's rows have them side by side.
 template <class V>
 constexpr int kGroup = V::kProductsAtOnce > 1 ? 3 : 1;
@@ -119,25 +130,32 @@ constexpr int strided_rows(int vectors) {
   return rows < most ? rows : most;
 }
 
-// Of `Vectors` vectors, by rows - 1.
-template <class V, int Group, bool Turns, int Vectors, std::size_t... I>
-constexpr auto make_strided_tiles(std::index_sequence<I...>) {
-  return std::array<StridedTileFunction, std::size_t{strided_rows<V>(1)}>{
-      strided_tile<V, I + 1, Vectors, Group, Turns>...};
-}
-
-// By vectors - 1 and rows - 1.
-template <class V, int Group, bool Turns, std::size_t... I>
-constexpr auto make_strided_tile_table(std::index_sequence<I...>) {
-  return std::array{make_strided_tiles<V, Group, Turns, I + 1>(
-      std::make_index_sequence<std::size_t{strided_rows<V>(I + 1)}>{})...};
+// By vectors - 1 and rows - 1: what `function`, a template of rows and vectors, returns for each.
+template <class V, std::size_t MostVectors, class Function>
+constexpr auto by_vectors_and_rows(const Function& function) {
+  using Tile = decltype(function.template operator()<1, 1>());
+  std::array<std::array<Tile, std::size_t{strided_rows<V>(1)}>, MostVectors> table{};
+  const auto set_row = [&]<std::size_t Vectors, std::size_t... I>(std::index_sequence<I...>) {
+    ((table[Vectors][I] = function.template operator()<int{I} + 1, int{Vectors} + 1>()), ...);
+  };
+  [&]<std::size_t... I>(std::index_sequence<I...>) {
+    (set_row.template operator()<I>(
+         std::make_index_sequence<std::size_t{strided_rows<V>(int{I} + 1)}>{}),
+     ...);
+  }(std::make_index_sequence<MostVectors>{});
+  return table;
 }
 
 template <class V, int Group>
 StridedTileFunction strided_tile_function(int rows, int vectors, bool turns) {
-  constexpr auto kVectors = std::make_index_sequence<std::size_t{kGemmVectors<V>}>{};
-  static constexpr std::array kTables = {make_strided_tile_table<V, Group, false>(kVectors),
-                                         make_strided_tile_table<V, Group, true>(kVectors)};
+  static constexpr auto kTableOf = []<bool Turns>() {
+    return by_vectors_and_rows<V, std::size_t{kGemmVectors<V>}>(
+        []<int Rows, int Vectors>() -> StridedTileFunction {
+          return strided_tile<V, Rows, Vectors, Group, Turns>;
+        });
+  };
+  static constexpr std::array kTables = {kTableOf.template operator()<false>(),
+                                         kTableOf.template operator()<true>()};
   return kTables[turns ? 1 : 0][static_cast<std::size_t>(vectors - 1)]
                 [static_cast<std::size_t>(rows - 1)];
 }
@@ -475,12 +493,8 @@ struct SmallChannel {
     int64_t* const steps =
         reinterpret_cast<int64_t*>(workspace.floats(static_cast<std::size_t>(strip.packed_bytes)));
     const int64_t group = strip.grouped ? kGroup<V> : 1, row_groups = p.s * p.c / group;
-    for (int64_t r = 0, i = 0, before = 0; r < p.r; ++r)
-      for (int64_t j = 0; j < p.s * p.c; j += group, ++i) {
-        const int64_t s = j / p.c, c = j % p.c;
-        const int64_t offset = (r * p.dilation_h * strip.source_w + s * p.dilation_w) * p.c + c;
-        steps[i] = offset - std::exchange(before, offset);
-      }
+    write_steps(steps, p.r, p.dilation_h * strip.source_w * p.c, p.s * p.c, group,
+                [&](int64_t j) { return j / p.c * p.dilation_w * p.c + j % p.c; });
     panels.pack_all(operands.filter, operands.scale, packed);
     // Panels that stay in the first-level cache take turns at a tile: whole pixels are written at once.
     const int64_t panels_a_pass =

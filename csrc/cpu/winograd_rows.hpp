@@ -19,6 +19,7 @@
 // Where the source under the filter is zero throughout, the result is exactly the bias, as in winograd.hpp.
 #pragma once
 
+#include "cpu/blank.hpp"
 #include "cpu/small_channel.hpp"
 #include "cpu/streaming.hpp"
 #include "cpu/winograd_transform.hpp"
@@ -68,7 +69,8 @@ struct PointsTile {
 // `waiting` are the tiles before, and then the last of these.
 template <class V, int Rows, int Vectors, int Group>
 void points_tile(PointsTile& t, TilesBack& waiting) {
-  constexpr int kPoints = 6, kATime = ceil_div(strided_rows<V>(Vectors), kPoints);
+  constexpr int kPoints = SixPoints<V>::kPoints;
+  constexpr int kATime = ceil_div(strided_rows<V>(Vectors), kPoints);
   StridedTile& common = t.common;
   for (; common.tiles > 0; --common.tiles) {
     const float *filter = common.filter, *x = common.x;
@@ -93,31 +95,19 @@ void points_tile(PointsTile& t, TilesBack& waiting) {
 
 using PointsTileFunction = void (*)(PointsTile&, TilesBack&);
 
-// Of `Vectors` vectors, by rows - 1.
-template <class V, int Group, int Vectors, std::size_t... I>
-constexpr auto make_points_tiles(std::index_sequence<I...>) {
-  return std::array<PointsTileFunction, std::size_t{strided_rows<V>(1)}>{
-      points_tile<V, I + 1, Vectors, Group>...};
-}
-
-// By vectors - 1 and rows - 1.
-template <class V, int Group, std::size_t... I>
-constexpr auto make_points_tile_table(std::index_sequence<I...>) {
-  return std::array{make_points_tiles<V, Group, I + 1>(
-      std::make_index_sequence<std::size_t{strided_rows<V>(I + 1)}>{})...};
-}
-
 template <class V, int Group>
 PointsTileFunction points_tile_function(int rows, int vectors) {
-  static constexpr auto kTable =
-      make_points_tile_table<V, Group>(std::make_index_sequence<std::size_t{V::kVectors}>{});
+  static constexpr auto kTable = by_vectors_and_rows<V, std::size_t{V::kVectors}>(
+      []<int Rows, int Vectors>() -> PointsTileFunction {
+        return points_tile<V, Rows, Vectors, Group>;
+      });
   return kTable[static_cast<std::size_t>(vectors - 1)][static_cast<std::size_t>(rows - 1)];
 }
 
 template <class V>
 struct WinogradRows {
   using Reg = typename V::Reg;
-  static constexpr int kPoints = 6;
+  static constexpr int kPoints = SixPoints<V>::kPoints;
 
   static bool serves(const Conv2dProblem& p, Direction direction) {
     return direction == Direction::fprop && p.groups == 1 && p.dilation_w == 1 &&
@@ -135,19 +125,20 @@ struct WinogradRows {
                                  [&](float* u) { transform_filter(plan, t.filter, t.scale, u); });
     }
     const int workers = workers_for(plan.tasks());
-    const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes(workers)));
-    float* const filter = workspace.floats();
+    const int64_t unused = kept ? plan.filter_floats * 4 : 0;
+    const Workspace workspace(static_cast<std::size_t>(plan.workspace_bytes(workers) - unused));
+    int64_t* const steps = reinterpret_cast<int64_t*>(workspace.floats());
+    write_steps(steps, p.r, p.dilation_h * plan.row_floats, plan.run, plan.group,
+                [](int64_t j) { return j; });
+    float* const own = workspace.floats() + plan.steps_floats;
+    float* const filter = own + workers * plan.own_floats;
     if (!kept) transform_filter(plan, t.filter, t.scale, filter);
-    int64_t* const steps = reinterpret_cast<int64_t*>(filter + plan.filter_floats);
-    for (int64_t r = 0, i = 0, before = 0; r < p.r; ++r)
-      for (int64_t j = 0; j < plan.run; j += plan.group, ++i) {
-        const int64_t offset = r * p.dilation_h * plan.row_floats + j;
-        steps[i] = offset - std::exchange(before, offset);
-      }
-    float* const own = filter + plan.filter_floats + plan.steps_floats;
+    // Where no cache holds the output, stores that wait for its lines hold up those of the products behind them.
+    const bool streams = beyond_caches(p.x_size() + p.y_size()) && whole_lines(t.out, p.k);
+    const PanelKind whole(plan, 0, streams), last(plan, plan.panels - 1, streams);
+    const Shared shared{kept ? kept.get() : filter, steps, whole, last, streams};
     parallel_for(plan.tasks(), workers, [&](int64_t task, int worker) {
-      compute_strip(plan, t, kept ? kept.get() : filter, steps, task,
-                    Scratch(plan, own + worker * plan.own_floats));
+      compute_strip(plan, t, shared, task, Scratch(plan, own + worker * plan.own_floats));
     });
   }
 
@@ -166,7 +157,7 @@ struct WinogradRows {
     constexpr int64_t kLeastSums = 8;
     const auto of_panel = [&](int64_t panel) {
       const int vectors = plan.vectors_of(panel);
-      const LikeTiles cut(plan.tiles, ceil_div(plan.tiles, strided_rows<V>(vectors)));
+      const LikeTiles cut = plan.cut(vectors);
       return (vectors == 1 ? kProduct + kLoneVector : kProduct) *
              static_cast<double>(cut.larger * max64(kLeastSums, (cut.least + 1) * vectors) +
                                  (cut.count - cut.larger) * max64(kLeastSums, cut.least * vectors));
@@ -271,6 +262,8 @@ struct WinogradRows {
     int vectors_of(int64_t panel) const {
       return static_cast<int>(min64(V::kVectors, vectors - panel * V::kVectors));
     }
+    // A row's tiles as a panel of so many vectors takes them.
+    LikeTiles cut(int vectors) const { return {tiles, ceil_div(tiles, strided_rows<V>(vectors))}; }
     // Floats of a panel's point, and where those of a panel begin.
     int64_t filter_point(int64_t panel) const { return p.r * run * vectors_of(panel) * V::kWidth; }
     int64_t filter_offset(int64_t panel) const {
@@ -346,8 +339,62 @@ struct WinogradRows {
     }
   }
 
-  static void compute_strip(const Plan& plan, const Conv2dOperands& t, const float* filter,
-                            const int64_t* steps, int64_t task, const Scratch& own) {
+  static PointsTileFunction tile_function(int64_t group, int rows, int vectors) {
+    if constexpr (V::kProductsAtOnce > 1) {
+      if (group == 3) return points_tile_function<V, 3>(rows, vectors);
+      if (group == 2) return points_tile_function<V, 2>(rows, vectors);
+    }
+    return points_tile_function<V, 1>(rows, vectors);
+  }
+
+  // How panels of as many channels as this one are computed.
+  struct PanelKind {
+    LikeTiles cut;                     // of a row's tiles
+    PointsTileFunction least, larger;  // of register tiles of these sizes
+    TilesBack back{};
+
+    PanelKind(const Plan& plan, int64_t panel, bool streams) {
+      const Conv2dProblem& p = plan.p;
+      const int vectors = plan.vectors_of(panel);
+      cut = plan.cut(vectors);
+      least = tile_function(plan.group, static_cast<int>(cut.least), vectors);
+      larger = cut.larger > 0 ? tile_function(plan.group, static_cast<int>(cut.least + 1), vectors)
+                              : nullptr;
+      back.outputs = plan.outputs;
+      back.y_pixel = p.k;
+      back.columns =
+          static_cast<int>(min64(V::kWidth, p.k - (panel * V::kVectors + vectors - 1) * V::kWidth));
+      back.ceiling = ceiling_of(p.activation);
+      back.product_point = plan.product_floats;
+      back.product_tile = int64_t{vectors} * V::kWidth;
+      const auto set = [&](auto outputs, auto count, auto relu, auto limited) {
+        back.whole = streams ? whole_back<outputs(), count(), relu(), limited(), true>
+                             : whole_back<outputs(), count(), relu(), limited(), false>;
+        back.part = part_back<outputs(), count(), relu(), limited()>;
+      };
+      of_outputs(plan, [&](auto outputs) {
+        as_constant(vectors == V::kVectors, [&](auto several) {
+          constexpr int kVectors = several() ? V::kVectors : 1;
+          constexpr std::integral_constant<int, kVectors> kCount;
+          as_constant(p.activation != Activation::linear, [&](auto relu) {
+            as_constant(p.activation == Activation::relu6,
+                        [&](auto limited) { set(outputs, kCount, relu, limited); });
+          });
+        });
+      });
+    }
+  };
+
+  // What all tasks of a call share.
+  struct Shared {
+    const float* filter;
+    const int64_t* steps;
+    const PanelKind &whole, &last;  // of panels
+    bool streams;
+  };
+
+  static void compute_strip(const Plan& plan, const Conv2dOperands& t, const Shared& shared,
+                            int64_t task, const Scratch& own) {
     const Conv2dProblem& p = plan.p;
     const int64_t n = task / plan.strips;
     const Span rows = part_of(p.oh, plan.strips, task % plan.strips);
@@ -355,22 +402,19 @@ struct WinogradRows {
       transform_rows<outputs()>(plan, t.x + n * p.h * p.w * p.c, rows, own);
     });
     float* const y = t.out + n * p.oh * p.ow * p.k;
-    // Where no cache holds the output, stores that wait for its lines hold up those of the products behind them.
-    const bool streams = beyond_caches(p.x_size() + p.y_size()) && whole_lines(t.out, p.k);
     TilesBack waiting{};
     PointsTile tile{};
     tile.x_point = plan.point_floats;
     tile.other = own.products + kPoints * plan.product_floats;
     StridedTile& common = tile.common;
     common.step = plan.depth;
-    common.steps = steps;
+    common.steps = shared.steps;
     common.groups = p.r * (plan.run / plan.group);
     common.y = own.products;
-    const PanelKind whole(plan, 0, streams), last(plan, plan.panels - 1, streams);
     for (int64_t panel = 0; panel < plan.panels; ++panel) {
-      const PanelKind& kind = panel + 1 < plan.panels ? whole : last;
+      const PanelKind& kind = panel + 1 < plan.panels ? shared.whole : shared.last;
       const int64_t k = panel * V::kVectors * V::kWidth;
-      common.filter = filter + plan.filter_offset(panel);
+      common.filter = shared.filter + plan.filter_offset(panel);
       common.y_step = kind.back.product_tile;
       tile.filter_point = plan.filter_point(panel);
       tile.back = kind.back;
@@ -386,7 +430,7 @@ struct WinogradRows {
       }
     }
     while (waiting.tiles > 0) waiting.next();
-    if (streams) V::drain();
+    if (shared.streams) V::drain();
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       blank_out(plan, own, (row - rows.begin) * p.stride_h, t.bias, y + row * p.ow * p.k);
     }
@@ -415,36 +459,15 @@ struct WinogradRows {
         std::memcpy(own.source + left, image + row * p.w * p.c,
                     static_cast<std::size_t>(middle) * 4);
       }
-      own.may_be_blank[i] = count_zeros(plan, own.source, zeros);
+      const auto is_zero = [&](int64_t j) {
+        for (const float *x = own.source + j * p.c, *const end = x + p.c; x != end; ++x) {
+          if (*x != 0) return false;
+        }
+        return true;
+      };
+      own.may_be_blank[i] = count_zeros(plan.source_w, p.s, is_zero, zeros);
       transform_row<M>(plan, own.source, points);
     }
-  }
-
-  // Whether so many pixels as a filter's row has are zero one after the other, and if so, at each pixel how many
-  // are up to it.
-  static bool count_zeros(const Plan& plan, const float* source, std::int32_t* zeros) {
-    const int64_t c = plan.p.c, taps = plan.p.s;
-    const auto is_zero = [&](int64_t j) {
-      for (const float *x = source + j * c, *const end = x + c; x != end; ++x) {
-        if (*x != 0) return false;
-      }
-      return true;
-    };
-    // Every such run holds one of these pixels.
-    const auto may_have_run = [&] {
-      for (int64_t j = taps - 1; j < plan.source_w; j += taps) {
-        if (!is_zero(j)) continue;
-        int64_t begin = j, end = j + 1;
-        while (begin > 0 && is_zero(begin - 1)) --begin;
-        while (end < plan.source_w && is_zero(end)) ++end;
-        if (end - begin >= taps) return true;
-      }
-      return false;
-    };
-    if (!may_have_run()) return false;
-    std::int32_t run = 0;
-    for (int64_t j = 0; j < plan.source_w; ++j) zeros[j] = run = is_zero(j) ? run + 1 : 0;
-    return true;
   }
 
   // Whole vectors, whose spare lanes the next tile writes over.
@@ -466,52 +489,6 @@ struct WinogradRows {
       points += depth;
     }
   }
-
-  static PointsTileFunction tile_function(int64_t group, int rows, int vectors) {
-    if constexpr (V::kProductsAtOnce > 1) {
-      if (group == 3) return points_tile_function<V, 3>(rows, vectors);
-      if (group == 2) return points_tile_function<V, 2>(rows, vectors);
-    }
-    return points_tile_function<V, 1>(rows, vectors);
-  }
-
-  // How panels of as many channels as this one are computed.
-  struct PanelKind {
-    LikeTiles cut;                     // of a row's tiles
-    PointsTileFunction least, larger;  // of register tiles of these sizes
-    TilesBack back{};
-
-    PanelKind(const Plan& plan, int64_t panel, bool streams) {
-      const Conv2dProblem& p = plan.p;
-      const int vectors = plan.vectors_of(panel);
-      cut = LikeTiles(plan.tiles, ceil_div(plan.tiles, strided_rows<V>(vectors)));
-      least = tile_function(plan.group, static_cast<int>(cut.least), vectors);
-      larger = cut.larger > 0 ? tile_function(plan.group, static_cast<int>(cut.least + 1), vectors)
-                              : nullptr;
-      back.outputs = plan.outputs;
-      back.y_pixel = p.k;
-      back.columns =
-          static_cast<int>(min64(V::kWidth, p.k - (panel * V::kVectors + vectors - 1) * V::kWidth));
-      back.ceiling = ceiling_of(p.activation);
-      back.product_point = plan.product_floats;
-      back.product_tile = int64_t{vectors} * V::kWidth;
-      const auto set = [&](auto outputs, auto count, auto relu, auto limited) {
-        back.whole = streams ? whole_back<outputs(), count(), relu(), limited(), true>
-                             : whole_back<outputs(), count(), relu(), limited(), false>;
-        back.part = part_back<outputs(), count(), relu(), limited()>;
-      };
-      of_outputs(plan, [&](auto outputs) {
-        as_constant(vectors == V::kVectors, [&](auto several) {
-          constexpr int kVectors = several() ? V::kVectors : 1;
-          constexpr std::integral_constant<int, kVectors> kCount;
-          as_constant(p.activation != Activation::linear, [&](auto relu) {
-            as_constant(p.activation == Activation::relu6,
-                        [&](auto limited) { set(outputs, kCount, relu, limited); });
-          });
-        });
-      });
-    }
-  };
 
   template <int M, bool Relu, bool Limited>
   [[gnu::always_inline]] static void vector_back(const TilesBack& t, int v, Reg start,
@@ -573,19 +550,13 @@ struct WinogradRows {
     for (int64_t r = 0; r < p.r; ++r) {
       if (!own.may_be_blank[first + r * p.dilation_h]) return;
     }
-    const float ceiling = ceiling_of(p.activation);
     for (int64_t j = 0; j < p.ow; ++j) {
       const std::int32_t* zeros = own.zeros + first * plan.source_w + j * p.stride_w + p.s - 1;
       bool blank = true;
       for (int64_t r = 0; r < p.r && blank; ++r, zeros += p.dilation_h * plan.source_w) {
         blank = *zeros >= p.s;
       }
-      if (!blank) continue;
-      for (int64_t k = 0; k < p.k; ++k) {
-        const float value = bias ? bias[k] : 0;
-        const bool relu = p.activation != Activation::linear;
-        y[j * p.k + k] = relu && value < 0 ? 0 : relu && value > ceiling ? ceiling : value;
-      }
+      if (blank) write_blank(p.activation, bias, p.k, y + j * p.k);
     }
   }
 };
