@@ -46,9 +46,9 @@ OPERATIONS = ("conv", "conv_pool", "max_pool", "avg_pool")
 VALUES = ("integers", "normals", "mixed", "huge", "tiny", "denormals", "sparse", "x_not_finite",
           "dy_not_finite", "w_not_finite", "bias_not_finite")  # fmt: skip
 SMALL = ("denormals", "tiny", "mixed")  # values of which some are, or give, denormals
-ALGORITHMS = ("direct", "small_channel", "depthwise", "grouped", "winograd2", "winograd4",
-              "winograd_rows")  # fmt: skip
-WINOGRAD_TAPS = ((3, 3), (1, 3), (3, 1), (5, 5), (1, 5), (5, 1))
+ALGORITHMS = ("direct", "small_channel", "depthwise", "grouped", "winograd2", "winograd3", "winograd4",
+              "winograd5", "winograd_rows", "winograd_strided")  # fmt: skip
+WINOGRAD_TAPS = ((3, 3), (1, 3), (3, 1), (5, 5), (1, 5), (5, 1), (4, 4), (2, 2))
 
 
 class Wrong(Exception):
@@ -126,8 +126,10 @@ class Case:
     @property
     def may_be_winograd(self):
         """Whether one of Winograd's algorithms serves it."""
-        has_taps = (self.r, self.s) in WINOGRAD_TAPS
-        return has_taps and self.strides == (1, 1) and self.groups == 1
+        taps = tuple(-(-k // stride) for k, stride in zip((self.r, self.s), self.strides, strict=True))
+        if self.strides == (1, 1):
+            return taps in WINOGRAD_TAPS and self.groups == 1
+        return taps in ((2, 2), (3, 3), (4, 4)) and self.groups == 1
 
     @property
     def data_format(self):
@@ -271,7 +273,7 @@ def _draw(rng):
     operation = pick("conv", "conv", "conv", "conv_pool", "max_pool", "avg_pool")
     is_conv = operation.startswith("conv")
     kind = pick(
-        "any", "any", "winograd", "pointwise", "depthwise", "first", "far", "batch", "shifted"
+        "any", "any", "winograd", "strided", "pointwise", "depthwise", "first", "far", "batch", "shifted"
     )
     n = pick(1, 1, 2, 3, up_to(8), 0)
     c, k = int(pick(*CHANNELS)), int(pick(*CHANNELS))
@@ -288,6 +290,12 @@ def _draw(rng):
         r, s = pick((3, 3), *WINOGRAD_TAPS)
         strides, groups = (1, 1), 1
         dilations = pick((1, 1), (up_to(4), up_to(4)))
+    elif kind == "strided":  # of two to four pixels taken together
+        strides = (up_to(4), up_to(4))
+        taps = pick(2, 3, 4)
+        r, s = (taps * stride - up_to(stride - 1, 0) for stride in strides)
+        dilations, groups = (1, 1), 1
+        h, w = h + r, w + s
     elif kind == "pointwise":
         r = s = 1
     elif kind == "first":

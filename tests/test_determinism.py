@@ -47,6 +47,10 @@ CONVOLUTIONS = [
     # And a filter that Winograd's algorithms transform by panels where threads share these evenly.
     Problem((1, 10, 11, 130), 140, padding="same"),
     Problem((9, 12, 11, 33), 18, padding="same", data_format="channels_first"),
+    # Which Winograd's algorithms compute by tiles of 3 x 3 and 5 x 5; and of strides, in chunks of images.
+    Problem((3, 14, 13, 40), 50, kernel=(4, 4), padding="same"),
+    Problem((3, 14, 13, 40), 50, kernel=(2, 2)),
+    Problem((5, 150, 141, 12), 24, kernel=(5, 5), strides=(2, 2), padding="same"),
 ]
 # (shape, window, stride, padding, data_format)
 POOLINGS = [
@@ -145,7 +149,8 @@ def test_every_algorithm_is_among_the_cases(isa):
         for problem in CONVOLUTIONS
         for algorithm in algorithms(problem, direction)
     }
-    everywhere = {"direct", "small_channel", "depthwise", "grouped", "winograd2", "winograd4"}
+    everywhere = {"direct", "small_channel", "depthwise", "grouped", "winograd_strided"}
+    everywhere |= {f"winograd{edge}" for edge in (2, 3, 4, 5)}
     convolving = everywhere | {"winograd_rows"}
     assert {algorithm for _, algorithm in found} == convolving
     assert {("fprop", name) for name in convolving} <= found

@@ -11,7 +11,7 @@ import oracle
 from conv2d_problems import Problem, rounded_case, solve
 from running import running_on
 
-ALGORITHMS = ["winograd2", "winograd4"]
+ALGORITHMS = ["winograd2", "winograd3", "winograd4", "winograd5"]
 
 PROBLEMS = [
     Problem((2, height, width, channels), filters, padding=padding)
@@ -51,9 +51,14 @@ def fits(problem, kernel):
 
 
 # Filters that an algorithm has no tiles for are the other's.
-KERNELS = {"winograd2": [(3, 3), (5, 5), (1, 5), (5, 1)], "winograd4": [(3, 3), (1, 3), (3, 1)]}
-PROBLEMS_BY_ALGORITHM = [("winograd2", problem) for problem in PROBLEMS]
-PROBLEMS_BY_ALGORITHM += [("winograd4", problem) for problem in PROBLEMS]
+KERNELS = {
+    "winograd2": [(3, 3), (5, 5), (1, 5), (5, 1)],
+    "winograd3": [(4, 4)],
+    "winograd4": [(3, 3), (1, 3), (3, 1)],
+    "winograd5": [(2, 2)],
+}
+OF_3X3 = ["winograd2", "winograd4"]
+PROBLEMS_BY_ALGORITHM = list(itertools.product(OF_3X3, PROBLEMS))
 for algorithm, kernels in KERNELS.items():
     for kernel in kernels:
         if kernel != (3, 3):
@@ -98,7 +103,7 @@ def test_against_float64(algorithm, problem, isa):
         assert largest_error(results[name], expected[name], least_scale) < 1e-5, name
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", OF_3X3)
 def test_large_filters_of_few_tiles_are_transformed_by_panels(algorithm):
     def blocking(shape, filters):
         with running_on(algorithm=algorithm, threads=2):
@@ -137,6 +142,8 @@ def test_a_row_left_over_at_the_padding_is_summed_directly():
         ("winograd2", (5, 5), 3e-6),
         ("winograd4", (1, 3), 1e-6),
         ("winograd2", (5, 1), 1e-6),
+        ("winograd3", (4, 4), 3e-6),
+        ("winograd5", (2, 2), 3e-6),
     ],
 )
 def test_error_is_what_the_documentation_says(algorithm, kernel, rms, channels, rng):
@@ -196,7 +203,7 @@ def test_blank_parts_are_exactly_the_bias(algorithm, kernel, rate, height, isa, 
     bias = rng.standard_normal(24).astype(np.float32)
     options = {"padding": "same", "algorithm": algorithm, "dilation_rate": rate}
     y = fastconv.conv2d(x, w, bias, **options)
-    down, across = (rate * (taps // 2) for taps in kernel)  # how far a filter reaches
+    down, across = (rate * (taps // 2) for taps in kernel)  # how far a filter reaches at most
     inside = slice(3 + down, 15 - down), slice(5 + across, 31 - across)
     for blank in (y[:, inside[0], inside[1]], y[1, :, 35 + across :]):
         assert blank.size
@@ -273,6 +280,8 @@ def test_images_beyond_the_caches_have_the_bits_of_each_alone(algorithm, shape, 
         ("winograd2", (1, 27, 27, 96), (5, 5), 1),  # AlexNet's second layer
         ("winograd4", (8, 1, 500, 128), (1, 3), 4),  # sequences
         ("winograd2", (1, 17, 17, 192), (5, 1), 1),
+        ("winograd3", (2, 31, 31, 256), (4, 4), 1),  # a discriminator of patches
+        ("winograd5", (2, 40, 40, 128), (2, 2), 1),
     ],
 )
 def test_is_chosen_beyond_3x3(algorithm, shape, kernel, rate):
@@ -297,7 +306,7 @@ def test_default_accuracy_chooses_it_and_strict_does_not():
             assert choice["algorithm"] == "direct"
         choice = fastconv.explain(*shapes, padding="same")
         refused = [c for c in choice["candidates"] if not c["allowed"]]
-        assert {c["algorithm"] for c in refused} == set(ALGORITHMS)
+        assert {c["algorithm"] for c in refused} == set(OF_3X3)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -28,6 +28,7 @@
 // tile's other pixels there would pass for activity that ReLU lets gradients through for.
 #pragma once
 
+#include <array>
 #include <limits>
 
 #include "cpu/implicit_gemm.hpp"
@@ -39,6 +40,16 @@
 
 namespace fastconv::cpu {
 namespace {
+
+// Of an algorithm whose tiles have M x M outputs; or of what its dgrad makes of filters.
+constexpr const char* winograd_name(int m, bool turned = false) {
+  switch (m) {
+    case 2: return turned ? "winograd2 dgrad" : "winograd2";
+    case 3: return turned ? "winograd3 dgrad" : "winograd3";
+    case 4: return turned ? "winograd4 dgrad" : "winograd4";
+    default: return turned ? "winograd5 dgrad" : "winograd5";
+  }
+}
 
 // M x M outputs under R x S taps; or one row or column of them, where there is one tap.
 template <class V, int M, int R, int S>
@@ -57,6 +68,16 @@ struct WinogradOfTaps {
   static_assert(!kTilesAsk<V> || kPanel == kLine);
   using Reg = typename V::Reg;
 
+  // Whether the last row and the last column of the output are summed directly. That depends on nothing but
+  // the image and the padding, lest parts of a batch or of an image round otherwise than the whole.
+  struct Edges {
+    bool bottom = false, right = false;
+    double pixels = 0, taps = 0;  // of an image: how many, and what they meet
+
+    bool any() const { return bottom || right; }
+    int strips() const { return (bottom ? 1 : 0) + (right ? 1 : 0); }
+  };
+
   static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
     if constexpr (kHasWgrad) {
       if (direction == Direction::wgrad) return WinogradWgrad<V, Vertical, Horizontal>::run(p, t);
@@ -68,14 +89,18 @@ struct WinogradOfTaps {
 
   // Pooling takes two by two outputs of a tile.
   static bool fuses_pool(const Conv2dProblem& p) {
-    return kOutH > 1 && kOutW > 1 && p.dilation_h == 1 && p.dilation_w == 1;
+    return kOutH % 2 == 0 && kOutW % 2 == 0 && p.dilation_h == 1 && p.dilation_w == 1;
   }
 
   static Estimate estimate(const Conv2dProblem& p, Direction direction) {
     if constexpr (kHasWgrad) {
       if (direction == Direction::wgrad) return WinogradWgrad<V, Vertical, Horizontal>::estimate(p);
     }
-    const Edges edges = edges_of(p, direction);
+    return estimate(p, direction, edges_of(p, direction));
+  }
+  // `share`: of the products, those that are computed.
+  static Estimate estimate(const Conv2dProblem& p, Direction direction, const Edges& edges,
+                           double share = 1) {
     const Plan plan(p, direction, edges, 1);  // the choice must not depend on the number of threads
     // In cycles of a core that does one vector multiply-add each; constants by measurement.
     const double tiles = static_cast<double>(plan.tiles), c = static_cast<double>(plan.c);
@@ -83,7 +108,7 @@ struct WinogradOfTaps {
     const double k_vectors = static_cast<double>(ceil_div(plan.k, V::kWidth));
     constexpr Costs kCosts = costs();
     constexpr double kTile = kPoints < 16 ? 50 : 0;  // where that is little beside it
-    const double products = tiles * kPoints * (c * kCosts.product + kCosts.sum) * k_vectors;
+    const double products = tiles * kPoints * (share * c * kCosts.product + kCosts.sum) * k_vectors;
     const double apart = p.dilation_h * p.dilation_w > 1 ? 1.3 : 1;  // neighbours share fewer lines
     const double transforms =
         apart * tiles * (c_vectors * kCosts.input + k_vectors * kCosts.output + kTile);
@@ -109,7 +134,9 @@ struct WinogradOfTaps {
     // Of few channels, each product is short of work and each load of the source short of a line.
     const double a_group = !kSpills ? 1.2 + 8 / c : kSixBySix ? 0.82 + 4 / c : 0.85 + 4.5 / c;
     const double groups = static_cast<double>(p.groups) * (p.groups > 1 ? a_group : 1);
-    return {cycles * V::kWidth * groups * cost_of_pieces<V>(p, c),
+    // Tiles of 3 x 3 and of 5 x 5, fitted to the times of 60 problems each.
+    constexpr double kOfOdd = kOutH == 3 || kOutH == 5 ? 1.15 : 1;
+    return {kOfOdd * cycles * V::kWidth * groups * cost_of_pieces<V>(p, c),
             workspace_bytes(p, direction, edges), kSixBySix ? 5e-6 : 2e-6};
   }
 
@@ -128,13 +155,15 @@ struct WinogradOfTaps {
   // With AVX2 fitted to the times of 100 to 300 problems of each kind, one thread of a Zen 4.
   static constexpr Costs costs() {
     // 25 taps, C K floats apart, are more than a set of a cache has lines: rows are fetched again and again.
-    constexpr bool kManyTaps = kTaps > 9;
+    constexpr bool kManyTaps = kTaps > 16;
     constexpr bool kFourByFour = kOutH * kOutW == 16;
     if constexpr (kSpills) {
       return {.input = kSixBySix       ? 460
                        : kPoints == 16 ? 150
                                        : 60,
-              .output = kFourByFour     ? 240
+              .output = kOutH == 5      ? 330
+                        : kFourByFour   ? 240
+                        : kOutH == 3    ? 180
                         : kSixBySix     ? 125
                         : kPoints == 16 ? 80
                                         : 55,
@@ -150,7 +179,9 @@ struct WinogradOfTaps {
       return {.input = kSixBySix       ? 330
                        : kPoints == 16 ? 150
                                        : 85,
-              .output = kFourByFour     ? 250
+              .output = kOutH == 5      ? 340
+                        : kFourByFour   ? 250
+                        : kOutH == 3    ? 200
                         : kSixBySix     ? 150
                         : kPoints == 16 ? 110
                                         : 70,
@@ -180,41 +211,204 @@ struct WinogradOfTaps {
            (edges.any() ? ", the rest directly" : "");
   }
 
-  static constexpr const char* kName = M == 2 ? "winograd2" : "winograd4";
-  static constexpr const char* kTurnedName = M == 2 ? "winograd2 dgrad" : "winograd4 dgrad";
+  static constexpr const char* kName = winograd_name(M);
+  static constexpr const char* kTurnedName = winograd_name(M, true);
+
+  // The convolution that is computed (dgrad's has the roles of C and K changed) and its blocking;
+  // channels, tiles and panels are those of one group. Strides are from pixel to pixel, and from row
+  // to row of the filter.
+  struct Plan {
+    int64_t groups, h, w, c, k, pad_top, pad_left, dilation_h, dilation_w;
+    int64_t out_h, out_w;
+    WinogradGrid grid;  // of the output but for its edges
+    int64_t c_stride, k_stride, filter_stride;
+    bool turned, relu;
+    float ceiling;  // with relu
+    int64_t tiles, block_tiles, blocks;
+    int64_t padded_c, panels, panel_parts;
+    int64_t sets, tasks;  // sets of groups
+    bool own_filters;     // a task has a set's
+    bool own_copies;      // a worker has all
+    bool two_phases;
+    bool by_panels;         // a task has a panel, and its filter by chunks of channels
+    int64_t floats_of_all;  // of source and output
+    Memory memory;          // of the source, and of the output unless that is streamed
+    int64_t chunk_channels;
+    int64_t filter_groups;  // that one buffer of filters has
+    int workers;
+    int64_t input_point, product_point;  // floats from point to point
+    // Of pixels taken together (winograd_strided.hpp), `rows` of `run` channels each, the filter's last tap down has
+    // so many rows, and the last across so many channels of each: the others are zeros there, and so at infinity.
+    // Of dgrad, whose filter is turned, at 0.
+    struct LastTap {
+      int64_t rows = 1, run = 0;
+      int64_t rows_down = 1, run_across = 0;
+      static constexpr int64_t kMostRows = 8;
+
+      bool is_whole() const { return rows == rows_down && run == run_across; }
+      // Of all products, all points.
+      double share() const {
+        const double down = static_cast<double>(rows_down) / static_cast<double>(rows);
+        const double across =
+            run > 0 ? static_cast<double>(run_across) / static_cast<double>(run) : 1;
+        return (kTileH - 1 + down) * (kTileW - 1 + across) / kPoints;
+      }
+    } last_tap;
+    int64_t zeros_bytes, group_filter_floats, filter_bytes, input_bytes, product_bytes,
+        blanks_bytes;
+
+    Plan(const Conv2dProblem& p, Direction direction, const Edges& edges,
+         int64_t threads = num_threads())
+        : out_h(direction == Direction::dgrad ? p.h : p.oh),
+          out_w(direction == Direction::dgrad ? p.w : p.ow),
+          grid{{out_h - (edges.bottom ? 1 : 0), p.dilation_h, kOutH},
+               {out_w - (edges.right ? 1 : 0), p.dilation_w, kOutW}},
+          turned(direction == Direction::dgrad) {
+      groups = p.groups;
+      h = turned ? p.oh : p.h;
+      w = turned ? p.ow : p.w;
+      c = turned ? p.k_per_group() : p.c_per_group();
+      k = turned ? p.c_per_group() : p.k_per_group();
+      c_stride = turned ? p.k : p.c;
+      k_stride = turned ? p.c : p.k;
+      filter_stride = p.k;
+      dilation_h = p.dilation_h;
+      dilation_w = p.dilation_w;
+      pad_top = turned ? (R - 1) * dilation_h - p.pad_top : p.pad_top;
+      pad_left = turned ? (S - 1) * dilation_w - p.pad_left : p.pad_left;
+      relu = !turned && p.activation != Activation::linear;
+      ceiling = ceiling_of(p.activation);
+
+      floats_of_all = p.x_size() + p.y_size();
+      // Of several groups, a tile asks for the next one's pixels in any case.
+      const bool asks = kTilesAsk<V> && groups == 1 && beyond_caches(floats_of_all);
+      memory = asks ? Memory::asked : Memory::cached;
+
+      tiles = grid.count(p.n);
+      padded_c = round_up(c, V::kWidth);
+      panels = ceil_div(k, kPanel);
+      // Transformed inputs of a block in half of a 1 MiB second-level cache, but tiles enough that
+      // what is read of the filter is used twice: rows of the register tile, twice. Each thread
+      // should have some blocks. (Their number changes no result.)
+      const int64_t fitting = (int64_t{400} << 10) / max64(kPoints * padded_c * 4, 1);
+      const int64_t least = 2 * V::kRows;
+      constexpr int64_t kMost = (kPoints < 16 ? 16 : 4) * V::kRows;
+      const int64_t most = max64(least, min64(fitting, kMost));
+      blocks = max64(1, max64(ceil_div(tiles, most), min64(4 * threads, tiles / least)));
+      block_tiles = max64(1, ceil_div(tiles, blocks));
+      blocks = max64(1, ceil_div(tiles, block_tiles));
+      // A block is taken through a set of groups, whose filters stay in the second-level cache:
+      // neighbouring groups share the source's pages, and what is read ahead. Of many groups, a task
+      // has a set's filters to itself and takes all blocks.
+      group_filter_floats =
+          k == 0 ? 0 : panel_offset(panels - 1) + kPoints * filter_point(panels - 1);
+      const int64_t fitting_groups = (int64_t{1} << 19) / (group_filter_floats * 4);
+      sets = ceil_div(groups, max64(1, min64(groups, fitting_groups)));
+      own_filters = groups >= max64(2, 4 * threads);
+      sets = min64(groups, max64(sets, own_filters ? 4 * threads : ceil_div(4 * threads, blocks)));
+      // With fewer tasks than that, threads share blocks by panels. What one core transforms, another
+      // multiplies then, which costs as much as it saves where there are blocks for all.
+      two_phases = threads > 1 && !own_filters && blocks * sets < 4 * threads;
+      constexpr int64_t kEnoughTasks = 16;
+      panel_parts = two_phases ? min64(panels, ceil_div(kEnoughTasks, blocks * sets)) : 1;
+      tasks = own_filters ? sets : blocks * sets * panel_parts;
+      workers = static_cast<int>(min64(tasks, threads));
+      own_copies =
+          threads > 1 && !own_filters && groups * group_filter_floats * 4 <= kOwnFilterBytes;
+      plan_panels(threads);
+      const int64_t slots = two_phases ? groups * blocks : workers;
+      zeros_bytes = padded_c * 4;
+      filter_groups = own_filters ? set_groups() : groups;
+      filter_bytes = by_panels ? workers * kPoints * chunk_point() * 4
+                               : (own_filters || own_copies ? workers : 1) * filter_groups *
+                                     group_filter_floats * 4;
+      input_point = odd_lines(block_tiles * padded_c);
+      product_point = odd_lines(block_tiles * kPanel);
+      input_bytes = slots * kPoints * input_point * 4;
+      product_bytes = workers * kPoints * product_point * 4;
+      blanks_bytes = slots * block_tiles * 4;
+    }
+
+    // Where tiles are few and the transformed filter is large, that is not worth writing to memory: it is
+    // made, used and dropped, some channels of a panel at a time, which stay in the second-level cache.
+    void plan_panels(int64_t threads) {
+      constexpr int64_t kMostTiles = 100, kMostChannels = 64, kLeastBytes = int64_t{1} << 20;
+      const bool is_large = group_filter_floats * 4 > kLeastBytes;
+      const bool shared_evenly = 4 * round_up(panels, threads) <= 5 * panels;
+      by_panels = groups == 1 && tiles <= kMostTiles && is_large && shared_evenly;
+      if (!by_panels) return;
+      block_tiles = tiles;
+      blocks = sets = panel_parts = 1;
+      own_filters = own_copies = false;
+      two_phases = true;
+      tasks = panels;
+      workers = static_cast<int>(min64(tasks, threads));
+      chunk_channels = round_up(ceil_div(c, ceil_div(c, kMostChannels)), V::kWidth);
+    }
+
+    int64_t chunk_point() const { return odd_lines(chunk_channels * kPanel); }
+    int64_t workspace_bytes() const {
+      return round_up(zeros_bytes, 64) + filter_bytes_held() + round_up(input_bytes, 64) +
+             round_up(product_bytes, 64) + blanks_bytes;
+    }
+    int64_t filter_bytes_held() const { return round_up(filter_bytes, 64); }
+    int64_t filter_floats() const { return groups * group_filter_floats; }  // of all groups
+    int vectors_of(int64_t panel) const {
+      return static_cast<int>(min64(V::kVectors, ceil_div(k - panel * kPanel, V::kWidth)));
+    }
+    // A panel is [point][c][vectors * width].
+    int64_t filter_point(int64_t panel) const {
+      return odd_lines(c * vectors_of(panel) * V::kWidth);
+    }
+    int64_t panel_offset(int64_t panel) const { return panel * kPoints * odd_lines(c * kPanel); }
+    // The channels that are not zero at a point: so many rows of them, of so many each.
+    struct Live {
+      int64_t rows, run;
+    };
+    Live live_at(int point) const {
+      const int down = turned ? 0 : kTileH - 1, across = turned ? 0 : kTileW - 1;
+      return {point / kTileW == down ? last_tap.rows_down : last_tap.rows,
+              point % kTileW == across ? last_tap.run_across : last_tap.run};
+    }
+    // Whether those of a panel of dgrad's results are zero at a point.
+    bool is_zero_at(int point, int64_t panel) const {
+      const Live live = live_at(point);
+      const int64_t first = panel * kPanel, last = min64(k, first + kPanel) - 1;
+      return first / last_tap.run >= live.rows ||
+             (first / last_tap.run == last / last_tap.run && first % last_tap.run >= live.run);
+    }
+    int64_t first_group(int64_t set) const { return groups * set / sets; }
+    int64_t set_groups() const { return ceil_div(groups, sets); }  // at most
+  };
+
+  // All tiles that the plan has. `made`: what transform_filters() makes of the filter; or null.
+  static void compute_tiles(const Plan& plan, Direction direction, const Conv2dOperands& t,
+                            const float* made) {
+    const Workspace workspace(
+        static_cast<std::size_t>(plan.workspace_bytes() - (made ? plan.filter_bytes_held() : 0)));
+    if (direction == Direction::fprop) {
+      execute(plan, workspace, {t.x, nullptr, t.filter, t.scale, t.bias, made},
+              {t.out, t.residual, t.argmax, t.pooled});
+    } else {
+      execute(plan, workspace, {t.dy, t.y, t.filter, nullptr, nullptr, made}, {t.out});
+    }
+  }
+  static void transform_filters(const Plan& plan, const Conv2dOperands& t, float* u) {
+    transform_filters(plan, Sources{t.x, nullptr, t.filter, t.scale, nullptr}, u);
+  }
 
  private:
-  struct Plan;
-
   static void compute_tiles(const Plan& plan, Direction direction, const Conv2dOperands& t) {
     if (plan.tiles == 0) return;
     FilterForms::Floats kept;
     if (t.packed) {
       kept = t.packed->in_layout(
           {plan.turned ? kTurnedName : kName, V::kWidth, plan.panels, plan.groups},
-          static_cast<std::size_t>(plan.groups * plan.group_filter_floats) * 4, [&](float* u) {
-            transform_filters(plan, {t.x, nullptr, t.filter, t.scale, nullptr}, u);
-          });
+          static_cast<std::size_t>(plan.filter_floats()) * 4,
+          [&](float* u) { transform_filters(plan, t, u); });
     }
-    const Workspace workspace(
-        static_cast<std::size_t>(plan.workspace_bytes() - (kept ? plan.filter_bytes_held() : 0)));
-    if (direction == Direction::fprop) {
-      execute(plan, workspace, {t.x, nullptr, t.filter, t.scale, t.bias, kept.get()},
-              {t.out, t.residual, t.argmax, t.pooled});
-    } else {
-      execute(plan, workspace, {t.dy, t.y, t.filter, nullptr, nullptr, kept.get()}, {t.out});
-    }
+    compute_tiles(plan, direction, t, kept.get());
   }
-
-  // Whether the last row and the last column of the output are summed directly. That depends on nothing but
-  // the image and the padding, lest parts of a batch or of an image round otherwise than the whole.
-  struct Edges {
-    bool bottom = false, right = false;
-    double pixels = 0, taps = 0;  // of an image: how many, and what they meet
-
-    bool any() const { return bottom || right; }
-    int strips() const { return (bottom ? 1 : 0) + (right ? 1 : 0); }
-  };
 
   static TapConvolution taps_of(const Conv2dProblem& p, Direction direction) {
     if (direction == Direction::fprop) return fprop_taps(p);
@@ -356,139 +550,6 @@ struct WinogradOfTaps {
     });
     return bytes;
   }
-
-  // The convolution that is computed (dgrad's has the roles of C and K changed) and its blocking;
-  // channels, tiles and panels are those of one group. Strides are from pixel to pixel, and from row
-  // to row of the filter.
-  struct Plan {
-    int64_t groups, h, w, c, k, pad_top, pad_left, dilation_h, dilation_w;
-    int64_t out_h, out_w;
-    WinogradGrid grid;  // of the output but for its edges
-    int64_t c_stride, k_stride, filter_stride;
-    bool turned, relu;
-    float ceiling;  // with relu
-    int64_t tiles, block_tiles, blocks;
-    int64_t padded_c, panels, panel_parts;
-    int64_t sets, tasks;  // sets of groups
-    bool own_filters;     // a task has a set's
-    bool own_copies;      // a worker has all
-    bool two_phases;
-    bool by_panels;         // a task has a panel, and its filter by chunks of channels
-    int64_t floats_of_all;  // of source and output
-    Memory memory;          // of the source, and of the output unless that is streamed
-    int64_t chunk_channels;
-    int64_t filter_groups;  // that one buffer of filters has
-    int workers;
-    int64_t input_point, product_point;  // floats from point to point
-    int64_t zeros_bytes, group_filter_floats, filter_bytes, input_bytes, product_bytes,
-        blanks_bytes;
-
-    Plan(const Conv2dProblem& p, Direction direction, const Edges& edges,
-         int64_t threads = num_threads())
-        : out_h(direction == Direction::dgrad ? p.h : p.oh),
-          out_w(direction == Direction::dgrad ? p.w : p.ow),
-          grid{{out_h - (edges.bottom ? 1 : 0), p.dilation_h, kOutH},
-               {out_w - (edges.right ? 1 : 0), p.dilation_w, kOutW}},
-          turned(direction == Direction::dgrad) {
-      groups = p.groups;
-      h = turned ? p.oh : p.h;
-      w = turned ? p.ow : p.w;
-      c = turned ? p.k_per_group() : p.c_per_group();
-      k = turned ? p.c_per_group() : p.k_per_group();
-      c_stride = turned ? p.k : p.c;
-      k_stride = turned ? p.c : p.k;
-      filter_stride = p.k;
-      dilation_h = p.dilation_h;
-      dilation_w = p.dilation_w;
-      pad_top = turned ? (R - 1) * dilation_h - p.pad_top : p.pad_top;
-      pad_left = turned ? (S - 1) * dilation_w - p.pad_left : p.pad_left;
-      relu = !turned && p.activation != Activation::linear;
-      ceiling = ceiling_of(p.activation);
-
-      floats_of_all = p.x_size() + p.y_size();
-      // Of several groups, a tile asks for the next one's pixels in any case.
-      const bool asks = kTilesAsk<V> && groups == 1 && beyond_caches(floats_of_all);
-      memory = asks ? Memory::asked : Memory::cached;
-
-      tiles = grid.count(p.n);
-      padded_c = round_up(c, V::kWidth);
-      panels = ceil_div(k, kPanel);
-      // Transformed inputs of a block in half of a 1 MiB second-level cache, but tiles enough that
-      // what is read of the filter is used twice: rows of the register tile, twice. Each thread
-      // should have some blocks. (Their number changes no result.)
-      const int64_t fitting = (int64_t{400} << 10) / max64(kPoints * padded_c * 4, 1);
-      const int64_t least = 2 * V::kRows;
-      constexpr int64_t kMost = (kPoints < 16 ? 16 : 4) * V::kRows;
-      const int64_t most = max64(least, min64(fitting, kMost));
-      blocks = max64(1, max64(ceil_div(tiles, most), min64(4 * threads, tiles / least)));
-      block_tiles = max64(1, ceil_div(tiles, blocks));
-      blocks = max64(1, ceil_div(tiles, block_tiles));
-      // A block is taken through a set of groups, whose filters stay in the second-level cache:
-      // neighbouring groups share the source's pages, and what is read ahead. Of many groups, a task
-      // has a set's filters to itself and takes all blocks.
-      group_filter_floats =
-          k == 0 ? 0 : panel_offset(panels - 1) + kPoints * filter_point(panels - 1);
-      const int64_t fitting_groups = (int64_t{1} << 19) / (group_filter_floats * 4);
-      sets = ceil_div(groups, max64(1, min64(groups, fitting_groups)));
-      own_filters = groups >= max64(2, 4 * threads);
-      sets = min64(groups, max64(sets, own_filters ? 4 * threads : ceil_div(4 * threads, blocks)));
-      // With fewer tasks than that, threads share blocks by panels. What one core transforms, another
-      // multiplies then, which costs as much as it saves where there are blocks for all.
-      two_phases = threads > 1 && !own_filters && blocks * sets < 4 * threads;
-      constexpr int64_t kEnoughTasks = 16;
-      panel_parts = two_phases ? min64(panels, ceil_div(kEnoughTasks, blocks * sets)) : 1;
-      tasks = own_filters ? sets : blocks * sets * panel_parts;
-      workers = static_cast<int>(min64(tasks, threads));
-      own_copies =
-          threads > 1 && !own_filters && groups * group_filter_floats * 4 <= kOwnFilterBytes;
-      plan_panels(threads);
-      const int64_t slots = two_phases ? groups * blocks : workers;
-      zeros_bytes = padded_c * 4;
-      filter_groups = own_filters ? set_groups() : groups;
-      filter_bytes = by_panels ? workers * kPoints * chunk_point() * 4
-                               : (own_filters || own_copies ? workers : 1) * filter_groups *
-                                     group_filter_floats * 4;
-      input_point = odd_lines(block_tiles * padded_c);
-      product_point = odd_lines(block_tiles * kPanel);
-      input_bytes = slots * kPoints * input_point * 4;
-      product_bytes = workers * kPoints * product_point * 4;
-      blanks_bytes = slots * block_tiles * 4;
-    }
-
-    // Where tiles are few and the transformed filter is large, that is not worth writing to memory: it is
-    // made, used and dropped, some channels of a panel at a time, which stay in the second-level cache.
-    void plan_panels(int64_t threads) {
-      constexpr int64_t kMostTiles = 100, kMostChannels = 64, kLeastBytes = int64_t{1} << 20;
-      const bool is_large = group_filter_floats * 4 > kLeastBytes;
-      const bool shared_evenly = 4 * round_up(panels, threads) <= 5 * panels;
-      by_panels = groups == 1 && tiles <= kMostTiles && is_large && shared_evenly;
-      if (!by_panels) return;
-      block_tiles = tiles;
-      blocks = sets = panel_parts = 1;
-      own_filters = own_copies = false;
-      two_phases = true;
-      tasks = panels;
-      workers = static_cast<int>(min64(tasks, threads));
-      chunk_channels = round_up(ceil_div(c, ceil_div(c, kMostChannels)), V::kWidth);
-    }
-
-    int64_t chunk_point() const { return odd_lines(chunk_channels * kPanel); }
-    int64_t workspace_bytes() const {
-      return round_up(zeros_bytes, 64) + filter_bytes_held() + round_up(input_bytes, 64) +
-             round_up(product_bytes, 64) + blanks_bytes;
-    }
-    int64_t filter_bytes_held() const { return round_up(filter_bytes, 64); }
-    int vectors_of(int64_t panel) const {
-      return static_cast<int>(min64(V::kVectors, ceil_div(k - panel * kPanel, V::kWidth)));
-    }
-    // A panel is [point][c][vectors * width].
-    int64_t filter_point(int64_t panel) const {
-      return odd_lines(c * vectors_of(panel) * V::kWidth);
-    }
-    int64_t panel_offset(int64_t panel) const { return panel * kPoints * odd_lines(c * kPanel); }
-    int64_t first_group(int64_t set) const { return groups * set / sets; }
-    int64_t set_groups() const { return ceil_div(groups, sets); }  // at most
-  };
 
   // What is computed from. All but x and the filter may be null.
   struct Sources {
@@ -817,11 +878,13 @@ struct WinogradOfTaps {
                        int64_t panel, Span channels, int64_t tiles, float* product) {
     const int vectors = plan.vectors_of(panel);
     const LikeTiles cut(tiles, ceil_div(tiles, V::kRows));
-    const int64_t zero = 0;
+    std::array<int64_t, Plan::LastTap::kMostRows> rows{};
+    for (std::size_t i = 0; i < rows.size(); ++i) rows[i] = int64_t(i) * plan.last_tap.run;
+    const bool leaves_out = !plan.last_tap.is_whole() && channels.size() == plan.c;
     TapTile t{};
     t.x_step = plan.padded_c;
     t.y_step = kPanel;
-    t.tap_offsets = t.filter_offsets = &zero;
+    t.tap_offsets = t.filter_offsets = rows.data();
     t.taps = 1;
     t.run = channels.size();
     t.columns = V::kWidth;
@@ -831,6 +894,17 @@ struct WinogradOfTaps {
       t.filter = u + point * filter_point;
       t.x = v + point * plan.input_point + channels.begin;
       t.y = product + point * plan.product_point;
+      if (leaves_out && plan.turned) {
+        if (plan.is_zero_at(point, panel)) {
+          std::memset(t.y, 0, static_cast<std::size_t>(tiles * kPanel) * 4);
+          continue;
+        }
+      } else if (leaves_out) {
+        const typename Plan::Live live = plan.live_at(point);
+        const bool joined = live.run == plan.last_tap.run;
+        t.taps = joined ? 1 : live.rows;
+        t.run = joined ? live.rows * live.run : live.run;
+      }
       for (int64_t tile = 0; tile < cut.count; tile += t.tiles) {
         const int64_t rows = cut.size(tile);
         t.tiles = cut.alike(tile);
@@ -904,18 +978,18 @@ struct WinogradOfTaps {
           m[i] = V::load(product + (i * kTileW + j) * plan.product_point + at);
         }
         Vertical::output(m, out);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (int i = 0; i < kOutH; ++i) rows[i][j] = out[i];
       }
       if (whole && valid == V::kWidth) {
         float* y = streams ? lines[0] + at : results.y + first + at;
         const int64_t row = streams ? kOutW * kLine : next_row;
         const int64_t pixel = streams ? kLine : next_pixel;
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (int i = 0; i < kOutH; ++i, y += row) {
           Reg out[kOutW];
           Horizontal::output(rows[i], out);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
           for (int j = 0; j < kOutW; ++j) {
             const Reg sum = V::add(out[j], start);
             V::store(y + j * pixel, plan.relu ? V::relu(sum) : sum);
@@ -927,13 +1001,13 @@ struct WinogradOfTaps {
         return blank >> (i * kOutW + j) & 1 ? start : V::add(out, start);
       };
       if (!results.pooled) {
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (int i = 0; i < kOutH; ++i) {
           if (i >= height) break;
           Reg out[kOutW];
           Horizontal::output(rows[i], out);
           int64_t to = first + i * next_row + at;
-#pragma GCC unroll 4
+#pragma GCC unroll 5
           for (int j = 0; j < kOutW; ++j, to += next_pixel) {
             if (j >= width) break;
             Reg sum = biased(i, j, out[j]);
@@ -948,7 +1022,7 @@ struct WinogradOfTaps {
         }
         continue;
       }
-      if constexpr (kOutH > 1 && kOutW > 1) {
+      if constexpr (kOutH % 2 == 0 && kOutW % 2 == 0) {
 #pragma GCC unroll 2
         for (int i = 0; i < kOutH; i += 2) {
           if (i >= height) break;
@@ -981,15 +1055,14 @@ struct WinogradOfTaps {
   }
 };
 
-// The algorithms winograd2 and winograd4, by the edge of an output tile.
+// The algorithms winograd2 to winograd5, by the edge of an output tile.
 template <class V, int M>
 struct Winograd {
   static bool serves(const Conv2dProblem& p, Direction direction) {
     constexpr int64_t kLeastOfGroup = 8;  // channels
     const auto has = [&](int64_t r, int64_t s) { return p.r == r && p.s == s; };
-    constexpr int kTaps = M == 4 ? 3 : 5;
-    const bool has_taps =
-        has(kTaps, kTaps) || has(1, kTaps) || has(kTaps, 1) || (M == 2 && has(3, 3));
+    const bool has_taps = has(kTaps, kTaps) || (kHasLines && (has(1, kTaps) || has(kTaps, 1))) ||
+                          (M == 2 && has(3, 3));
     return has_taps && (direction != Direction::wgrad || M == 4) && p.stride_h == 1 &&
            p.stride_w == 1 &&
            (p.groups == 1 || min64(p.c_per_group(), p.k_per_group()) >= kLeastOfGroup);
@@ -1009,7 +1082,7 @@ struct Winograd {
     return of_filter(p, [&](auto taps) { return taps.blocking(p, direction); });
   }
 
-  static constexpr Conv2dAlgorithm kAlgorithm{.name = M == 2 ? "winograd2" : "winograd4",
+  static constexpr Conv2dAlgorithm kAlgorithm{.name = winograd_name(M),
                                               .masks_dgrad = true,
                                               .masks_wgrad = M == 4,
                                               .serves = serves,
@@ -1021,12 +1094,17 @@ struct Winograd {
                                               .fuses_pool = fuses_pool};
 
  private:
+  // Of the longest filters; and whether there are tiles of one row or column, too.
+  static constexpr int kTaps = 7 - M;
+  static constexpr bool kHasLines = M % 2 == 0;
+
   // Calls body with a WinogradOfTaps of the filter's, which is one that serves() knows.
   template <class Body>
   static auto of_filter(const Conv2dProblem& p, const Body& body) {
-    constexpr int kTaps = M == 4 ? 3 : 5;
-    if (p.r == 1) return body(WinogradOfTaps<V, M, 1, kTaps>{});
-    if (p.s == 1) return body(WinogradOfTaps<V, M, kTaps, 1>{});
+    if constexpr (kHasLines) {
+      if (p.r == 1) return body(WinogradOfTaps<V, M, 1, kTaps>{});
+      if (p.s == 1) return body(WinogradOfTaps<V, M, kTaps, 1>{});
+    }
     if constexpr (M == 2) {
       if (p.r == 3) return body(WinogradOfTaps<V, M, 3, 3>{});
     }

@@ -173,6 +173,28 @@ struct WinogradTransform<V, 2, 5> : SixPoints<V> {
   }
 };
 
+template <class V>
+struct WinogradTransform<V, 5, 2> : SixPoints<V> {
+  using Reg = typename V::Reg;
+  using SixPoints<V>::kA, SixPoints<V>::kB, SixPoints<V>::kOverA, SixPoints<V>::kOverB;
+  static constexpr int kOutputs = 5, kTaps = 2;
+  static void filter(const Reg (&g)[2], Reg (&out)[6]) {
+    const auto times = [&](float factor, int i) { return V::multiply(V::set(factor), g[i]); };
+    SixPoints<V>::filter_values(g[0], {times(kOverA, 0), times(kOverA * kA, 1)},
+                                {times(kOverB, 0), times(kOverB * kB, 1)}, g[1], out);
+  }
+  static void output(const Reg (&m)[6], Reg (&y)[5]) {
+    const Reg sum_a = V::add(m[1], m[2]), difference_a = V::subtract(m[1], m[2]);
+    const Reg sum_b = V::add(m[3], m[4]), difference_b = V::subtract(m[3], m[4]);
+    const Reg odd_b = V::multiply(V::set(kB), difference_b);
+    y[0] = V::add(m[0], V::add(sum_a, sum_b));
+    y[1] = V::fma(V::set(kA), difference_a, odd_b);
+    y[2] = V::fma(V::set(0.5f), sum_a, V::add(sum_b, sum_b));
+    y[3] = V::fma(V::set(kA / 2), difference_a, V::add(odd_b, odd_b));
+    y[4] = V::fma(V::set(0.25f), sum_a, V::fma(V::set(4.0f), sum_b, m[5]));
+  }
+};
+
 // along_columns() of each column and then along_rows() of each row of an InH x InW tile.
 template <class V, int InH, int InW, int OutH, int OutW, class Columns, class Rows, class Load,
           class Store>

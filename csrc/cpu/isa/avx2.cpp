@@ -19,6 +19,9 @@ constexpr const Conv2dAlgorithm* kConv2dAlgorithms[] = {
     &kAvx2Direct,
     &kAvx2Winograd2,
     &kAvx2Winograd4,
+    &kAvx2Winograd3,
+    &kAvx2Winograd5,
+    &kAvx2WinogradStrided,
     &WinogradRows<Avx2>::kAlgorithm,
 };
 

@@ -13,8 +13,9 @@
 namespace fastconv::cpu {
 
 // Each file is compiled beside the others, and alone where its kernels change.
-extern const Conv2dAlgorithm kAvx2Depthwise, kAvx2Grouped;                 // depthwise_avx2.cpp
-extern const Conv2dAlgorithm kAvx2Direct, kAvx2Winograd2, kAvx2Winograd4;  // gemm_avx2.cpp
+extern const Conv2dAlgorithm kAvx2Depthwise, kAvx2Grouped;  // depthwise_avx2.cpp
+extern const Conv2dAlgorithm kAvx2Direct, kAvx2Winograd2, kAvx2Winograd3, kAvx2Winograd4,
+    kAvx2Winograd5, kAvx2WinogradStrided;  // gemm_avx2.cpp
 
 namespace {
 

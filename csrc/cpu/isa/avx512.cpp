@@ -19,6 +19,9 @@ constexpr const Conv2dAlgorithm* kConv2dAlgorithms[] = {
     &kAvx512Direct,
     &kAvx512Winograd2,
     &kAvx512Winograd4,
+    &kAvx512Winograd3,
+    &kAvx512Winograd5,
+    &kAvx512WinogradStrided,
     &WinogradRows<Avx512>::kAlgorithm,
 };
 

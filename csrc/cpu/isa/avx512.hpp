@@ -16,7 +16,8 @@ namespace fastconv::cpu {
 
 // Each file is compiled beside the others, and alone where its kernels change.
 extern const Conv2dAlgorithm kAvx512Depthwise, kAvx512Grouped;  // depthwise_avx512.cpp
-extern const Conv2dAlgorithm kAvx512Direct, kAvx512Winograd2, kAvx512Winograd4;  // gemm_avx512.cpp
+extern const Conv2dAlgorithm kAvx512Direct, kAvx512Winograd2, kAvx512Winograd3, kAvx512Winograd4,
+    kAvx512Winograd5, kAvx512WinogradStrided;  // gemm_avx512.cpp
 
 namespace {
 

@@ -13,6 +13,7 @@
 #include "cpu/small_channel.hpp"
 #include "cpu/winograd.hpp"
 #include "cpu/winograd_rows.hpp"
+#include "cpu/winograd_strided.hpp"
 
 namespace fastconv::cpu {
 namespace {
@@ -137,10 +138,11 @@ struct Scalar {
 };
 
 constexpr const Conv2dAlgorithm* kConv2dAlgorithms[] = {
-    &SmallChannel<Scalar>::kAlgorithm, &Depthwise<Scalar>::kAlgorithm,
-    &Grouped<Scalar>::kAlgorithm,      &Direct<Scalar>::kAlgorithm,
-    &Winograd<Scalar, 2>::kAlgorithm,  &Winograd<Scalar, 4>::kAlgorithm,
-    &WinogradRows<Scalar>::kAlgorithm,
+    &SmallChannel<Scalar>::kAlgorithm,    &Depthwise<Scalar>::kAlgorithm,
+    &Grouped<Scalar>::kAlgorithm,         &Direct<Scalar>::kAlgorithm,
+    &Winograd<Scalar, 2>::kAlgorithm,     &Winograd<Scalar, 4>::kAlgorithm,
+    &Winograd<Scalar, 3>::kAlgorithm,     &Winograd<Scalar, 5>::kAlgorithm,
+    &WinogradStrided<Scalar>::kAlgorithm, &WinogradRows<Scalar>::kAlgorithm,
 };
 
 }  // namespace
