@@ -1,4 +1,4 @@
-// Winograd's minimal filtering of strided convolutions, fprop and dgrad.
+// Winograd's minimal filtering of strided convolutions.
 //
 // A stride is none of an image whose pixels are taken together, as many as the stride is long and wide: the convolution
 // is one of stride 1 with stride_h stride_w C channels, under a filter of ceil(R / stride_h) x ceil(S / stride_w) taps
@@ -6,7 +6,8 @@
 // 3 x 3 of stride 2 is 2 x 2, and AlexNet's 11 x 11 of stride 4 is 3 x 3 of 48 channels. Of these F(5x5, 2x2),
 // F(4x4, 3x3) and F(3x3, 4x4) all have tiles of 6 x 6, as in winograd.hpp, which computes them.
 //
-// The image is copied so, padding included, some images at a time; dgrad's result is copied back.
+// The image is copied so, padding included, some images at a time; dgrad's result is copied back, and so is wgrad's, of
+// 3 x 3 taps taken together alone.
 #pragma once
 
 #include <algorithm>
@@ -25,44 +26,53 @@ template <class V>
 struct WinogradStrided {
   static bool serves(const Conv2dProblem& p, Direction direction) {
     const int64_t taps = ceil_div(p.r, p.stride_h);
-    return direction != Direction::wgrad && p.groups == 1 && p.dilation_h == 1 &&
-           p.dilation_w == 1 && p.stride_h * p.stride_w > 1 && taps >= 2 && taps <= 4 &&
-           ceil_div(p.s, p.stride_w) == taps &&
+    const bool has_tiles = direction == Direction::wgrad ? taps == 3 : taps >= 2 && taps <= 4;
+    return has_tiles && ceil_div(p.s, p.stride_w) == taps && p.stride_h * p.stride_w > 1 &&
+           p.groups == 1 && p.dilation_h == 1 && p.dilation_w == 1 &&
            !mostly_padding(p, (p.oh + taps - 1) * p.stride_h, (p.ow + taps - 1) * p.stride_w);
   }
 
   static void run(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
     if (p.y_size() == 0) {
-      if (direction == Direction::dgrad) {
-        std::memset(t.out, 0, static_cast<std::size_t>(p.x_size()) * 4);
-      }
+      const int64_t floats = direction == Direction::dgrad   ? p.x_size()
+                             : direction == Direction::wgrad ? p.filter_size()
+                                                             : 0;
+      std::memset(t.out, 0, static_cast<std::size_t>(floats) * 4);
+      if (t.dbias) std::memset(t.dbias, 0, static_cast<std::size_t>(p.k) * 4);
       return;
     }
-    of_taps(p, [&](auto tiles) { run_with<decltype(tiles)>(p, direction, t); });
+    of_taps(p, [&](auto tiles) {
+      if (direction == Direction::wgrad) return run_wgrad<decltype(tiles)>(p, t);
+      run_with<decltype(tiles)>(p, direction, t);
+    });
   }
 
   static Estimate estimate(const Conv2dProblem& p, Direction direction) {
     return of_taps(p, [&](auto tiles) {
-      const Together g(p, 1);  // the choice must not depend on the number of threads
+      const Together g(p, direction, 1);  // the choice must not depend on the number of threads
       using Plan = typename decltype(tiles)::Plan;
+      const bool wgrad = direction == Direction::wgrad;
       const double share = g.template last_tap<Plan>().share();
-      Estimate estimate = tiles.estimate(g.of_images(p.n), direction, {}, share);
+      Estimate estimate = wgrad ? tiles.estimate(g.of_images(p.n), direction)
+                                : tiles.estimate(g.of_images(p.n), direction, {}, share);
       // In multiply-adds, as what it is added to; fitted to the times of 300 problems with AVX2, one thread of a
       // Zen 3. With AVX-512 it has not been tried.
-      constexpr double kCopied = 20, kFilter = 6, kSource = 150, kCall = 100000, kTiles = 1.1;
+      constexpr double kCopied = 20, kFilter = 6, kSource = 150, kCall = 100000;
+      const double tiles_times = wgrad ? 1.35 : 1.1;
       const int64_t source = direction == Direction::fprop ? p.n * p.h * p.w : p.n * p.oh * p.ow;
-      estimate.multiply_adds = kTiles * estimate.multiply_adds +
+      estimate.multiply_adds = tiles_times * estimate.multiply_adds +
                                kCopied * static_cast<double>(p.n * g.image_floats()) +
                                kFilter * static_cast<double>(g.filter_floats()) +
-                               kSource * static_cast<double>(g.has_zeros ? source : 0) + kCall;
-      estimate.workspace_bytes = workspace_bytes<decltype(tiles)>(Together(p), direction);
+                               kSource * static_cast<double>(g.has_zeros && !wgrad ? source : 0) +
+                               kCall;
+      estimate.workspace_bytes = workspace_bytes<decltype(tiles)>(p, direction);
       return estimate;
     });
   }
 
   static std::string blocking(const Conv2dProblem& p, Direction direction) {
     return of_taps(p, [&](auto tiles) {
-      const Together g(p);
+      const Together g(p, direction);
       return tiles.blocking(g.of_images(g.images), direction) + ", of " +
              std::to_string(p.stride_h) + " x " + std::to_string(p.stride_w) +
              " pixels taken together";
@@ -72,7 +82,7 @@ struct WinogradStrided {
   static constexpr const char* kName = "winograd_strided";
   static constexpr Conv2dAlgorithm kAlgorithm{.name = kName,
                                               .masks_dgrad = true,
-                                              .masks_wgrad = false,
+                                              .masks_wgrad = true,
                                               .serves = serves,
                                               .estimate = estimate,
                                               .blocking = blocking,
@@ -98,14 +108,17 @@ struct WinogradStrided {
     int64_t images, chunks;
     bool has_zeros;  // in the filter
 
-    explicit Together(const Conv2dProblem& problem, int64_t threads = num_threads())
+    Together(const Conv2dProblem& problem, Direction direction, int64_t threads = num_threads())
         : p(problem), taps(ceil_div(p.r, p.stride_h)), h(p.oh + taps - 1), w(p.ow + taps - 1),
           run(p.stride_w * p.c), pixel(p.stride_h * run),
           has_zeros(taps * p.stride_h != p.r || taps * p.stride_w != p.s) {
       // In the caches from the copy to the tiles; but enough for the filter, which is transformed for all of them or
       // for each chunk.
-      constexpr int64_t kThreadFloats = int64_t{128} << 10;
-      const int64_t chunk = max64(threads * kThreadFloats, 2 * filter_floats());
+      // The gradient by the filters is a sum over chunks, whose number must not depend on the threads.
+      constexpr int64_t kThreadFloats = int64_t{128} << 10, kSummedFloats = int64_t{2} << 20;
+      const int64_t chunk = direction == Direction::wgrad
+                                ? kSummedFloats
+                                : max64(threads * kThreadFloats, 2 * filter_floats());
       images = min64(p.n, max64(1, chunk / image_floats()));
       chunks = ceil_div(p.n, max64(1, images));
       images = ceil_div(p.n, max64(1, chunks));
@@ -167,16 +180,30 @@ struct WinogradStrided {
     int64_t sum() const { return pixels + filter + made + zeros; }
   };
 
+  // wgrad's.
+  struct SumSizes {
+    int64_t pixels, filter, bias;  // floats, whole lines
+    explicit SumSizes(const Together& g)
+        : pixels(round_up(g.images * g.image_floats(), kLine)),
+          filter(round_up(g.filter_floats(), kLine)), bias(round_up(g.p.k, kLine)) {}
+    int64_t bytes() const { return (pixels + filter + bias) * 4; }
+  };
+
   template <class Tiles>
-  static int64_t workspace_bytes(const Together& g, Direction direction) {
-    const typename Tiles::Plan plan(g.of_images(g.images), direction, {});
+  static int64_t workspace_bytes(const Conv2dProblem& p, Direction direction) {
+    const Together g(p, direction);
+    const Conv2dProblem part = g.of_images(g.images);
+    if (direction == Direction::wgrad) {
+      return SumSizes(g).bytes() + Tiles::estimate(part, direction).workspace_bytes;
+    }
+    const typename Tiles::Plan plan(part, direction, {});
     return Sizes(g, direction, plan.filter_floats()).sum() + plan.workspace_bytes();
   }
 
   template <class Tiles>
   static void run_with(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
     const bool fprop = direction == Direction::fprop;
-    const Together g(p);
+    const Together g(p, direction);
     const auto whole = g.template plan<typename Tiles::Plan>(g.images, direction);
     const Sizes sizes(g, direction, whole.filter_floats());
     Conv2dOperands own = t;
@@ -233,17 +260,58 @@ struct WinogradStrided {
     }
   }
 
-  // Taps taken together as the pixels are, and zeros beyond the filter.
-  static void gather_filter(const Together& g, const float* filter, float* out) {
+  template <class Tiles>
+  static void run_wgrad(const Conv2dProblem& p, const Conv2dOperands& t) {
+    const Together g(p, Direction::wgrad);
+    const SumSizes sizes(g);
+    const Workspace workspace(static_cast<std::size_t>(sizes.bytes()));
+    float* const pixels = workspace.floats();
+    Conv2dOperands own = t;
+    own.x = pixels;
+    own.out = pixels + sizes.pixels;
+    if (t.dbias) own.dbias = own.out + sizes.filter;
+    const int64_t x_image = p.h * p.w * p.c, y_image = p.oh * p.ow * p.k, tap = p.c * p.k;
+    for (int64_t n = 0; n < p.n; n += g.images) {
+      const int64_t images = min64(g.images, p.n - n);
+      gather(g, images, t.x + n * x_image, pixels);
+      own.dy = t.dy + n * y_image;
+      own.y = t.y ? t.y + n * y_image : nullptr;
+      Tiles::run(g.of_images(images), Direction::wgrad, own);
+      for_each_tap(g, [&](int64_t i, int64_t of_filter) {
+        if (of_filter >= 0) put(own.out + i * tap, tap, n > 0, t.out + of_filter * tap);
+      });
+      if (t.dbias) put(own.dbias, p.k, n > 0, t.dbias);
+    }
+  }
+
+  // to = from, or to += from.
+  static void put(const float* from, int64_t count, bool adds, float* to) {
+    for (int64_t i = 0; i < count; i += V::kWidth) {
+      const auto tail = V::tail(static_cast<int>(min64(V::kWidth, count - i)));
+      const auto value = V::load(from + i, tail);
+      V::store(to + i, adds ? V::add(V::load(to + i, tail), value) : value, tail);
+    }
+  }
+
+  // Calls body(i, tap) for each tap of the pixels taken together: which of the filter's it is, or -1.
+  template <class Body>
+  static void for_each_tap(const Together& g, const Body& body) {
     const Conv2dProblem& p = g.p;
-    const int64_t tap = p.c * p.k;
     const int64_t together = p.stride_h * p.stride_w;
-    parallel_by_floats(g.taps * g.taps * together, tap, [&](int64_t i) {
+    parallel_by_floats(g.taps * g.taps * together, p.c * p.k, [&](int64_t i) {
       const int64_t r = i / together / g.taps * p.stride_h + i % together / p.stride_w;
       const int64_t s = i / together % g.taps * p.stride_w + i % p.stride_w;
+      body(i, r < p.r && s < p.s ? r * p.s + s : -1);
+    });
+  }
+
+  // Taps taken together as the pixels are, and zeros beyond the filter.
+  static void gather_filter(const Together& g, const float* filter, float* out) {
+    const int64_t tap = g.p.c * g.p.k;
+    for_each_tap(g, [&](int64_t i, int64_t of_filter) {
       const std::size_t bytes = static_cast<std::size_t>(tap) * 4;
-      if (r < p.r && s < p.s) {
-        std::memcpy(out + i * tap, filter + (r * p.s + s) * tap, bytes);
+      if (of_filter >= 0) {
+        std::memcpy(out + i * tap, filter + of_filter * tap, bytes);
       } else {
         std::memset(out + i * tap, 0, bytes);
       }
