@@ -29,6 +29,19 @@ bool count_zeros(int64_t pixels, int64_t taps, const IsZero& is_zero, std::int32
   return true;
 }
 
+// Whether a pixel is zero in all channels, but for those where `mask`, which may be null, is not positive. A live one
+// mostly shows in its first vector.
+template <class V>
+bool is_zero(const float* x, const float* mask, int64_t channels) {
+  for (int64_t c = 0; c < channels; c += V::kWidth) {
+    const auto tail = V::tail(static_cast<int>(min64(V::kWidth, channels - c)));
+    typename V::Reg value = V::load(x + c, tail);
+    if (mask) value = V::where_positive(V::load(mask + c, tail), value);
+    if (V::any_nonzero(value)) return false;
+  }
+  return true;
+}
+
 // A pixel of K channels without a source: what the activation makes of the bias, which may be null.
 inline void write_blank(Activation activation, const float* bias, int64_t k, float* y) {
   const bool relu = activation != Activation::linear;

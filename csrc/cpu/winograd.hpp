@@ -31,6 +31,7 @@
 #include <array>
 #include <limits>
 
+#include "cpu/blank.hpp"
 #include "cpu/implicit_gemm.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/pool.hpp"
@@ -839,7 +840,7 @@ struct WinogradOfTaps {
 
     const auto is_live = [&](int i, int j) {
       const int at = i * kTileW + j;
-      return pixels[at] != zeros && !is_zero(plan, pixels[at], mask ? masks[at] : nullptr);
+      return pixels[at] != zeros && !is_zero<V>(pixels[at], mask ? masks[at] : nullptr, plan.c);
     };
     // Every window of the filter holds one of these pixels.
     bool middle = true;
@@ -861,30 +862,22 @@ struct WinogradOfTaps {
     return blank;
   }
 
-  // Whether a pixel is zero in all channels. A live one mostly shows in its first vector.
-  static bool is_zero(const Plan& plan, const float* x, const float* mask) {
-    for (int64_t c = 0; c < plan.c; c += V::kWidth) {
-      const auto tail = V::tail(static_cast<int>(min64(V::kWidth, plan.c - c)));
-      Reg value = V::load(x + c, tail);
-      if (mask) value = V::where_positive(V::load(mask + c, tail), value);
-      if (V::any_nonzero(value)) return false;
-    }
-    return true;
-  }
-
   // product[point][tile][0 .. kPanel) = sum over c of v[point][tile][c] * u[point][c][...], of some
   // channels, which are all that `u` has; what those before made is in it.
   static void multiply(const Plan& plan, const float* v, const float* u, int64_t filter_point,
                        int64_t panel, Span channels, int64_t tiles, float* product) {
     const int vectors = plan.vectors_of(panel);
     const LikeTiles cut(tiles, ceil_div(tiles, V::kRows));
-    std::array<int64_t, Plan::LastTap::kMostRows> rows{};
-    for (std::size_t i = 0; i < rows.size(); ++i) rows[i] = int64_t(i) * plan.last_tap.run;
+    std::array<int64_t, Plan::LastTap::kMostRows>
+        offsets{};  // of the rows of pixels taken together
+    for (int64_t i = 0; i < Plan::LastTap::kMostRows; ++i) {
+      offsets[static_cast<std::size_t>(i)] = i * plan.last_tap.run;
+    }
     const bool leaves_out = !plan.last_tap.is_whole() && channels.size() == plan.c;
     TapTile t{};
     t.x_step = plan.padded_c;
     t.y_step = kPanel;
-    t.tap_offsets = t.filter_offsets = rows.data();
+    t.tap_offsets = t.filter_offsets = offsets.data();
     t.taps = 1;
     t.run = channels.size();
     t.columns = V::kWidth;

@@ -459,13 +459,9 @@ struct WinogradRows {
         std::memcpy(own.source + left, image + row * p.w * p.c,
                     static_cast<std::size_t>(middle) * 4);
       }
-      const auto is_zero = [&](int64_t j) {
-        for (const float *x = own.source + j * p.c, *const end = x + p.c; x != end; ++x) {
-          if (*x != 0) return false;
-        }
-        return true;
-      };
-      own.may_be_blank[i] = count_zeros(plan.source_w, p.s, is_zero, zeros);
+      own.may_be_blank[i] = count_zeros(
+          plan.source_w, p.s,
+          [&](int64_t j) { return is_zero<V>(own.source + j * p.c, nullptr, p.c); }, zeros);
       transform_row<M>(plan, own.source, points);
     }
   }

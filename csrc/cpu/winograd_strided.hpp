@@ -43,7 +43,7 @@ struct WinogradStrided {
     }
     of_taps(p, [&](auto tiles) {
       if (direction == Direction::wgrad) return run_wgrad<decltype(tiles)>(p, t);
-      run_with<decltype(tiles)>(p, direction, t);
+      run_tiles<decltype(tiles)>(p, direction, t);
     });
   }
 
@@ -58,13 +58,15 @@ struct WinogradStrided {
       // In multiply-adds, as what it is added to; fitted to the times of 300 problems with AVX2, one thread of a
       // Zen 3. With AVX-512 it has not been tried.
       constexpr double kCopied = 20, kFilter = 6, kSource = 150, kCall = 100000;
-      const double tiles_times = wgrad ? 1.35 : 1.1;
+      constexpr double kUntried = V::kRegisters == 32 ? 1.2 : 1;
+      const double tiles_times = kUntried * (wgrad ? 1.35 : 1.1);
       const int64_t source = direction == Direction::fprop ? p.n * p.h * p.w : p.n * p.oh * p.ow;
       estimate.multiply_adds = tiles_times * estimate.multiply_adds +
                                kCopied * static_cast<double>(p.n * g.image_floats()) +
                                kFilter * static_cast<double>(g.filter_floats()) +
                                kSource * static_cast<double>(g.has_zeros && !wgrad ? source : 0) +
                                kCall;
+      estimate.relative_error = 7e-6;
       estimate.workspace_bytes = workspace_bytes<decltype(tiles)>(p, direction);
       return estimate;
     });
@@ -201,7 +203,7 @@ struct WinogradStrided {
   }
 
   template <class Tiles>
-  static void run_with(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
+  static void run_tiles(const Conv2dProblem& p, Direction direction, const Conv2dOperands& t) {
     const bool fprop = direction == Direction::fprop;
     const Together g(p, direction);
     const auto whole = g.template plan<typename Tiles::Plan>(g.images, direction);
@@ -334,16 +336,16 @@ struct WinogradStrided {
     parallel_by_floats(images * rows, g.w * g.run, [&](int64_t task) {
       const int64_t n = task / rows, row = task % rows - p.pad_top;
       float* const to = pixels + n * g.image_floats() + g.row_offset(row);
-      const bool inside = row >= 0 && row < p.h;
-      // Pixels that are partly or wholly padding.
-      const int64_t first = inside ? ceil_div(p.pad_left, p.stride_w) : g.w;
-      const int64_t last = inside ? min64(g.w, (p.pad_left + p.w) / p.stride_w) : g.w;
-      for (int64_t j = 0; j < g.w; ++j) {
-        if (j == first && first < last) j = last;
-        if (j >= g.w) break;
-        std::memset(to + j * g.pixel, 0, static_cast<std::size_t>(g.run) * 4);
-      }
-      if (!inside) return;
+      const auto clear = [&](int64_t begin, int64_t end) {
+        for (int64_t j = begin; j < end; ++j) {
+          std::memset(to + j * g.pixel, 0, static_cast<std::size_t>(g.run) * 4);
+        }
+      };
+      if (row < 0 || row >= p.h) return clear(0, g.w);
+      // What is partly or wholly padding.
+      const int64_t first = min64(g.w, ceil_div(p.pad_left, p.stride_w));
+      clear(0, first);
+      clear(max64(first, (p.pad_left + p.w) / p.stride_w), g.w);
       const float* const from = x + (n * p.h + row) * p.w * p.c;
       g.for_each_run([&](int64_t column, int64_t offset, int64_t columns) {
         copy(from + column * p.c, columns * p.c, to + offset);
@@ -395,7 +397,7 @@ struct WinogradStrided {
           source.columns, p.s,
           [&](int64_t j) {
             if (j < p.pad_left || j >= p.pad_left + p.w) return true;
-            return is_zero(from + j / p.stride_w * g.pixel + j % p.stride_w * p.c, nullptr, p.c);
+            return is_zero<V>(from + j / p.stride_w * g.pixel + j % p.stride_w * p.c, nullptr, p.c);
           },
           own);
     });
@@ -424,7 +426,7 @@ struct WinogradStrided {
       has_zeros[i] = 0;
       for (int64_t j = 0; j < source.columns; ++j) {
         const int64_t at = (i * p.ow + j) * p.k;
-        const bool zero = j >= p.ow || is_zero(dy + at, y ? y + at : nullptr, p.k);
+        const bool zero = j >= p.ow || is_zero<V>(dy + at, y ? y + at : nullptr, p.k);
         zeros[i * source.columns + j] = run = zero ? run + 1 : 0;
         if (zero && j < p.ow) has_zeros[i] = 1;
       }
@@ -452,17 +454,6 @@ struct WinogradStrided {
         }
       }
     });
-  }
-
-  // Whether a pixel is zero in all channels, or masked by `y`, which may be null.
-  static bool is_zero(const float* x, const float* y, int64_t channels) {
-    for (int64_t c = 0; c < channels; c += V::kWidth) {
-      const auto tail = V::tail(static_cast<int>(min64(V::kWidth, channels - c)));
-      typename V::Reg value = V::load(x + c, tail);
-      if (y) value = V::where_positive(V::load(y + c, tail), value);
-      if (V::any_nonzero(value)) return false;
-    }
-    return true;
   }
 };
 
