@@ -126,7 +126,9 @@ class Case:
     @property
     def may_be_winograd(self):
         """Whether one of Winograd's algorithms serves it."""
-        taps = tuple(-(-k // stride) for k, stride in zip((self.r, self.s), self.strides, strict=True))
+        taps = tuple(
+            -(-k // stride) for k, stride in zip((self.r, self.s), self.strides, strict=True)
+        )
         if self.strides == (1, 1):
             return taps in WINOGRAD_TAPS and self.groups == 1
         return taps in ((2, 2), (3, 3), (4, 4)) and self.groups == 1
@@ -273,8 +275,9 @@ def _draw(rng):
     operation = pick("conv", "conv", "conv", "conv_pool", "max_pool", "avg_pool")
     is_conv = operation.startswith("conv")
     kind = pick(
-        "any", "any", "winograd", "strided", "pointwise", "depthwise", "first", "far", "batch", "shifted"
-    )
+        "any", "any", "winograd", "strided", "pointwise",
+        "depthwise", "first", "far", "batch", "shifted",
+    )  # fmt: skip
     n = pick(1, 1, 2, 3, up_to(8), 0)
     c, k = int(pick(*CHANNELS)), int(pick(*CHANNELS))
     if rng.random() < 0.3:
